@@ -1,0 +1,59 @@
+# Everything runs in .venv beside this file, from whatever folder make was called.
+# What is installed is marked by a stamp, so that calling make again costs nothing.
+
+ROOT    := $(patsubst %/,%,$(dir $(realpath $(firstword $(MAKEFILE_LIST)))))
+PYTHON  ?= $(shell command -v python3 || command -v python)
+WORKERS ?= 2
+# Options for pip, for a machine that has its own index.
+PIP_FLAGS ?=
+
+VENV    := $(ROOT)/.venv
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(ROOT)/constraints.txt $(PIP_FLAGS)
+INPUTS  := $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench oracles docs clean
+
+help: ## what there is to make
+	@grep -hE '^[a-z]+:.*## ' $(ROOT)/Makefile | sed 's/:.*## /\t/'
+
+demo: $(VENV)/.base ## estimate a 7B model on two GPUs, offline, with the base dependencies only
+	@# Exit codes 1 and 3 are answers too (does not fit, tight), unless an error was written.
+	@cd $(ROOT) && HF_HUB_OFFLINE=1 $(BIN)/memplan estimate meta-llama/Llama-2-7b --gpus 2 2>$(VENV)/.errors; \
+	status=$$?; cat $(VENV)/.errors >&2; [ $$status -eq 0 ] || { [ $$status -ne 2 ] && [ ! -s $(VENV)/.errors ]; }
+
+test: $(VENV)/.test ## all tests, the doctests among them
+	cd $(ROOT) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+
+lint: $(VENV)/.test ## ruff and mypy
+	cd $(ROOT) && $(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy
+
+format: $(VENV)/.test ## let ruff mend what it can
+	cd $(ROOT) && $(BIN)/ruff check --fix && $(BIN)/ruff format
+
+bench: $(VENV)/.test ## speed, beside accelerate, DeepSpeed's estimator and the trace
+	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py
+
+oracles: $(VENV)/.test ## run the full grids against the real libraries and archive the truth: hours
+	cd $(ROOT) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.oracles
+
+docs: $(VENV)/.docs ## build the documentation, strictly
+	cd $(ROOT) && $(BIN)/mkdocs build --strict
+
+clean: ## remove the environment and what tools left behind
+	rm -rf $(VENV) $(ROOT)/.mypy_cache $(ROOT)/.pytest_cache $(ROOT)/.ruff_cache $(ROOT)/.hypothesis $(ROOT)/site
+
+$(VENV)/.base: $(INPUTS)
+	@test -n "$(PYTHON)" || { echo "memplan needs Python 3.10 or later as python3 or python" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e $(ROOT)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) -e '$(ROOT)[test]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) -e '$(ROOT)[docs]'
+	@touch $@

@@ -1,0 +1,74 @@
+"""Know before you launch: the memory that a training run will need on every GPU, in host RAM and on NVMe.
+
+The public names are imported when they are first used, so that ``import memplan`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
+    from memplan.results import Estimate, EstimateList
+    from memplan.specs import (
+        ClusterSpec,
+        GPUSpec,
+        LoraSpec,
+        ModelSpec,
+        QuantizationSpec,
+        SoftwareSpec,
+        Strategy,
+        TrainingSpec,
+    )
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "MemplanError": "errors",
+    "PreflightError": "errors",
+    "ResolutionError": "errors",
+    "SpecError": "errors",
+    "UnsupportedError": "errors",
+    "Estimate": "results",
+    "EstimateList": "results",
+    "ClusterSpec": "specs",
+    "GPUSpec": "specs",
+    "LoraSpec": "specs",
+    "ModelSpec": "specs",
+    "QuantizationSpec": "specs",
+    "SoftwareSpec": "specs",
+    "Strategy": "specs",
+    "TrainingSpec": "specs",
+}
+"""Public name -> the module it lives in."""
+
+__all__ = [
+    "ClusterSpec",
+    "Estimate",
+    "EstimateList",
+    "GPUSpec",
+    "LoraSpec",
+    "MemplanError",
+    "ModelSpec",
+    "PreflightError",
+    "QuantizationSpec",
+    "ResolutionError",
+    "SoftwareSpec",
+    "SpecError",
+    "Strategy",
+    "TrainingSpec",
+    "UnsupportedError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'memplan' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"memplan.{_HOME[name]}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,182 @@
+"""GPT-2 (transformers.models.gpt2): fused Conv1D projections, learned positions, dropout everywhere."""
+
+from __future__ import annotations
+
+from memplan.architectures.nn import (
+    Build,
+    CheckpointLayer,
+    Conv1D,
+    Embedding,
+    LayerNorm,
+    Layers,
+    Linear,
+    Model,
+    Module,
+    SequenceClassification,
+    activation,
+    attention,
+    causal_lm_output,
+    causal_mask,
+    check_heads,
+    check_position_table,
+    position_ids,
+)
+from memplan.errors import UnsupportedError
+from memplan.specs.fields import Fields
+from memplan.tape import ops
+from memplan.tape.tensor import Tensor, float32
+
+
+class GPT2Config:
+    """The fields of config.json that the memory of a GPT-2 depends on."""
+
+    def __init__(self, fields: Fields) -> None:
+        self.vocab_size = fields.int("vocab_size", 50257)
+        self.max_position_embeddings = fields.int("n_positions", 1024, alias="max_position_embeddings")
+        self.hidden_size = fields.int("n_embd", 768, alias="hidden_size")
+        self.num_hidden_layers = fields.int("n_layer", 12, alias="num_hidden_layers")
+        self.num_attention_heads = fields.int("n_head", 12, alias="num_attention_heads")
+        check_heads(fields, self.hidden_size, self.num_attention_heads)
+        self.intermediate_size = fields.int("n_inner", 4 * self.hidden_size)
+        self.activation_function = fields.str("activation_function", "gelu_new")
+        self.resid_pdrop = fields.float("resid_pdrop", 0.1, maximum=1.0)
+        self.embd_pdrop = fields.float("embd_pdrop", 0.1, maximum=1.0)
+        self.attn_pdrop = fields.float("attn_pdrop", 0.1, maximum=1.0)
+        self.reorder_and_upcast_attn = fields.bool("reorder_and_upcast_attn", False)
+        self.tie_word_embeddings = fields.bool("tie_word_embeddings", True)
+        if fields.bool("add_cross_attention", False):
+            raise UnsupportedError(f"{fields.source}: add_cross_attention is not modelled. Use --trace.")
+
+
+def eager_attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, upcast: bool
+) -> tuple[Tensor, Tensor]:
+    """GPT-2's own: the softmax keeps the dtype of the scores, which are float32 with reorder_and_upcast_attn."""
+    if upcast:
+        t = query.tape
+        batch, heads, length, dim = query.shape
+        attn_weights = t.new((batch * heads, length, length), float32, "attn_weights")
+        with t.autocasting(None):
+            q, k = query.reshape(-1, length, dim), key.transpose(-1, -2).reshape(-1, dim, length)
+            attn_weights = ops.baddbmm(attn_weights, q.float(), k.float())
+            attn_weights = attn_weights.reshape(batch, heads, length, length)
+    else:
+        attn_weights = ops.matmul(query, key.transpose(-1, -2)) * 0.5
+    if mask is not None:
+        attn_weights = attn_weights + mask
+    attn_weights = ops.softmax(attn_weights)
+    attn_weights = attn_weights.to(value.dtype)
+    attn_weights = ops.dropout(attn_weights, dropout)
+    attn_output = ops.matmul(attn_weights, value)
+    attn_output = attn_output.transpose(1, 2)
+    return attn_output, attn_weights
+
+
+class GPT2Attention(Module):
+    def __init__(self, b: Build, c: GPT2Config) -> None:
+        self.b = b
+        self.c = c
+        self.head_dim = c.hidden_size // c.num_attention_heads
+        self.c_attn = Conv1D(b, 3 * c.hidden_size, c.hidden_size)
+        self.c_proj = Conv1D(b, c.hidden_size, c.hidden_size)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        batch, length, hidden_size = hidden_states.shape
+        query_states, key_states, value_states = self.c_attn(hidden_states).split(hidden_size)
+        key_states = key_states.view(batch, length, -1, self.head_dim).transpose(1, 2)
+        value_states = value_states.view(batch, length, -1, self.head_dim).transpose(1, 2)
+        query_states = query_states.view(batch, length, -1, self.head_dim).transpose(1, 2)
+        if self.b.attn == "eager":
+            attn_output, attn_weights = eager_attention_forward(
+                query_states, key_states, value_states, mask, self.c.attn_pdrop, self.c.reorder_and_upcast_attn
+            )
+        else:
+            attn_output, attn_weights = attention(
+                self.b, query_states, key_states, value_states, mask, self.c.attn_pdrop
+            )
+        attn_output = attn_output.reshape(batch, length, -1).contiguous()
+        attn_output = self.c_proj(attn_output)
+        attn_output = ops.dropout(attn_output, self.c.resid_pdrop)
+        return attn_output, attn_weights
+
+
+class GPT2MLP(Module):
+    def __init__(self, b: Build, c: GPT2Config) -> None:
+        self.c_fc = Conv1D(b, c.intermediate_size, c.hidden_size)
+        self.c_proj = Conv1D(b, c.hidden_size, c.intermediate_size)
+        self.act = activation(c.activation_function)
+        self.dropout = c.resid_pdrop
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = self.c_fc(hidden_states)
+        hidden_states = self.act(hidden_states)
+        hidden_states = self.c_proj(hidden_states)
+        hidden_states = ops.dropout(hidden_states, self.dropout)
+        return hidden_states
+
+
+class GPT2Block(CheckpointLayer):
+    def __init__(self, b: Build, c: GPT2Config) -> None:
+        self.ln_1 = LayerNorm(b, c.hidden_size)
+        self.attn = GPT2Attention(b, c)
+        self.ln_2 = LayerNorm(b, c.hidden_size)
+        self.mlp = GPT2MLP(b, c)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+        residual = hidden_states
+        hidden_states = self.ln_1(hidden_states)
+        attn_output, _ = self.attn(hidden_states, mask)
+        hidden_states = attn_output + residual
+        residual = hidden_states
+        hidden_states = self.ln_2(hidden_states)
+        feed_forward_hidden_states = self.mlp(hidden_states)
+        hidden_states = residual + feed_forward_hidden_states
+        return hidden_states
+
+
+class GPT2Model(Module):
+    def __init__(self, b: Build, c: GPT2Config) -> None:
+        self.b = b
+        self.c = c
+        self.wte = Embedding(b, c.vocab_size, c.hidden_size)
+        self.wpe = Embedding(b, c.max_position_embeddings, c.hidden_size)
+        self.h = Layers(b, [0] * c.num_hidden_layers, lambda i: GPT2Block(b, c))
+        self.ln_f = LayerNorm(b, c.hidden_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        check_position_table(input_ids, self.c.max_position_embeddings)
+        inputs_embeds = self.wte(input_ids)
+        ids = position_ids(inputs_embeds)
+        position_embeds = self.wpe(ids)
+        hidden_states = inputs_embeds + position_embeds
+        mask = causal_mask(self.b, inputs_embeds)
+        hidden_states = ops.dropout(hidden_states, self.c.embd_pdrop)
+        for block in self.h:
+            hidden_states = block(hidden_states, mask)
+        return self.ln_f(hidden_states)
+
+
+class GPT2LMHeadModel(Model):
+    def __init__(self, b: Build, fields: Fields) -> None:
+        c = GPT2Config(fields)
+        self.b = b
+        self.transformer = GPT2Model(b, c)
+        self.lm_head = Linear(b, c.hidden_size, c.vocab_size, bias=False)
+        if c.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden_states = self.transformer(input_ids)
+        return causal_lm_output(self.b, self.lm_head, hidden_states, labels)
+
+
+def base_model(b: Build, fields: Fields) -> Module:
+    return GPT2Model(b, GPT2Config(fields))
+
+
+def sequence_classification(b: Build, fields: Fields) -> Model:
+    c = GPT2Config(fields)
+    return SequenceClassification(b, fields, "transformer", GPT2Model(b, c), c.hidden_size)
+
+
+HEADS = {"causal-lm": GPT2LMHeadModel, "base": base_model, "sequence-classification": sequence_classification}

@@ -1,0 +1,468 @@
+"""The vocabulary of the architecture files: modules, as in torch.nn, on the tape.
+
+An architecture file declares its parameters in ``__init__`` under the names of the transformers source and writes
+its forward pass in the same order with the same local variables, because lifetimes follow from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from memplan.errors import SpecError, UnsupportedError
+from memplan.specs.software import SoftwareSpec
+from memplan.tape import ops
+from memplan.tape.attention import flash_attention_2, repeat_interleave, scaled_dot_product_attention
+from memplan.specs.fields import Fields
+from memplan.tape.tape import LOGITS, Tape
+from memplan.tape.tensor import DType, Parameter, Shape, Tensor, bool_, float32, int64
+
+
+@dataclass(slots=True)
+class Build:
+    """What every module of one model is made with."""
+
+    tape: Tape
+    dtype: DType
+    """The dtype the weights are loaded in."""
+    attn: str = "sdpa"
+    """attn_implementation: eager, sdpa or flash_attention_2."""
+    gradient_checkpointing: bool = False
+    liger: bool = False
+    padded: bool = False
+    """The batch has an attention mask with padding in it."""
+    software: SoftwareSpec = SoftwareSpec()
+    full_depth: bool = True
+    """Make every layer; otherwise the first and one of each kind, which stand for the rest."""
+
+    def parameter(self, *shape: int, dtype: DType | None = None) -> Parameter:
+        """A trainable weight. Its name is given when the model is complete."""
+        return self.tape.parameter("", shape, dtype or self.dtype)
+
+
+class Module:
+    """Holds parameters, buffers and modules as attributes; the attribute names are the state dict's."""
+
+    forward: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.forward(*args)
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        """Direct submodules with their names."""
+        for name, value in self.__dict__.items():
+            if isinstance(value, Module):
+                yield name, value
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module and all below it, with dotted names as in torch."""
+        yield prefix, self
+        for name, child in self.children():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """This module's own parameters."""
+        for name, value in self.__dict__.items():
+            if isinstance(value, Parameter):
+                yield name, value
+
+
+class Linear(Module):
+    """torch.nn.Linear: weight [out, in]."""
+
+    def __init__(self, b: Build, n_in: int, n_out: int, bias: bool = True) -> None:
+        self.in_features = n_in
+        self.out_features = n_out
+        self.weight = b.parameter(n_out, n_in)
+        self.bias = b.parameter(n_out) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class Conv1D(Module):
+    """transformers.pytorch_utils.Conv1D: weight [in, out]."""
+
+    def __init__(self, b: Build, n_out: int, n_in: int) -> None:
+        self.in_features = n_in
+        self.out_features = n_out
+        self.weight = b.parameter(n_in, n_out)
+        self.bias = b.parameter(n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv1d(x, self.weight, self.bias)
+
+
+class Embedding(Module):
+    """torch.nn.Embedding: weight [rows, dim]."""
+
+    require_output_grad = False
+    """enable_input_require_grads(): a hook makes the output a leaf that needs a gradient."""
+
+    def __init__(self, b: Build, rows: int, dim: int) -> None:
+        self.weight = b.parameter(rows, dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out = ops.embedding(ids, self.weight)
+        if self.require_output_grad:
+            out.tape.require_grad(out)
+        return out
+
+
+class LayerNorm(Module):
+    """torch.nn.LayerNorm over the last dimension."""
+
+    def __init__(self, b: Build, dim: int, bias: bool = True, elementwise_affine: bool = True) -> None:
+        self.weight = b.parameter(dim) if elementwise_affine else None
+        self.bias = b.parameter(dim) if elementwise_affine and bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias)
+
+
+class RMSNorm(Module):
+    """LlamaRMSNorm: the square, the mean and the scaling in float32, the weight in its own dtype."""
+
+    def __init__(self, b: Build, dim: int) -> None:
+        self.weight = b.parameter(dim)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * ops.rsqrt(variance + 1e-6)
+        return self.weight * hidden_states.to(input_dtype)
+
+
+class CheckpointLayer(Module):
+    """transformers' GradientCheckpointingLayer: the block that is recomputed, and the unit of repetition."""
+
+    _build: Build
+
+    def __call__(self, *args: Any) -> Any:
+        b = self._build
+        out = b.tape.checkpoint(self.forward, *args) if b.gradient_checkpointing else self.forward(*args)
+        b.tape.flow(out[0] if isinstance(out, tuple) else out)
+        return out
+
+
+class Layers(Module):
+    """nn.ModuleList of a model's blocks. Iterating marks where each block begins.
+
+    ``kinds`` has one entry per layer; layers of equal kind have equal parameters and equal forward passes.
+    Unless the full depth is asked for, only the first layer and the first later one of each kind are made.
+    ``stack`` tells several lists of one model apart.
+    """
+
+    def __init__(
+        self, b: Build, kinds: Sequence[Hashable], make: Callable[[int], CheckpointLayer], stack: int = 0
+    ) -> None:
+        self._build = b
+        self.stack = stack
+        self._kinds = list(kinds)
+        indices = range(len(kinds)) if b.full_depth else representatives(kinds)
+        self._layers = [(i, make(i)) for i in indices]
+        for _, layer in self._layers:
+            layer._build = b
+
+    def __iter__(self) -> Iterator[Any]:
+        tape = self._build.tape
+        for i, layer in self._layers:
+            tape.layer_boundary((self.stack, i))
+            yield layer
+        tape.layer_boundary(None)
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        for i, layer in self._layers:
+            yield str(i), layer
+
+    def multiplicities(self) -> dict[int, int]:
+        """How many layers each made layer stands for."""
+        if self._build.full_depth:
+            return {i: 1 for i, _ in self._layers}
+        counts = {i: 0 for i, _ in self._layers}
+        by_kind = {self._kinds[i]: i for i, _ in self._layers if i > 0}
+        counts[0] = 1
+        for kind in self._kinds[1:]:
+            counts[by_kind[kind]] += 1
+        return counts
+
+    def sequence(self) -> list[int]:
+        """For every layer of the model, the made layer that stands for it."""
+        if self._build.full_depth:
+            return [i for i, _ in self._layers]
+        by_kind = {self._kinds[i]: i for i, _ in self._layers if i > 0}
+        return [0] + [by_kind[kind] for kind in self._kinds[1:]]
+
+
+def representatives(kinds: Sequence[Hashable]) -> list[int]:
+    """The first layer, and the first layer after it of each kind."""
+    seen: set[Hashable] = set()
+    chosen = [0]
+    for i, kind in enumerate(kinds[1:], start=1):
+        if kind not in seen:
+            seen.add(kind)
+            chosen.append(i)
+    return chosen
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """NewGELUActivation: every step is a tensor of its own."""
+    return x * 0.5 * (ops.tanh((x + x.pow(3.0) * 0.044715) * 0.8) + 1.0)
+
+
+def gelu_fast(x: Tensor) -> Tensor:
+    """FastGELUActivation."""
+    return x * 0.5 * (ops.tanh(x * 0.8 * (x * 0.044715 * x + 1.0)) + 1.0)
+
+
+def gelu_python(x: Tensor) -> Tensor:
+    """GELUActivation(use_gelu_python=True)."""
+    return x * 0.5 * (ops.erf(x / 1.4) + 1.0)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """QuickGELUActivation."""
+    return x * ops.sigmoid(x * 1.702)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": ops.silu,
+    "swish": ops.silu,
+    "gelu": ops.gelu,
+    "gelu_pytorch_tanh": ops.gelu,
+    "gelu_new": gelu_new,
+    "gelu_fast": gelu_fast,
+    "gelu_python": gelu_python,
+    "quick_gelu": quick_gelu,
+    "relu": ops.relu,
+    "tanh": ops.tanh,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """transformers.activations.ACT2FN; raises UnsupportedError for a name that memplan does not model."""
+    try:
+        return ACTIVATIONS[name]
+    except KeyError:
+        raise UnsupportedError(
+            f"hidden_act: {name!r} is not modelled. Known: {', '.join(sorted(ACTIVATIONS))}."
+        ) from None
+
+
+def rotary_embedding(x: Tensor, position_ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """LlamaRotaryEmbedding.forward: cos and sin [B, S, dim] in x's dtype, computed in float32 without gradient."""
+    t = x.tape
+    with t.no_grad():
+        freqs = t.new((*position_ids.shape, 1), float32, "position_ids.float")
+        freqs = t.new((*position_ids.shape, dim // 2), float32, "freqs")
+        emb = ops.cat((freqs, freqs))
+        cos = ops.cos(emb) * 1.0
+        sin = ops.sin(emb) * 1.0
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """transformers' rotate_half: two slices, one negated, concatenated."""
+    half = x.shape[-1] // 2
+    x1 = x.narrow(-1, 0, half)
+    x2 = x.narrow(-1, half, x.shape[-1] - half)
+    return ops.cat((-x2, x1))
+
+
+def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """q, k [B, H, S, D], cos, sin [B, S, D]."""
+    cos = cos.unsqueeze(dim)
+    sin = sin.unsqueeze(dim)
+    q_embed = (q * cos) + (rotate_half(q) * sin)
+    k_embed = (k * cos) + (rotate_half(k) * sin)
+    return q_embed, k_embed
+
+
+def position_ids(inputs_embeds: Tensor) -> Tensor:
+    """arange(S) + past, as [1, S]."""
+    t = inputs_embeds.tape
+    ids = ops.arange(t, inputs_embeds.shape[1])
+    ids = t.new(ids.shape, int64, "position_ids")
+    return ids.unsqueeze(0)
+
+
+def check_heads(fields: Fields, hidden_size: int, heads: int) -> None:
+    """Heads must share the hidden size evenly."""
+    if hidden_size % heads:
+        raise SpecError(
+            f"{fields.source}: hidden size {hidden_size} is not divisible by {heads} attention heads. Correct one of them."
+        )
+
+
+def check_position_table(input_ids: Tensor, rows: int) -> None:
+    """Learned positions end with their table: a real run on a longer sequence dies with an index error."""
+    length = input_ids.shape[1]
+    if length > rows:
+        raise SpecError.at("seq_len", length, f"is longer than the model's table of {rows} positions", f"Use at most {rows}.")
+
+
+def causal_mask(b: Build, inputs_embeds: Tensor, window: int | None = None) -> Tensor | None:
+    """transformers' create_causal_mask: None where the attention implementation needs none.
+
+    sdpa skips the mask without padding (and without a window shorter than the sequence); eager always has one,
+    additive and in the model's dtype; flash_attention_2 never.
+    """
+    t = inputs_embeds.tape
+    batch, length = inputs_embeds.shape[:2]
+    if b.attn == "flash_attention_2":
+        return None
+    if b.attn == "sdpa" and not b.padded and (window is None or length <= window):
+        return None
+    rows = batch if b.padded else 1
+    mask = t.new((rows, 1, length, length), bool_, "causal_mask").expand(batch, 1, length, length)
+    if b.attn == "sdpa":
+        return mask
+    return t.new((batch, 1, length, length), inputs_embeds.dtype, "causal_mask_additive")
+
+
+def bidirectional_mask(b: Build, inputs_embeds: Tensor, key_states: Tensor | None = None) -> Tensor | None:
+    """transformers' create_bidirectional_mask: None without padding, else [B, 1, Sq, Sk].
+
+    ``key_states`` [B, Sk, ...] are what cross-attention looks at; by default it is the sequence itself.
+    """
+    if not b.padded or b.attn == "flash_attention_2":
+        return None
+    t = inputs_embeds.tape
+    batch, length = inputs_embeds.shape[:2]
+    shape = (batch, 1, length, length if key_states is None else key_states.shape[1])
+    mask = t.new(shape, bool_, "bidirectional_mask")
+    return mask if b.attn == "sdpa" else t.new(shape, inputs_embeds.dtype, "bidirectional_mask_additive")
+
+
+def attention(
+    b: Build,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    is_causal: bool = True,
+    softcap: bool = False,
+    upcast: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """ALL_ATTENTION_FUNCTIONS[attn_implementation]: query [B, H, S, D], key and value [B, K, S, D] -> [B, S, H, D].
+
+    The second result is eager's attention weights; as in transformers, the callers keep it until they return.
+    """
+    n_rep = query.shape[1] // key.shape[1]
+    if b.attn == "eager":
+        return eager_attention(query, key, value, mask, n_rep, dropout, softcap, upcast)
+    if b.attn == "flash_attention_2":
+        return flash_attention_2(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)), None
+    gqa = False
+    if n_rep > 1:
+        if mask is None and key.shape[-1] == value.shape[-1] <= 256:
+            gqa = True
+        else:
+            key, value = repeat_interleave(key, n_rep), repeat_interleave(value, n_rep)
+    out = scaled_dot_product_attention(
+        query, key, value, mask, dropout, is_causal=is_causal and mask is None, enable_gqa=gqa
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def eager_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    n_rep: int,
+    dropout: float,
+    softcap: bool = False,
+    upcast: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """eager_attention_forward. Llama's softmax is in float32 (``upcast``); BERT's is in the scores' dtype."""
+    key_states = repeat_interleave(key, n_rep)
+    value_states = repeat_interleave(value, n_rep)
+    attn_weights = ops.matmul(query, key_states.transpose(2, 3)) * 0.5
+    if softcap:
+        attn_weights = attn_weights * 0.5
+        attn_weights = ops.tanh(attn_weights)
+        attn_weights = attn_weights * 0.5
+    if mask is not None:
+        attn_weights = attn_weights + mask
+    attn_weights = ops.softmax(attn_weights, float32).to(query.dtype) if upcast else ops.softmax(attn_weights)
+    attn_weights = ops.dropout(attn_weights, dropout)
+    attn_output = ops.matmul(attn_weights, value_states)
+    attn_output = attn_output.transpose(1, 2).contiguous()
+    return attn_output, attn_weights
+
+
+class Model(Module):
+    """A whole model with its head. ``forward(*inputs)`` returns (loss, logits)."""
+
+    b: Build
+
+    def inputs(self, batch: int, length: int) -> tuple[Tensor, ...]:
+        """What the data collator puts on the device: input_ids and labels, int64 [B, S]."""
+        t = self.b.tape
+        return t.new((batch, length), int64, "input_ids"), t.new((batch, length), int64, "labels")
+
+
+def causal_lm_output(
+    b: Build, lm_head: Module, hidden_states: Tensor, labels: Tensor, softcap: bool = False, scale: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The head and the loss of a ...ForCausalLM: (loss, logits)."""
+    t = b.tape
+    t.mark("loss")
+    with t.tagged(LOGITS):
+        logits = lm_head(hidden_states)
+        if scale:
+            logits = logits * 0.5
+        if softcap:
+            logits = logits * 0.5
+            logits = ops.tanh(logits)
+            logits = logits * 0.5
+        return causal_lm_loss(logits, labels), logits
+
+
+def num_labels(fields: Fields) -> int:
+    """PretrainedConfig.num_labels: the length of id2label where it is given; 2 by default."""
+    id2label = fields.raw("id2label")
+    return len(id2label) if id2label else fields.int("num_labels", 2)
+
+
+class Classifier(Model):
+    """A model that gives one class to each sequence."""
+
+    def inputs(self, batch: int, length: int) -> tuple[Tensor, ...]:
+        """input_ids [B, S] and labels [B], int64."""
+        t = self.b.tape
+        return t.new((batch, length), int64, "input_ids"), t.new((batch,), int64, "labels")
+
+
+class SequenceClassification(Classifier):
+    """transformers' GenericForSequenceClassification: a score per position, the last one counts."""
+
+    def __init__(self, b: Build, fields: Fields, prefix: str, model: Module, hidden_size: int) -> None:
+        self.b = b
+        self._prefix = prefix
+        setattr(self, prefix, model)
+        self.score = Linear(b, hidden_size, num_labels(fields), bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_states = getattr(self, self._prefix)(input_ids)
+        self.b.tape.mark("loss")
+        with self.b.tape.tagged(LOGITS):
+            logits = self.score(hidden_states)
+            pooled_logits = ops.index_rows(logits, logits.shape[0])
+            return ops.cross_entropy(pooled_logits, labels), pooled_logits
+
+
+def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """transformers' ForCausalLMLoss: float32 logits, padded labels, cross-entropy over all positions."""
+    logits = logits.float()
+    labels = ops.pad_last(labels, 1)
+    shift_labels = labels.tape.new((labels.shape[0], labels.shape[1] - 1), int64, "shift_labels")
+    logits = logits.view(-1, logits.shape[-1])
+    loss = ops.cross_entropy(logits, shift_labels.view(-1))
+    return loss / 2.0
+
+

@@ -1,0 +1,57 @@
+"""Which file describes a model_type. One line per family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from memplan.architectures.nn import Build, Module
+from memplan.errors import SpecError, UnsupportedError, did_you_mean
+from memplan.specs.model import ModelSpec
+
+FAMILIES: dict[str, str] = {
+    "bert": "bert",
+    "llama": "llama",
+    "gpt2": "gpt2",
+}
+"""config.json's ``model_type`` -> module of this package."""
+
+_HEADS_BY_SUFFIX = (
+    ("ForCausalLM", "causal-lm"),
+    ("LMHeadModel", "causal-lm"),
+    ("ForConditionalGeneration", "seq2seq-lm"),
+    ("ForSequenceClassification", "sequence-classification"),
+    ("ForImageClassification", "image-classification"),
+    ("ForMaskedLM", "masked-lm"),
+    ("ForPreTraining", "pretraining"),
+    ("Model", "base"),
+)
+
+
+def head_of(architecture: str) -> str:
+    """The head that a transformers class name stands for."""
+    for suffix, head in _HEADS_BY_SUFFIX:
+        if architecture.endswith(suffix):
+            return head
+    raise UnsupportedError(f"architectures: {architecture!r} has a head that is not modelled. Give --head.")
+
+
+def build_model(b: Build, model: ModelSpec, head: str | None) -> Module:
+    """Make the model's modules and name its parameters. Raises UnsupportedError for what is not written."""
+    module_name = FAMILIES.get(model.model_type)
+    if module_name is None:
+        raise UnsupportedError(
+            f"model_type: {model.model_type!r} is not written. Use --trace with the train extra installed, "
+            f"or one of {', '.join(sorted(FAMILIES))}."
+        )
+    heads: dict[str, Callable[..., Any]] = import_module(f"memplan.architectures.{module_name}").HEADS
+    wanted = head or head_of(model.architecture)
+    if wanted not in heads:
+        raise SpecError.at("head", wanted, f"does not exist for {model.model_type}", did_you_mean(wanted, heads))
+    root: Module = heads[wanted](b, model.fields)
+    for prefix, module in root.named_modules():
+        for name, parameter in module.parameters():
+            if not parameter.name:
+                parameter.name = f"{prefix}.{name}" if prefix else name
+    return root

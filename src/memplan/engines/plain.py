@@ -1,0 +1,100 @@
+"""Plain training: one whole copy of everything.
+
+Source: transformers/trainer.py (training_step, _inner_training_loop), 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memplan.memory.optimizers import rounded, state_bytes, step_temporaries
+from memplan.memory.timeline import COMPONENTS, Moment, StepProfile
+from memplan.tape.dispatch import DeviceRules
+from memplan.tape.tensor import Parameter
+
+Parts = dict[str, int]
+"""Component -> bytes alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What an engine places: the model's parameters and the profile of one micro-batch."""
+
+    parameters: Sequence[tuple[Parameter, int]]
+    """Each made parameter once, with how many of the model it stands for."""
+    buffer_bytes: int
+    profile: StepProfile
+    evaluation: Moment | None
+    """The fullest moment of an evaluation batch, if there is evaluation."""
+    optim: str
+    grad_accum_steps: int
+    rules: DeviceRules
+    workspace: int
+    """cuBLAS workspaces inside the allocator's memory."""
+
+    @property
+    def trainable(self) -> list[tuple[Parameter, int]]:
+        """The parameters that get a gradient."""
+        return [(p, count) for p, count in self.parameters if p.node is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """What lives from one step to the next, in bytes."""
+
+    weights: int
+    gradients: int
+    """While they exist: from a parameter's backward to zero_grad."""
+    optimizer: int
+    step_temporaries: int
+    host_optimizer: int = 0
+
+
+def states(run: Run) -> States:
+    """Bytes of weights, gradients and optimizer states of one whole copy, every tensor rounded up to a block."""
+    weights = sum(rounded(p.nbytes) * count for p, count in run.parameters) + run.buffer_bytes
+    trainable = run.trainable
+    gradients = sum(rounded(p.nbytes) * count for p, count in trainable)
+    optimizer = sum(sum(state_bytes(run.optim, p, run.rules)) * count for p, count in trainable)
+    temporaries = sum(size * count for size, count in step_temporaries(run.optim, trainable, run.rules))
+    return States(weights, gradients, optimizer, temporaries)
+
+
+def phases(run: Run, communication: int = 0) -> dict[str, Parts]:
+    """The fullest moment of every phase, by component. ``communication`` bytes are held throughout."""
+    held = states(run)
+    base = {"weights": held.weights, "workspace": run.workspace, "communication": communication}
+    accumulating = run.grad_accum_steps > 1
+    resting = base | {"optimizer": held.optimizer}
+    inputs = run.profile.end.total - run.profile.end.parts[3]
+
+    def during(parts: Parts, moment: Moment, gradients: int) -> Parts:
+        result = dict(parts)
+        for name, size in zip(COMPONENTS, moment.parts):
+            result[name] = result.get(name, 0) + size
+        result["gradients"] = result.get("gradients", 0) + gradients
+        return result
+
+    old = held.gradients if accumulating else 0
+    result = {"load": {"weights": held.weights, "communication": communication}}
+    stepping = resting | {
+        "gradients": held.gradients,
+        "temporaries": held.step_temporaries,
+        "activations": inputs,
+    }
+    first = [during(base, moment, old) for moment in run.profile.peaks.values()]
+    result["first_step"] = max([*first, stepping], key=total)
+    for name, moment in run.profile.peaks.items():
+        result[name] = during(resting, moment, old)
+    result["step"] = stepping
+    result["idle"] = resting | {"activations": inputs}
+    if run.evaluation is not None:
+        result["eval"] = during(resting, run.evaluation, 0)
+    result["save"] = resting
+    return result
+
+
+def total(parts: Parts) -> int:
+    """All bytes of a moment."""
+    return sum(parts.values())

@@ -1,0 +1,336 @@
+"""Specs in, Estimate out: build the model on the tape, run one step, place it, measure it against the hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from memplan.adapters.lora import apply_lora
+from memplan.architectures.nn import Build, Embedding, Layers, Model, Module
+from memplan.architectures.registry import build_model
+from memplan.constants import Constant
+from memplan.engines import ddp, plain
+from memplan.engines.plain import Parts, Run
+from memplan.errors import SpecError, UnsupportedError
+from memplan.memory.optimizers import step_temporaries
+from memplan.memory.timeline import COMPONENTS, Moment, StepProfile, compose
+from memplan.memory.trace import Replayed, replay_steps
+from memplan.results import (
+    Assumption,
+    Components,
+    Estimate,
+    GpuMemory,
+    HostMemory,
+    ModelInfo,
+    NvmeMemory,
+    Phase,
+    Verdict,
+    verdict_for,
+    worst_verdict,
+)
+from memplan.specs.hardware import ClusterSpec, GPUSpec
+from memplan.specs.model import ModelSpec
+from memplan.specs.precision import Precision, resolve_precision
+from memplan.specs.software import SoftwareSpec
+from memplan.specs.strategy import Strategy
+from memplan.specs.training import TrainingSpec
+from memplan.tape import tensor as dtypes
+from memplan.tape.dispatch import CPU, DeviceRules, cuda
+from memplan.tape.tape import INPUT, Tape
+from memplan.tape.tensor import DType, Parameter, Tensor
+
+_AUTOCAST: dict[str, DType | None] = {"no": None, "bf16": dtypes.bfloat16, "fp16": dtypes.float16}
+
+
+@dataclass(slots=True)
+class _Setup:
+    """Everything that decides the tape, resolved."""
+
+    model: ModelSpec
+    training: TrainingSpec
+    precision: Precision
+    rules: DeviceRules
+    software: SoftwareSpec
+
+
+@dataclass(slots=True)
+class _Micro:
+    """One micro-batch on the tape."""
+
+    tape: Tape
+    root: Module
+    log: list[int]
+
+
+def estimate(
+    model: ModelSpec,
+    training: TrainingSpec,
+    cluster: ClusterSpec,
+    strategy: Strategy,
+    software: SoftwareSpec,
+    *,
+    replay: bool = True,
+    explain: bool = False,
+) -> Estimate:
+    """Estimate one setup; ``cluster.gpu`` is a GPUSpec or None.
+
+    With ``replay`` the caching allocator is simulated; without it ``peak_reserved`` is an upper bound.
+    Raises SpecError for a setup that the libraries refuse, UnsupportedError for what memplan does not model.
+    """
+    gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
+    if strategy.kind not in ("single", "ddp"):
+        raise UnsupportedError(f"strategy: {strategy.kind!r} is not modelled yet. Use single or ddp.")
+    if strategy.kind == "single" and cluster.gpus != 1:
+        raise SpecError.at("gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1.")
+    setup = _Setup(
+        model,
+        training,
+        resolve_precision(training, strategy, gpu, _checkpoint_dtype(model)),
+        device_rules(gpu, software),
+        software,
+    )
+    run = _run(setup, gpu)
+    placed = ddp.phases(run, strategy.ddp) if strategy.kind == "ddp" else plain.phases(run)
+    replayed = None
+    if replay and setup.rules.kind != "cpu":
+        replayed = _replay(setup, run, strategy)
+    memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
+    host = HostMemory(capacity=cluster.host_memory, peak=0, pinned=0, ranks=cluster.gpus_per_node, components={})
+    nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
+    verdicts: list[Verdict] = [verdict_for(memory.low, memory.high, memory.capacity)]
+    return Estimate(
+        model=_model_info(model, run),
+        setup=_setup_dict(training, setup.precision, strategy),
+        cluster=_cluster_dict(cluster, gpu),
+        software=software.to_dict(),
+        gpu=memory,
+        host=host,
+        nvme=nvme,
+        verdict=worst_verdict(verdicts),
+        assumptions=tuple(assumptions),
+    )
+
+
+def device_rules(gpu: GPUSpec | None, software: SoftwareSpec) -> DeviceRules:
+    """The dispatch rules of a GPU; without one, of a GPU with flash attention (compute capability 8.0)."""
+    if gpu is None:
+        return cuda((8, 0))
+    if gpu.is_cpu:
+        return CPU
+    return cuda(gpu.compute_capability or (8, 0), software.at_least("cudnn", "9.15.1"))
+
+
+def _checkpoint_dtype(model: ModelSpec) -> Any:
+    name = model.config.get("dtype") or model.config.get("torch_dtype")
+    return name if name in ("float32", "bfloat16", "float16") else None
+
+
+# -- the tape --------------------------------------------------------------------------------------------------------
+
+
+def _micro_batch(setup: _Setup, *, full_depth: bool, accumulated: bool, evaluation: bool = False) -> _Micro:
+    """Run one micro-batch (or one evaluation batch) on a fresh tape."""
+    training = setup.training
+    tape = Tape(setup.rules)
+    b = Build(
+        tape,
+        dtypes.dtype_named(setup.precision.dtype),
+        attn=training.attn,
+        gradient_checkpointing=training.gradient_checkpointing,
+        liger=training.liger,
+        padded=not training.packed,
+        software=setup.software,
+        full_depth=full_depth,
+    )
+    model = setup.model
+    if training.vocab_size is not None:
+        model = model.replace(config={**model.config, "vocab_size": training.vocab_size})
+    root = build_model(b, model, training.head)
+    if training.lora is not None:
+        apply_lora(b, root, training.lora, model.model_type)
+        if training.gradient_checkpointing:
+            for _, module in root.named_modules():
+                if isinstance(module, Embedding):
+                    module.require_output_grad = True
+                    break
+    if not isinstance(root, Model):
+        raise SpecError.at("head", "base", "has no loss to train", "Use --head causal-lm, or --task load.")
+    if accumulated:
+        for p, _ in parameters_of(root):
+            if p.node is not None:
+                p.node.accumulated = True  # type: ignore[attr-defined]
+    batch = training.micro_batch_size
+    if evaluation:
+        tape.training = tape.grad_enabled = False
+        batch = training.eval_batch_size or batch
+    with tape.tagged(INPUT):
+        inputs = root.inputs(batch, training.seq_len)
+    tape.input_count = len(tape.sizes)
+    loss = _forward(tape, root, inputs, _AUTOCAST[setup.precision.mixed_precision])
+    if not evaluation:
+        tape.mark("backward")
+        tape.backward(loss)
+    return _Micro(tape, root, list(tape.log))
+
+
+def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], autocast: DType | None) -> Tensor:
+    """accelerate's prepared forward, and Trainer.compute_loss: only the loss outlives it."""
+    with tape.autocasting(autocast):
+        loss, logits = root(*inputs)
+    if autocast is not None and logits is not None:
+        logits.float()  # ConvertOutputsToFp32
+    result: Tensor = loss
+    return result
+
+
+def parameters_of(root: Module) -> list[tuple[Parameter, int]]:
+    """Every made parameter once, with how many of the model it stands for."""
+    found: dict[int, tuple[Parameter, int]] = {}
+
+    def visit(module: Module, count: int) -> None:
+        for _, p in module.parameters():
+            found.setdefault(id(p), (p, count))
+        if isinstance(module, Layers):
+            multiplicities = module.multiplicities()
+            for name, child in module.children():
+                visit(child, count * multiplicities[int(name)])
+        else:
+            for _, child in module.children():
+                visit(child, count)
+
+    visit(root, 1)
+    return list(found.values())
+
+
+def stacks_of(root: Module) -> dict[int, list[int]]:
+    """Each stack of layers: for every layer of the model, the made layer that stands for it."""
+    return {m.stack: m.sequence() for _, m in root.named_modules() if isinstance(m, Layers)}
+
+
+def _run(setup: _Setup, gpu: GPUSpec | None) -> Run:
+    training = setup.training
+    accumulated = training.grad_accum_steps > 1
+    micro = _micro_batch(setup, full_depth=False, accumulated=accumulated)
+    stacks = stacks_of(micro.root)
+    profile = compose(micro.tape, stacks)
+    evaluation = None
+    if training.eval_batch_size is not None:
+        pass_ = _micro_batch(setup, full_depth=False, accumulated=False, evaluation=True)
+        evaluation = max(compose(pass_.tape, stacks).peaks.values(), key=lambda moment: moment.total)
+    return Run(
+        parameters=parameters_of(micro.root),
+        buffer_bytes=micro.tape.buffer_bytes,
+        profile=profile,
+        evaluation=evaluation,
+        optim=training.optim,
+        grad_accum_steps=training.grad_accum_steps,
+        rules=setup.rules,
+        workspace=sum(_workspaces(gpu, setup.software)),
+    )
+
+
+def _replay(setup: _Setup, run: Run, strategy: Strategy) -> Replayed:
+    """The allocator on every layer's allocations, two steps long."""
+    first = _micro_batch(setup, full_depth=True, accumulated=False)
+    batches = [(first.tape, first.log)]
+    if run.grad_accum_steps > 1:
+        later = _micro_batch(setup, full_depth=True, accumulated=True)
+        batches.append((later.tape, later.log))
+    parameters = [p for p, _ in parameters_of(first.root)]
+    held = [run.buffer_bytes] if run.buffer_bytes else []
+    if strategy.kind == "ddp":
+        held += ddp.bucket_bytes([(p, 1) for p in parameters if p.node is not None], strategy.ddp)
+    trainable = [(p, 1) for p in parameters if p.node is not None]
+    temporaries = [size for size, n in step_temporaries(run.optim, trainable, run.rules) for _ in range(n)]
+    return replay_steps(
+        parameters,
+        held,
+        batches,
+        run.optim,
+        run.rules,
+        temporaries,
+        [run.workspace // 2] * 2 if run.workspace else [],
+    )
+
+
+# -- the hardware ----------------------------------------------------------------------------------------------------
+
+
+def _workspaces(gpu: GPUSpec | None, software: SoftwareSpec) -> list[int]:
+    """cuBLAS's workspaces of a training process: the main thread's and the autograd thread's."""
+    if gpu is not None and gpu.is_cpu:
+        return []
+    return []
+
+
+def _gpu_memory(
+    placed: dict[str, Parts],
+    replayed: Replayed | None,
+    cluster: ClusterSpec,
+    gpu: GPUSpec | None,
+    software: SoftwareSpec,
+) -> tuple[GpuMemory, list[Assumption]]:
+    """Peaks, their composition and their interval on the device."""
+    allocated = {name: plain.total(parts) for name, parts in placed.items()}
+    if replayed is not None:
+        for name, peak in replayed.peak_allocated.items():
+            if name in allocated:
+                # Blocks are not split for a remainder of up to 1 MiB, which the allocator counts as allocated.
+                slack = max(0, peak - allocated[name])
+                placed[name]["temporaries"] = placed[name].get("temporaries", 0) + slack
+                allocated[name] += slack
+    peak_phase = max(allocated, key=lambda name: allocated[name])
+    peak = allocated[peak_phase]
+    reserved = max(peak, replayed.peak_reserved) if replayed is not None else peak
+    outside: list[Constant] = []
+    context = sum(int(c.value) for c in outside)
+    device = reserved + context
+    parts = placed[peak_phase]
+    memory = GpuMemory(
+        capacity=cluster.gpu_memory or (gpu.memory_bytes if gpu is not None and not gpu.is_cpu else None),
+        peak_allocated=peak,
+        peak_reserved=reserved,
+        peak_device=device,
+        low=peak + sum(int(c.low) for c in outside),
+        high=reserved + sum(int(c.high) for c in outside),
+        peak_phase=peak_phase,
+        steady_allocated=max(size for name, size in allocated.items() if name in _STEADY),
+        components=Components(
+            **{name: size for name, size in parts.items() if size},
+            fragmentation=reserved - peak,
+            context=context,
+        ),
+        phases=tuple(Phase(name=name, allocated=size) for name, size in allocated.items()),
+    )
+    return memory, [Assumption.of(c) for c in outside]
+
+
+_STEADY = ("forward", "loss", "backward", "step", "idle")
+
+
+def _model_info(model: ModelSpec, run: Run) -> ModelInfo:
+    return ModelInfo(
+        id=model.id,
+        architecture=model.architecture,
+        parameters=sum(p.numel * count for p, count in run.parameters),
+        trainable_parameters=sum(p.numel * count for p, count in run.trainable),
+        source=model.source,
+    )
+
+
+def _setup_dict(training: TrainingSpec, precision: Precision, strategy: Strategy) -> dict[str, Any]:
+    """The options by name, resolved."""
+    setup = training.to_dict()
+    setup["dtype"] = precision.dtype
+    setup["mixed_precision"] = precision.mixed_precision
+    setup["strategy"] = strategy.kind
+    setup["offload_optimizer"] = strategy.offload_optimizer
+    setup["offload_param"] = strategy.offload_param
+    return setup
+
+
+def _cluster_dict(cluster: ClusterSpec, gpu: GPUSpec | None) -> dict[str, Any]:
+    data: dict[str, Any] = cluster.to_dict()
+    data["gpu"] = gpu.name if gpu is not None else None
+    return data

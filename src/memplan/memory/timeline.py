@@ -1,0 +1,186 @@
+"""From the tape's log to peaks: block by block, with repeated layers in closed form.
+
+A tape runs the first layer and one more of each kind. What such a layer allocates and frees is the same wherever it
+stands, so the log of the whole model is the tape's log with the layer's segment repeated: the peak of a repetition is
+its start plus the segment's own peak. Running every layer gives the same numbers; the tests say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from memplan.tape.tape import LayerKey, Tape
+
+COMPONENTS = ("temporaries", "activations", "logits", "gradients", "workspace", "activations")
+"""The result's component for each of the tape's (TEMPORARY, ACTIVATION, LOGITS, GRADIENT, WORKSPACE, INPUT)."""
+
+PHASES = ("forward", "loss", "backward")
+
+
+@dataclass(slots=True)
+class Moment:
+    """Bytes alive at one moment, by the tape's component."""
+
+    total: int = 0
+    parts: list[int] = field(default_factory=lambda: [0] * len(COMPONENTS))
+
+
+@dataclass(slots=True)
+class StepProfile:
+    """What forward and backward of one micro-batch need on top of weights, optimizer states and old gradients."""
+
+    peaks: dict[str, Moment]
+    """The fullest moment of each phase."""
+    saved: Moment
+    """Alive between forward and backward: inputs, saved activations, the loss."""
+    end: Moment
+    """Alive after backward: inputs and the new gradients."""
+    forward_flops: int
+    backward_flops: int
+
+
+@dataclass(slots=True)
+class _Segment:
+    phase: str
+    layer: LayerKey | None
+    start: int
+    end: int
+    flops: int
+    net: int = 0
+    peak: int = 0
+    parts: list[int] = field(default_factory=lambda: [0] * len(COMPONENTS))
+
+
+Stacks = Mapping[int, Sequence[int]]
+"""Stack number -> for every layer of the model in order, the made layer that stands for it."""
+
+
+def compose(tape: Tape, stacks: Stacks) -> StepProfile:
+    """Compute the peaks of the whole model from a tape on which each kind of layer ran once.
+
+    Raises nothing: a tape without marks has one segment per phase.
+    """
+    segments = _segments(tape)
+    multiplicity = {
+        (stack, made): sequence.count(made) for stack, sequence in stacks.items() for made in set(sequence)
+    }
+    repeated = _measure(tape, segments, multiplicity)
+    peaks: dict[str, Moment] = {}
+    best: dict[str, tuple[int, _Segment, list[int]]] = {}
+    total = 0
+    parts = [0] * len(COMPONENTS)
+    saved = Moment()
+    forward_flops = backward_flops = 0
+    for segment in _expanded(segments, stacks):
+        if segment.phase == "backward" and forward_flops >= 0 and not saved.total:
+            saved = Moment(total, list(parts))
+        height = total + segment.peak
+        found = best.get(segment.phase)
+        if found is None or height > found[0]:
+            best[segment.phase] = (height, segment, list(parts))
+        total += segment.net
+        for i, size in enumerate(segment.parts):
+            parts[i] += size
+        if segment.phase == "backward":
+            backward_flops += segment.flops
+        else:
+            forward_flops += segment.flops
+    for phase, (height, segment, before) in best.items():
+        peaks[phase] = Moment(height, _at_peak(tape, segment, before, repeated))
+    if not saved.total:
+        saved = Moment(total, list(parts))
+    return StepProfile(peaks, saved, Moment(total, parts), forward_flops, backward_flops)
+
+
+def _segments(tape: Tape) -> list[_Segment]:
+    """Cut the log at the marks; a backward mark names the layer that it ends."""
+    segments: list[_Segment] = []
+    phase = "forward"
+    start = flops = 0
+    layer: LayerKey | None = None
+    for mark in tape.marks:
+        ended = mark.layer if mark.name == "layer_backward_end" else layer
+        if mark.position > start or mark.flops > flops or ended is not None:
+            segments.append(_Segment(phase, ended, start, mark.position, mark.flops - flops))
+        start, flops = mark.position, mark.flops
+        layer = mark.layer if mark.name == "layer" else None
+        if mark.name in PHASES:
+            phase = mark.name
+    segments.append(_Segment(phase, None, start, len(tape.log), tape.flops - flops))
+    return segments
+
+
+def _measure(tape: Tape, segments: list[_Segment], multiplicity: dict[LayerKey, int]) -> dict[int, int]:
+    """Fill in each segment's net growth and its peak above its start.
+
+    Returns, for each storage made in a repeated layer, how many storages of the whole model it stands for.
+    """
+    sizes, components, flowing, log = tape.sizes, tape.components, tape.flowing, tape.log
+    repeated: dict[int, int] = {}
+    for segment in segments:
+        total = peak = 0
+        parts = segment.parts
+        count = multiplicity.get(segment.layer, 1) if segment.layer is not None else 1
+        outside = segment.layer is None
+        for event in log[segment.start : segment.end]:
+            if event >= 0:
+                size = sizes[event]
+                parts[components[event]] += size
+                total += size
+                if total > peak:
+                    peak = total
+                if count > 1 and event not in flowing:
+                    repeated[event] = count
+            else:
+                event = ~event
+                size = sizes[event]
+                if outside and event in repeated:
+                    size *= repeated[event]  # every layer's, freed at once: autocast's cache
+                parts[components[event]] -= size
+                total -= size
+        segment.net, segment.peak = total, peak
+    return repeated
+
+
+def _at_peak(tape: Tape, segment: _Segment, before: list[int], repeated: dict[int, int]) -> list[int]:
+    """The composition at the segment's peak."""
+    parts = list(before)
+    total = 0
+    if segment.peak == 0:
+        return parts
+    for event in tape.log[segment.start : segment.end]:
+        if event >= 0:
+            size = tape.sizes[event]
+            parts[tape.components[event]] += size
+            total += size
+            if total == segment.peak:
+                break
+        else:
+            event = ~event
+            size = tape.sizes[event] * (repeated.get(event, 1) if segment.layer is None else 1)
+            parts[tape.components[event]] -= size
+            total -= size
+    return parts
+
+
+def _expanded(segments: list[_Segment], stacks: Stacks) -> list[_Segment]:
+    """The segments of the whole model: each run of a stack's layers replaced by all of them."""
+    result: list[_Segment] = []
+    i = 0
+    while i < len(segments):
+        layer = segments[i].layer
+        if layer is None:
+            result.append(segments[i])
+            i += 1
+            continue
+        stack = layer[0]
+        made: dict[int, _Segment] = {}
+        while i < len(segments) and segments[i].layer is not None and segments[i].layer[0] == stack:  # type: ignore[index]
+            made[segments[i].layer[1]] = segments[i]  # type: ignore[index]
+            i += 1
+        sequence = stacks[stack]
+        if segments[i - 1].phase == "backward":
+            sequence = list(reversed(sequence))
+        result.extend(made[index] for index in sequence)
+    return result

@@ -1,0 +1,218 @@
+"""How the run is spread: the part of a setup that the planner may choose.
+
+Each engine has a nested model with its own keys, named and defaulted as in its library.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BeforeValidator, model_validator
+
+from memplan.errors import SpecError
+from memplan.specs._base import Names, NonNegativeInt, PositiveInt, Spec, integer
+
+__all__ = ["DdpSpec", "FsdpSpec", "OffloadOptimizerSpec", "OffloadParamSpec", "Strategy", "ZeroSpec"]
+
+Kind: TypeAlias = Literal["single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"]
+Offload: TypeAlias = Literal["none", "cpu", "nvme"]
+
+
+def _count_or_auto(value: object) -> object:
+    return value if value == "auto" else _count(value)
+
+
+def _count(value: object) -> int:
+    # DeepSpeed's files write counts as 5e8, and sys.maxsize is its "no limit".
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return sys.maxsize if value == sys.maxsize and not isinstance(value, bool) else integer(value, 0)
+
+
+Count = Annotated[int, BeforeValidator(_count)]
+"""A number of elements, not bytes; 5e8 will do."""
+CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
+"""As Count, or ``auto``: transformers' Trainer fills it in from the hidden size."""
+
+
+class DdpSpec(Spec):
+    """``torch.nn.parallel.DistributedDataParallel``; defaults of torch 2.13."""
+
+    bucket_cap_mb: PositiveInt = 25
+    """MiB of gradients per bucket."""
+    gradient_as_bucket_view: bool = False
+    """Gradients are views of the buckets, which saves a second copy of all gradients."""
+    broadcast_buffers: bool = True
+    """Buffers are broadcast from rank 0 before each forward."""
+    find_unused_parameters: bool | None = None
+    """Look for parameters without a gradient after each forward, which also keeps DDP from rebuilding its
+    buckets in the order of the backward. None is the Trainer's rule: on, but off with gradient checkpointing."""
+    static_graph: bool = False
+    """The graph is the same in each step."""
+
+
+class OffloadOptimizerSpec(Spec):
+    """``zero_optimization.offload_optimizer`` of DeepSpeed 0.19.8, less its device, which is ``Strategy``'s."""
+
+    pin_memory: bool = True
+    """Keep the host copies in page-locked memory."""
+    buffer_count: PositiveInt = 4
+    """NVMe: pinned buffers, one per state of a sub-group; 4 at least."""
+    pipeline_read: bool = False
+    """NVMe: read the next sub-group while this one is updated."""
+    pipeline_write: bool = False
+    """NVMe: write the last sub-group while this one is updated."""
+    fast_init: bool = False
+    """NVMe: initialise the states on NVMe in one go."""
+    ratio: float = 1.0
+    """Share of the parameters that is updated on the CPU; ZeRO-3 only."""
+
+    @model_validator(mode="after")
+    def _legal(self) -> OffloadOptimizerSpec:
+        if not 0 <= self.ratio <= 1:
+            raise SpecError.at("ratio", self.ratio, "is not a share", "Use a number from 0 to 1.")
+        if self.buffer_count < 4:
+            remedy = "Use 4 or more: three states and the gradient."
+            raise SpecError.at("buffer_count", self.buffer_count, "is too few", remedy)
+        return self
+
+
+class OffloadParamSpec(Spec):
+    """``zero_optimization.offload_param`` of DeepSpeed 0.19.8, less its device, which is ``Strategy``'s."""
+
+    pin_memory: bool = True
+    """Keep the host copies in page-locked memory."""
+    buffer_count: PositiveInt = 5
+    """NVMe: pinned buffers."""
+    buffer_size: Count = 100_000_000
+    """NVMe: elements per buffer; the largest partition must fit."""
+    max_in_cpu: Count = 1_000_000_000
+    """NVMe: elements that stay in host memory."""
+
+
+class ZeroSpec(Spec):
+    """``zero_optimization`` of a DeepSpeed config; names and defaults of DeepSpeed 0.19.8, in elements."""
+
+    contiguous_gradients: bool = True
+    """Copy gradients into one bucket buffer as they come."""
+    reduce_scatter: bool = True
+    """Reduce each gradient to its owner only; False is all-reduce."""
+    reduce_bucket_size: CountOrAuto = 500_000_000
+    """Elements of gradients reduced at once; auto: hidden_size squared."""
+    allgather_partitions: bool = True
+    """Gather updated parameters with one collective."""
+    allgather_bucket_size: Count = 500_000_000
+    """Elements gathered at once."""
+    overlap_comm: bool | None = None
+    """Reduce during the backward; None is True for stage 3 only."""
+    round_robin_gradients: bool = False
+    """Order of partitioning; no memory."""
+    sub_group_size: Count = 1_000_000_000
+    """Stage 3: elements updated at once."""
+    stage3_prefetch_bucket_size: CountOrAuto = 50_000_000
+    """Stage 3: elements fetched ahead; auto: 0.9 x hidden_size squared."""
+    stage3_param_persistence_threshold: CountOrAuto = 100_000
+    """Stage 3: parameters up to this stay gathered; auto: 10 x hidden_size."""
+    stage3_model_persistence_threshold: Count = sys.maxsize
+    """Stage 3: elements that may stay gathered over the whole model."""
+    stage3_max_live_parameters: Count = 1_000_000_000
+    """Stage 3: elements that prefetching may keep gathered."""
+    stage3_max_reuse_distance: Count = 1_000_000_000
+    """Stage 3: a parameter used again within this many elements stays gathered."""
+    stage3_gather_16bit_weights_on_model_save: bool = False
+    """Stage 3: gather the whole 16-bit model to save it."""
+    stage3_allgather_sequential: bool = False
+    """Stage 3: gather one parameter at a time, without a coalesced copy."""
+    zero_hpz_partition_size: PositiveInt = 1
+    """Stage 3: ranks of a secondary partition (ZeRO++)."""
+    zero_quantized_weights: bool = False
+    """Stage 3: gather quantized weights (ZeRO++)."""
+    zero_quantized_gradients: bool = False
+    """Stage 3: reduce quantized gradients (ZeRO++)."""
+    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """``data_types.grad_accum_dtype``; None is the model's type."""
+    offload_optimizer: OffloadOptimizerSpec = OffloadOptimizerSpec()
+    """Details of ``Strategy.offload_optimizer``."""
+    offload_param: OffloadParamSpec = OffloadParamSpec()
+    """Details of ``Strategy.offload_param``."""
+
+
+class FsdpSpec(Spec):
+    """``fsdp_config``; names of accelerate 1.15, defaults of the Trainer of transformers 5.23."""
+
+    version: Literal[1, 2] = 2
+    """``fsdp_version``: 2 is ``fully_shard``, 1 is ``FullyShardedDataParallel``."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered parameters after its forward; version 1: FULL_SHARD, else SHARD_GRAD_OP."""
+    auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] = "TRANSFORMER_BASED_WRAP"
+    """What becomes a unit of sharding."""
+    transformer_layer_cls_to_wrap: Names = ()
+    """Block classes; empty means the model's ``_no_split_modules``."""
+    min_num_params: NonNegativeInt = 0
+    """Elements per unit, for SIZE_BASED_WRAP."""
+    activation_checkpointing: bool = False
+    """Let FSDP do the checkpointing; not together with ``gradient_checkpointing``."""
+    cpu_ram_efficient_loading: bool = False
+    """Only rank 0 reads the checkpoint; the others receive their shards."""
+    state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] = "FULL_STATE_DICT"
+    """How a checkpoint is saved; a full one gathers the model."""
+    backward_prefetch: Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"] = "BACKWARD_PRE"
+    """Version 1: when the next unit of the backward is gathered."""
+    forward_prefetch: bool = False
+    """Version 1: gather the next unit of the forward ahead."""
+    use_orig_params: bool = True
+    """Version 1: keep the parameters as they were; needed for frozen ones beside trained ones."""
+    sync_module_states: bool = True
+    """Version 1: rank 0 broadcasts its parameters at the start."""
+
+
+class Strategy(Spec):
+    """A way to spread a run over ranks, host memory and NVMe. Raises SpecError for an impossible combination."""
+
+    kind: Kind = "single"
+    """Plain training on one GPU, DDP, DeepSpeed's ZeRO stages, or FSDP."""
+    offload_optimizer: Offload = "none"
+    """Where ZeRO's optimizer states live: DeepSpeed's ``offload_optimizer.device``."""
+    offload_param: Offload = "none"
+    """Where sharded parameters live: DeepSpeed's ``offload_param.device``; FSDP's CPU offload, optimizer included."""
+    ddp: DdpSpec = DdpSpec()
+    """Keys of DDP."""
+    zero: ZeroSpec = ZeroSpec()
+    """Keys of DeepSpeed's ZeRO."""
+    fsdp: FsdpSpec = FsdpSpec()
+    """Keys of FSDP."""
+
+    @model_validator(mode="after")
+    def _legal(self) -> Strategy:
+        if self.kind == "fsdp":
+            self._legal_fsdp()
+            return self
+        if self.offload_optimizer != "none" and self.kind not in ("zero1", "zero2", "zero3"):
+            remedy = "Use kind zero1, zero2 or zero3, or none."
+            raise SpecError.at("offload_optimizer", self.offload_optimizer, f"cannot go with {self.kind}", remedy)
+        if self.offload_optimizer == "nvme" and self.kind != "zero3":
+            # deepspeed/runtime/zero/config.py: "`nvme` ... Valid only with stage 3."
+            remedy = "Use kind zero3, or cpu."
+            raise SpecError.at("offload_optimizer", "nvme", f"cannot go with {self.kind}", remedy)
+        if self.offload_param != "none" and self.kind != "zero3":
+            remedy = "Use kind zero3 or fsdp, or none."
+            raise SpecError.at("offload_param", self.offload_param, f"cannot go with {self.kind}", remedy)
+        return self
+
+    def _legal_fsdp(self) -> None:
+        if self.offload_optimizer != "none":
+            remedy = "Use offload_param cpu: FSDP keeps the optimizer where it keeps the parameters."
+            raise SpecError.at("offload_optimizer", self.offload_optimizer, "cannot go with fsdp", remedy)
+        if self.offload_param == "nvme":
+            raise SpecError.at("offload_param", "nvme", "cannot go with fsdp", "Use cpu, or kind zero3.")
+
+    @property
+    def zero_stage(self) -> int | None:
+        """DeepSpeed's stage, 0 .. 3; None for other engines."""
+        return int(self.kind[-1]) if self.is_deepspeed else None
+
+    @property
+    def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed is the engine, which loads the model in 16 bit by default."""
+        return self.kind.startswith("zero")

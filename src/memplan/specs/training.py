@@ -1,0 +1,197 @@
+"""What is asked of the model: batch, length, precision, optimizer, adapters, quantization."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BeforeValidator, field_validator, model_validator
+
+from memplan.errors import SpecError, UnsupportedError, did_you_mean
+from memplan.specs._base import Names, PositiveInt, Probability, Spec
+
+__all__ = ["KNOWN_OPTIMIZERS", "OPTIMIZERS", "UNMODELLED_OPTIMIZERS", "LoraSpec", "QuantizationSpec", "TrainingSpec"]
+
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+MixedPrecision: TypeAlias = Literal["no", "bf16", "fp16"]
+Attention: TypeAlias = Literal["eager", "sdpa", "flash_attention_2"]
+Head: TypeAlias = Literal["causal-lm", "base", "sequence-classification", "seq2seq-lm", "image-classification"]
+DeviceMap: TypeAlias = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+
+OPTIMIZERS: dict[str, str] = {
+    "adamw_torch": "torch.optim.AdamW with its default implementation: foreach on CUDA, a loop on CPU",
+    "adamw_torch_fused": "torch.optim.AdamW(fused=True)",
+    "adamw_torch_foreach": "torch.optim.AdamW(foreach=True), whatever the device; memplan's own name",
+    "adamw_torch_loop": "torch.optim.AdamW(foreach=False), one parameter at a time; memplan's own name",
+    "adamw_bnb_8bit": "bitsandbytes AdamW, 8-bit states",
+    "adamw_8bit": "the same as adamw_bnb_8bit",
+    "paged_adamw_32bit": "bitsandbytes AdamW, 32-bit states in unified memory",
+    "paged_adamw_8bit": "bitsandbytes AdamW, 8-bit states in unified memory",
+    "adafactor": "transformers Adafactor, factored second moment",
+    "sgd": "torch.optim.SGD",
+    "adagrad": "torch.optim.Adagrad",
+    "rmsprop": "torch.optim.RMSprop",
+    "lion_32bit": "bitsandbytes Lion, 32-bit momentum",
+    "lion_8bit": "bitsandbytes Lion, 8-bit momentum",
+    "paged_lion_32bit": "bitsandbytes Lion, 32-bit momentum in unified memory",
+    "paged_lion_8bit": "bitsandbytes Lion, 8-bit momentum in unified memory",
+    "muon": "torch.optim.Muon for matrices and AdamW for the rest; the Trainer has no name for it",
+}
+"""The optimizers memplan models, with what each is. Names as in transformers 5.23 ``OptimizerNames``."""
+
+UNMODELLED_OPTIMIZERS: frozenset[str] = frozenset(
+    {
+        "adamw_torch_xla",
+        "adamw_torch_npu_fused",
+        "adamw_apex_fused",
+        "adamw_hf",
+        "adamw_anyprecision",
+        "adamw_torch_4bit",
+        "adamw_torch_8bit",
+        "ademamix",
+        "ademamix_8bit",
+        "paged_ademamix_32bit",
+        "paged_ademamix_8bit",
+        "rmsprop_bnb",
+        "rmsprop_bnb_8bit",
+        "rmsprop_bnb_32bit",
+        "galore_adamw",
+        "galore_adamw_8bit",
+        "galore_adafactor",
+        "galore_adamw_layerwise",
+        "galore_adamw_8bit_layerwise",
+        "galore_adafactor_layerwise",
+        "lomo",
+        "adalomo",
+        "grokadamw",
+        "schedule_free_radam",
+        "schedule_free_adamw",
+        "schedule_free_sgd",
+        "apollo_adamw",
+        "apollo_adamw_layerwise",
+        "stable_adamw",
+    }
+)
+"""Names that transformers (5.23, or 4.x for adamw_hf and adamw_apex_fused) accepts and memplan refuses by name."""
+
+KNOWN_OPTIMIZERS: frozenset[str] = UNMODELLED_OPTIMIZERS.union(OPTIMIZERS)
+
+
+def _optimizer(value: object) -> str:
+    if isinstance(value, str) and value in OPTIMIZERS:
+        return value
+    if isinstance(value, str) and value in UNMODELLED_OPTIMIZERS:
+        # Not a ValueError, so it leaves the validation as it is.
+        raise UnsupportedError(
+            f"optim: {value!r} is known to transformers, but memplan has no rule for its states and "
+            f"temporaries. Use one of {', '.join(OPTIMIZERS)}."
+        )
+    raise SpecError.at("", value, "is not an optimizer of TrainingArguments", did_you_mean(str(value), OPTIMIZERS))
+
+
+class LoraSpec(Spec):
+    """LoRA adapters as ``peft.LoraConfig`` makes them: A is [rank, in], B is [out, rank]."""
+
+    rank: PositiveInt
+    """``r``: rows of A, columns of B."""
+    targets: Names = ()
+    """``target_modules``: names matched as PEFT does; empty means PEFT's mapping for the model type."""
+    dropout: Probability = 0.0
+    """``lora_dropout``: above 0 each adapter saves a mask and a dropped copy of its input."""
+    alpha: PositiveInt | None = None
+    """``lora_alpha``: a scale; it needs no memory. None is PEFT's default."""
+    modules_to_save: Names = ()
+    """Modules that are copied and trained in full, next to their frozen originals."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained."""
+    autocast_adapter_dtype: bool = True
+    """Adapters of 16-bit models are kept in float32, as PEFT does by default."""
+
+
+class QuantizationSpec(Spec):
+    """Quantized weights as bitsandbytes holds them; the output head and embeddings are not quantized."""
+
+    kind: Literal["none", "int8", "nf4", "nf4-dq"]
+    """LLM.int8(), NF4 in blocks of 64, or NF4 with its scales quantized again (double quantization)."""
+    prepare_for_kbit_training: bool = True
+    """Call ``peft.prepare_model_for_kbit_training``: what is not quantized goes to float32."""
+    compute_dtype: Dtype | None = None
+    """``bnb_4bit_compute_dtype``; None is the mixed-precision type of the run, or else its dtype."""
+
+
+def _quantization(value: object) -> object:
+    """``"nf4"`` is short for its kind, and kind none is no quantization."""
+    kind = (
+        value.kind if isinstance(value, QuantizationSpec) else value.get("kind") if isinstance(value, dict) else value
+    )
+    if kind == "none":
+        return None
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class TrainingSpec(Spec):
+    """A training run (or a loading, or a generation), per GPU. Names follow HF ``TrainingArguments``.
+
+    Raises SpecError for a wrong field or combination, UnsupportedError for an optimizer that
+    transformers knows and memplan does not model.
+    """
+
+    micro_batch_size: PositiveInt = 1
+    """Sequences per GPU in one forward: ``per_device_train_batch_size``."""
+    seq_len: PositiveInt = 2048
+    """Tokens per sequence."""
+    grad_accum_steps: PositiveInt = 1
+    """Micro-batches per optimizer step: ``gradient_accumulation_steps``."""
+    optim: Annotated[str, BeforeValidator(_optimizer)] = "adamw_torch_fused"
+    """One of :data:`OPTIMIZERS`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """What ``from_pretrained(dtype=...)`` loads; auto is the checkpoint's. None depends on the strategy:
+    float32 for single, DDP and FSDP, the 16-bit type for DeepSpeed (:mod:`memplan.specs.precision`)."""
+    mixed_precision: MixedPrecision | None = None
+    """``TrainingArguments(bf16=..., fp16=...)``. None is bf16, or fp16 on a GPU without bf16."""
+    attn: Attention = "sdpa"
+    """``attn_implementation``."""
+    gradient_checkpointing: bool = False
+    """Keep each block's input only and run the block again in the backward."""
+    liger: bool = False
+    """``use_liger_kernel``: the loss is computed from the hidden states in chunks."""
+    packed: bool = True
+    """Sequences are full, so there is no attention mask; False is a padded batch with a mask."""
+    head: Head | None = None
+    """What stands on the model; None is what the config's architecture says."""
+    vocab_size: PositiveInt | None = None
+    """Resize the token embeddings to this; None keeps the config's."""
+    eval_batch_size: PositiveInt | None = None
+    """``per_device_eval_batch_size``; None is a run without evaluation."""
+    lora: LoraSpec | None = None
+    """Train adapters, with the model frozen."""
+    quantization: Annotated[QuantizationSpec | None, BeforeValidator(_quantization)] = None
+    """Quantize the frozen weights; a kind alone, as text, will do."""
+    task: Literal["train", "load", "generate"] = "train"
+    """What the run does."""
+    device_map: DeviceMap | None = None
+    """How loading spreads layers over devices; None puts the model on one."""
+    max_new_tokens: PositiveInt | None = None
+    """Tokens to generate after ``seq_len`` tokens of prompt; for task generate."""
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _lora_of_rank(cls, value: object) -> object:
+        return {"rank": value} if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> TrainingSpec:
+        if self.max_new_tokens is not None and self.task != "generate":
+            raise SpecError.at("max_new_tokens", self.max_new_tokens, f"has no use in task {self.task}", _TASK)
+        if self.device_map is not None and self.task == "train":
+            remedy = "Use task load or generate; to train on several GPUs choose a strategy."
+            raise SpecError.at(
+                "device_map", self.device_map, "spreads one copy of the model, which task train does not", remedy
+            )
+        if self.quantization is not None and self.lora is None and self.task == "train":
+            # transformers Trainer: "You cannot perform fine-tuning on purely quantized models."
+            remedy = "Give lora a rank, or leave quantization out."
+            raise SpecError.at("quantization", self.quantization.kind, "has no trainable weights", remedy)
+        return self
+
+
+_TASK = "Use task generate, or leave it out."

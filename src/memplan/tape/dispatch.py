@@ -1,0 +1,109 @@
+"""What a device's dispatcher decides: autocast's lists and the attention backend. One table per device kind.
+
+Sources: aten/src/ATen/autocast_mode.h (AT_FORALL_* lists), aten/src/ATen/native/transformers/sdp_utils.cpp and
+cuda/sdp_utils.cpp, torch 2.13.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from memplan.tape.tensor import DType, Tensor, bool_, float16, float32
+
+if TYPE_CHECKING:
+    from memplan.tape.tape import Tape
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRules:
+    """Dispatch rules of one device kind."""
+
+    kind: str
+    autocast_float32: frozenset[str]
+    """Operations that autocast runs in float32."""
+    compute_capability: tuple[int, int] = (0, 0)
+    cudnn_attention: bool = True
+    """cuDNN is newer than 9.15.0, so that its attention is preferred on compute capability 9.x and 10.x."""
+    accumulate_in_place: bool = True
+    """Whether the engine adds a gradient into one that it alone holds. Not under a dispatch mode (O1's tracker)."""
+
+    def dropout(self, t: Tape, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The result and the mask: native_dropout's byte per element on CUDA; on CPU noise of x's dtype."""
+        if self.kind == "cuda":
+            out = t.new_like(x, "dropout")
+            return out, t.new(x.shape, bool_, "dropout_mask")
+        mask = t.new_like(x, "dropout_noise")
+        return t.new_like(x, "dropout"), mask
+
+    def layer_norm_stats(self, x: DType, weight: DType) -> DType:
+        """The dtype of the saved mean and rstd: float32 on CUDA for 16-bit inputs; the input's on CPU."""
+        if self.kind == "cuda" or weight is float32:
+            return float32
+        return x
+
+    def softmax_input(self, x: Tensor, dtype: DType, cast: Any) -> Tensor:
+        """softmax(dtype=float32): CUDA converts float16 inside the kernel (half_to_float); all else is cast first.
+
+        Source: softmax in aten/src/ATen/native/SoftMax.cpp.
+        """
+        if self.kind == "cuda" and x.dtype is float16:
+            return x
+        result: Tensor = cast(x, dtype)
+        return result
+
+
+CPU = DeviceRules("cpu", frozenset(), accumulate_in_place=False)
+
+CUDA_AUTOCAST_FLOAT32 = frozenset(
+    {"pow", "rsqrt", "layer_norm", "softmax", "log_softmax", "sum", "exp", "log", "norm", "softplus", "cumsum"}
+)
+
+
+def cuda(compute_capability: tuple[int, int], cudnn_attention: bool = True) -> DeviceRules:
+    """The rules of an NVIDIA GPU."""
+    return DeviceRules("cuda", CUDA_AUTOCAST_FLOAT32, compute_capability, cudnn_attention)
+
+
+def choose_sdpa_backend(
+    rules: DeviceRules,
+    *,
+    dtype: str,
+    head_dim: int,
+    value_head_dim: int,
+    query_heads: int,
+    kv_heads: int,
+    query_len: int,
+    kv_len: int,
+    mask: bool,
+    mask_requires_grad: bool,
+    dropout: float,
+    requires_grad: bool,
+) -> str:
+    """The backend that torch's dispatcher takes: flash, efficient, cudnn, math or flash_cpu."""
+    if rules.kind == "cpu":
+        return "math" if dropout > 0.0 or mask_requires_grad or head_dim != value_head_dim else "flash_cpu"
+    cc = rules.compute_capability
+    half = dtype in ("bfloat16", "float16")
+    gqa = query_heads != kv_heads
+    if (
+        half
+        and rules.cudnn_attention
+        and cc[0] in (9, 10)
+        and head_dim <= 128
+        and head_dim % 8 == 0
+        and value_head_dim <= 128
+        and not mask_requires_grad
+        and kv_len != 1
+        and (dropout * 16) % 1 == 0
+    ):
+        return "cudnn"
+    if half and cc >= (8, 0) and not mask and head_dim == value_head_dim and head_dim <= 256:
+        small_smem = cc in ((8, 6), (8, 9)) or cc[0] == 12
+        if not (requires_grad and small_smem and head_dim > 192 and (head_dim <= 224 or dropout > 0.0)):
+            return "flash"
+    if not gqa and not (dtype == "bfloat16" and cc < (8, 0)):
+        aligned = head_dim % 8 == 0 and value_head_dim % 8 == 0 if half else head_dim % 4 == 0 and value_head_dim % 4 == 0
+        if aligned:
+            return "efficient"
+    return "math"

@@ -1,0 +1,451 @@
+"""The tape: a log of allocations, and shape-level autograd that frees them where torch does.
+
+Sources: torch/csrc/autograd/{engine,input_buffer,functions/accumulate_grad}.cpp, torch/utils/checkpoint.py,
+aten/src/ATen/autocast_mode.cpp (torch 2.13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from heapq import heappop, heappush
+from sys import getrefcount
+from typing import Any
+
+from memplan.tape.dispatch import CPU, DeviceRules
+from memplan.tape.tensor import (
+    DType,
+    Parameter,
+    Persistent,
+    Shape,
+    Storage,
+    Tensor,
+    contiguous_strides,
+    dense_like,
+    float32,
+    promote,
+)
+
+# What a storage is, as the breakdown names it. A plain result is temporary until autograd saves it.
+TEMPORARY, ACTIVATION, LOGITS, GRADIENT, WORKSPACE, INPUT = range(6)
+
+LayerKey = tuple[int, int]
+"""(stack, index): a model may have several stacks of layers, as an encoder and a decoder."""
+
+BackwardFn = Callable[["Tape", "Node", Any, Any], Sequence["Tensor | None"]]
+
+
+class StopRecompute(Exception):
+    """Raised when a checkpointed region has recomputed its last saved tensor (torch: early stop)."""
+
+
+class Node:
+    """One backward function: its edges, what it saved, and the gradients that have reached it so far."""
+
+    __slots__ = ("ctx", "edges", "fn", "grads", "outputs", "saved", "seq")
+
+    def __init__(self, fn: BackwardFn, seq: int, edges: list[Any], saved: Any, ctx: Any, outputs: int) -> None:
+        self.fn = fn
+        self.seq = seq
+        self.edges = edges
+        self.saved = saved
+        self.ctx = ctx
+        self.outputs = outputs
+        self.grads: list[Tensor | None] | None = None
+
+
+class AccumulateGrad:
+    """The sink of a leaf's gradient: ``grad`` once it has one."""
+
+    __slots__ = ("accumulated", "grad", "grads", "pending", "shape", "strides")
+
+    def __init__(self, leaf: Tensor) -> None:
+        self.shape = leaf.shape
+        self.strides = leaf.strides
+        self.grads: list[Tensor | None] | None = None
+        self.grad: Tensor | None = None
+        self.accumulated = False
+        """A gradient of an earlier micro-batch is there already."""
+        self.pending = 0
+
+
+class _Frame:
+    """A checkpointed call: its function, its inputs, and (during backward) what the recomputation saved."""
+
+    __slots__ = ("args", "autocast", "count", "fn", "recomputed")
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], autocast: DType | None) -> None:
+        self.fn = fn
+        self.args = args
+        self.autocast = autocast
+        self.count = 0
+        self.recomputed: list[Tensor | None] | None = None
+
+
+class _Packed:
+    """Stands in a node for the tensors that a checkpointed region did not keep."""
+
+    __slots__ = ("frame", "length", "start")
+
+    def __init__(self, frame: _Frame, start: int, length: int) -> None:
+        self.frame = frame
+        self.start = start
+        self.length = length
+
+
+class Mark:
+    """A position in the log, with the FLOPs counted so far."""
+
+    __slots__ = ("flops", "layer", "name", "position")
+
+    def __init__(self, name: str, layer: LayerKey | None, position: int, flops: int) -> None:
+        self.name = name
+        self.layer = layer
+        self.position = position
+        self.flops = flops
+
+    def __repr__(self) -> str:
+        return f"Mark({self.name}, {self.layer}, @{self.position})"
+
+
+class Tape:
+    """Runs a forward and a backward pass symbolically and logs every allocation.
+
+    ``log`` holds storage ids: ``i`` when storage i is allocated, ``~i`` when it is freed. ``sizes`` are bytes,
+    rounded up to ``granularity``; ``components`` and ``names`` say what storage i is and which operation made it.
+    """
+
+    def __init__(self, rules: DeviceRules = CPU) -> None:
+        self.rules = rules
+        self.grad_enabled = True
+        self.accumulate_in_place = rules.accumulate_in_place
+        self.training = True
+        self.log: list[int] = []
+        self.sizes: list[int] = []
+        self.components: list[int] = []
+        self.names: list[str] = []
+        self.marks: list[Mark] = []
+        self.component = TEMPORARY
+        self.flops = 0
+        self.autocast: DType | None = None
+        self._cast_cache: dict[int, Tensor] = {}
+        self._seq = 0
+        self._frame: _Frame | None = None
+        self._recording: list[Tensor | None] | None = None
+        self._record_limit = 0
+        self._persistent = Persistent(self)
+        self._boundaries: list[tuple[int, LayerKey | None]] = []
+        self.flowing: set[int] = set()
+        self.buffer_bytes = 0
+        self.input_count = 0
+        """How many of the first storages are the batch."""
+
+    # -- storage -----------------------------------------------------------------------------------------------
+
+    def new(self, shape: Shape, dtype: DType, name: str, strides: Shape | None = None) -> Tensor:
+        """Allocate a tensor; contiguous unless ``strides`` says otherwise."""
+        nbytes = dtype.itemsize
+        for size in shape:
+            nbytes *= size
+        sizes = self.sizes
+        log = self.log
+        index = len(sizes)
+        sizes.append((nbytes + 511) & -512)
+        self.components.append(self.component)
+        self.names.append(name)
+        log.append(index)
+        return Tensor(shape, strides or contiguous_strides(shape), dtype, Storage(self, index, log))
+
+    def new_like(self, x: Tensor, name: str) -> Tensor:
+        """Allocate the result of an elementwise operation on x: same dtype, x's order of dimensions."""
+        return self.new(x.shape, x.dtype, name, dense_like(x.shape, x.strides))
+
+    def parameter(self, name: str, shape: Shape, dtype: DType, requires_grad: bool = True) -> Parameter:
+        """A weight. Its bytes are not logged: they are there before the step and after it."""
+        p = Parameter(shape, contiguous_strides(shape), dtype, self._persistent)
+        p.name = name
+        if requires_grad:
+            p.node = AccumulateGrad(p)  # type: ignore[assignment]
+        return p
+
+    def buffer(self, shape: Shape, dtype: DType) -> Tensor:
+        """A persistent tensor without gradient; its bytes count as weights."""
+        nbytes = dtype.itemsize
+        for size in shape:
+            nbytes *= size
+        self.buffer_bytes += (nbytes + 511) & -512
+        return Tensor(shape, contiguous_strides(shape), dtype, self._persistent)
+
+    def require_grad(self, x: Tensor) -> None:
+        """x.requires_grad_(): x becomes a leaf with a gradient of its own."""
+        if x.node is None and self.grad_enabled:
+            x.node = AccumulateGrad(x)  # type: ignore[assignment]
+
+    def scratch(self, nbytes: int, name: str) -> None:
+        """Memory that a kernel takes and gives back within one call."""
+        index = len(self.sizes)
+        self.sizes.append((nbytes + 511) & -512)
+        self.components.append(self.component)
+        self.names.append(name)
+        self.log.append(index)
+        self.log.append(~index)
+
+    def tag(self, x: Tensor, component: int) -> None:
+        """Say what x's storage is."""
+        if x.storage.id >= 0:
+            self.components[x.storage.id] = component
+
+    # -- graph -------------------------------------------------------------------------------------------------
+
+    def node(
+        self,
+        fn: BackwardFn,
+        inputs: Sequence[Tensor | None],
+        saved: tuple[Tensor | None, ...] = (),
+        ctx: Any = None,
+        outputs: int = 1,
+    ) -> Node | None:
+        """A backward node for ``inputs``, or None where no gradient flows. Call it before allocating the result:
+        torch saves inputs before it runs the kernel, which is where a recomputation stops early."""
+        if not self.grad_enabled:
+            return None
+        edges: list[Any] = []
+        live = False
+        for x in inputs:
+            if x is None or x.node is None:
+                edges.append(None)
+            else:
+                live = True
+                node = x.node
+                if node.__class__ is AccumulateGrad and self._recording is None:
+                    node.pending += 1  # type: ignore[union-attr]
+                edges.append((node, x.slot))
+        if not live:
+            return None
+        self._seq += 1
+        result = Node(fn, self._seq, edges, None, ctx, outputs)
+        if saved:
+            self._save(result, saved)
+        return result
+
+    def save(self, node: Node | None, *tensors: Tensor | None) -> None:
+        """Add results of the operation itself to what ``node`` saved."""
+        if node is not None:
+            self._save(node, tensors)
+
+    def _save(self, node: Node, tensors: tuple[Tensor | None, ...]) -> None:
+        if self._recording is not None:
+            for x in tensors:
+                self._recording.append(None if x is None else _detached(x))
+                self._mark_saved(x)
+                if len(self._recording) == self._record_limit:
+                    raise StopRecompute
+        elif self._frame is not None:
+            frame = self._frame
+            if node.saved is None:
+                node.saved = _Packed(frame, frame.count, 0)
+            node.saved.length += len(tensors)
+            frame.count += len(tensors)
+        else:
+            kept = [None if x is None else _detached(x) for x in tensors]
+            for x in kept:
+                self._mark_saved(x)
+            node.saved = kept if node.saved is None else node.saved + kept
+
+    def _mark_saved(self, x: Tensor | None) -> None:
+        if x is not None:
+            index = x.storage.id
+            if index >= 0 and self.components[index] == TEMPORARY:
+                self.components[index] = ACTIVATION
+
+    def forward_flops(self, flops: int) -> None:
+        """Count floating-point operations."""
+        self.flops += flops
+
+    @contextmanager
+    def no_grad(self) -> Iterator[None]:
+        before, self.grad_enabled = self.grad_enabled, False
+        try:
+            yield
+        finally:
+            self.grad_enabled = before
+
+    @contextmanager
+    def tagged(self, component: int) -> Iterator[None]:
+        """Everything allocated inside belongs to ``component``."""
+        before, self.component = self.component, component
+        try:
+            yield
+        finally:
+            self.component = before
+
+    def mark(self, name: str, layer: LayerKey | None = None) -> None:
+        """Remember the present position in the log."""
+        self.marks.append(Mark(name, layer, len(self.log), self.flops))
+
+    def layer_boundary(self, layer: LayerKey | None) -> None:
+        """Forward enters ``layer`` (None: what follows the last one) here; backward leaves it at an older node."""
+        self._boundaries.append((self._seq, layer))
+        self.mark("layer", layer)
+
+    def flow(self, x: Tensor) -> None:
+        """x passes from one layer to the next: its storage is not repeated with the layer that made it."""
+        self.flowing.add(x.storage.id)
+        self._mark_saved(x)
+
+    # -- autocast ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def autocasting(self, dtype: DType | None) -> Iterator[None]:
+        """torch.autocast: weights cast once and cached until the outermost context ends."""
+        before, cache = self.autocast, self._cast_cache
+        self.autocast, self._cast_cache = dtype, {}
+        try:
+            yield
+        finally:
+            self._cast_cache.clear()
+            self.autocast, self._cast_cache = before, cache
+
+    def cached_cast(self, p: Tensor, dtype: DType, cast: Callable[[Tensor, DType], Tensor]) -> Tensor:
+        """The low-precision copy of a weight. Only fp32 leaves that require a gradient are cached."""
+        if p.__class__ is not Parameter or p.node is None or p.dtype is not float32:
+            return cast(p, dtype)
+        found = self._cast_cache.get(id(p))
+        if found is None:
+            # The cast belongs to the outer graph even inside a checkpointed region's recomputation.
+            found = self._cast_cache[id(p)] = cast(p, dtype)
+        return found
+
+    # -- checkpointing -----------------------------------------------------------------------------------------
+
+    def checkpoint(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """torch.utils.checkpoint with use_reentrant=False: keep the inputs, recompute the rest in backward."""
+        if not self.grad_enabled:
+            return fn(*args)
+        frame = _Frame(fn, args, self.autocast)
+        for x in args:
+            if isinstance(x, Tensor):
+                self._mark_saved(x)
+        outer, self._frame = self._frame, frame
+        try:
+            return fn(*args)
+        finally:
+            self._frame = outer
+
+    def _unpack(self, packed: _Packed) -> list[Tensor | None]:
+        frame = packed.frame
+        if frame.recomputed is None:
+            frame.recomputed = []
+            outer = (self._recording, self._record_limit, self.grad_enabled, self.component)
+            self._recording, self._record_limit, self.grad_enabled = frame.recomputed, frame.count, True
+            self.component = TEMPORARY
+            try:
+                with self.autocasting(frame.autocast):
+                    frame.fn(*frame.args)
+            except StopRecompute:
+                pass
+            finally:
+                self._recording, self._record_limit, self.grad_enabled, self.component = outer
+        recomputed = frame.recomputed
+        end = packed.start + packed.length
+        tensors = recomputed[packed.start : end]
+        for i in range(packed.start, end):
+            recomputed[i] = None
+        return tensors
+
+    # -- backward ----------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the graph in torch's order: the newest ready node first, parameter sinks at once."""
+        self.grad_enabled = False
+        root: Any = loss.node
+        root.grads = [self.new(loss.shape, loss.dtype, "ones_like")]
+        heap: list[tuple[int, Node]] = [(-root.seq, root)]
+        boundaries = self._boundaries
+        waiting: list[AccumulateGrad] = []
+        del loss, root
+        while heap:
+            node = heappop(heap)[1]
+            while boundaries and node.seq <= boundaries[-1][0]:
+                self.mark("layer_backward_end", boundaries.pop()[1])
+            grads: Any = node.grads
+            node.grads = None
+            saved = node.saved
+            node.saved = None
+            if saved.__class__ is _Packed:
+                saved = self._unpack(saved)
+            if node.outputs == 1:
+                grads = grads[0]
+            results = list(node.fn(self, node, grads, saved))
+            del grads, saved
+            edges = node.edges
+            node.edges = []
+            for i, edge in enumerate(edges):
+                if edge is None or results[i] is None:
+                    continue
+                target, slot = edge
+                buffer = target.grads
+                if buffer is None:
+                    size = 1 if target.__class__ is AccumulateGrad else target.outputs
+                    target.grads = buffer = [None] * size
+                    if target.__class__ is Node:
+                        heappush(heap, (-target.seq, target))
+                if buffer[slot] is None:
+                    buffer[slot] = results[i]
+                    results[i] = None
+                else:
+                    self._accumulate(buffer, slot, results, i)
+                if target.__class__ is AccumulateGrad:
+                    target.pending -= 1
+                    if target.pending <= 0:
+                        self._sink(target)
+                    else:
+                        waiting.append(target)
+            del results, edges, node
+        for sink in waiting:  # a weight used where the loss does not reach
+            if sink.grads is not None:
+                self._sink(sink)
+        while boundaries:
+            self.mark("layer_backward_end", boundaries.pop()[1])
+        self.grad_enabled = True
+
+    def _accumulate(self, buffer: list[Any], slot: int, results: list[Any], i: int) -> None:
+        """InputBuffer::accumulate: into the old gradient if nobody else holds it, else into a new tensor."""
+        if self.accumulate_in_place and (_owners(buffer, slot) == _SOLE_OWNER):
+            results[i] = None
+            return
+        old = buffer[slot]
+        buffer[slot] = self.new(old.shape, promote(old.dtype, results[i].dtype), "accumulate", dense_like(old.shape, old.strides))
+        results[i] = None
+
+    def _sink(self, sink: AccumulateGrad) -> None:
+        """AccumulateGrad: keep the gradient itself where nobody else holds it and its layout fits, else a copy."""
+        buffer: Any = sink.grads
+        sink.grads = None
+        sink.pending = 0
+        if sink.accumulated:
+            return  # added in place to the gradient that is there
+        grad = buffer[0]
+        if _owners(buffer, 0, 1) != _SOLE_OWNER or grad.strides != sink.strides:
+            grad = self.new(sink.shape, grad.dtype, "clone_grad")
+        self.components[grad.storage.id] = GRADIENT
+        sink.grad = grad
+
+
+def _detached(x: Tensor) -> Tensor:
+    """Saved tensors share storage, not identity (as SavedVariable does), so that no cycle keeps them alive."""
+    return Tensor(x.shape, x.strides, x.dtype, x.storage)
+
+
+def _owners(buffer: list[Any], slot: int, extra: int = 0) -> tuple[int, int]:
+    old = buffer[slot]
+    return getrefcount(old) - extra, getrefcount(old.storage)
+
+
+def _probe() -> tuple[int, int]:
+    """What ``_owners`` reports for a gradient that only the buffer holds; interpreters count differently."""
+    tape = Tape()
+    return _owners([tape.new((1,), float32, "probe")], 0)
+
+
+_SOLE_OWNER = _probe()
