@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from memplan.adapters.lora import apply_lora
-from memplan.architectures.nn import Build, Embedding, Layers, Model, Module
+from memplan.architectures.nn import Build, Embedding, Inventory, Model, Module
 from memplan.architectures.registry import build_model
+from memplan.catalog.gpus import find_gpu
 from memplan.constants import Constant
 from memplan.engines import ddp, plain
 from memplan.engines.plain import Parts, Run
 from memplan.errors import SpecError, UnsupportedError
-from memplan.memory.optimizers import step_temporaries
-from memplan.memory.timeline import COMPONENTS, Moment, StepProfile, compose
-from memplan.memory.trace import Replayed, replay_steps
+from memplan.memory.optimizers import state_bytes, step_temporaries
+from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
+from memplan.memory.timeline import compose, size_counts
+from memplan.memory.trace import Replayed, replay_steps, reserved_bound
 from memplan.results import (
     Assumption,
     Components,
@@ -39,6 +40,7 @@ from memplan.tape import tensor as dtypes
 from memplan.tape.dispatch import CPU, DeviceRules, cuda
 from memplan.tape.tape import INPUT, Tape
 from memplan.tape.tensor import DType, Parameter, Tensor
+from memplan.units import MiB
 
 _AUTOCAST: dict[str, DType | None] = {"no": None, "bf16": dtypes.bfloat16, "fp16": dtypes.float16}
 
@@ -59,7 +61,7 @@ class _Micro:
     """One micro-batch on the tape."""
 
     tape: Tape
-    root: Module
+    inventory: Inventory
     log: list[int]
 
 
@@ -90,11 +92,11 @@ def estimate(
         device_rules(gpu, software),
         software,
     )
-    run = _run(setup, gpu)
+    run, micro = _run(setup, gpu)
     placed = ddp.phases(run, strategy.ddp) if strategy.kind == "ddp" else plain.phases(run)
     replayed = None
-    if replay and setup.rules.kind != "cpu":
-        replayed = _replay(setup, run, strategy)
+    if setup.rules.kind != "cpu":
+        replayed = _replay(setup, run, strategy) if replay else Replayed({}, _bound(run, micro, strategy))
     memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
     host = HostMemory(capacity=cluster.host_memory, peak=0, pinned=0, ranks=cluster.gpus_per_node, components={})
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
@@ -156,8 +158,9 @@ def _micro_batch(setup: _Setup, *, full_depth: bool, accumulated: bool, evaluati
                     break
     if not isinstance(root, Model):
         raise SpecError.at("head", "base", "has no loss to train", "Use --head causal-lm, or --task load.")
+    inventory = Inventory(root)
     if accumulated:
-        for p, _ in parameters_of(root):
+        for p, _ in inventory.parameters:
             if p.node is not None:
                 p.node.accumulated = True  # type: ignore[attr-defined]
     batch = training.micro_batch_size
@@ -171,7 +174,7 @@ def _micro_batch(setup: _Setup, *, full_depth: bool, accumulated: bool, evaluati
     if not evaluation:
         tape.mark("backward")
         tape.backward(loss)
-    return _Micro(tape, root, list(tape.log))
+    return _Micro(tape, inventory, list(tape.log))
 
 
 def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], autocast: DType | None) -> Tensor:
@@ -184,50 +187,51 @@ def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], autocast: DTy
     return result
 
 
-def parameters_of(root: Module) -> list[tuple[Parameter, int]]:
-    """Every made parameter once, with how many of the model it stands for."""
-    found: dict[int, tuple[Parameter, int]] = {}
-
-    def visit(module: Module, count: int) -> None:
-        for _, p in module.parameters():
-            found.setdefault(id(p), (p, count))
-        if isinstance(module, Layers):
-            multiplicities = module.multiplicities()
-            for name, child in module.children():
-                visit(child, count * multiplicities[int(name)])
-        else:
-            for _, child in module.children():
-                visit(child, count)
-
-    visit(root, 1)
-    return list(found.values())
-
-
-def stacks_of(root: Module) -> dict[int, list[int]]:
-    """Each stack of layers: for every layer of the model, the made layer that stands for it."""
-    return {m.stack: m.sequence() for _, m in root.named_modules() if isinstance(m, Layers)}
-
-
-def _run(setup: _Setup, gpu: GPUSpec | None) -> Run:
+def _run(setup: _Setup, gpu: GPUSpec | None) -> tuple[Run, _Micro]:
     training = setup.training
     accumulated = training.grad_accum_steps > 1
     micro = _micro_batch(setup, full_depth=False, accumulated=accumulated)
-    stacks = stacks_of(micro.root)
-    profile = compose(micro.tape, stacks)
+    profile = compose(micro.tape, micro.inventory.stacks)
     evaluation = None
     if training.eval_batch_size is not None:
         pass_ = _micro_batch(setup, full_depth=False, accumulated=False, evaluation=True)
-        evaluation = max(compose(pass_.tape, stacks).peaks.values(), key=lambda moment: moment.total)
-    return Run(
-        parameters=parameters_of(micro.root),
+        evaluation = max(compose(pass_.tape, pass_.inventory.stacks).peaks.values(), key=lambda moment: moment.total)
+    run = Run(
+        parameters=micro.inventory.parameters,
         buffer_bytes=micro.tape.buffer_bytes,
         profile=profile,
         evaluation=evaluation,
         optim=training.optim,
         grad_accum_steps=training.grad_accum_steps,
         rules=setup.rules,
-        workspace=sum(_workspaces(gpu, setup.software)),
+        workspaces=cublas_workspaces(
+            gpu or _reference_gpu(),
+            setup.software,
+            training=True,
+            bias=micro.inventory.linear_bias,
+            gradient_checkpointing=training.gradient_checkpointing,
+        ),
     )
+    return run, micro
+
+
+def _held(run: Run, trainable: list[tuple[Parameter, int]], strategy: Strategy) -> list[int]:
+    """What lives from loading on besides the weights: buffers and DDP's buckets."""
+    held = [run.buffer_bytes] if run.buffer_bytes else []
+    return held + (ddp.bucket_bytes(trainable, strategy.ddp) if strategy.kind == "ddp" else [])
+
+
+def _bound(run: Run, micro: _Micro, strategy: Strategy) -> int:
+    """What peak reserved cannot exceed, without running every layer."""
+    trainable = run.trainable
+    others = [(size, count) for p, count in trainable for size in state_bytes(run.optim, p, run.rules)]
+    others += step_temporaries(run.optim, trainable, run.rules)
+    others += [(size, 1) for size in run.workspaces]
+    if run.grad_accum_steps > 1:
+        others += [(p.nbytes, count) for p, count in trainable]
+    counts = size_counts(micro.tape, micro.inventory.stacks)
+    micro_batches = min(run.grad_accum_steps, 2)
+    return reserved_bound(run.parameters, _held(run, trainable, strategy), counts, micro_batches, others)
 
 
 def _replay(setup: _Setup, run: Run, strategy: Strategy) -> Replayed:
@@ -237,31 +241,43 @@ def _replay(setup: _Setup, run: Run, strategy: Strategy) -> Replayed:
     if run.grad_accum_steps > 1:
         later = _micro_batch(setup, full_depth=True, accumulated=True)
         batches.append((later.tape, later.log))
-    parameters = [p for p, _ in parameters_of(first.root)]
-    held = [run.buffer_bytes] if run.buffer_bytes else []
-    if strategy.kind == "ddp":
-        held += ddp.bucket_bytes([(p, 1) for p in parameters if p.node is not None], strategy.ddp)
+    parameters = [p for p, _ in first.inventory.parameters]
     trainable = [(p, 1) for p in parameters if p.node is not None]
     temporaries = [size for size, n in step_temporaries(run.optim, trainable, run.rules) for _ in range(n)]
     return replay_steps(
         parameters,
-        held,
+        _held(run, trainable, strategy),
         batches,
         run.optim,
         run.rules,
         temporaries,
-        [run.workspace // 2] * 2 if run.workspace else [],
+        run.workspaces,
     )
 
 
 # -- the hardware ----------------------------------------------------------------------------------------------------
 
 
-def _workspaces(gpu: GPUSpec | None, software: SoftwareSpec) -> list[int]:
-    """cuBLAS's workspaces of a training process: the main thread's and the autograd thread's."""
-    if gpu is not None and gpu.is_cpu:
-        return []
-    return []
+def _outside(gpu: GPUSpec | None, cluster: ClusterSpec, software: SoftwareSpec) -> tuple[Constant, Constant]:
+    """What the process takes outside torch's counters: the CUDA context and NCCL."""
+    if gpu is None:
+        return NO_GPU_CONTEXT, nccl(_reference_gpu(), cluster.gpus, cluster.gpus_per_node, software)
+    return cuda_context(gpu, software), nccl(gpu, cluster.gpus, cluster.gpus_per_node, software)
+
+
+def _reference_gpu() -> GPUSpec:
+    """Stands in where no GPU is named."""
+    return find_gpu("A100-80GB")
+
+
+NO_GPU_CONTEXT = Constant(
+    "cuda_context",
+    491 * MiB,
+    94 * MiB,
+    740 * MiB,
+    "B",
+    "no GPU named: an A100's, between the least (T4) and the most (B200) of memory/runtime.py",
+)
 
 
 def _gpu_memory(
@@ -280,12 +296,12 @@ def _gpu_memory(
                 slack = max(0, peak - allocated[name])
                 placed[name]["temporaries"] = placed[name].get("temporaries", 0) + slack
                 allocated[name] += slack
-    peak_phase = max(allocated, key=lambda name: allocated[name])
+    peak_phase = max(allocated, key=lambda name: (allocated[name], name in _STEADY))
     peak = allocated[peak_phase]
     reserved = max(peak, replayed.peak_reserved) if replayed is not None else peak
-    outside: list[Constant] = []
-    context = sum(int(c.value) for c in outside)
-    device = reserved + context
+    context, communicators = _outside(gpu, cluster, software)
+    outside = [context, communicators]
+    device = reserved + int(context.value) + int(communicators.value)
     parts = placed[peak_phase]
     memory = GpuMemory(
         capacity=cluster.gpu_memory or (gpu.memory_bytes if gpu is not None and not gpu.is_cpu else None),
@@ -299,11 +315,12 @@ def _gpu_memory(
         components=Components(
             **{name: size for name, size in parts.items() if size},
             fragmentation=reserved - peak,
-            context=context,
+            context=int(context.value),
+            nccl=int(communicators.value),
         ),
         phases=tuple(Phase(name=name, allocated=size) for name, size in allocated.items()),
     )
-    return memory, [Assumption.of(c) for c in outside]
+    return memory, [Assumption.of(c) for c in outside if c.high]
 
 
 _STEADY = ("forward", "loss", "backward", "step", "idle")

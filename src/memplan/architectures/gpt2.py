@@ -9,16 +9,13 @@ from memplan.architectures.nn import (
     Embedding,
     LayerNorm,
     Layers,
-    Linear,
-    Model,
     Module,
-    SequenceClassification,
     activation,
     attention,
-    causal_lm_output,
     causal_mask,
     check_heads,
     check_position_table,
+    language_model_heads,
     position_ids,
 )
 from memplan.errors import UnsupportedError
@@ -137,46 +134,24 @@ class GPT2Block(CheckpointLayer):
 class GPT2Model(Module):
     def __init__(self, b: Build, c: GPT2Config) -> None:
         self.b = b
-        self.c = c
+        self.max_position_embeddings = c.max_position_embeddings
+        self.dropout = c.embd_pdrop
         self.wte = Embedding(b, c.vocab_size, c.hidden_size)
         self.wpe = Embedding(b, c.max_position_embeddings, c.hidden_size)
         self.h = Layers(b, [0] * c.num_hidden_layers, lambda i: GPT2Block(b, c))
         self.ln_f = LayerNorm(b, c.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        check_position_table(input_ids, self.c.max_position_embeddings)
+        check_position_table(input_ids, self.max_position_embeddings)
         inputs_embeds = self.wte(input_ids)
         ids = position_ids(inputs_embeds)
         position_embeds = self.wpe(ids)
         hidden_states = inputs_embeds + position_embeds
         mask = causal_mask(self.b, inputs_embeds)
-        hidden_states = ops.dropout(hidden_states, self.c.embd_pdrop)
+        hidden_states = ops.dropout(hidden_states, self.dropout)
         for block in self.h:
             hidden_states = block(hidden_states, mask)
         return self.ln_f(hidden_states)
 
 
-class GPT2LMHeadModel(Model):
-    def __init__(self, b: Build, fields: Fields) -> None:
-        c = GPT2Config(fields)
-        self.b = b
-        self.transformer = GPT2Model(b, c)
-        self.lm_head = Linear(b, c.hidden_size, c.vocab_size, bias=False)
-        if c.tie_word_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        hidden_states = self.transformer(input_ids)
-        return causal_lm_output(self.b, self.lm_head, hidden_states, labels)
-
-
-def base_model(b: Build, fields: Fields) -> Module:
-    return GPT2Model(b, GPT2Config(fields))
-
-
-def sequence_classification(b: Build, fields: Fields) -> Model:
-    c = GPT2Config(fields)
-    return SequenceClassification(b, fields, "transformer", GPT2Model(b, c), c.hidden_size)
-
-
-HEADS = {"causal-lm": GPT2LMHeadModel, "base": base_model, "sequence-classification": sequence_classification}
+HEADS = language_model_heads(GPT2Config, GPT2Model, prefix="transformer", embedding="wte")

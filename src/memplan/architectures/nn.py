@@ -6,7 +6,7 @@ its forward pass in the same order with the same local variables, because lifeti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,37 @@ from memplan.tape.attention import flash_attention_2, repeat_interleave, scaled_
 from memplan.specs.fields import Fields
 from memplan.tape.tape import LOGITS, Tape
 from memplan.tape.tensor import DType, Parameter, Shape, Tensor, bool_, float32, int64
+
+
+class Inventory:
+    """One walk over a model: its parameters with their multiplicity, its stacks of layers."""
+
+    def __init__(self, root: Module) -> None:
+        self.parameters: list[tuple[Parameter, int]] = []
+        """Every made parameter once, with how many of the model it stands for."""
+        self.stacks: dict[int, list[int]] = {}
+        """Stack -> for every layer of the model, the made layer that stands for it."""
+        self.linear_bias = False
+        """Whether a Linear has a bias, which sends it through cuBLASLt."""
+        self._seen: set[int] = set()
+        self._visit(root, 1)
+
+    def _visit(self, module: Module, count: int) -> None:
+        if isinstance(module, Layers):
+            self.stacks[module.stack] = module.sequence()
+            multiplicities = module.multiplicities()
+            for i, layer in module._layers:
+                self._visit(layer, count * multiplicities[i])
+            return
+        if isinstance(module, Linear) and module.bias is not None:
+            self.linear_bias = True
+        for value in module.__dict__.values():
+            if isinstance(value, Parameter):
+                if id(value) not in self._seen:
+                    self._seen.add(id(value))
+                    self.parameters.append((value, count))
+            elif isinstance(value, Module):
+                self._visit(value, count)
 
 
 @dataclass(slots=True)
@@ -68,6 +99,20 @@ class Module:
                 yield name, value
 
 
+class ModuleList(Module):
+    """torch.nn.ModuleList: children named by their place."""
+
+    def __init__(self, modules: Iterable[Module]) -> None:
+        self._list = list(modules)
+
+    def __iter__(self) -> Iterator[Module]:
+        return iter(self._list)
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        for i, module in enumerate(self._list):
+            yield str(i), module
+
+
 class Linear(Module):
     """torch.nn.Linear: weight [out, in]."""
 
@@ -103,8 +148,11 @@ class Embedding(Module):
     def __init__(self, b: Build, rows: int, dim: int) -> None:
         self.weight = b.parameter(rows, dim)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        return ops.embedding(ids, self.weight)
+
     def forward(self, ids: Tensor) -> Tensor:
-        out = ops.embedding(ids, self.weight)
+        out = self.embed(ids)
         if self.require_output_grad:
             out.tape.require_grad(out)
         return out
@@ -251,8 +299,24 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
         ) from None
 
 
-def rotary_embedding(x: Tensor, position_ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """LlamaRotaryEmbedding.forward: cos and sin [B, S, dim] in x's dtype, computed in float32 without gradient."""
+def rotary_dim(fields: Fields, head_dim: int, partial_rotary_factor: float = 1.0) -> int:
+    """How many of a head's dimensions are rotated; ``partial_rotary_factor`` is the family's default."""
+    factor = fields.float("partial_rotary_factor", partial_rotary_factor, maximum=1.0)
+    rope = fields.section("rope_scaling" if fields.raw("rope_scaling") else "rope_parameters")
+    return int(head_dim * rope.float("partial_rotary_factor", factor, maximum=1.0))
+
+
+def rotary_buffers(b: Build, dim: int) -> None:
+    """LlamaRotaryEmbedding's inv_freq and original_inv_freq, float32 whatever the model's dtype."""
+    b.tape.buffer((dim // 2,), float32)
+    b.tape.buffer((dim // 2,), float32)
+
+
+def rotary_embedding(
+    x: Tensor, position_ids: Tensor, dim: int, dtype: DType | None = None
+) -> tuple[Tensor, Tensor]:
+    """LlamaRotaryEmbedding.forward: cos and sin [B, S, dim] in x's dtype (or ``dtype``), computed in float32 without
+    gradient."""
     t = x.tape
     with t.no_grad():
         freqs = t.new((*position_ids.shape, 1), float32, "position_ids.float")
@@ -260,7 +324,7 @@ def rotary_embedding(x: Tensor, position_ids: Tensor, dim: int) -> tuple[Tensor,
         emb = ops.cat((freqs, freqs))
         cos = ops.cos(emb) * 1.0
         sin = ops.sin(emb) * 1.0
-        return cos.to(x.dtype), sin.to(x.dtype)
+        return cos.to(dtype or x.dtype), sin.to(dtype or x.dtype)
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -269,6 +333,13 @@ def rotate_half(x: Tensor) -> Tensor:
     x1 = x.narrow(-1, 0, half)
     x2 = x.narrow(-1, half, x.shape[-1] - half)
     return ops.cat((-x2, x1))
+
+
+def rotate_every_two(x: Tensor) -> Tensor:
+    """The interleaved rotate_half of GPT-J, Cohere and GLM: even and odd elements, stacked and flattened."""
+    x1 = ops.every(x, 0, 2)
+    x2 = ops.every(x, 1, 2)
+    return ops.stack((-x2, x1)).view(*x.shape)
 
 
 def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -306,14 +377,14 @@ def check_position_table(input_ids: Tensor, rows: int) -> None:
 def causal_mask(b: Build, inputs_embeds: Tensor, window: int | None = None) -> Tensor | None:
     """transformers' create_causal_mask: None where the attention implementation needs none.
 
-    sdpa skips the mask without padding (and without a window shorter than the sequence); eager always has one,
+    sdpa skips the mask without padding and without a window that the sequence fills; eager always has one,
     additive and in the model's dtype; flash_attention_2 never.
     """
     t = inputs_embeds.tape
     batch, length = inputs_embeds.shape[:2]
     if b.attn == "flash_attention_2":
         return None
-    if b.attn == "sdpa" and not b.padded and (window is None or length <= window):
+    if b.attn == "sdpa" and not b.padded and (window is None or length < window):
         return None
     rows = batch if b.padded else 1
     mask = t.new((rows, 1, length, length), bool_, "causal_mask").expand(batch, 1, length, length)
@@ -411,7 +482,6 @@ def causal_lm_output(
 ) -> tuple[Tensor, Tensor | None]:
     """The head and the loss of a ...ForCausalLM: (loss, logits)."""
     t = b.tape
-    t.mark("loss")
     with t.tagged(LOGITS):
         logits = lm_head(hidden_states)
         if scale:
@@ -420,7 +490,10 @@ def causal_lm_output(
             logits = logits * 0.5
             logits = ops.tanh(logits)
             logits = logits * 0.5
-        return causal_lm_loss(logits, labels), logits
+        if not b.software.at_least("transformers", "4.46"):
+            logits = logits.float()  # the model itself did, before the loss functions were shared
+        t.mark("loss")
+        return causal_lm_loss(b, logits, labels), logits
 
 
 def num_labels(fields: Fields) -> int:
@@ -449,20 +522,67 @@ class SequenceClassification(Classifier):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         hidden_states = getattr(self, self._prefix)(input_ids)
-        self.b.tape.mark("loss")
         with self.b.tape.tagged(LOGITS):
             logits = self.score(hidden_states)
             pooled_logits = ops.index_rows(logits, logits.shape[0])
+            self.b.tape.mark("loss")
             return ops.cross_entropy(pooled_logits, labels), pooled_logits
 
 
-def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """transformers' ForCausalLMLoss: float32 logits, padded labels, cross-entropy over all positions."""
+class CausalLM(Model):
+    """A decoder under the name ``prefix``, with a projection to the vocabulary that may be its embedding's weight."""
+
+    def __init__(self, b: Build, prefix: str, model: Module, embedding: Embedding, tied: bool, bias: bool) -> None:
+        self.b = b
+        self._prefix = prefix
+        setattr(self, prefix, model)
+        vocab_size, hidden_size = embedding.weight.shape
+        self.lm_head = Linear(b, hidden_size, vocab_size, bias)
+        if tied:
+            self.lm_head.weight = embedding.weight
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden_states = getattr(self, self._prefix)(input_ids)
+        return causal_lm_output(self.b, self.lm_head, hidden_states, labels)
+
+
+def language_model_heads(
+    config_class: Callable[[Fields], Any],
+    model_class: Callable[[Build, Any], Any],
+    prefix: str,
+    embedding: str,
+    bias: bool = False,
+) -> dict[str, Callable[[Build, Fields], Any]]:
+    """The models that transformers makes of a decoder, which it holds as ``prefix`` and whose token embedding is
+    ``embedding``: with a language model's head (with ``bias``), without, and as a classifier."""
+
+    def base(b: Build, fields: Fields) -> Any:
+        return model_class(b, config_class(fields))
+
+    def causal_lm(b: Build, fields: Fields) -> Model:
+        c = config_class(fields)
+        model = model_class(b, c)
+        return CausalLM(b, prefix, model, getattr(model, embedding), c.tie_word_embeddings, bias)
+
+    def sequence_classification(b: Build, fields: Fields) -> Model:
+        model = base(b, fields)
+        return SequenceClassification(b, fields, prefix, model, getattr(model, embedding).weight.shape[1])
+
+    return {"causal-lm": causal_lm, "base": base, "sequence-classification": sequence_classification}
+
+
+def causal_lm_loss(b: Build, logits: Tensor, labels: Tensor) -> Tensor:
+    """transformers' ForCausalLMLoss: float32 logits, then the cross-entropy.
+
+    Since 4.49 the labels are padded and all positions count; before, the logits were copied without the last one.
+    """
     logits = logits.float()
-    labels = ops.pad_last(labels, 1)
-    shift_labels = labels.tape.new((labels.shape[0], labels.shape[1] - 1), int64, "shift_labels")
-    logits = logits.view(-1, logits.shape[-1])
-    loss = ops.cross_entropy(logits, shift_labels.view(-1))
-    return loss / 2.0
-
-
+    if b.software.at_least("transformers", "4.49"):
+        labels = ops.pad_last(labels, 1)
+        shift_labels = labels.tape.new((labels.shape[0], labels.shape[1] - 1), int64, "shift_labels")
+        logits = logits.view(-1, logits.shape[-1])
+    else:
+        shift_logits = logits.narrow(1, 0, logits.shape[1] - 1).contiguous()
+        shift_labels = labels.tape.new((labels.shape[0], labels.shape[1] - 1), int64, "shift_labels")
+        return ops.cross_entropy(shift_logits.view(-1, logits.shape[-1]), shift_labels.view(-1)) / 2.0
+    return ops.cross_entropy(logits, shift_labels.view(-1)) / 2.0

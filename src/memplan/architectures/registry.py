@@ -12,8 +12,30 @@ from memplan.specs.model import ModelSpec
 
 FAMILIES: dict[str, str] = {
     "bert": "bert",
+    "roberta": "roberta",
+    "distilbert": "distilbert",
+    "xlm-roberta": "roberta",
     "llama": "llama",
     "gpt2": "gpt2",
+    "gpt_neox": "gpt_neox",
+    "opt": "opt",
+    "phi": "phi",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3_text",
+    "olmo": "olmo",
+    "olmo2": "olmo2",
+    "stablelm": "stablelm",
+    "cohere": "cohere",
+    "starcoder2": "starcoder2",
+    "glm": "glm",
+    "glm4": "glm4",
+    "smollm3": "smollm3",
+    "granite": "granite",
 }
 """config.json's ``model_type`` -> module of this package."""
 
@@ -38,7 +60,7 @@ def head_of(architecture: str) -> str:
 
 
 def build_model(b: Build, model: ModelSpec, head: str | None) -> Module:
-    """Make the model's modules and name its parameters. Raises UnsupportedError for what is not written."""
+    """Make the model's modules. Raises UnsupportedError for what is not written."""
     module_name = FAMILIES.get(model.model_type)
     if module_name is None:
         raise UnsupportedError(
@@ -50,8 +72,12 @@ def build_model(b: Build, model: ModelSpec, head: str | None) -> Module:
     if wanted not in heads:
         raise SpecError.at("head", wanted, f"does not exist for {model.model_type}", did_you_mean(wanted, heads))
     root: Module = heads[wanted](b, model.fields)
+    return root
+
+
+def name_parameters(root: Module) -> None:
+    """Give every parameter its name in the state dict; a tied one keeps its first."""
     for prefix, module in root.named_modules():
         for name, parameter in module.parameters():
             if not parameter.name:
                 parameter.name = f"{prefix}.{name}" if prefix else name
-    return root

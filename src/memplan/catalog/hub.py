@@ -6,6 +6,7 @@ the cache is found by its documented layout (https://huggingface.co/docs/hugging
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from memplan.units import MiB
 __all__ = ["resolve_config"]
 
 _LARGEST_FILE = 10 * MiB
-"""A ``config.json`` has kilobytes; the largest known, with a label per class, stay below 2 MiB."""
+"""A ``config.json`` has kilobytes, or a megabyte where it names thousands of classes."""
 
 # The rules of huggingface_hub's validate_repo_id.
 _HUB_ID = re.compile(
@@ -30,6 +31,8 @@ _HUB_ID = re.compile(
     re.ASCII,
 )
 _HUB_URL = re.compile(r"https?://[^/]+/([^/]+/[^/?#]+)")
+_DISK_ERRORS = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
+_LONGEST_ID = 2 * 96 + 1
 _PARTS = ("text_config", "vision_config", "audio_config", "speech_config", "video_config")
 
 
@@ -47,7 +50,7 @@ def resolve_config(model: str | os.PathLike[str], *, known_model_types: Containe
     Raises ResolutionError if nothing is found or may be read, SpecError for a file that is not a model's config,
     UnsupportedError for remote code and for multimodal models.
     """
-    name = os.fspath(model)
+    name = os.fspath(model) if isinstance(model, os.PathLike) else model
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise ResolutionError.at("model", model, "is not a model", "Give a hub id, a folder or a config.json.")
     found = _from_path(name) or _from_catalog(name) or _from_cache(name) or _from_hub(name)
@@ -123,12 +126,17 @@ def _from_hub(name: str) -> tuple[dict[str, Any], str]:
         remedy = f"Unset {switch} to ask the hub, or give a folder with its config.json."
         problem = f"is not in the catalog or the local cache, and {switch} is set"
         raise ResolutionError.at("model", name, problem, _near(name) + remedy)
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     try:
-        config = Path(hf_hub_download(name, "config.json"))
+        # Asked first for the size, and because a hub that is out of reach is then tried once, not for half a minute.
+        size = get_hf_file_metadata(hf_hub_url(name, "config.json")).size or 0
+        config = Path(hf_hub_download(name, "config.json")) if size <= _LARGEST_FILE else None
     except Exception as error:  # the HTTP library behind huggingface_hub, and its errors, differ between versions
         raise _hub_error(name, error) from error
+    if config is None:
+        remedy = "Give a folder with its config.json."
+        raise ResolutionError.at("model", name, f"has a config.json of {size} bytes on the hub, too many", remedy)
     return _read(config), f"hub@{config.parent.name}"
 
 
@@ -142,28 +150,25 @@ def _hub_error(name: str, error: Exception) -> ResolutionError:
     from huggingface_hub import errors
 
     folder = "give a folder with its config.json."
-    # Refused requests reach the caller as themselves, or as the cause of "not found locally either".
-    causes = [cause for cause in (error, error.__cause__) if cause is not None]
-    if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes) and not any(
-        isinstance(cause, errors.GatedRepoError) for cause in causes
-    ):
-        remedy = f"{_near(name)}If it is private, set HF_TOKEN; or {folder}"
-        return ResolutionError.at("model", name, "was not found on the hub", remedy)
-    statuses = {getattr(getattr(cause, "response", None), "status_code", None) for cause in causes}
-    if any(isinstance(cause, errors.GatedRepoError) for cause in causes) or statuses & {401, 403}:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
+        problem, remedy = "was not found on the hub", f"{_near(name)}If it is private, set HF_TOKEN; or {folder}"
+    elif isinstance(error, errors.GatedRepoError) or status in {401, 403}:
         page = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{name}"
+        problem = "is gated: the hub refused its config.json"
         remedy = f"Accept its licence at {page} and set HF_TOKEN to your token, or {folder}"
-        return ResolutionError.at("model", name, "is gated: the hub refused its config.json", remedy)
-    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        remedy = "Name a repository in the transformers format, or " + folder
-        return ResolutionError.at("model", name, "has no config.json on the hub", remedy)
-    if isinstance(error, (errors.LocalEntryNotFoundError, ConnectionError)):
-        problem = "is not in the catalog or the local cache, and the hub could not be reached"
+    elif isinstance(error, errors.EntryNotFoundError) and status is not None:
+        problem = "has no config.json on the hub"
+        remedy = f"Name a repository in the transformers format, or {folder}"
+    elif status is not None:
+        problem, remedy = f"could not be fetched: the hub answered {status}", f"Try again later, or {folder}"
+    elif isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        problem = f"could not be stored in {_cache_folder()} ({error.strerror})"
+        remedy = f"Set HF_HOME to a folder with space that you may write, or {folder}"
+    else:
+        problem = f"is not in the catalog or the local cache, and the hub could not be reached ({type(error).__name__})"
         remedy = f"{_near(name)}Check the connection and HF_ENDPOINT, or {folder}"
-        return ResolutionError.at("model", name, problem, remedy)
-    summary = next(iter(str(error).splitlines()), "") or "no message"
-    problem = f"could not be fetched from the hub ({type(error).__name__}: {summary[:200].rstrip('.')})"
-    return ResolutionError.at("model", name, problem, f"Try again, or {folder}")
+    return ResolutionError.at("model", name, problem, remedy)
 
 
 def _check_id(name: str) -> None:
@@ -177,7 +182,7 @@ def _check_id(name: str) -> None:
 def _near(name: str) -> str:
     from memplan.catalog.models import nearest
 
-    names = nearest(name)
+    names = nearest(name) if len(name) <= _LONGEST_ID else []  # a longer text is no misspelt id, and slow to compare
     return f"Did you mean {' or '.join(names)}? " if names else ""
 
 

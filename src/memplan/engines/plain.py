@@ -30,8 +30,8 @@ class Run:
     optim: str
     grad_accum_steps: int
     rules: DeviceRules
-    workspace: int
-    """cuBLAS workspaces inside the allocator's memory."""
+    workspaces: tuple[int, ...]
+    """cuBLAS's, inside the allocator's memory: from the first step on."""
 
     @property
     def trainable(self) -> list[tuple[Parameter, int]]:
@@ -64,7 +64,7 @@ def states(run: Run) -> States:
 def phases(run: Run, communication: int = 0) -> dict[str, Parts]:
     """The fullest moment of every phase, by component. ``communication`` bytes are held throughout."""
     held = states(run)
-    base = {"weights": held.weights, "workspace": run.workspace, "communication": communication}
+    base = {"weights": held.weights, "workspace": sum(rounded(size) for size in run.workspaces), "communication": communication}
     accumulating = run.grad_accum_steps > 1
     resting = base | {"optimizer": held.optimizer}
     inputs = run.profile.end.total - run.profile.end.parts[3]
@@ -84,14 +84,14 @@ def phases(run: Run, communication: int = 0) -> dict[str, Parts]:
         "activations": inputs,
     }
     first = [during(base, moment, old) for moment in run.profile.peaks.values()]
-    result["first_step"] = max([*first, stepping], key=total)
+    result["first_step"] = dict(max([*first, stepping], key=total))
     for name, moment in run.profile.peaks.items():
         result[name] = during(resting, moment, old)
     result["step"] = stepping
     result["idle"] = resting | {"activations": inputs}
     if run.evaluation is not None:
         result["eval"] = during(resting, run.evaluation, 0)
-    result["save"] = resting
+    result["save"] = dict(resting)
     return result
 
 

@@ -20,21 +20,29 @@ __all__ = ["cuda_rules"]
 
 #: Run in float32: every floating-point argument is copied up, as ``cached_cast(at::kFloat)`` does.
 FLOAT32 = frozenset(
-    """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ softplus
-    layer_norm native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm cosine_similarity poisson_nll_loss
-    cosine_embedding_loss nll_loss hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss
-    margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss
-    binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp cross_entropy interpolate""".split()
+    {
+        *("acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt"),
+        *("sinh", "tan", "pow", "__pow__", "__rpow__", "softplus", "logsumexp"),
+        *("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "frobenius_norm", "nuclear_norm", "renorm"),
+        *("cosine_similarity", "dist", "pdist", "cdist"),
+        *("cross_entropy", "nll_loss", "poisson_nll_loss", "cosine_embedding_loss", "hinge_embedding_loss", "kl_div"),
+        *("l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "margin_ranking_loss", "multilabel_margin_loss"),
+        *("soft_margin_loss", "triplet_margin_loss", "multi_margin_loss", "binary_cross_entropy_with_logits"),
+        "interpolate",  # every kind of upsampling
+    }
 )
 
 #: Keep the argument as it is and return float32, unless the caller names a dtype.
 FLOAT32_RESULT = frozenset(
-    "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum norm".split()
+    {"prod", "softmax", "log_softmax", "cumprod", "cumsum", "linalg_vector_norm", "linalg_matrix_norm", "sum", "norm"}
 )
 
 #: Run in the widest dtype among the arguments.
 PROMOTE = frozenset(
-    "addcdiv addcmul atan2 bilinear cross dot vdot grid_sample grid_sampler index_put tensordot scatter_add".split()
+    {
+        *("addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "vdot", "grid_sample", "grid_sampler"),
+        *("index_put", "tensordot", "scatter_add"),
+    }
 )
 
 

@@ -22,11 +22,14 @@ import contextlib
 import copy
 import fnmatch
 import gc
+import importlib
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
@@ -47,6 +50,7 @@ _VALUE_ANSWERS: dict[str, Any] = {
     "_ignore_causal_mask_sdpa": False,  # the padding mask holds a zero
     "_ignore_bidirectional_mask_sdpa": False,
     "_maybe_opt_step": 0.0,  # GradScaler: no inf found
+    "_get_value": 2.0,  # torch.optim: the number of the step, for the bias correction
 }
 
 
@@ -156,19 +160,25 @@ def trace_step(
         config: the values of a config.json, with ``model_type`` and, unless ``head`` is given, ``architectures``.
         dtype: what ``from_pretrained(dtype=...)`` would load.
         mixed_precision: "no", "bf16" or "fp16", as ``TrainingArguments(bf16=, fp16=)``.
-        micro_batch_size, seq_len: shape of one micro-batch (for images the batch only).
+        micro_batch_size: sequences (or images) in one micro-batch.
+        seq_len: tokens in a sequence; a T5's labels have as many.
         attn: ``attn_implementation``: "sdpa" or "eager".
         gradient_checkpointing: non-reentrant, every layer.
         optim: a key of the optimizers: adamw_torch_fused, adamw_torch, adamw_torch_foreach, sgd, adafactor, ...
         lora: keys rank, alpha, targets, dropout, modules_to_save; wraps the model by ``peft.get_peft_model``.
         num_layers: overrides the config's depth.
         padded: pass an attention mask that holds a zero.
+        grad_accum_steps: micro-batches in one step.
         head: overrides the config's architecture: causal-lm, sequence-classification, seq2seq-lm,
             image-classification.
         freeze: glob patterns of parameter names that get ``requires_grad = False``.
         cuda_autocast: under mixed precision, run the operations of CUDA's float32 list in float32.
-        eval: also trace an evaluation pass (``no_grad``, ``model.eval()``) with ``eval_batch_size`` sequences.
+        train_mode: ``model.train(...)``: False traces a step without dropout or checkpointing.
+        eval: also trace an evaluation pass (``no_grad``, ``model.eval()``), which keeps no logits.
+        eval_batch_size: sequences in it; None takes ``micro_batch_size``.
         experts: ``experts_implementation`` of a mixture-of-experts model; None takes transformers' default.
+        max_grad_norm: of ``clip_grad_norm_``; 0 skips it.
+        steps: how many steps; the second is the first with optimizer states from the beginning.
         record_events: keep every allocation of the last step (with the evaluation pass, if any).
 
     Raises:
@@ -178,17 +188,17 @@ def trace_step(
     import torch
 
     started = time.perf_counter()
+    _import_libraries()
     _check_choice("dtype", dtype, _DTYPES)
     _check_choice("mixed_precision", mixed_precision, tuple(_MIXED))
     fake_mode = _fake_mode()
-    model = _build_model(config, dtype, attn, num_layers, head, experts)
-    _freeze(model, freeze)
-    if lora is not None:
-        model = _add_lora(model, lora)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with _quiet():
+        model = _build_model(config, dtype, attn, num_layers, head, experts)
+        _freeze(model, freeze)
         if lora is not None:
-            model.enable_input_require_grads()
+            model = _add_lora(model, lora)
+        if gradient_checkpointing:
+            _enable_checkpointing(model, frozen_inputs=lora is not None)
     model.config.use_cache = False
     _to_fake(model, fake_mode)
     model.train(train_mode)
@@ -202,21 +212,16 @@ def trace_step(
         optim=optim,
     )
     rules = cuda_rules() if cuda_autocast else contextlib.nullcontext()
-    with _gc_disabled(), _phase_hooks(model, tracker), _transformers_sees_values(), fake_mode, tracker, rules:
+    with _gc_disabled(), _phase_hooks(model, tracker), _like_a_real_run(), _quiet(), fake_mode, tracker, rules:
         parameters = tracker.adopt(model.parameters())
         buffers = tracker.adopt(model.buffers()) + tracker.adopt(_loose_tensors(model))
-        before = tracker.live
-        step.inputs = [
-            _make_inputs(model, micro_batch_size, seq_len, padded=padded) for _ in range(grad_accum_steps)
-        ]
-        inputs = tracker.live - before
+        inputs = step.make_inputs(micro_batch_size, seq_len, padded=padded)
         step.make_optimizer()
         first = 0
         for index in range(steps):
             tracker.start_step(record=index == steps - 1)
             step.run()
-            if index == 0:
-                first = tracker.step_peak()
+            first = first or max(tracker.phases.values())
         phases = dict(tracker.phases)
         optimizer, scalars = step.optimizer_bytes()
         if eval:
@@ -276,9 +281,9 @@ def _make_tracker(record_events: bool) -> Any:
     local_scalar = torch.ops.aten._local_scalar_dense.default
     grouped_mm = getattr(torch.ops.aten, "_grouped_mm", None) and torch.ops.aten._grouped_mm.default
 
-    class Tracker(TorchDispatchMode):
+    class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__()  # type: ignore[no-untyped-call]
             self.live = 0
             self.phase = "load"
             self.phases: dict[str, int] = {}
@@ -300,9 +305,6 @@ def _make_tracker(record_events: bool) -> Any:
         def enter(self, phase: str) -> None:
             self.phase = phase
             self._mark()
-
-        def step_peak(self) -> int:
-            return max(self.phases.values())
 
         def _mark(self) -> None:
             if self.live > self.phases.get(self.phase, 0):
@@ -341,12 +343,12 @@ def _make_tracker(record_events: bool) -> Any:
                 born.shape, born.dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
                 born.module = self.modules[-1] if self.modules else ""
                 born.where, born.node = _library_frame(), _autograd_node()
-            self._born[key] = (born, weakref.ref(storage, lambda _ref, key=key: self._freed(key)))
+            self._born[key] = (born, weakref.ref(storage, partial(self._freed, key)))
             self.live += nbytes
             self._mark()
             self._record("alloc", born)
 
-        def _freed(self, key: int) -> None:
+        def _freed(self, key: int, _ref: Any) -> None:
             born, _ = self._born.pop(key)
             self.live -= born.nbytes
             self._record("free", born)
@@ -380,7 +382,7 @@ def _make_tracker(record_events: bool) -> Any:
 
         def _answer(self) -> Any:
             frame = sys._getframe(2)
-            names = []
+            names: list[str] = []
             while frame is not None and len(names) < 12:
                 name = frame.f_code.co_name
                 if name in _VALUE_ANSWERS:
@@ -452,6 +454,12 @@ class _Step:
     saved_bytes: int = 0
     output_bytes: int = 0
 
+    def make_inputs(self, batch: int, seq_len: int, *, padded: bool) -> int:
+        """Make the step's micro-batches, which live as long as the step, and return their bytes."""
+        before = self.tracker.live
+        self.inputs = [_make_inputs(self.model, batch, seq_len, padded=padded) for _ in range(self.grad_accum_steps)]
+        return int(self.tracker.live - before)
+
     def make_optimizer(self) -> None:
         import torch
 
@@ -459,11 +467,11 @@ class _Step:
         self.optimizer = _make_optimizer(self.model, self.optim)
         self.total_loss = torch.zeros(())
         if self.mixed_precision == "fp16":
-            self.scaler = torch.amp.GradScaler("cpu")  # type: ignore[attr-defined]
+            self.scaler = torch.amp.GradScaler("cpu")
 
     def run(self) -> None:
         """One optimizer step: micro-batches, clipping, optimizer, zero_grad (``Trainer._run_epoch``)."""
-        self.num_items = self._count_items()
+        self.num_items = self._count_items(self.inputs)
         for inputs in self.inputs:
             self.last_loss = self._training_step(inputs)
             self.total_loss += self.last_loss
@@ -473,11 +481,11 @@ class _Step:
         self.model.zero_grad()
         self.tracker.enter("idle")
 
-    def _count_items(self) -> Any:
+    def _count_items(self, batches: list[dict[str, Any]]) -> Any:
         """``Trainer._get_num_items_in_batch``: a scalar, for models whose forward takes loss arguments."""
-        if not _accepts_loss_kwargs(self.model) or "labels" not in self.inputs[0]:
+        if not _accepts_loss_kwargs(self.model):
             return None
-        return sum(batch["labels"].ne(-100).sum() for batch in self.inputs) / 1
+        return sum(batch["labels"].ne(-100).sum() for batch in batches) / 1
 
     def _training_step(self, inputs: dict[str, Any]) -> Any:
         self.tracker.enter("forward")
@@ -490,7 +498,7 @@ class _Step:
         scaled = loss / 1  # Accelerator.backward divides by its own gradient_accumulation_steps, which is 1
         if self.scaler is not None:
             scaled = self.scaler.scale(scaled)
-        scaled.backward()
+        _backward(scaled)
         return loss.detach()
 
     def _compute_loss(self, inputs: dict[str, Any]) -> Any:
@@ -523,8 +531,9 @@ class _Step:
         was_training = self.model.training
         self.model.eval()
         self.tracker.enter("eval")
+        items = self._count_items([inputs])
         with torch.no_grad():
-            outputs = self.forward(**inputs)
+            outputs = self.forward(**inputs, **({} if items is None else {"num_items_in_batch": items}))
             outputs["loss"].detach().mean()
         del outputs
         self.model.train(was_training)
@@ -535,6 +544,22 @@ class _Step:
         states = [t for state in self.optimizer.state.values() for t in state.values() if _is_tensor(t)]
         scalars = [t for t in states if t.numel() * t.element_size() <= 8]
         return self.tracker.bytes_of(states), self.tracker.bytes_of(scalars)
+
+
+def _backward(loss: Any) -> None:
+    """``loss.backward()``, so that cuda_rules() applies to what checkpointing recomputes.
+
+    ``Tensor.backward`` and ``torch.autograd.backward`` are themselves calls that a TorchFunctionMode sees, and a
+    mode is off while it handles one; the engine below them is not.
+    """
+    import torch
+    from torch.autograd.graph import _engine_run_backward
+
+    if torch._C._len_torch_function_stack() == 0:
+        loss.backward()
+    else:
+        seed = torch.ones_like(loss)
+        _engine_run_backward((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -589,10 +614,35 @@ def _make_optimizer(model: Any, optim: str) -> Any:
         "sgd": lambda: torch.optim.SGD(groups, lr=1e-5),
         "adagrad": lambda: torch.optim.Adagrad(groups, lr=1e-5),
         "rmsprop": lambda: torch.optim.RMSprop(groups, lr=1e-5),
+        "muon": lambda: _MuonAndAdamW(model, trainable),
         "adafactor": lambda: Adafactor(groups, lr=1e-5, scale_parameter=False, relative_step=False),
     }
     _check_choice("optim", optim, tuple(makers))
     return makers[optim]()
+
+
+class _MuonAndAdamW:
+    """``torch.optim.Muon`` for the matrices of the blocks, AdamW (loop) for embeddings, heads and vectors."""
+
+    def __init__(self, model: Any, trainable: list[tuple[str, Any]]) -> None:
+        import torch
+
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        outside: list[Any] = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) or m is head]
+        others = {id(p) for module in outside for p in module.parameters()}
+        others |= {id(p) for _, p in trainable if p.dim() != 2}
+        self._optimizers = [
+            torch.optim.Muon([p for _, p in trainable if id(p) not in others], lr=1e-5),
+            torch.optim.AdamW([p for _, p in trainable if id(p) in others], lr=1e-5, foreach=False),
+        ]
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        return {key: value for optimizer in self._optimizers for key, value in optimizer.state.items()}
+
+    def step(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.step()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -723,6 +773,15 @@ def _add_lora(model: Any, lora: Mapping[str, Any]) -> Any:
     return peft.get_peft_model(model, config)
 
 
+def _enable_checkpointing(model: Any, *, frozen_inputs: bool) -> None:
+    if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.20
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if frozen_inputs:
+        model.enable_input_require_grads()
+
+
 def _fake_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -840,22 +899,60 @@ def _phase_hooks(model: Any, tracker: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _transformers_sees_values() -> Iterator[None]:
-    """Let transformers take the paths of a real run: it skips checks of masks when it sees a fake tensor."""
-    try:
-        from transformers import masking_utils
-    except ImportError:
-        yield
-        return
+def _like_a_real_run() -> Iterator[None]:
+    """Let transformers take the paths of a real run (it skips checks of masks when it sees a fake tensor).
+
+    Raises:
+        UnsupportedError: in place of torch's errors about values and kernels that a trace does not have.
+    """
+    from torch._subclasses import fake_tensor
+    from transformers import masking_utils
+
+    refusals = (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedOperatorException,
+    )
     is_tracing = getattr(masking_utils, "is_tracing", None)
-    if is_tracing is None:
-        yield
-        return
-    masking_utils.is_tracing = lambda tensor=None: False  # type: ignore[assignment]
+    masking_utils.is_tracing = lambda tensor=None: False
     try:
         yield
+    except refusals as error:
+        raise UnsupportedError(f"trace: the model needs the values of tensors: {error}") from error
     finally:
-        masking_utils.is_tracing = is_tracing
+        if is_tracing is None:
+            del masking_utils.is_tracing
+        else:
+            masking_utils.is_tracing = is_tracing
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep libraries from advising about a model that nobody will use, and from deprecating each other."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _import_libraries() -> None:
+    """Import what the step imports lazily: a module that makes tensors must not be imported under a fake mode."""
+    for name in ("torch", "torch._subclasses.fake_tensor", "transformers", "accelerate.utils.operations"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UnsupportedError(
+                f"trace: {error}. Tracing runs the real model; install the extra: pip install 'memplan[train]'."
+            ) from error
+    for name in ("transformers.masking_utils", "transformers.optimization", "transformers.trainer_pt_utils", "peft"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def _versions(torch: Any) -> dict[str, str]:

@@ -11,8 +11,7 @@ pools of CUDA graphs, and the wait of a block that ``record_stream`` marked; a t
 becomes free says so by the place of its free.
 
 A block is known by its address. Two tables of the free blocks, by their start and by their end, take the place of
-torch's list of neighbours: a neighbour is free if it is in a table, and segments are one byte range apart so that
-they never meet.
+torch's list of neighbours: a neighbour is free if it is in a table, and segments lie 512 B apart so that no two meet.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ LARGE_SEGMENT = 20 * MiB
 EMPTY_CACHE = -(2**62)
 """In a trace: ``torch.cuda.empty_cache()`` is called here."""
 
-_POOL_SHIFT = 44  # an address is its pool's number and 16 TiB of offsets
-_KEY_SHIFT = 60  # a free block's key is its size and address: keys sort as torch's pools do
+_POOL_SHIFT = 52  # an address is its pool's number and 4 PiB of offsets, which are never used twice
+_KEY_SHIFT = 64  # a free block's key is its size and address: keys sort as torch's pools do
 _ADDRESS = (1 << _KEY_SHIFT) - 1
 _UNBOUNDED = 1 << 43  # an expandable segment's address space: torch takes 9/8 of the GPU's memory
 _NEVER = 1 << 62  # a size that nothing reaches
@@ -94,7 +93,8 @@ class CachingAllocator:
     fails, whereupon cached segments are returned to CUDA and it is tried again, as torch does.
 
     Addresses grow in the order of cudaMalloc, which decides between free blocks of one size; CUDA's may not.
-    Raises ValueError for a ``large_segment_size`` below 10 MiB, which it has to hold.
+    Raises ValueError for a ``large_segment_size`` below the 10 MiB it has to hold, and for divisions that are not a
+    power of two.
 
     >>> allocator = CachingAllocator()
     >>> block = allocator.malloc(1)
@@ -139,6 +139,8 @@ class CachingAllocator:
     ) -> None:
         if large_segment_size < MIN_LARGE_ALLOC:
             raise ValueError(f"large_segment_size {large_segment_size} is below {MIN_LARGE_ALLOC}")
+        if roundup_power2_divisions & (roundup_power2_divisions - 1):
+            raise ValueError(f"roundup_power2_divisions {roundup_power2_divisions} is not a power of two")
         self._expandable = expandable_segments
         self._divisions = roundup_power2_divisions
         self._max_split = _NEVER if max_split_size is None else max_split_size

@@ -62,10 +62,7 @@ def compose(tape: Tape, stacks: Stacks) -> StepProfile:
     Raises nothing: a tape without marks has one segment per phase.
     """
     segments = _segments(tape)
-    multiplicity = {
-        (stack, made): sequence.count(made) for stack, sequence in stacks.items() for made in set(sequence)
-    }
-    repeated = _measure(tape, segments, multiplicity)
+    repeated = _measure(tape, segments, _multiplicities(stacks))
     peaks: dict[str, Moment] = {}
     best: dict[str, tuple[int, _Segment, list[int]]] = {}
     total = 0
@@ -91,6 +88,10 @@ def compose(tape: Tape, stacks: Stacks) -> StepProfile:
     if not saved.total:
         saved = Moment(total, list(parts))
     return StepProfile(peaks, saved, Moment(total, parts), forward_flops, backward_flops)
+
+
+def _multiplicities(stacks: Stacks) -> dict[LayerKey, int]:
+    return {(stack, made): sequence.count(made) for stack, sequence in stacks.items() for made in set(sequence)}
 
 
 def _segments(tape: Tape) -> list[_Segment]:
@@ -183,4 +184,34 @@ def _expanded(segments: list[_Segment], stacks: Stacks) -> list[_Segment]:
         if segments[i - 1].phase == "backward":
             sequence = list(reversed(sequence))
         result.extend(made[index] for index in sequence)
+    return result
+
+
+def size_counts(tape: Tape, stacks: Stacks) -> dict[int, tuple[int, int]]:
+    """For every size of tensor in the whole model's log: the most alive at one time, and how many are allocated."""
+    segments = _segments(tape)
+    repeated = _measure(tape, segments, _multiplicities(stacks))
+    sizes, log = tape.sizes, tape.log
+    counts: dict[int, dict[int, list[int]]] = {}  # segment -> size -> net, peak, allocations
+    for segment in segments:
+        found = counts[id(segment)] = {}
+        outside = segment.layer is None
+        for event in log[segment.start : segment.end]:
+            tensor = event if event >= 0 else ~event
+            count = found.setdefault(sizes[tensor], [0, 0, 0])
+            if event >= 0:
+                count[0] += 1
+                count[2] += 1
+                if count[0] > count[1]:
+                    count[1] = count[0]
+            else:
+                count[0] -= repeated.get(tensor, 1) if outside else 1
+    live: dict[int, int] = {}
+    result: dict[int, tuple[int, int]] = {}
+    for segment in _expanded(segments, stacks):
+        for size, (net, peak, allocations) in counts[id(segment)].items():
+            before = live.get(size, 0)
+            most, number = result.get(size, (0, 0))
+            result[size] = (max(most, before + peak), number + allocations)
+            live[size] = before + net
     return result

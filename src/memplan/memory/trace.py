@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from memplan.memory.allocator import CachingAllocator
+from memplan.memory.allocator import CachingAllocator, SizeClass, TraceSummary, reserved_upper_bound
 from memplan.memory.optimizers import state_bytes
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import Parameter
+
+
+STEPS = 2
+"""Training steps of a trace: the first makes the optimizer states, the second is like all that follow."""
 
 
 @dataclass(slots=True)
@@ -56,6 +61,31 @@ class Replayed:
     peak_reserved: int
 
 
+def reserved_bound(
+    parameters: Iterable[tuple[Parameter, int]],
+    held: Iterable[int],
+    counts: Mapping[int, tuple[int, int]],
+    micro_batches: int,
+    others: Iterable[tuple[int, int]],
+) -> int:
+    """Bytes that the replay's peak reserved cannot exceed, without it; proven in :func:`reserved_upper_bound`.
+
+    ``held`` lives from loading on; ``counts`` says for each size how many tensors a micro-batch has alive at most and
+    allocates; ``others`` are (bytes, how many) that a step allocates: optimizer states, workspaces, temporaries.
+    """
+    prefix: Counter[int] = Counter(held)
+    for p, count in parameters:
+        prefix[p.nbytes] += count
+    live: dict[int, tuple[int, int]] = {
+        size: (peak, number * micro_batches * STEPS) for size, (peak, number) in counts.items()
+    }
+    for size, count in others:
+        peak, number = live.get(size, (0, 0))
+        live[size] = (peak + count, number + count * STEPS)
+    classes = [SizeClass(size, peak, number) for size, (peak, number) in live.items() if size]
+    return reserved_upper_bound(TraceSummary(prefix, classes))
+
+
 def cuts(tape: Tape) -> list[tuple[str, int]]:
     """Where forward, loss and backward begin in the tape's log."""
     found = [("forward", 0)]
@@ -84,7 +114,7 @@ def replay_steps(
     for nbytes in held:
         trace.allocate(nbytes)
     trainable = [p for p in parameters if p.node is not None]
-    for step in range(2):
+    for step in range(STEPS):
         gradients: list[int] = []
         inputs: list[int] = []
         for number, (tape, log) in enumerate(micro_batches):

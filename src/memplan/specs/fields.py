@@ -70,6 +70,17 @@ class Fields:
         value = self.raw(name, alias=alias)
         return None if value is None else self._integer(name, value, minimum)
 
+    def is_null(self, name: Str) -> Bool:
+        """Tell whether the field is there as null, which switches off what a missing field leaves at its default."""
+        return name in self._config and self._config[name] is None
+
+    def nullable_int(self, name: Str, default: Int | None, *, minimum: Int = 1) -> Int | None:
+        """Return an integer from ``minimum`` to 2**40, None if the field is null, ``default`` if it is missing."""
+        if self.is_null(name):
+            return None
+        value = self.raw(name)
+        return default if value is None else self._integer(name, value, minimum)
+
     def float(
         self,
         name: Str,

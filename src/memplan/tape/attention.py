@@ -12,11 +12,17 @@ from memplan.tape import ops
 from memplan.tape.dispatch import choose_sdpa_backend
 from memplan.tape.ops import Grads
 from memplan.tape.tape import Node, Tape
-from memplan.tape.tensor import Tensor, bool_, float32, int64
+from memplan.tape.tensor import Shape, Tensor, bool_, dense_like, float32, int64
 
 
 def _up(n: int, step: int) -> int:
     return -(-n // step) * step
+
+
+def _by_position(shape: Shape) -> Shape:
+    """Strides of [B, H, S, D] that lies in memory as [B, S, H, D]."""
+    _, heads, length, dim = shape
+    return (length * heads * dim, dim, heads * dim, 1)
 
 
 def scaled_dot_product_attention(
@@ -76,8 +82,8 @@ def _fused(
     flops = 2 * batch * heads * sq * sk * (dim + dim_v)
     node = t.node(_fused_backward, (q, k, v), (q, k, v, mask), (backend, flops, k.shape[1]))
     t.flops += flops
-    # [B, S, H, D] in memory, seen as [B, H, S, D]
-    out = t.new((batch, heads, sq, dim_v), q.dtype, "sdpa", (sq * heads * dim_v, dim_v, heads * dim_v, 1))
+    shape = (batch, heads, sq, dim_v)
+    out = t.new(shape, q.dtype, "sdpa", _by_position(shape) if backend == "efficient" else dense_like(shape, q.strides))
     lse_len = _up(sq, 32) if backend == "efficient" else sq
     lse = t.new((batch, heads, lse_len), float32, "sdpa_logsumexp") if node is not None or backend != "efficient" else None
     rng = [t.new((), int64, "sdpa_seed"), t.new((), int64, "sdpa_offset")] if t.rules.kind == "cuda" else []
@@ -111,14 +117,15 @@ def _fused_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
             t.new((batch, heads, sq, dim), float32, "cudnn_workspace"),
             t.new((batch, heads, sq), float32, "cudnn_workspace"),
         ]
-    gq = t.new_like(q, "sdpa_grad_q")
+    by_position = backend in ("efficient", "flash_cpu")
+    gq = t.new(q.shape, q.dtype, "sdpa_grad_q", _by_position(q.shape) if by_position else dense_like(q.shape, q.strides))
     if backend == "flash" and heads != kv_heads:
         scratch += [
             t.new((batch, sk, heads, dim), k.dtype, "flash_dk_expanded"),
             t.new((batch, sk, heads, dim), v.dtype, "flash_dv_expanded"),
         ]
-    gk = t.new_like(k, "sdpa_grad_k")
-    gv = t.new_like(v, "sdpa_grad_v")
+    gk = t.new(k.shape, k.dtype, "sdpa_grad_k", _by_position(k.shape) if by_position else dense_like(k.shape, k.strides))
+    gv = t.new(v.shape, v.dtype, "sdpa_grad_v", _by_position(v.shape) if by_position else dense_like(v.shape, v.strides))
     del scratch
     return gq, gk, gv
 
@@ -133,26 +140,30 @@ def _math(
     is_causal: bool,
     enable_gqa: bool,
 ) -> Tensor:
-    """_scaled_dot_product_attention_math: 16-bit inputs are computed in float32 on CUDA."""
+    """_scaled_dot_product_attention_math: 16-bit inputs are computed in float32, without autocast."""
     origin = q.dtype
-    if t.rules.kind == "cuda" and origin is not float32:
+    with t.autocasting(None):
         q, k, v = q.to(float32), k.to(float32), v.to(float32)
-    if is_causal:
-        mask = t.new((q.shape[2], k.shape[2]), bool_, "causal_mask")
-    if mask is not None and mask.dtype is bool_:
-        mask = t.new(mask.shape, q.dtype, "attn_mask")
-    n_rep = q.shape[1] // k.shape[1]
-    if enable_gqa and n_rep > 1:
-        k, v = repeat_interleave(k, n_rep), repeat_interleave(v, n_rep)
-    q = q * 0.5
-    scores = ops.matmul(q, (k * 0.5).transpose(2, 3))
-    if mask is not None:
-        scores = scores + mask
-    probabilities = ops.softmax(scores)
-    del scores
-    if dropout_p:
-        probabilities = ops.dropout(probabilities, dropout_p)
-    return ops.matmul(probabilities, v).to(origin)
+        query = q * 0.5
+        if is_causal:
+            mask = t.new((q.shape[2], k.shape[2]), bool_, "causal_mask")
+        if mask is not None and mask.dtype is bool_:
+            mask = t.new(mask.shape, float32, "attn_mask")
+        n_rep = q.shape[1] // k.shape[1]
+        if enable_gqa and n_rep > 1:
+            k, v = repeat_interleave(k, n_rep), repeat_interleave(v, n_rep)
+        key = k.transpose(2, 3) * 0.5
+        attn = ops.matmul(query, key)
+        del key
+        if mask is not None:  # attn.add_(mask), which under a dispatch mode is attn.add(mask)
+            attn = ops.add_(attn, mask) if t.accumulate_in_place else attn + mask
+        attn = ops.safe_softmax(attn)
+        if dropout_p:
+            attn = ops.dropout(attn, dropout_p)
+        weights = attn.to(origin)
+        out = ops.matmul(attn, v).to(origin)
+        del weights  # the second result, which nobody takes
+        return out
 
 
 def repeat_interleave(x: Tensor, n_rep: int) -> Tensor:

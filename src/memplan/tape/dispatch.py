@@ -53,10 +53,10 @@ class DeviceRules:
         return result
 
 
-CPU = DeviceRules("cpu", frozenset(), accumulate_in_place=False)
+CPU = DeviceRules("cpu", frozenset({"cross_entropy_loss", "nll_loss"}), accumulate_in_place=False)
 
 CUDA_AUTOCAST_FLOAT32 = frozenset(
-    {"pow", "rsqrt", "layer_norm", "softmax", "log_softmax", "sum", "exp", "log", "norm", "softplus", "cumsum"}
+    {"pow", "rsqrt", "layer_norm", "softmax", "nll_loss", "sum", "exp", "log", "norm", "softplus", "cumsum"}
 )
 
 

@@ -160,15 +160,22 @@ def narrow(x: Tensor, dim: int, start: int, length: int) -> Tensor:
     """A slice along one dimension (a view). Backward writes into zeros of the whole shape."""
     if dim < 0:
         dim += len(x.shape)
-    if start == 0 and length == x.shape[dim]:
-        # x[:, :] still makes a node in torch; its backward still allocates, so keep it.
-        pass
+    if length == x.shape[dim]:  # indexing by x[..., :n] makes an alias of the whole
+        node = x.storage.tape.node(_pass_backward, (x,)) if x.node is not None else None
+        return _alias(x, x.shape, x.strides, node)
     node = x.storage.tape.node(_slice_backward, (x,), (), x.shape) if x.node is not None else None
     return Tensor((*x.shape[:dim], length, *x.shape[dim + 1 :]), x.strides, x.dtype, x.storage, node)
 
 
 def _slice_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     return (t.new(node.ctx, grad.dtype, "slice_backward"),)
+
+
+def every(x: Tensor, start: int, step: int) -> Tensor:
+    """x[..., start::step] (a view). Backward writes into zeros of the whole shape."""
+    node = x.storage.tape.node(_slice_backward, (x,), (), x.shape) if x.node is not None else None
+    length = -(-(x.shape[-1] - start) // step)
+    return Tensor((*x.shape[:-1], length), (*x.strides[:-1], x.strides[-1] * step), x.dtype, x.storage, node)
 
 
 def select(x: Tensor, dim: int, index: int) -> Tensor:
@@ -316,6 +323,18 @@ def _add_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     if node.edges[1] is not None:
         gb = _sum_to(t, grad, b_shape, b_dtype)
     return ga, gb
+
+
+def add_(a: Tensor, b: Tensor) -> Tensor:
+    """a += b: a's storage, another node."""
+    node = a.storage.tape.node(_add_backward, (a, b), (), (a.shape, a.dtype, b.shape, b.dtype))
+    return Tensor(a.shape, a.strides, a.dtype, a.storage, node)
+
+
+def mul_(a: Tensor) -> Tensor:
+    """a *= number (or /=): a's storage, another node."""
+    node = a.storage.tape.node(_scale_backward, (a,)) if a.node is not None else None
+    return Tensor(a.shape, a.strides, a.dtype, a.storage, node)
 
 
 def sub(a: Tensor, b: Tensor | float) -> Tensor:
@@ -546,6 +565,24 @@ def _sum_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     return (Tensor(shape, tuple(strides), grad.dtype, grad.storage),)
 
 
+def clamp_(x: Tensor) -> Tensor:
+    """x.clamp_(min, max): x's own storage with a new history, for which x is copied before it is overwritten."""
+    t = x.storage.tape
+    if x.node is None or not t.grad_enabled:
+        return x
+    node = t.node(_clamp_backward, (x,), (t.new_like(x, "clone"),))
+    return _alias(x, x.shape, x.strides, node)
+
+
+def _clamp_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    """where(self >= min and self <= max, grad, 0)."""
+    above = t.new(grad.shape, bool_, "ge")
+    below = t.new(grad.shape, bool_, "le")
+    out = t.new_like(grad, "where")
+    del above, below
+    return (out,)
+
+
 def dropout(x: Tensor, p: float) -> Tensor:
     """F.dropout in training: saves the mask. The identity for p = 0 outside training."""
     t = x.storage.tape
@@ -594,22 +631,19 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _matmul_weight(
     t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, n_out: int, n_in: int, name: str
 ) -> Tensor:
+    lead = x.shape[:-1]
     rows = 1
-    for size in x.shape[:-1]:
+    for size in lead:
         rows *= size
     if not is_contiguous(x.shape, x.strides):
         x = reshape(x, rows, n_in)
-        x_shape: Shape = x.shape
-    else:
-        x_shape = x.shape
-    lead = x_shape[:-1]
     node = None
     if x.node is not None or weight.node is not None or (bias is not None and bias.node is not None):
         node = t.node(
             _linear_backward,
             (x, weight, bias),
             (x if weight.node is not None else None, weight if x.node is not None else None),
-            (x_shape, weight.shape, weight.strides, n_out, n_in, rows, x.dtype),
+            (x.shape, weight.shape, weight.strides, n_out, n_in, rows, x.dtype),
         )
     t.flops += 2 * rows * n_in * n_out
     out = t.new((*lead, n_out), x.dtype, name)
@@ -622,10 +656,13 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     if not is_contiguous(grad.shape, grad.strides):
         grad = _reshape_nograd(t, grad, (rows, n_out))
     gx = gw = gb = None
+    if node.edges[0] is not None and node.edges[2] is not None:  # AddmmBackward0 begins with it, MmBackward0 does not
+        t.flops += 2 * rows * n_in * n_out
+        gx = t.new(x_shape, dtype, "linear_grad_input")
     if node.edges[1] is not None:
         t.flops += 2 * rows * n_in * n_out
         gw = t.new(w_shape, dtype, "linear_grad_weight", w_strides)
-    if node.edges[0] is not None:
+    if node.edges[0] is not None and gx is None:
         t.flops += 2 * rows * n_in * n_out
         gx = t.new(x_shape, dtype, "linear_grad_input")
     if node.edges[2] is not None:
@@ -718,12 +755,13 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         x = _upper(t, x, "layer_norm")
         weight = _upper(t, weight, "layer_norm") if weight is not None else None
         bias = _upper(t, bias, "layer_norm") if bias is not None else None
-    x = contiguous(x)
     node = t.node(_layer_norm_backward, (x, weight, bias), (x, weight, bias))
+    copy = contiguous(detach(x))  # the kernel's own, where x is strided
     out = t.new(x.shape, x.dtype, "layer_norm")
     stat = (*x.shape[:-1], 1)
     stats = t.rules.layer_norm_stats(x.dtype, weight.dtype if weight is not None else x.dtype)
     mean_, rstd = t.new(stat, stats, "layer_norm_mean"), t.new(stat, stats, "layer_norm_rstd")
+    del copy
     if node is not None:
         t.save(node, mean_, rstd)
         out.node = node
@@ -732,25 +770,34 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def _layer_norm_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     x, weight, bias = saved[:3]
-    grad = contiguous(grad)
+    grad, copy = contiguous(grad), contiguous(x)
     gx = t.new(x.shape, x.dtype, "layer_norm_backward") if node.edges[0] is not None else None
     gw = t.new(weight.shape, weight.dtype, "layer_norm_grad_weight") if node.edges[1] is not None else None
     gb = t.new(bias.shape, bias.dtype, "layer_norm_grad_bias") if node.edges[2] is not None else None
+    del copy
     return gx, gw, gb
 
 
 def softmax(x: Tensor, dtype: DType | None = None) -> Tensor:
     """softmax over the last dimension, in ``dtype`` if given; saves its result."""
     t = x.storage.tape
-    if dtype is None:
-        x = _upper(t, x, "softmax")
-    elif dtype is not x.dtype:
+    if dtype is None and t.autocast is not None and "softmax" in t.rules.autocast_float32:
+        dtype = float32  # autocast names a dtype here (fp32_set_opt_dtype) rather than casting the argument
+    if dtype is not None and dtype is not x.dtype:
         x = t.rules.softmax_input(x, dtype, to)
     node = t.node(_softmax_backward, (x,), (), (x.dtype,)) if x.node is not None else None
     out = t.new(x.shape, dtype or x.dtype, "softmax")
     if node is not None:
         t.save(node, out)
         out.node = node
+    return out
+
+
+def safe_softmax(x: Tensor) -> Tensor:
+    """at::_safe_softmax of math attention: a softmax, then its wholly masked rows set to zero in place."""
+    out = softmax(x)
+    if x.storage.tape.rules.kind == "cuda":  # inside one operation, which a dispatch mode cannot see
+        x.storage.tape.scratch(x.numel, "isneginf")
     return out
 
 
@@ -807,18 +854,38 @@ def _cat_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     ]
 
 
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """torch.stack of equal shapes and dtypes along a new last dimension; backward gives views of the gradient."""
+    first = tensors[0]
+    t = first.storage.tape
+    node = t.node(_stack_backward, tensors)
+    out = t.new((*first.shape, len(tensors)), first.dtype, "stack")
+    out.node = node
+    return out
+
+
+def _stack_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    view = Tensor(grad.shape[:-1], grad.strides[:-1], grad.dtype, grad.storage)
+    return [view if edge is not None else None for edge in node.edges]
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """F.cross_entropy of [rows, classes]: log_softmax saves its result; nll_loss saves it too, with the labels."""
+    """F.cross_entropy of [rows, classes]: log_softmax saves its result; nll_loss saves it too, with the labels.
+
+    log_softmax is called with the dtype of the logits, so autocast leaves it there: CUDA's autocast raises nll_loss
+    alone, which then saves a float32 copy; CPU's raises cross_entropy_loss as a whole (ATen/native/LossNLL.cpp).
+    """
     t = logits.storage.tape
-    logits = _upper(t, logits, "log_softmax")
+    logits = _upper(t, logits, "cross_entropy_loss")
     node = t.node(_log_softmax_backward, (logits,), (), logits.dtype) if logits.node is not None else None
     log_probs = t.new(logits.shape, logits.dtype, "log_softmax")
     if node is not None:
         t.save(node, log_probs)
         log_probs.node = node
+    log_probs = _upper(t, log_probs, "nll_loss")
     node = t.node(_nll_backward, (log_probs,), (log_probs, labels)) if log_probs.node is not None else None
-    out = t.new((), logits.dtype, "nll_loss")
-    total = t.new((), logits.dtype, "nll_total_weight")
+    out = t.new((), log_probs.dtype, "nll_loss")
+    total = t.new((), log_probs.dtype, "nll_total_weight")
     if node is not None:
         t.save(node, total)
         out.node = node

@@ -1,0 +1,362 @@
+"""The facade: names, paths and configs in, estimates out.
+
+It resolves what a user writes (a hub id, ``"2xA100-80GB"``, nothing at all) to specs, and hands them to the
+estimator. What it adds of its own is data: the rungs of the ladder, and the remedies for a setup that does not fit.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+from memplan import estimator
+from memplan.architectures.registry import FAMILIES
+from memplan.catalog import hub
+from memplan.catalog.detect import detect_cluster, free_disk
+from memplan.catalog.gpus import all_gpus, find_gpu, parse_cluster
+from memplan.errors import MemplanError, SpecError, UnsupportedError
+from memplan.results import Estimate, EstimateList
+from memplan.specs.hardware import ClusterSpec, GPUSpec
+from memplan.specs.model import ModelSpec
+from memplan.specs.software import SoftwareSpec
+from memplan.specs.strategy import Strategy
+from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "LADDER",
+    "REMEDIES",
+    "Advice",
+    "Setup",
+    "advise",
+    "default_strategy",
+    "estimate",
+    "fitting_gpus",
+    "ladder",
+    "remedies",
+    "rungs",
+]
+
+ModelLike: TypeAlias = Union[str, os.PathLike[str], ModelSpec, Mapping[str, Any], "nn.Module"]
+"""A hub id, a path, a ModelSpec, the values of a config.json, or a module of torch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the ladder may change; model, hardware and software stay as they are."""
+
+    training: TrainingSpec
+    strategy: Strategy
+
+
+Change: TypeAlias = Callable[[Setup], "Setup | None"]
+"""A setup that needs less memory, or None where the change does not apply."""
+
+
+def estimate(
+    model: ModelLike,
+    training: TrainingSpec | None = None,
+    cluster: str | ClusterSpec | None = None,
+    strategy: Strategy | None = None,
+    *,
+    software: str | SoftwareSpec | None = None,
+    replay: bool = True,
+    explain: bool = False,
+    trace: bool = False,
+) -> Estimate:
+    """Estimate the memory of one setup, in bytes per GPU.
+
+    Args:
+        model: a hub id, a folder, a ``config.json``, its values as a mapping, a ModelSpec, or an ``nn.Module``.
+        training: the run; None is TrainingSpec's defaults (full fine-tuning, 1 x 2048 tokens).
+        cluster: ``"2xA100-80GB"``, ``"2x8xH100-80GB"`` (2 nodes of 8) or a ClusterSpec; without a GPU this
+            machine's are used, and where there is none the capacity and the verdict are unknown.
+        strategy: None is plain training on one GPU and DDP on several.
+        software: versions, as text (``"transformers=4.46"``) or as a SoftwareSpec.
+        replay: simulate the caching allocator; without it ``peak_reserved`` is an upper bound.
+        explain: fill ``Estimate.explanation``.
+        trace: trace the real model, with the ``train`` extra, instead of running its architecture file.
+
+    Raises:
+        ResolutionError: the model or the GPU is not found.
+        SpecError: a value or a combination is wrong.
+        UnsupportedError: memplan does not model it.
+    """
+    case = _resolved(model, cluster, software, trace=trace)
+    training = training or TrainingSpec()
+    return case.estimate(Setup(training, strategy or default_strategy(training, case.cluster)), replay=replay, explain=explain)
+
+
+def ladder(
+    model: ModelLike,
+    training: TrainingSpec | None = None,
+    cluster: str | ClusterSpec | None = None,
+    *,
+    software: str | SoftwareSpec | None = None,
+    replay: bool = True,
+    explain: bool = False,
+    trace: bool = False,
+) -> EstimateList:
+    """Estimate every rung of the ladder, from the setup as asked to the one that needs the least memory.
+
+    Arguments and errors are those of :func:`estimate`; :data:`LADDER` lists the rungs.
+    """
+    case = _resolved(model, cluster, software, trace=trace)
+    training = training or TrainingSpec()
+    setups = rungs(Setup(training, default_strategy(training, case.cluster)))
+    return EstimateList(estimates=tuple(case.estimate(setup, replay=replay, explain=explain) for setup in setups))
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What to do about answers that do not fit, or whose GPU is not known."""
+
+    gpus: tuple[tuple[str, ...], ...] = ()
+    """For each estimate, the smallest GPUs of the catalog that it fits on."""
+    options: tuple[str, ...] = ()
+    """Command line options, each of which makes the setup as asked fit."""
+
+
+def advise(
+    result: Estimate | EstimateList,
+    model: ModelLike,
+    training: TrainingSpec | None = None,
+    cluster: str | ClusterSpec | None = None,
+    strategy: Strategy | None = None,
+    *,
+    software: str | SoftwareSpec | None = None,
+) -> Advice:
+    """Return what to do next about ``result``, which the other arguments gave; nothing if it fits.
+
+    GPUs are estimated by their own rules, and options by estimating the setup with them: what is named fits.
+    """
+    if result.verdict == "fits":
+        return Advice()
+    case = _resolved(model, cluster, software)
+    training = training or TrainingSpec()
+    asked = Setup(training, strategy or default_strategy(training, case.cluster))
+    setups = rungs(asked) if isinstance(result, EstimateList) else (asked,)
+    if isinstance(case.cluster.gpu, GPUSpec) and case.cluster.gpu.is_cpu:
+        return Advice()
+    if result.verdict == "unknown":
+        return Advice(gpus=tuple(_gpu_names(case, setup) for setup in setups))
+    return Advice(gpus=(_gpu_names(case, asked),), options=tuple(case.remedies(asked)))
+
+
+def default_strategy(training: TrainingSpec, cluster: ClusterSpec) -> Strategy:
+    """Return plain training on one GPU and DDP on several; loading and generation have one copy of the model."""
+    return Strategy(kind="ddp" if cluster.gpus > 1 and training.task == "train" else "single")
+
+
+# -- the ladder ------------------------------------------------------------------------------------------------------
+
+
+def _as_asked(setup: Setup) -> Setup:
+    return setup
+
+
+def _micro_batch_1(setup: Setup) -> Setup | None:
+    """The same global batch, one sequence at a time."""
+    training = setup.training
+    if training.task != "train" or training.micro_batch_size == 1:
+        return None
+    steps = training.grad_accum_steps * training.micro_batch_size
+    return _changed(setup, micro_batch_size=1, grad_accum_steps=steps)
+
+
+def _checkpointed(setup: Setup) -> Setup | None:
+    # Switched off by hand, it stays off.
+    if setup.training.task != "train" or "gradient_checkpointing" in setup.training.model_fields_set:
+        return None
+    return _changed(setup, gradient_checkpointing=True)
+
+
+LADDER: tuple[tuple[str, Change], ...] = (
+    ("as asked", _as_asked),
+    ("micro-batch 1", _micro_batch_1),
+    ("gradient checkpointing", _checkpointed),
+)
+"""The rungs, each a change to the one before it; the faster comes first."""
+
+
+def rungs(setup: Setup) -> tuple[Setup, ...]:
+    """Return the setups of the ladder that apply to a run, from ``setup`` on."""
+    setups: list[Setup] = []
+    for _, change in LADDER:
+        less = change(setup)
+        if less is not None:
+            setups.append(less)
+            setup = less
+    return tuple(setups)
+
+
+# -- remedies --------------------------------------------------------------------------------------------------------
+
+
+def _with_liger(setup: Setup) -> Setup | None:
+    return _changed(setup, liger=True) if setup.training.task == "train" else None
+
+
+def _with_8bit_adam(setup: Setup) -> Setup | None:
+    return _changed(setup, optim="adamw_8bit") if setup.training.optim.startswith("adamw_torch") else None
+
+
+def _with_lora(setup: Setup) -> Setup | None:
+    if setup.training.task != "train" or setup.training.lora is not None:
+        return None
+    return _changed(setup, lora=LoraSpec(rank=16))
+
+
+def _in_bfloat16(setup: Setup) -> Setup | None:
+    """Frozen weights in 16 bit; to train them so is another matter."""
+    if setup.training.quantization is not None or (setup.training.task == "train" and setup.training.lora is None):
+        return None
+    return _changed(setup, dtype="bfloat16")
+
+
+def _in_nf4(setup: Setup) -> Setup | None:
+    if setup.training.task == "train" and setup.training.lora is None:
+        return None
+    return _changed(setup, quantization=QuantizationSpec(kind="nf4"))
+
+
+REMEDIES: tuple[tuple[Change, ...], ...] = (
+    (_micro_batch_1,),
+    (_checkpointed,),
+    (_micro_batch_1, _checkpointed),
+    (_checkpointed, _with_liger),
+    (_checkpointed, _with_liger, _with_8bit_adam),
+    (_with_lora,),
+    (_with_lora, _checkpointed),
+    (_with_lora, _in_bfloat16),
+    (_with_lora, _in_bfloat16, _checkpointed),
+    (_with_lora, _in_nf4),
+    (_with_lora, _in_nf4, _checkpointed),
+    (_in_bfloat16,),
+    (_in_nf4,),
+)
+"""What may make a setup fit; of several changes all are made. The later change what is trained, so they are offered,
+never taken."""
+
+
+def _changed(setup: Setup, **fields: Any) -> Setup:
+    return Setup(setup.training.replace(**fields), setup.strategy)
+
+
+def _all_changed(setup: Setup, changes: Sequence[Change]) -> Setup | None:
+    for change in changes:
+        less = change(setup)
+        if less is None or less == setup:
+            return None
+        setup = less
+    return setup
+
+
+def _options(asked: TrainingSpec, less: TrainingSpec) -> str:
+    """The command line options that turn one run into the other."""
+    names = [name for name in TrainingSpec.model_fields if getattr(asked, name) != getattr(less, name)]
+    return " ".join(_option(name, getattr(less, name)) for name in names)
+
+
+def _option(name: str, value: object) -> str:
+    if isinstance(value, LoraSpec):
+        return f"--lora-rank {value.rank}"
+    option = f"--{name.replace('_', '-')}"
+    if value is True:
+        return option
+    return f"{option} {value.kind if isinstance(value, QuantizationSpec) else value}"
+
+
+# -- resolving -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """What every setup of one call shares, resolved."""
+
+    model: ModelSpec
+    cluster: ClusterSpec
+    software: SoftwareSpec
+
+    def estimate(self, setup: Setup, *, replay: bool = True, explain: bool = False) -> Estimate:
+        return estimator.estimate(
+            self.model, setup.training, self.cluster, setup.strategy, self.software, replay=replay, explain=explain
+        )
+
+    def on(self, gpu: GPUSpec) -> _Case:
+        """The same on another GPU."""
+        return _Case(self.model, self.cluster.replace(gpu=gpu, gpu_memory=None), self.software)
+
+    def computes_in(self, setup: Setup) -> bool:
+        """Whether the GPU has units for the setup's dtype."""
+        gpu = self.cluster.gpu
+        return not (isinstance(gpu, GPUSpec) and setup.training.dtype == "bfloat16" and not gpu.supports_bf16)
+
+    def fits(self, setup: Setup) -> bool:
+        """Whether the setup fits for certain; what the estimator refuses does not."""
+        try:
+            verdict = self.estimate(setup, replay=False).verdict
+            # Without the replay, high is an upper bound: between the two only the replay can tell.
+            return verdict == "fits" or (verdict == "tight" and self.estimate(setup).verdict == "fits")
+        except MemplanError:
+            return False
+
+
+def _resolved(
+    model: ModelLike, cluster: str | ClusterSpec | None, software: str | SoftwareSpec | None, *, trace: bool = False
+) -> _Case:
+    if trace or _is_module(model):
+        raise UnsupportedError(
+            "trace: tracing a model is not available yet; it will need the train extra, pip install 'memplan[train]'. "
+            "Leave trace out and give a model whose architecture is written."
+        )
+    versions = SoftwareSpec.parse(software) if isinstance(software, str) else software or SoftwareSpec()
+    return _Case(_model(model), _cluster(cluster), versions)
+
+
+def _is_module(model: object) -> bool:
+    # Whoever holds a module has imported torch.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(model, torch.nn.Module)
+
+
+def _model(model: ModelLike) -> ModelSpec:
+    if isinstance(model, ModelSpec):
+        return model
+    if isinstance(model, Mapping):
+        name = str(model.get("_name_or_path") or "config")
+        return hub._spec(name, dict(model), "mapping", FAMILIES)
+    if isinstance(model, (str, os.PathLike)):
+        return hub.resolve_config(model, known_model_types=FAMILIES)
+    remedy = "Give a hub id, a path, a config as a mapping, a ModelSpec or an nn.Module."
+    raise SpecError.at("model", model, "is not a model", remedy)
+
+
+def _cluster(cluster: str | ClusterSpec | None) -> ClusterSpec:
+    if isinstance(cluster, str):
+        return parse_cluster(cluster)
+    spec = ClusterSpec() if cluster is None else cluster
+    if not isinstance(spec, ClusterSpec):
+        raise SpecError.at("cluster", cluster, "is not a cluster", "Write it as 2xA100-80GB, or give a ClusterSpec.")
+    if isinstance(spec.gpu, str):
+        return spec.replace(gpu=find_gpu(spec.gpu))
+    return _on_this_machine(spec) if spec.gpu is None else spec
+
+
+def _on_this_machine(spec: ClusterSpec) -> ClusterSpec:
+    """Fill in this machine's GPU, and its host memory and disk if the run is on it alone."""
+    here = detect_cluster()
+    if here.gpu is None:
+        return spec
+    gpus = spec.gpus if "gpus" in spec.model_fields_set else here.gpus
+    found: dict[str, Any] = {"gpu": here.gpu, "gpus": gpus, "gpu_memory": spec.gpu_memory or here.gpu_memory}
+    if spec.nodes == 1 and gpus <= here.gpus:
+        found["host_memory"] = spec.host_memory or here.host_memory
+        if spec.nvme is None and spec.nvme_path is not None:
+            found["nvme"] = free_disk(spec.nvme_path)
+    return spec.replace(**found)

@@ -1,0 +1,74 @@
+"""SmolLM3 (transformers.models.smollm3): Llama whose every fourth layer has no rotary positions."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from memplan.architectures.llama import (
+    LlamaAttention,
+    LlamaConfig,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    decoder_heads,
+    layer_types,
+)
+from memplan.architectures.nn import Build, apply_rotary_pos_emb
+from memplan.specs.fields import Fields
+from memplan.tape.tensor import Tensor
+
+
+class SmolLM3Config(LlamaConfig):
+    vocab_size = 128256
+    hidden_size = 2048
+    num_hidden_layers = 36
+    num_attention_heads = 16
+    num_key_value_heads = 4
+    tie_word_embeddings = True
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__(fields)
+        layers = self.num_hidden_layers
+        interval = fields.int("no_rope_layer_interval", 4)
+        every = tuple(int((i + 1) % interval != 0) for i in range(layers))
+        self.no_rope_layers = fields.list_int("no_rope_layers", every, minimum=0)
+        """1 for the layers that do rotate."""
+        if len(self.no_rope_layers) < layers:
+            raise fields.wrong("no_rope_layers", len(self.no_rope_layers), f"entries for {layers} layers", "Give one each.")
+        sliding_window = fields.optional_int("sliding_window") if fields.bool("use_sliding_window", False) else None
+        sliding = [sliding_window is not None and not rotated for rotated in self.no_rope_layers[:layers]]
+        self.layer_types = layer_types(fields, ["sliding_attention" if s else "full_attention" for s in sliding])
+        if "sliding_attention" in self.layer_types:
+            self.windows["sliding_attention"] = sliding_window
+
+    @property
+    def kinds(self) -> Sequence[Hashable]:
+        return list(zip(self.layer_types, self.no_rope_layers))
+
+
+class SmolLM3Attention(LlamaAttention):
+    def __init__(self, b: Build, c: SmolLM3Config, layer_idx: int) -> None:
+        super().__init__(b, c, layer_idx)
+        if not c.no_rope_layers[layer_idx]:
+            self.rotate = unrotated
+
+
+def unrotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer without positions."""
+    return q, k
+
+
+class SmolLM3DecoderLayer(LlamaDecoderLayer):
+    attention_class = SmolLM3Attention
+
+
+class SmolLM3Model(LlamaModel):
+    layer_class = SmolLM3DecoderLayer
+
+
+class SmolLM3ForCausalLM(LlamaForCausalLM):
+    config_class = SmolLM3Config
+    model_class = SmolLM3Model
+
+
+HEADS = decoder_heads(SmolLM3ForCausalLM)

@@ -1,0 +1,299 @@
+"""Estimates as text for a terminal: aligned numbers, bars, a verdict. A line is never broken in the middle of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from memplan.render import words
+from memplan.render.explain import explanation
+from memplan.results import Assumption, Estimate, EstimateList, Verdict
+
+if TYPE_CHECKING:
+    from memplan.catalog.models import CatalogModel
+    from memplan.specs.hardware import GPUSpec
+
+__all__ = ["estimate_text", "estimates_text", "gpus_text", "models_text"]
+
+_STYLES: dict[Verdict, str] = {
+    "fits": "bold green",
+    "tight": "bold yellow",
+    "does-not-fit": "bold red",
+    "unknown": "bold",
+}
+_WIDE = 110
+"""Columns from which phases stand beside the components, not below them."""
+_GAP = 4
+_INDENT = 2
+_PADDING = 2
+_LABEL = 9
+_NAME = 13
+_NUMBER = 9
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_ASCII = str.maketrans("█▉▊▋▌▍▎▏…", "#####---.")
+"""For a terminal, or a file, whose encoding has no such characters."""
+
+
+def estimate_text(
+    estimate: Estimate, *, gpus: Sequence[str] = (), options: Sequence[str] = (), console: Console | None = None
+) -> str:
+    """Return an estimate as a page of text for the width and the colours of ``console``, by default stdout's.
+
+    ``gpus`` are names of GPUs that the setup fits on, ``options`` what may be added to make it fit: both are
+    offered where it does not fit.
+    """
+    console = console or _console()
+    next_steps = words.next_steps(estimate, gpus, options)
+    return _text(Group(_model(estimate), _setup(estimate), *_body(estimate, console.width, next_steps)), console)
+
+
+def estimates_text(
+    estimates: EstimateList,
+    *,
+    gpus: Sequence[Sequence[str]] = (),
+    options: Sequence[str] = (),
+    console: Console | None = None,
+) -> str:
+    """Return a row per estimate, and the page of the first one with the best verdict.
+
+    ``gpus`` holds, for each estimate, names of GPUs that it fits on; ``options`` as in :func:`estimate_text`.
+    """
+    if len(estimates.estimates) == 1:
+        return estimate_text(estimates.estimates[0], gpus=gpus[0] if gpus else (), options=options, console=console)
+    console = console or _console()
+    best = words.best_of(estimates)
+    names = gpus[estimates.estimates.index(best)] if gpus else ()
+    body = _body(best, console.width, words.next_steps(best, names, options))
+    title = _line(words.rung(best), style="bold")
+    return _text(Group(_model(best), _rungs(estimates, gpus), Text(), title, _setup(best), *body), console)
+
+
+def gpus_text(gpus: Sequence[GPUSpec], console: Console | None = None) -> str:
+    """Return the GPUs of a catalog as a table."""
+    table = _grid(header=True)
+    table.add_column("GPU", no_wrap=True)
+    for header in ("GiB", "range", "GB/s", "bf16", "fp16", "fp32", "link", "GB/s"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for gpu in gpus:
+        table.add_row(
+            gpu.name,
+            words.gib(gpu.memory_bytes),
+            words.interval(int(gpu.memory.low), int(gpu.memory.high)),
+            f"{gpu.bandwidth_gb_per_s:g}",
+            *("-" if speed is None else f"{speed:g}" for speed in (gpu.bf16_tflops, gpu.fp16_tflops, gpu.fp32_tflops)),
+            gpu.link,
+            f"{gpu.link_gb_per_s:g}",
+        )
+    note = "Memory is what torch sees; bf16, fp16 and fp32 are dense TFLOPS. --json has the sources."
+    return _text(Group(table, Text(note, style="dim")), console or _console())
+
+
+def models_text(models: Sequence[CatalogModel], console: Console | None = None) -> str:
+    """Return the models of a catalog as a table."""
+    table = _grid(header=True)
+    table.add_column("model", no_wrap=True)
+    table.add_column("architecture", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("verified", no_wrap=True)
+    for model in models:
+        table.add_row(
+            model.id,
+            str(next(iter(model.config.get("architectures") or ()), "")),
+            "" if model.parameters_published is None else words.count(model.parameters_published),
+            "yes" if model.verified else "no",
+        )
+    note = "Parameters are published counts; verified means that a second source confirms the config. --json has both."
+    return _text(Group(table, Text(note, style="dim")), console or _console())
+
+
+# -- parts of a page -------------------------------------------------------------------------------------------------
+
+
+def _model(estimate: Estimate) -> RenderableType:
+    facts = _facts(
+        ("model", words.model_facts(estimate)),
+        ("config", f"from {estimate.model.source}"),
+        ("hardware", words.hardware(estimate)),
+    )
+    return Group(_line(estimate.model.id, style="bold"), facts)
+
+
+def _setup(estimate: Estimate) -> RenderableType:
+    return _facts(("setup", words.setup_facts(estimate)), ("precision", words.precision_facts(estimate)))
+
+
+def _facts(*facts: tuple[str, str]) -> RenderableType:
+    table = _grid()
+    table.add_column(min_width=_LABEL)
+    for name, fact in facts:
+        table.add_row(Text(name, style="dim"), _line(fact))
+    return _indented(table)
+
+
+def _body(estimate: Estimate, width: int, next_steps: str) -> list[RenderableType]:
+    parts: list[RenderableType] = [Text()]
+    if width >= _WIDE:
+        half = (width - _GAP) // 2
+        beside = Table.grid(padding=(0, _GAP, 0, 0))
+        beside.add_row(_components(estimate, half), _phases(estimate, half))
+        parts.append(beside)
+    else:
+        parts += [_components(estimate, width), Text(), _phases(estimate, width)]
+    parts += [*_elsewhere(estimate, width), Text(), _conclusion(estimate, next_steps)]
+    if estimate.assumptions:
+        parts += [Text(), _assumptions(estimate.assumptions)]
+    if estimate.explanation:
+        parts += [Text(), explanation(estimate.explanation)]
+    return parts
+
+
+def _rungs(estimates: EstimateList, gpus: Sequence[Sequence[str]]) -> RenderableType:
+    table = _grid(header=True)
+    table.add_column("setup", no_wrap=True, overflow="ellipsis")
+    table.add_column("peak GiB", justify="right", no_wrap=True)
+    table.add_column("low .. high", justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    if gpus:
+        table.add_column("fits on", no_wrap=True)
+    for index, estimate in enumerate(estimates.estimates):
+        row: list[RenderableType] = [
+            words.rung(estimate),
+            words.gib(estimate.gpu.peak_device),
+            words.interval(estimate.gpu.low, estimate.gpu.high),
+            Text(words.VERDICTS[estimate.verdict], style=_STYLES[estimate.verdict]),
+        ]
+        table.add_row(*row, *([next(iter(gpus[index]), "no GPU")] if gpus else []))
+    return Group(Text(), table)
+
+
+def _components(estimate: Estimate, width: int) -> RenderableType:
+    gpu = estimate.gpu
+    table = _Bars(f"GPU memory at its peak ({gpu.peak_phase}), GiB", max(gpu.peak_device, gpu.capacity or 0), width)
+    for name, size in words.components_of(estimate):
+        table.add(name, size)
+    table.add_total("allocated", gpu.peak_allocated)
+    table.add("fragmentation", gpu.components.fragmentation)
+    table.add_total("reserved", gpu.peak_reserved)
+    table.add("context", gpu.components.context)
+    table.add("nccl", gpu.components.nccl)
+    table.add_total("device", gpu.peak_device, words.interval(gpu.low, gpu.high))
+    if gpu.capacity is not None:
+        table.add_total("capacity", gpu.capacity)
+    return table.page()
+
+
+def _phases(estimate: Estimate, width: int) -> RenderableType:
+    gpu = estimate.gpu
+    table = _Bars("Allocated in each phase, GiB", max(gpu.peak_device, gpu.capacity or 0), width)
+    for phase in gpu.phases:
+        table.add(phase.name, phase.allocated, always=True)
+    return table.page()
+
+
+def _elsewhere(estimate: Estimate, width: int) -> list[RenderableType]:
+    """Host memory and NVMe of a node, where the setup uses them."""
+    host, nvme = estimate.host, estimate.nvme
+    ranks = f"{host.ranks} rank{'s' if host.ranks > 1 else ''}"
+    pages: list[RenderableType] = []
+    for title, components, total, capacity in (
+        (f"Host memory of a node ({ranks}), GiB", host.components, host.peak, host.capacity),
+        (f"NVMe of a node ({ranks}), GiB", nvme.components, nvme.bytes, nvme.capacity),
+    ):
+        if total:
+            table = _Bars(title, max(total, capacity or 0), width)
+            for name, size in components.items():
+                table.add(name, size)
+            table.add_total("total", total)
+            if capacity is not None:
+                table.add_total("capacity", capacity)
+            pages += [Text(), table.page()]
+    return pages
+
+
+def _conclusion(estimate: Estimate, next_steps: str) -> RenderableType:
+    table = _grid()
+    table.add_column(min_width=_LABEL)
+    table.add_row(Text("verdict", style="dim"), Text(words.verdict(estimate), style=_STYLES[estimate.verdict]))
+    for name, text in (("next", next_steps), *words.extras(estimate)):
+        if text:
+            table.add_row(Text(name, style="dim"), Text(text))
+    return _indented(table)
+
+
+def _assumptions(assumptions: Sequence[Assumption]) -> RenderableType:
+    table = _grid()
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, justify="right")
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for assumption in assumptions:
+        table.add_row(assumption.name, *words.assumed(assumption), style="dim")
+    return Group(Text("Assumptions", style="bold"), _indented(table))
+
+
+# -- elements --------------------------------------------------------------------------------------------------------
+
+
+class _Bars:
+    """Rows of a name, a size in GiB and a bar: all bars to one scale."""
+
+    def __init__(self, title: str, full: int, width: int) -> None:
+        self._title = title
+        self._full = full
+        self._room = max(0, width - _INDENT - _NAME - _NUMBER - 2 * _PADDING)
+        self._table = _grid()
+        self._table.add_column(min_width=_NAME, no_wrap=True)
+        self._table.add_column(min_width=_NUMBER, no_wrap=True, justify="right")
+        self._table.add_column(no_wrap=True)
+
+    def add(self, name: str, size: int, *, always: bool = False) -> None:
+        """Add a part; nothing where there is nothing."""
+        if size or always:
+            self._table.add_row(name, words.gib(size), Text(bar(size, self._full, self._room), style="cyan"))
+
+    def add_total(self, name: str, size: int, note: str = "") -> None:
+        """Add a sum of the rows above."""
+        self._table.add_row(name, words.gib(size), note, style="bold")
+
+    def page(self) -> RenderableType:
+        return Group(Text(self._title, style="bold"), _indented(self._table))
+
+
+def bar(size: int, full: int, width: int) -> str:
+    """Return a bar of up to ``width`` characters, in eighths; what is there at all shows.
+
+    >>> bar(3, 4, 4), bar(1, 10**9, 4), bar(0, 4, 4)
+    ('███', '▏', '')
+    """
+    if size <= 0 or full <= 0 or width <= 0:
+        return ""
+    eighths = max(1, min(8 * width, round(8 * width * size / full)))
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def _grid(*, header: bool = False) -> Table:
+    return Table(box=None, show_header=header, show_edge=False, pad_edge=False, padding=(0, _PADDING, 0, 0))
+
+
+def _line(text: str, style: str = "") -> Text:
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def _indented(renderable: RenderableType) -> RenderableType:
+    return Padding(renderable, (0, 0, 0, _INDENT))
+
+
+def _console() -> Console:
+    # What is shown are names and numbers of a user's own: nothing in them is markup.
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def _text(page: RenderableType, console: Console) -> str:
+    with console.capture() as capture:
+        console.print(page)
+    text = "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))
+    return text if console.encoding.lower().startswith("utf") else text.translate(_ASCII)

@@ -1,0 +1,253 @@
+"""Results in words: the phrases that the table and the HTML page share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from memplan.results import Assumption, Estimate, EstimateList, Verdict, verdict_for
+from memplan.units import GiB, KiB
+
+__all__ = [
+    "VERDICTS",
+    "assumed",
+    "best_of",
+    "components_of",
+    "count",
+    "extras",
+    "gib",
+    "gpu_name",
+    "hardware",
+    "interval",
+    "model_facts",
+    "next_steps",
+    "precision_facts",
+    "rung",
+    "setup_facts",
+    "verdict",
+]
+
+VERDICTS: dict[Verdict, str] = {
+    "fits": "fits",
+    "tight": "tight",
+    "does-not-fit": "does not fit",
+    "unknown": "unknown",
+}
+"""Verdicts as people read them."""
+
+_PRECISION = {"no": "", "bf16": " + bf16 autocast", "fp16": " + fp16 autocast"}
+_SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+
+
+def gib(size: int) -> str:
+    """Bytes as a number of GiB with two decimals; the unit stands elsewhere.
+
+    >>> gib(13_250_000_000)
+    '12.34'
+    """
+    return f"{size / GiB:,.2f}"
+
+
+def interval(low: int, high: int) -> str:
+    """A range of bytes in GiB.
+
+    >>> interval(2**30, 2**31)
+    '1.00 .. 2.00'
+    """
+    return gib(low) if gib(low) == gib(high) else f"{gib(low)} .. {gib(high)}"
+
+
+def count(number: int) -> str:
+    """A count of parameters, to three digits.
+
+    >>> count(6_738_415_616), count(124_439_808), count(12)
+    ('6.74 B', '124 M', '12')
+    """
+    for scale, letter in _SCALES:
+        if number >= scale:
+            value = number / scale
+            return f"{value:.{max(0, 3 - len(str(int(value))))}f} {letter}"
+    return str(number)
+
+
+def model_facts(estimate: Estimate) -> str:
+    """The model's class, its size, and what of it is trained."""
+    model = estimate.model
+    parts = [model.architecture, f"{count(model.parameters)} parameters"]
+    if _task(estimate) == "train":
+        trainable = model.trainable_parameters
+        parts.append("all trained" if trainable == model.parameters else f"{count(trainable)} trained")
+    return ", ".join(parts)
+
+
+def setup_facts(estimate: Estimate) -> str:
+    """How the run is spread, and the shape of a batch."""
+    task = _task(estimate)
+    parts = [strategy(estimate) if task == "train" else task]
+    if task != "load":
+        parts.append(batch(estimate))
+    if task == "generate":
+        parts.append(f"{option(estimate, 'max_new_tokens') or 0} new tokens")
+    if option(estimate, "device_map"):
+        parts.append(f"device_map {option(estimate, 'device_map')}")
+    if task == "train" and option(estimate, "gradient_checkpointing"):
+        parts.append("checkpointing")
+    if task == "train" and option(estimate, "lora_rank"):
+        parts.append(f"LoRA rank {option(estimate, 'lora_rank')}")
+    return ", ".join(parts)
+
+
+def precision_facts(estimate: Estimate) -> str:
+    """Types, kernels and the optimizer."""
+    training = _task(estimate) == "train"
+    dtype = str(option(estimate, "dtype"))
+    mixed = _PRECISION.get(str(option(estimate, "mixed_precision")), "") if training else ""
+    parts = [dtype + mixed, option(estimate, "quantization"), option(estimate, "attn")]
+    if training:
+        parts += [option(estimate, "optim"), "Liger" if option(estimate, "liger") else None]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _task(estimate: Estimate) -> str:
+    return str(option(estimate, "task") or "train")
+
+
+def batch(estimate: Estimate) -> str:
+    """Sequences, their length, and the micro-batches that make a step."""
+    steps = option(estimate, "grad_accum_steps") or 1
+    accumulated = f" x {steps} micro-batches" if steps > 1 else ""
+    return f"{option(estimate, 'micro_batch_size')} x {option(estimate, 'seq_len')} tokens{accumulated}"
+
+
+def strategy(estimate: Estimate) -> str:
+    """The engine, and what it offloads."""
+    parts = [str(option(estimate, "strategy"))]
+    for name in ("offload_optimizer", "offload_param"):
+        place = option(estimate, name)
+        if place not in (None, "none"):
+            parts.append(f"{name.removeprefix('offload_')} on {place}")
+    return ", ".join(parts)
+
+
+def rung(estimate: Estimate) -> str:
+    """What tells a setup from the others of a ladder."""
+    steps = option(estimate, "grad_accum_steps") or 1
+    parts = [strategy(estimate), f"batch {option(estimate, 'micro_batch_size')}" + (f" x {steps}" if steps > 1 else "")]
+    if option(estimate, "gradient_checkpointing"):
+        parts.append("checkpointing")
+    return ", ".join(parts)
+
+
+def option(estimate: Estimate, name: str) -> Any:
+    """The value of an option in the setup: ``lora_rank`` is there by that name, or the ``rank`` of ``lora``."""
+    value = estimate.setup.get(name)
+    if name not in estimate.setup and "_" in name:
+        outer, _, inner = name.partition("_")
+        nested = estimate.setup.get(outer)
+        value = nested.get(inner) if isinstance(nested, Mapping) else None
+    return value.get("kind") if isinstance(value, Mapping) else value
+
+
+def gpu_name(estimate: Estimate) -> str | None:
+    """The GPU's name, or None without one."""
+    gpu = estimate.cluster.get("gpu")
+    return gpu.get("name") if isinstance(gpu, Mapping) else gpu
+
+
+def hardware(estimate: Estimate) -> str:
+    """How many of which GPU, on how many nodes, and what each holds."""
+    cluster, capacity = estimate.cluster, estimate.gpu.capacity
+    gpus, nodes = cluster.get("gpus") or 1, cluster.get("nodes") or 1
+    name = gpu_name(estimate) or "GPU of unknown size"
+    across = f" on {nodes} nodes" if nodes > 1 else ""
+    size = "" if capacity is None else f", {gib(capacity)} GiB{' each' if gpus > 1 else ''}"
+    return f"{gpus} x {name}{across}{size}"
+
+
+def components_of(estimate: Estimate) -> list[tuple[str, int]]:
+    """The components of ``peak_allocated`` that are there."""
+    outside = ("fragmentation", "context", "nccl")
+    return [(name, size) for name, size in estimate.gpu.components if size and name not in outside]
+
+
+def best_of(estimates: EstimateList) -> Estimate:
+    """The first estimate with the list's verdict."""
+    return next(estimate for estimate in estimates.estimates if estimate.verdict == estimates.verdict)
+
+
+def verdict(estimate: Estimate) -> str:
+    """The verdict, with the place that decides it and the numbers behind it."""
+    gpu, host, nvme = estimate.gpu, estimate.host, estimate.nvme
+    places = (
+        ("", gpu.low, gpu.high, gpu.capacity),
+        ("host memory, ", host.peak, host.peak, host.capacity),
+        ("NVMe, ", nvme.bytes, nvme.bytes, nvme.capacity),
+    )
+    for place, low, high, capacity in places:
+        if verdict_for(low, high, capacity) == estimate.verdict:
+            return f"{VERDICTS[estimate.verdict]}: {place}{_margin(low, high, capacity)}"
+    return VERDICTS[estimate.verdict]
+
+
+def _margin(low: int, high: int, capacity: int | None) -> str:
+    if capacity is None:
+        return "the capacity is not known"
+    if high <= capacity:
+        return f"{gib(capacity - high)} GiB to spare at the upper end"
+    if low <= capacity:
+        return f"the upper end is {gib(high - capacity)} GiB more than there is"
+    return f"even the lower end is {gib(low - capacity)} GiB more than there is"
+
+
+def next_steps(estimate: Estimate, gpus: Sequence[str] = (), options: Sequence[str] = ()) -> str:
+    """What to do about a verdict, or nothing if the setup fits.
+
+    ``gpus`` are names of GPUs that the setup fits on, ``options`` what may be added, each by itself, to make it fit.
+    """
+    if estimate.verdict == "fits":
+        return ""
+    if estimate.verdict == "unknown":
+        return f"name yours with --gpu; it fits on {_listed(gpus)}" if gpus else "name a GPU with --gpu"
+    steps = [f"add {option}" for option in options]
+    if gpus:
+        steps.append(f"use {_listed(gpus)}")
+    return ", or ".join(steps) or f"it needs a GPU of {gib(estimate.gpu.high)} GiB"
+
+
+def extras(estimate: Estimate) -> list[tuple[str, str]]:
+    """What only some tasks answer: step time, footprint, KV cache, device map."""
+    lines = []
+    if estimate.step is not None:
+        step = estimate.step
+        speed = f"{step.seconds:.3g} s, {step.tokens_per_second:,.0f} tokens/s, bound by {step.bound_by}"
+        lines.append(("step", speed))
+    if estimate.footprint is not None:
+        lines.append(("footprint", f"{gib(estimate.footprint)} GiB, as get_memory_footprint() counts"))
+    if estimate.kv_cache is not None:
+        lines.append(("kv cache", f"{gib(estimate.kv_cache)} GiB at the last token"))
+    if estimate.device_map is not None:
+        lines.append(("device map", _device_map(estimate.device_map)))
+    return lines
+
+
+def _device_map(device_map: Mapping[str, int | str]) -> str:
+    """Modules per device: ``GPU 0: 12 modules``."""
+    counts: dict[int | str, int] = {}
+    for device in device_map.values():
+        counts[device] = counts.get(device, 0) + 1
+    places = ((f"GPU {device}" if isinstance(device, int) else device, number) for device, number in counts.items())
+    return ", ".join(f"{place}: {number} module{'s' if number > 1 else ''}" for place, number in places)
+
+
+def assumed(assumption: Assumption) -> tuple[str, str]:
+    """An assumption's value with its range, and its source; bytes are shown in GiB."""
+    # Assumption.of names the unit of everything but bytes.
+    in_bytes = isinstance(assumption.value, int) and not assumption.name.endswith(")") and assumption.high >= KiB
+    show = (lambda number: gib(int(number))) if in_bytes else "{:g}".format
+    value, low, high = (show(number) for number in (assumption.value, assumption.low, assumption.high))
+    span = "" if low == high else f" ({low} .. {high})"
+    return f"{value}{' GiB' if in_bytes else ''}{span}", assumption.source
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
