@@ -28,19 +28,7 @@ from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = [
-    "LADDER",
-    "REMEDIES",
-    "Advice",
-    "Setup",
-    "advise",
-    "default_strategy",
-    "estimate",
-    "fitting_gpus",
-    "ladder",
-    "remedies",
-    "rungs",
-]
+__all__ = ["LADDER", "REMEDIES", "Advice", "Setup", "advise", "estimate", "ladder", "rungs"]
 
 ModelLike: TypeAlias = Union[str, os.PathLike[str], ModelSpec, Mapping[str, Any], "nn.Module"]
 """A hub id, a path, a ModelSpec, the values of a config.json, or a module of torch."""
@@ -89,7 +77,9 @@ def estimate(
     """
     case = _resolved(model, cluster, software, trace=trace)
     training = training or TrainingSpec()
-    return case.estimate(Setup(training, strategy or default_strategy(training, case.cluster)), replay=replay, explain=explain)
+    return case.estimate(
+        Setup(training, strategy or _default_strategy(training, case.cluster)), replay=replay, explain=explain
+    )
 
 
 def ladder(
@@ -108,7 +98,7 @@ def ladder(
     """
     case = _resolved(model, cluster, software, trace=trace)
     training = training or TrainingSpec()
-    setups = rungs(Setup(training, default_strategy(training, case.cluster)))
+    setups = rungs(Setup(training, _default_strategy(training, case.cluster)))
     return EstimateList(estimates=tuple(case.estimate(setup, replay=replay, explain=explain) for setup in setups))
 
 
@@ -117,7 +107,8 @@ class Advice:
     """What to do about answers that do not fit, or whose GPU is not known."""
 
     gpus: tuple[tuple[str, ...], ...] = ()
-    """For each estimate, the smallest GPUs of the catalog that it fits on."""
+    """The smallest GPUs of the catalog that the setup as asked fits on; where the GPU is not known, those of each
+    further estimate too."""
     options: tuple[str, ...] = ()
     """Command line options, each of which makes the setup as asked fit."""
 
@@ -139,16 +130,16 @@ def advise(
         return Advice()
     case = _resolved(model, cluster, software)
     training = training or TrainingSpec()
-    asked = Setup(training, strategy or default_strategy(training, case.cluster))
+    asked = Setup(training, strategy or _default_strategy(training, case.cluster))
+    if result.verdict != "unknown":
+        return Advice(gpus=(_fitting_gpus(case, asked),), options=_remedies(case, asked))
+    if case.cluster.gpu is not None:
+        return Advice()  # a device without a size of its own
     setups = rungs(asked) if isinstance(result, EstimateList) else (asked,)
-    if isinstance(case.cluster.gpu, GPUSpec) and case.cluster.gpu.is_cpu:
-        return Advice()
-    if result.verdict == "unknown":
-        return Advice(gpus=tuple(_gpu_names(case, setup) for setup in setups))
-    return Advice(gpus=(_gpu_names(case, asked),), options=tuple(case.remedies(asked)))
+    return Advice(gpus=tuple(_fitting_gpus(case, setup) for setup in setups))
 
 
-def default_strategy(training: TrainingSpec, cluster: ClusterSpec) -> Strategy:
+def _default_strategy(training: TrainingSpec, cluster: ClusterSpec) -> Strategy:
     """Return plain training on one GPU and DDP on several; loading and generation have one copy of the model."""
     return Strategy(kind="ddp" if cluster.gpus > 1 and training.task == "train" else "single")
 
@@ -246,6 +237,27 @@ never taken."""
 
 def _changed(setup: Setup, **fields: Any) -> Setup:
     return Setup(setup.training.replace(**fields), setup.strategy)
+
+
+def _remedies(case: _Case, setup: Setup, limit: int = 2) -> tuple[str, ...]:
+    enough: list[Sequence[Change]] = []
+    found: list[str] = []
+    for changes in REMEDIES:
+        less = _all_changed(setup, changes)
+        if less is None or any(set(fewer) <= set(changes) for fewer in enough) or not case.computes_in(less):
+            continue
+        if len(found) < limit and case.fits(less):
+            enough.append(changes)
+            found.append(_options(setup.training, less.training))
+    return tuple(found)
+
+
+def _fitting_gpus(case: _Case, setup: Setup, limit: int = 4) -> tuple[str, ...]:
+    found: list[str] = []
+    for gpu in sorted(all_gpus(), key=lambda gpu: gpu.memory_bytes):
+        if len(found) < limit and case.on(gpu).fits(setup):
+            found.append(gpu.name)
+    return tuple(found)
 
 
 def _all_changed(setup: Setup, changes: Sequence[Change]) -> Setup | None:

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
+from memplan.errors import MemplanError, did_you_mean
 
 if TYPE_CHECKING:
     from memplan.results import Estimate, EstimateList, Verdict
@@ -113,7 +116,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("quantization", "none|int8|nf4|nf4-dq", "Quantize the frozen weights (default: none).", _ADAPTERS),
     Option("task", "train|load|generate", "What the run does (default: train).", _TASK),
     Option("device_map", "auto|balanced|balanced_low_0|sequential", "How loading spreads layers over devices.", _TASK),
-    Option("max_new_tokens", "T", "Tokens to generate after a prompt of --seq-len.", _TASK),
+    Option("max_new_tokens", "T", "Tokens to generate after a prompt of the sequence length.", _TASK),
     Option("software", "NAME=VERSION,...", "Library versions, as in transformers=5.23,torch=2.13.", _ANSWER),
     Option("trace", "", "Trace the real model; needs the train extra.", _ANSWER),
     Option("no_replay", "", "Skip the caching allocator: an upper bound on reserved memory, sooner.", _ANSWER),
@@ -133,6 +136,8 @@ _PATHS = {option.name: option.flag for option in OPTIONS} | {
 """A field's path, as an error names it -> the option that sets it."""
 
 _INTEGER = re.compile(r"[+-]?\d{1,40}")
+_NUMBERS = frozenset(option.name for option in OPTIONS if len(option.metavar) == 1)
+_LORA = ("rank", "targets", "dropout")
 _CLUSTER = ("gpu", "gpus", "nodes", "gpu_memory", "host_memory", "nvme", "nvme_path")
 _STRATEGY = ("strategy", "offload_optimizer", "offload_param")
 _TRAINING = (
@@ -150,7 +155,23 @@ class _Answer:
     code: int = 0
 
 
+class _Command(TyperCommand):
+    """A command whose help has its options under headings, in plain text: names stay whole at 80 columns."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                sections.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
 app = typer.Typer(
+    rich_markup_mode=None,
     help="Know before you launch: the memory that a training run will need.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -199,13 +220,13 @@ def _annotation(option: Option) -> Any:
     return Annotated[bool | None, info]
 
 
-@app.command()
+@app.command(cls=_Command)
 @_with_options
 def estimate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder or a config.json.")],
     **options: Any,
 ) -> _Answer:
-    """Estimate the memory of a training run, a loading or a generation, per GPU.
+    """Estimate the memory that a run needs on each GPU.
 
     Exit codes: 0 fits (or unknown, without a GPU), 1 does not fit, 2 bad input, 3 tight.
     """
@@ -227,10 +248,17 @@ def estimate(
     code = EXIT_CODES[result.verdict]
     if given.get("json"):
         return _Answer(result.to_json(indent=2, explain=mode["explain"]), code)
-    return _Answer(_page(result, model, training, cluster, strategy, software), code)
+    from memplan.render import table
+    from memplan.results import EstimateList
+
+    advice = api.advise(result, model, training, cluster, strategy, software=software)
+    if isinstance(result, EstimateList):
+        return _Answer(table.estimates_text(result, gpus=advice.gpus, options=advice.options), code)
+    gpus = next(iter(advice.gpus), ())
+    return _Answer(table.estimate_text(result, gpus=gpus, options=advice.options), code)
 
 
-@app.command()
+@app.command(cls=_Command)
 def models(
     json: Annotated[bool, typer.Option("--json", help="The list as JSON.")] = False,
 ) -> _Answer:
@@ -247,7 +275,7 @@ def models(
     return _Answer(table.models_text(rows))
 
 
-@app.command()
+@app.command(cls=_Command)
 def gpus(
     json: Annotated[bool, typer.Option("--json", help="The list as JSON.")] = False,
 ) -> _Answer:
@@ -262,16 +290,16 @@ def gpus(
     return _Answer(table.gpus_text(rows))
 
 
-@app.command()
+@app.command(cls=_Command)
 def schema() -> _Answer:
     """Print the JSON schema of every input and every answer."""
     from pydantic.json_schema import models_json_schema
 
     from memplan import results, specs
 
-    roots = [specs.TrainingSpec, specs.Strategy, specs.ClusterSpec, specs.ModelSpec, specs.SoftwareSpec]
-    roots += [results.Estimate, results.EstimateList]
-    _, definitions = models_json_schema([(root, "validation") for root in roots])
+    inputs = (specs.ModelSpec, specs.TrainingSpec, specs.ClusterSpec, specs.Strategy, specs.SoftwareSpec)
+    answers = (results.Estimate, results.EstimateList)
+    _, definitions = models_json_schema([(root, "validation") for root in (*inputs, *answers)])
     return _Answer(_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **definitions}))
 
 
@@ -282,13 +310,13 @@ def _training(given: Mapping[str, Any]) -> TrainingSpec:
     from memplan.errors import SpecError
     from memplan.specs.training import TrainingSpec
 
-    fields = {name: _number(given[name]) for name in _TRAINING if name in given}
-    lora = {name: given[f"lora_{name}"] for name in ("rank", "targets", "dropout") if f"lora_{name}" in given}
+    fields = {name: _value(given, name) for name in _TRAINING if name in given}
+    lora = {name: _value(given, f"lora_{name}") for name in _LORA if f"lora_{name}" in given}
     if lora:
         if "rank" not in lora:
             name, value = next(iter(lora.items()))
             raise SpecError.at(f"lora_{name}", value, "has no adapters to apply to", "Give --lora-rank too.")
-        fields["lora"] = {name: value if name == "targets" else _number(value) for name, value in lora.items()}
+        fields["lora"] = lora
     return TrainingSpec(**fields)
 
 
@@ -296,13 +324,10 @@ def _cluster(given: Mapping[str, Any]) -> ClusterSpec:
     from memplan.specs.hardware import ClusterSpec
     from memplan.units import parse_gib
 
-    fields = {name: _number(given[name]) for name in _CLUSTER if name in given}
+    fields = {name: _value(given, name) for name in _CLUSTER if name in given}
     for name in ("gpu_memory", "host_memory", "nvme"):
-        if name in given:
-            fields[name] = parse_gib(given[name], name)
-    for name in ("gpu", "nvme_path"):
-        if name in given:
-            fields[name] = given[name]
+        if name in fields:
+            fields[name] = parse_gib(fields[name], name)
     return ClusterSpec(**fields)
 
 
@@ -317,9 +342,10 @@ def _strategy(given: Mapping[str, Any]) -> Strategy | None:
     return Strategy(**fields) if fields else None
 
 
-def _number(value: Any) -> Any:
-    """The number that a text writes, or the text, for the spec to refuse."""
-    if not isinstance(value, str):
+def _value(given: Mapping[str, Any], name: str) -> Any:
+    """An option's value; where a number is meant but not written, the text, for the spec to refuse."""
+    value = given[name]
+    if name not in _NUMBERS:
         return value
     if _INTEGER.fullmatch(value):
         return int(value)
@@ -332,30 +358,101 @@ def _number(value: Any) -> Any:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _page(
-    result: Estimate | EstimateList,
-    model: str,
-    training: TrainingSpec,
-    cluster: ClusterSpec,
-    strategy: Strategy | None,
-    software: str | None,
-) -> str:
-    """The answer as a page, with what to do next where it does not fit."""
-    from memplan import api
-    from memplan.render import table
-    from memplan.results import EstimateList
-
-    several = isinstance(result, EstimateList)
-    first = result.estimates[0] if isinstance(result, EstimateList) else result
-    setups = api.rungs(training, api.plain(training, cluster)) if several else (api.Setup(training, strategy),)
-    options: Sequence[str] = ()
-    gpus: Sequence[Sequence[str]] = ()
-    if result.verdict in ("tight", "does-not-fit"):
-        options = api.remedies(model, training, cluster, strategy, software=software)
-    return ""
-
-
 def _json(data: Any) -> str:
     import json
 
     return json.dumps(data, indent=2, allow_nan=False)
+
+
+# -- from the command line to the exit code --------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code. Answers go to stdout; an error is one message on stderr."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+        _hurry()
+    try:
+        return _run(arguments or ["--help"])
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+
+
+def _hurry() -> None:
+    """Spare a process that answers once and ends what only pays in a long one."""
+    gc.disable()
+    # To look for plugins, pydantic reads the metadata of everything installed.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        answer = app(list(arguments), prog_name="memplan", standalone_mode=False)
+    except MemplanError as error:
+        return _failed(_in_options(str(error)), BAD_INPUT)
+    except _UsageError as error:
+        return _failed(_usage(error), BAD_INPUT)
+    except Exception as error:
+        if os.environ.get("MEMPLAN_DEBUG"):
+            raise
+        about = f"{type(error).__name__}: {error}".strip()
+        remedy = "Please report it; with MEMPLAN_DEBUG=1 set, memplan shows where it happened."
+        return _failed(f"memplan: {about}. This is a bug in memplan. {remedy}", INTERNAL)
+    if isinstance(answer, _Answer):
+        return _write(answer.text) or answer.code
+    return int(answer or 0)  # --help and --version have written already
+
+
+# click is a part of some typers and a package for others, so its errors are found by way of typer.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def _usage(error: Any) -> str:
+    """What the parser refused, in the words of :class:`SpecError`."""
+    context, option = error.ctx, getattr(error, "option_name", None)
+    help_page = f"See {context.command_path} --help." if context else "See memplan --help."
+    if hasattr(error, "possibilities"):
+        known = [flag for each in context.command.params for flag in (*each.opts, *each.secondary_opts)]
+        flags = [flag for flag in known if flag.startswith("-")]
+        return f"{option}: is not an option of {context.command_path}. {did_you_mean(str(option), flags)}"
+    if option is not None:
+        return f"{option}: has no value, or one where it takes none. {help_page}"
+    parameter = getattr(error, "param", None)
+    if parameter is not None:
+        return f"{parameter.metavar or parameter.name}: missing. {parameter.help or ''} {help_page}"
+    message = error.format_message()
+    return message if message.endswith("?") else f"{message.rstrip('.')}. {help_page}"
+
+
+def _in_options(message: str) -> str:
+    """Name the option where an error names its field."""
+    return "\n".join(_in_option(line) for line in message.split("\n"))
+
+
+def _in_option(line: str) -> str:
+    path, colon, rest = line.partition(":")
+    return f"{_PATHS.get(path, path)}{colon}{rest}"
+
+
+def _failed(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+def _write(text: str) -> int:
+    """Write an answer, and return 0 or the exit code of what went wrong."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer would fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return READER_GONE
+        return _failed(f"stdout: cannot be written ({error.strerror}). Write the answer elsewhere.", BAD_INPUT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

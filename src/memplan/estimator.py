@@ -92,6 +92,7 @@ def estimate(
         device_rules(gpu, software),
         software,
     )
+    _check_attention(training, setup.precision, setup.rules)
     run, micro = _run(setup, gpu)
     placed = ddp.phases(run, strategy.ddp) if strategy.kind == "ddp" else plain.phases(run)
     replayed = None
@@ -126,6 +127,18 @@ def device_rules(gpu: GPUSpec | None, software: SoftwareSpec) -> DeviceRules:
 def _checkpoint_dtype(model: ModelSpec) -> Any:
     name = model.config.get("dtype") or model.config.get("torch_dtype")
     return name if name in ("float32", "bfloat16", "float16") else None
+
+
+def _check_attention(training: TrainingSpec, precision: Precision, rules: DeviceRules) -> None:
+    """What the flash-attn package refuses, and what of it is not modelled."""
+    if training.attn != "flash_attention_2":
+        return
+    if rules.kind != "cuda" or rules.compute_capability < (8, 0):
+        raise SpecError.at("attn", training.attn, "needs an NVIDIA GPU of compute capability 8.0", "Use --attn sdpa.")
+    if precision.dtype == "float32" and precision.mixed_precision == "no":
+        raise SpecError.at("attn", training.attn, "has no float32 kernels", "Use --attn sdpa, or 16-bit precision.")
+    if not training.packed:
+        raise UnsupportedError("attn: 'flash_attention_2' with padding (unpadding copies) is not modelled. Use --packed.")
 
 
 # -- the tape --------------------------------------------------------------------------------------------------------
@@ -198,7 +211,7 @@ def _run(setup: _Setup, gpu: GPUSpec | None) -> tuple[Run, _Micro]:
         evaluation = max(compose(pass_.tape, pass_.inventory.stacks).peaks.values(), key=lambda moment: moment.total)
     run = Run(
         parameters=micro.inventory.parameters,
-        buffer_bytes=micro.tape.buffer_bytes,
+        buffer_bytes=sum(micro.inventory.buffer_blocks),
         profile=profile,
         evaluation=evaluation,
         optim=training.optim,

@@ -272,6 +272,8 @@ def test_result_is_plain_data() -> None:
         ({"freeze": ["nothing"]}, "freeze"),
         ({"head": "regression"}, "head"),
         ({"lora": {"rnak": 8}}, "lora"),
+        ({"lora": {"targets": ["q_proj"]}}, "lora"),
+        ({"lora": {"rank": 8, "targets": ["nothing"]}}, "lora"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], field: str) -> None:

@@ -1,10 +1,14 @@
 """Configs the oracles trace: per family one where activations and the optimizer step weigh most ("small"), and one
 whose vocabulary is wide for its width, so that the logits do ("wide"). Both are small enough for a second each;
-llama has more, with real widths. Values are config.json values.
+llama has more, with real widths. What a family does differently by an option of its config is in
+``configs/<family>.json``, name -> values, and joins these under the name "variant <name>".
+Values are config.json values.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 Config = dict[str, Any]
@@ -176,6 +180,10 @@ CONFIGS: dict[str, dict[str, Config]] = {
     },
 }
 """Family -> name -> config.json values."""
+
+for _path in sorted((Path(__file__).parent / "configs").glob("*.json")):
+    for _name, _values in json.loads(_path.read_text(encoding="utf-8")).items():
+        CONFIGS.setdefault(_path.stem, {})[f"variant {_name}"] = _values
 
 LORA_TARGETS: dict[str, list[str]] = {
     "phi3": ["qkv_proj"],

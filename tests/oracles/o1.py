@@ -91,12 +91,15 @@ class Archive:
 # Grids
 
 
-def grid(family: str, config: str, *, shapes: Iterable[tuple[int, int]] = SHAPES, full: int = 4) -> list[Setup]:
-    """Return the acceptance grid of one config: precision x checkpointing x attention x depth x shape, and LoRA."""
+def grid(family: str, config: str, *, shapes: Sequence[tuple[int, int]] = SHAPES) -> list[Setup]:
+    """Return the acceptance grid of one config: precision x checkpointing x attention x depth x shape, and LoRA.
+
+    The depths are 2 and the config's own.
+    """
     lora = {"rank": 8, "targets": LORA_TARGETS.get(family, ["q_proj", "v_proj"])}
     setups = []
     for precision, checkpointed, attn, depth in itertools.product(
-        PRECISIONS.values(), (False, True), ("sdpa", "eager"), (2, full)
+        PRECISIONS.values(), (False, True), ("sdpa", "eager"), sorted({2, _depth(CONFIGS[family][config])})
     ):
         base = {**precision, "gradient_checkpointing": checkpointed, "attn": attn, "num_layers": depth}
         setups += [Setup(family, config, _sized(base, shape)) for shape in shapes]
@@ -165,8 +168,14 @@ def family_grid(family: str) -> list[Setup]:
         elif config in ("small", "wide"):
             setups += grid(family, config)
         else:
-            setups += grid(family, config, shapes=((2, 200),), full=3)
-    return setups + cuda_grid(family, "small") + option_grid(family, "small")
+            setups += grid(family, config, shapes=((2, 200),))
+    first = next(iter(CONFIGS[family]))
+    return setups + cuda_grid(family, first) + option_grid(family, first)
+
+
+def _depth(values: dict[str, Any]) -> int:
+    depth: int = next(values[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in values)
+    return depth
 
 
 def _sized(options: dict[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
@@ -183,6 +192,8 @@ def run(setup: Setup) -> tuple[Row, dict[str, str]]:
         traced = trace_step(setup.values, **setup.options).to_dict()
     except UnsupportedError as error:
         return Row(setup, unsupported=str(error).split(". ")[0]), {}
+    except Exception as error:  # a library's refusal is a fact about the setup; it must not end a run of hours
+        return Row(setup, unsupported=f"{type(error).__name__}: {str(error)[:200]}"), {}
     versions = traced["versions"]
     return Row(setup, {name: value for name, value in traced.items() if name not in NOT_ARCHIVED}), versions
 
@@ -201,7 +212,7 @@ def run_grid(setups: Sequence[Setup], out_path: Path) -> Archive:
         if setup.key in rows:
             continue
         row, found = run(setup)
-        if found and versions and found != versions:
+        if found and versions and not same_versions(found, versions):
             rows = {}
             write_archive(Archive(setup.family, found, [row]), out_path)
             return run_grid(setups, out_path)
@@ -214,6 +225,12 @@ def run_grid(setups: Sequence[Setup], out_path: Path) -> Archive:
     archive = Archive(setups[0].family, versions, [row for key, row in rows.items() if key in wanted])
     write_archive(archive, out_path)
     return archive
+
+
+def same_versions(one: dict[str, str], other: dict[str, str]) -> bool:
+    """Say whether two environments are the same but for the build ("2.13.0+cpu")."""
+    short = [{name: value.split("+")[0] for name, value in versions.items()} for versions in (one, other)]
+    return short[0] == short[1]
 
 
 def write_archive(archive: Archive, path: Path) -> None:

@@ -52,11 +52,11 @@ def real_step(
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 1:
                 gc.collect()
-                profiler.__enter__()
+                profiler.start()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 2:
-                profiler.__exit__(None, None, None)
+                profiler.stop()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -24,7 +24,7 @@ def test_grid_covers_the_acceptance_table() -> None:
 def test_every_family_has_a_grid_of_distinct_setups() -> None:
     for family in o1.CONFIGS:
         keys = [setup.key for setup in o1.family_grid(family)]
-        assert len(set(keys)) == len(keys) > 200
+        assert len(set(keys)) == len(keys) >= 60, family
 
 
 def test_archive_round_trips_and_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,10 +78,12 @@ def test_differences_names_what_differs() -> None:
 
 @pytest.mark.oracle
 def test_a_sample_of_the_archive_is_traced_again_to_the_byte() -> None:
-    rows = [row for archive in o1.load_archives().values() for row in archive.rows]
-    versions = {name: value for archive in o1.load_archives().values() for name, value in archive.versions.items()}
+    archives = o1.load_archives()
     _, here = o1.run(SETUPS[0])
-    if versions != here:
-        pytest.skip(f"the archive was traced with {versions}, this environment has {here}")
+    stale = [name for name, archive in archives.items() if not o1.same_versions(archive.versions, here)]
+    if stale:
+        pytest.skip(f"{', '.join(stale)} were traced with other versions than {here}")
+    rows = [row for archive in archives.values() for row in archive.rows]
+    assert rows
     for row in o1.stratified_sample(rows, 24, seed=20):
         assert o1.differences(row) == {}, row.setup.key

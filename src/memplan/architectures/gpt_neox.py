@@ -10,15 +10,14 @@ from memplan.architectures.nn import (
     Layers,
     Linear,
     Module,
+    RotaryEmbedding,
     activation,
     attention,
     causal_mask,
     check_heads,
     language_model_heads,
     position_ids,
-    rotary_buffers,
     rotary_dim,
-    rotary_embedding,
     rotate_half,
 )
 from memplan.specs.fields import Fields
@@ -124,18 +123,17 @@ class GPTNeoXModel(Module):
     def __init__(self, b: Build, c: GPTNeoXConfig) -> None:
         self.b = b
         self.dropout = c.hidden_dropout
-        self.rotary_ndims = c.rotary_ndims
         self.embed_in = Embedding(b, c.vocab_size, c.hidden_size)
         self.layers = Layers(b, [0] * c.num_hidden_layers, lambda i: GPTNeoXLayer(b, c))
         self.final_layer_norm = LayerNorm(b, c.hidden_size)
-        rotary_buffers(b, c.rotary_ndims)
+        self.rotary_emb = RotaryEmbedding(b, c.rotary_ndims)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         inputs_embeds = self.embed_in(input_ids)
         ids = position_ids(inputs_embeds)
         mask = causal_mask(self.b, inputs_embeds)
         hidden_states = ops.dropout(inputs_embeds, self.dropout)
-        positions = rotary_embedding(hidden_states, ids, self.rotary_ndims)
+        positions = self.rotary_emb(hidden_states, ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states, positions, mask)
         return self.final_layer_norm(hidden_states)

@@ -18,6 +18,7 @@ from memplan.architectures.nn import (
     Model,
     Module,
     RMSNorm,
+    RotaryEmbedding,
     SequenceClassification,
     activation,
     apply_rotary_pos_emb,
@@ -25,8 +26,6 @@ from memplan.architectures.nn import (
     causal_lm_output,
     causal_mask,
     position_ids,
-    rotary_buffers,
-    rotary_embedding,
 )
 from memplan.errors import SpecError
 from memplan.specs.fields import Fields
@@ -186,6 +185,7 @@ class LlamaModel(Module):
     embedding_class: ClassVar[Callable[..., Any]] = Embedding
     layer_class: ClassVar[Callable[..., Any]] = LlamaDecoderLayer
     norm_class: ClassVar[Callable[..., Any]] = RMSNorm
+    rotary_class: ClassVar[Callable[..., Any]] = RotaryEmbedding
 
     def __init__(self, b: Build, c: LlamaConfig) -> None:
         self.b = b
@@ -193,14 +193,11 @@ class LlamaModel(Module):
         self.embed_tokens = self.embedding_class(b, c.vocab_size, c.hidden_size)
         self.layers = Layers(b, c.kinds, lambda i: self.layer_class(b, c, i))
         self.norm = self.norm_class(b, c.hidden_size)
+        self.rotary_emb = self.rotary_class(b, c.rotary_dim)
 
     def masks(self, inputs_embeds: Tensor) -> dict[str, Tensor | None]:
         """The mask of each layer type, shared by its layers."""
         return {kind: causal_mask(self.b, inputs_embeds, window) for kind, window in self.c.windows.items()}
-
-    def rotary_emb(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [1, S, rotary_dim]."""
-        return rotary_embedding(x, ids, self.c.rotary_dim)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         inputs_embeds = self.embed_tokens(input_ids)

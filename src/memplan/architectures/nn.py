@@ -16,21 +16,28 @@ from memplan.tape import ops
 from memplan.tape.attention import flash_attention_2, repeat_interleave, scaled_dot_product_attention
 from memplan.specs.fields import Fields
 from memplan.tape.tape import LOGITS, Tape
-from memplan.tape.tensor import DType, Parameter, Shape, Tensor, bool_, float32, int64
+from memplan.tape.tensor import Buffer, DType, Parameter, Shape, Tensor, bool_, float32, int64
 
 
 class Inventory:
-    """One walk over a model: its parameters with their multiplicity, its stacks of layers."""
+    """One walk over a model: its parameters and buffers with their multiplicity, its stacks of layers."""
 
     def __init__(self, root: Module) -> None:
         self.parameters: list[tuple[Parameter, int]] = []
         """Every made parameter once, with how many of the model it stands for."""
+        self.buffers: list[tuple[Buffer, int]] = []
+        """Likewise the buffers, and what a library keeps beside a quantized weight."""
         self.stacks: dict[int, list[int]] = {}
         """Stack -> for every layer of the model, the made layer that stands for it."""
         self.linear_bias = False
         """Whether a Linear has a bias, which sends it through cuBLASLt."""
         self._seen: set[int] = set()
         self._visit(root, 1)
+
+    @property
+    def buffer_blocks(self) -> list[int]:
+        """Bytes of the block that each buffer of the model takes."""
+        return [(x.nbytes + 511) & -512 for x, count in self.buffers for _ in range(count)]
 
     def _visit(self, module: Module, count: int) -> None:
         if isinstance(module, Layers):
@@ -46,6 +53,8 @@ class Inventory:
                 if id(value) not in self._seen:
                     self._seen.add(id(value))
                     self.parameters.append((value, count))
+            elif isinstance(value, Buffer):
+                self.buffers.append((value, count))
             elif isinstance(value, Module):
                 self._visit(value, count)
 
@@ -306,10 +315,17 @@ def rotary_dim(fields: Fields, head_dim: int, partial_rotary_factor: float = 1.0
     return int(head_dim * rope.float("partial_rotary_factor", factor, maximum=1.0))
 
 
-def rotary_buffers(b: Build, dim: int) -> None:
-    """LlamaRotaryEmbedding's inv_freq and original_inv_freq, float32 whatever the model's dtype."""
-    b.tape.buffer((dim // 2,), float32)
-    b.tape.buffer((dim // 2,), float32)
+class RotaryEmbedding(Module):
+    """LlamaRotaryEmbedding: cos and sin of every position, from frequencies that are float32 whatever the model is."""
+
+    def __init__(self, b: Build, dim: int, dtype: DType | None = None) -> None:
+        self.dim = dim
+        self.dtype = dtype
+        self.inv_freq = b.tape.buffer((dim // 2,), float32)
+        self.original_inv_freq = b.tape.buffer((dim // 2,), float32)
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary_embedding(x, position_ids, self.dim, self.dtype)
 
 
 def rotary_embedding(
@@ -426,7 +442,8 @@ def attention(
     if b.attn == "eager":
         return eager_attention(query, key, value, mask, n_rep, dropout, softcap, upcast)
     if b.attn == "flash_attention_2":
-        return flash_attention_2(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)), None
+        dtype = b.tape.autocast or b.dtype
+        return flash_attention_2(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), dtype), None
     gqa = False
     if n_rep > 1:
         if mask is None and key.shape[-1] == value.shape[-1] <= 256:

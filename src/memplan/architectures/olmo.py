@@ -10,7 +10,7 @@ from memplan.architectures.llama import (
     LlamaModel,
     decoder_heads,
 )
-from memplan.architectures.nn import Build, Module, apply_rotary_pos_emb, rotary_embedding
+from memplan.architectures.nn import Build, Module, apply_rotary_pos_emb
 from memplan.specs.fields import Fields
 from memplan.tape import ops
 from memplan.tape.tensor import Tensor, float32
@@ -72,8 +72,9 @@ class OlmoModel(LlamaModel):
     layer_class = OlmoDecoderLayer
     norm_class = OlmoLayerNorm
 
-    def rotary_emb(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary_embedding(x, ids, self.c.rotary_dim, float32)
+    def __init__(self, b: Build, c: OlmoConfig) -> None:
+        super().__init__(b, c)
+        self.rotary_emb.dtype = float32
 
 
 class OlmoForCausalLM(LlamaForCausalLM):

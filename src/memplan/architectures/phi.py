@@ -11,15 +11,14 @@ from memplan.architectures.nn import (
     Layers,
     Linear,
     Module,
+    RotaryEmbedding,
     activation,
     apply_rotary_pos_emb,
     attention,
     causal_mask,
     language_model_heads,
     position_ids,
-    rotary_buffers,
     rotary_dim,
-    rotary_embedding,
 )
 from memplan.specs.fields import Fields
 from memplan.tape import ops
@@ -113,11 +112,10 @@ class PhiModel(Module):
     def __init__(self, b: Build, c: PhiConfig) -> None:
         self.b = b
         self.dropout = c.embd_pdrop
-        self.rotary_dim = c.rotary_dim
         self.embed_tokens = Embedding(b, c.vocab_size, c.hidden_size)
         self.layers = Layers(b, c.kinds, lambda i: PhiDecoderLayer(b, c))
         self.final_layernorm = LayerNorm(b, c.hidden_size)
-        rotary_buffers(b, c.rotary_dim)
+        self.rotary_emb = RotaryEmbedding(b, c.rotary_dim)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         inputs_embeds = self.embed_tokens(input_ids)
@@ -125,7 +123,7 @@ class PhiModel(Module):
         mask = causal_mask(self.b, inputs_embeds)
         inputs_embeds = ops.dropout(inputs_embeds, self.dropout)
         hidden_states = inputs_embeds
-        positions = rotary_embedding(hidden_states, ids, self.rotary_dim)
+        positions = self.rotary_emb(hidden_states, ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states, positions, mask)
         return self.final_layernorm(hidden_states)

@@ -14,6 +14,8 @@ FAMILIES: dict[str, str] = {
     "bert": "bert",
     "roberta": "roberta",
     "distilbert": "distilbert",
+    "t5": "t5",
+    "mt5": "t5",
     "xlm-roberta": "roberta",
     "llama": "llama",
     "gpt2": "gpt2",

@@ -760,6 +760,8 @@ def _add_lora(model: Any, lora: Mapping[str, Any]) -> Any:
     known = ("rank", "alpha", "targets", "dropout", "modules_to_save", "bias", "task_type")
     for key in lora:
         _check_choice("lora", key, known)
+    if not isinstance(lora.get("rank"), int):
+        raise SpecError.at("lora", dict(lora), "has no integer rank", "Give for example {'rank': 8}.")
     targets = lora.get("targets")
     config = peft.LoraConfig(
         r=lora["rank"],
@@ -770,7 +772,10 @@ def _add_lora(model: Any, lora: Mapping[str, Any]) -> Any:
         bias=lora.get("bias", "none"),
         task_type=lora.get("task_type"),
     )
-    return peft.get_peft_model(model, config)
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise SpecError.at("lora", targets, f"cannot be applied: {error}", "Name modules of the model.") from error
 
 
 def _enable_checkpointing(model: Any, *, frozen_inputs: bool) -> None:

@@ -61,54 +61,67 @@ def estimates_text(
 ) -> str:
     """Return a row per estimate, and the page of the first one with the best verdict.
 
-    ``gpus`` holds, for each estimate, names of GPUs that it fits on; ``options`` as in :func:`estimate_text`.
+    ``gpus`` holds names of GPUs that the first estimate fits on, and may go on with those of the others.
     """
-    if len(estimates.estimates) == 1:
-        return estimate_text(estimates.estimates[0], gpus=gpus[0] if gpus else (), options=options, console=console)
     console = console or _console()
     best = words.best_of(estimates)
-    names = gpus[estimates.estimates.index(best)] if gpus else ()
-    body = _body(best, console.width, words.next_steps(best, names, options))
+    next_steps = words.next_steps(best, gpus[0] if gpus else (), options)
+    if len(estimates.estimates) == 1:
+        return estimate_text(best, gpus=gpus[0] if gpus else (), options=options, console=console)
     title = _line(words.rung(best), style="bold")
+    body = _body(best, console.width, next_steps)
     return _text(Group(_model(best), _rungs(estimates, gpus), Text(), title, _setup(best), *body), console)
 
 
 def gpus_text(gpus: Sequence[GPUSpec], console: Console | None = None) -> str:
     """Return the GPUs of a catalog as a table."""
     table = _grid(header=True)
-    table.add_column("GPU", no_wrap=True)
-    for header in ("GiB", "range", "GB/s", "bf16", "fp16", "fp32", "link", "GB/s"):
+    table.add_column("GPU", no_wrap=True, min_width=max((len(gpu.name) for gpu in gpus), default=0))
+    for header in ("GiB", "range", "GB/s", "bf16", "fp16"):
         table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("link", no_wrap=True)
     for gpu in gpus:
         table.add_row(
             gpu.name,
             words.gib(gpu.memory_bytes),
             words.interval(int(gpu.memory.low), int(gpu.memory.high)),
             f"{gpu.bandwidth_gb_per_s:g}",
-            *("-" if speed is None else f"{speed:g}" for speed in (gpu.bf16_tflops, gpu.fp16_tflops, gpu.fp32_tflops)),
-            gpu.link,
-            f"{gpu.link_gb_per_s:g}",
+            *("-" if speed is None else f"{speed:g}" for speed in (gpu.bf16_tflops, gpu.fp16_tflops)),
+            f"{gpu.link} {gpu.link_gb_per_s:g}",
         )
-    note = "Memory is what torch sees; bf16, fp16 and fp32 are dense TFLOPS. --json has the sources."
-    return _text(Group(table, Text(note, style="dim")), console or _console())
+    notes = (
+        "GiB: what torch sees of the memory. GB/s: its bandwidth. bf16, fp16: dense",
+        "TFLOPS. link: to GPUs of the same node, in GB/s and one direction.",
+        "--json adds the sources.",
+    )
+    return _text(Group(table, *_notes(*notes)), console or _console())
 
 
 def models_text(models: Sequence[CatalogModel], console: Console | None = None) -> str:
     """Return the models of a catalog as a table."""
     table = _grid(header=True)
-    table.add_column("model", no_wrap=True)
-    table.add_column("architecture", no_wrap=True)
-    table.add_column("parameters", justify="right", no_wrap=True)
-    table.add_column("verified", no_wrap=True)
-    for model in models:
+    table.add_column("model", no_wrap=True, min_width=max((len(model.id) for model in models), default=0))
+    types = [str(model.config.get("model_type", "")) for model in models]
+    table.add_column("type", no_wrap=True, min_width=max((len(name) for name in types), default=0))
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("sure", no_wrap=True)
+    for model, model_type in zip(models, types, strict=True):
+        published = model.parameters_published
         table.add_row(
             model.id,
-            str(next(iter(model.config.get("architectures") or ()), "")),
-            "" if model.parameters_published is None else words.count(model.parameters_published),
+            model_type,
+            "" if published is None else words.count(published),
             "yes" if model.verified else "no",
         )
-    note = "Parameters are published counts; verified means that a second source confirms the config. --json has both."
-    return _text(Group(table, Text(note, style="dim")), console or _console())
+    notes = (
+        "size: the parameters that an independent source publishes for the class.",
+        "sure: a second source confirms the config. --json adds both, and the config.",
+    )
+    return _text(Group(table, *_notes(*notes)), console or _console())
+
+
+def _notes(*notes: str) -> list[Text]:
+    return [Text(), *(Text(note, style="dim") for note in notes)]
 
 
 # -- parts of a page -------------------------------------------------------------------------------------------------
@@ -153,21 +166,22 @@ def _body(estimate: Estimate, width: int, next_steps: str) -> list[RenderableTyp
 
 
 def _rungs(estimates: EstimateList, gpus: Sequence[Sequence[str]]) -> RenderableType:
+    each_has_gpus = len(gpus) == len(estimates.estimates)
     table = _grid(header=True)
     table.add_column("setup", no_wrap=True, overflow="ellipsis")
     table.add_column("peak GiB", justify="right", no_wrap=True)
     table.add_column("low .. high", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    if gpus:
+    if each_has_gpus:
         table.add_column("fits on", no_wrap=True)
     for index, estimate in enumerate(estimates.estimates):
-        row: list[RenderableType] = [
+        table.add_row(
             words.rung(estimate),
             words.gib(estimate.gpu.peak_device),
             words.interval(estimate.gpu.low, estimate.gpu.high),
             Text(words.VERDICTS[estimate.verdict], style=_STYLES[estimate.verdict]),
-        ]
-        table.add_row(*row, *([next(iter(gpus[index]), "no GPU")] if gpus else []))
+            *([next(iter(gpus[index]), "no GPU")] if each_has_gpus else []),
+        )
     return Group(Text(), table)
 
 
@@ -226,12 +240,12 @@ def _conclusion(estimate: Estimate, next_steps: str) -> RenderableType:
 
 
 def _assumptions(assumptions: Sequence[Assumption]) -> RenderableType:
+    rows = [(assumption.name, *words.assumed(assumption)) for assumption in assumptions]
     table = _grid()
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True, justify="right")
-    table.add_column(no_wrap=True, overflow="ellipsis")
-    for assumption in assumptions:
-        table.add_row(assumption.name, *words.assumed(assumption), style="dim")
+    for column in range(2):  # whole, as long as there is room; the sources get what is left
+        table.add_column(no_wrap=True, min_width=max(len(row[column]) for row in rows))
+    for name, value, source in rows:
+        table.add_row(name, value, _line(source), style="dim")
     return Group(Text("Assumptions", style="bold"), _indented(table))
 
 

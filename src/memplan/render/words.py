@@ -60,13 +60,14 @@ def interval(low: int, high: int) -> str:
 def count(number: int) -> str:
     """A count of parameters, to three digits.
 
-    >>> count(6_738_415_616), count(124_439_808), count(12)
-    ('6.74 B', '124 M', '12')
+    >>> count(6_738_415_616), count(124_439_808), count(999_885_952), count(12)
+    ('6.74 B', '124 M', '1.00 B', '12')
     """
+    rounded = float(f"{number:.3g}")  # first, so that 999.9 M becomes 1.00 B
     for scale, letter in _SCALES:
-        if number >= scale:
-            value = number / scale
-            return f"{value:.{max(0, 3 - len(str(int(value))))}f} {letter}"
+        if rounded >= scale:
+            value = rounded / scale
+            return f"{value:.{3 - len(str(int(value)))}f} {letter}"
     return str(number)
 
 
@@ -206,6 +207,8 @@ def next_steps(estimate: Estimate, gpus: Sequence[str] = (), options: Sequence[s
     """
     if estimate.verdict == "fits":
         return ""
+    if estimate.verdict == "unknown" and gpu_name(estimate) is not None:
+        return "give its size with --gpu-memory"
     if estimate.verdict == "unknown":
         return f"name yours with --gpu; it fits on {_listed(gpus)}" if gpus else "name a GPU with --gpu"
     steps = [f"add {option}" for option in options]

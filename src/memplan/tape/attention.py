@@ -12,7 +12,7 @@ from memplan.tape import ops
 from memplan.tape.dispatch import choose_sdpa_backend
 from memplan.tape.ops import Grads
 from memplan.tape.tape import Node, Tape
-from memplan.tape.tensor import Shape, Tensor, bool_, dense_like, float32, int64
+from memplan.tape.tensor import DType, Shape, Tensor, bool_, dense_like, float32, int64
 
 
 def _up(n: int, step: int) -> int:
@@ -61,16 +61,26 @@ def scaled_dot_product_attention(
     if attn_mask is not None and attn_mask.dtype is bool_:
         # convert_boolean_attn_mask: where(mask, 0, -inf) in the query's dtype
         attn_mask = t.new(attn_mask.shape, query.dtype, "attn_mask")
+        if backend == "efficient" and attn_mask.shape[-1] % 16:
+            # pad_bias: the kernel wants rows aligned to 16 elements
+            attn_mask = t.new((*attn_mask.shape[:-1], _up(attn_mask.shape[-1], 16)), query.dtype, "attn_mask_padded")
     return _fused(t, backend, query, key, value, attn_mask, dropout_p)
 
 
-def flash_attention_2(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The flash-attn package on query [B, S, H, D], key and value [B, S, K, D]: as _fused, in that layout."""
+def flash_attention_2(query: Tensor, key: Tensor, value: Tensor, dtype: DType) -> Tensor:
+    """The flash-attn package on query [B, S, H, D], key and value [B, S, K, D]; float32 is cast to ``dtype`` first.
+
+    Source: transformers/integrations/flash_attention.py, modeling_flash_attention_utils.py (fa_peft_integration_check).
+    """
+    if query.dtype is float32:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    width = value.shape[-1]
+    if width != query.shape[-1]:
+        value = ops.pad_last(value, query.shape[-1] - width)
     t = query.storage.tape
-    out = _fused(
-        t, "flash", query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None, 0.0
-    )
-    return out.transpose(1, 2)
+    out = _fused(t, "flash", query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None, 0.0)
+    out = out.transpose(1, 2)
+    return out.narrow(-1, 0, width) if width != out.shape[-1] else out
 
 
 def _fused(
@@ -150,18 +160,19 @@ def _math(
         if mask is not None and mask.dtype is bool_:
             mask = t.new(mask.shape, float32, "attn_mask")
         n_rep = q.shape[1] // k.shape[1]
-        if enable_gqa and n_rep > 1:
-            k, v = repeat_interleave(k, n_rep), repeat_interleave(v, n_rep)
-        key = k.transpose(2, 3) * 0.5
-        attn = ops.matmul(query, key)
-        del key
+        if not enable_gqa:
+            n_rep = 1
+        key, value = repeat_interleave(k, n_rep), repeat_interleave(v, n_rep)
+        scaled_key = key.transpose(2, 3) * 0.5
+        attn = ops.matmul(query, scaled_key)
+        del scaled_key
         if mask is not None:  # attn.add_(mask), which under a dispatch mode is attn.add(mask)
             attn = ops.add_(attn, mask) if t.accumulate_in_place else attn + mask
         attn = ops.safe_softmax(attn)
         if dropout_p:
             attn = ops.dropout(attn, dropout_p)
         weights = attn.to(origin)
-        out = ops.matmul(attn, v).to(origin)
+        out = ops.matmul(attn, value).to(origin)
         del weights  # the second result, which nobody takes
         return out
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.tape.tensor import DType, Tensor, bool_, float16, float32
 
 if TYPE_CHECKING:
-    from memplan.tape.tape import Tape
+    from memplan.tape.tape import Node, Tape
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +22,23 @@ class DeviceRules:
     kind: str
     autocast_float32: frozenset[str]
     """Operations that autocast runs in float32."""
+    autocast_promote: frozenset[str] = frozenset()
+    """Operations whose inputs autocast casts to the widest of their dtypes; elsewhere the kernel reads mixed ones."""
     compute_capability: tuple[int, int] = (0, 0)
     cudnn_attention: bool = True
     """cuDNN is newer than 9.15.0, so that its attention is preferred on compute capability 9.x and 10.x."""
     accumulate_in_place: bool = True
     """Whether the engine adds a gradient into one that it alone holds. Not under a dispatch mode (O1's tracker)."""
 
-    def dropout(self, t: Tape, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The result and the mask: native_dropout's byte per element on CUDA; on CPU noise of x's dtype."""
+    def dropout(self, t: Tape, x: Tensor, node: Node | None) -> Tensor:
+        """The result; ``node`` saves the mask. CUDA's native_dropout makes both at once, the mask a byte per element;
+        CPU multiplies by noise of x's dtype, which is saved before there is a result."""
         if self.kind == "cuda":
             out = t.new_like(x, "dropout")
-            return out, t.new(x.shape, bool_, "dropout_mask")
-        mask = t.new_like(x, "dropout_noise")
-        return t.new_like(x, "dropout"), mask
+            t.save(node, t.new(x.shape, bool_, "dropout_mask"))
+            return out
+        t.save(node, t.new_like(x, "dropout_noise"))
+        return t.new_like(x, "dropout")
 
     def layer_norm_stats(self, x: DType, weight: DType) -> DType:
         """The dtype of the saved mean and rstd: float32 on CUDA for 16-bit inputs; the input's on CPU."""
@@ -53,7 +57,9 @@ class DeviceRules:
         return result
 
 
-CPU = DeviceRules("cpu", frozenset({"cross_entropy_loss", "nll_loss"}), accumulate_in_place=False)
+CPU = DeviceRules(
+    "cpu", frozenset({"cross_entropy_loss", "nll_loss"}), autocast_promote=frozenset({"cat"}), accumulate_in_place=False
+)
 
 CUDA_AUTOCAST_FLOAT32 = frozenset(
     {"pow", "rsqrt", "layer_norm", "softmax", "nll_loss", "sum", "exp", "log", "norm", "softplus", "cumsum"}
@@ -62,7 +68,9 @@ CUDA_AUTOCAST_FLOAT32 = frozenset(
 
 def cuda(compute_capability: tuple[int, int], cudnn_attention: bool = True) -> DeviceRules:
     """The rules of an NVIDIA GPU."""
-    return DeviceRules("cuda", CUDA_AUTOCAST_FLOAT32, compute_capability, cudnn_attention)
+    return DeviceRules(
+        "cuda", CUDA_AUTOCAST_FLOAT32, compute_capability=compute_capability, cudnn_attention=cudnn_attention
+    )
 
 
 def choose_sdpa_backend(

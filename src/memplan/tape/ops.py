@@ -574,6 +574,15 @@ def clamp_(x: Tensor) -> Tensor:
     return _alias(x, x.shape, x.strides, node)
 
 
+def clamp(x: Tensor) -> Tensor:
+    """torch.clamp(x, min, max); saves its input."""
+    t = x.storage.tape
+    node = t.node(_clamp_backward, (x,), (x,)) if x.node is not None else None
+    out = t.new_like(x, "clamp")
+    out.node = node
+    return out
+
+
 def _clamp_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     """where(self >= min and self <= max, grad, 0)."""
     above = t.new(grad.shape, bool_, "ge")
@@ -591,10 +600,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
     if p == 0.0:
         return x
     node = t.node(_dropout_backward, (x,)) if x.node is not None else None
-    out, mask = t.rules.dropout(t, x)
-    if node is not None:
-        t.save(node, mask)
-        out.node = node
+    out = t.rules.dropout(t, x, node)
+    out.node = node
     return out
 
 
@@ -839,6 +846,8 @@ def cat(tensors: Sequence[Tensor], dim: int = -1) -> Tensor:
     for x in tensors:
         total += x.shape[dim]
         dtype = promote(dtype, x.dtype)
+    if t.autocast is not None and "cat" in t.rules.autocast_promote:
+        tensors = [to(x, dtype) for x in tensors]
     node = t.node(_cat_backward, tensors, (), [(x.shape, x.dtype) for x in tensors])
     out = t.new((*first.shape[:dim], total, *first.shape[dim + 1 :]), dtype, "cat")
     out.node = node
@@ -906,8 +915,16 @@ def arange(t: Tape, n: int) -> Tensor:
 
 
 def pad_last(x: Tensor, extra: int) -> Tensor:
-    """F.pad of the last dimension (no gradient)."""
-    return x.storage.tape.new((*x.shape[:-1], x.shape[-1] + extra), x.dtype, "pad")
+    """F.pad of the last dimension; backward cuts the gradient into a new tensor."""
+    t = x.storage.tape
+    node = t.node(_pad_backward, (x,), (), x.shape) if x.node is not None else None
+    out = t.new((*x.shape[:-1], x.shape[-1] + extra), x.dtype, "pad")
+    out.node = node
+    return out
+
+
+def _pad_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    return (t.new(node.ctx, grad.dtype, "pad_backward"),)
 
 
 def compare(x: Tensor, other: Tensor) -> Tensor:

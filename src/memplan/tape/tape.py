@@ -14,6 +14,7 @@ from typing import Any
 
 from memplan.tape.dispatch import CPU, DeviceRules
 from memplan.tape.tensor import (
+    Buffer,
     DType,
     Parameter,
     Persistent,
@@ -135,8 +136,12 @@ class Tape:
         self._record_limit = 0
         self._persistent = Persistent(self)
         self._boundaries: list[tuple[int, LayerKey | None]] = []
+        self._context: list[Tensor] = []
+        self.kept: dict[int, LayerKey | None] = {}
+        """Storages that lie in a node's ctx until the graph dies -> the layer that put them there."""
         self.flowing: set[int] = set()
-        self.buffer_bytes = 0
+        self._leaves: list[Tensor] = []
+        """Leaves that are not weights: the graph holds them and their gradients until it is freed after backward."""
         self.input_count = 0
         """How many of the first storages are the batch."""
 
@@ -168,18 +173,15 @@ class Tape:
             p.node = AccumulateGrad(p)  # type: ignore[assignment]
         return p
 
-    def buffer(self, shape: Shape, dtype: DType) -> Tensor:
-        """A persistent tensor without gradient; its bytes count as weights."""
-        nbytes = dtype.itemsize
-        for size in shape:
-            nbytes *= size
-        self.buffer_bytes += (nbytes + 511) & -512
-        return Tensor(shape, contiguous_strides(shape), dtype, self._persistent)
+    def buffer(self, shape: Shape, dtype: DType) -> Buffer:
+        """A tensor without gradient that is there before the step and after it, as an attribute of its module."""
+        return Buffer(shape, contiguous_strides(shape), dtype, self._persistent)
 
     def require_grad(self, x: Tensor) -> None:
         """x.requires_grad_(): x becomes a leaf with a gradient of its own."""
         if x.node is None and self.grad_enabled:
             x.node = AccumulateGrad(x)  # type: ignore[assignment]
+            self._leaves.append(x)
 
     def scratch(self, nbytes: int, name: str) -> None:
         """Memory that a kernel takes and gives back within one call."""
@@ -251,6 +253,14 @@ class Tape:
             for x in kept:
                 self._mark_saved(x)
             node.saved = kept if node.saved is None else node.saved + kept
+
+    def keep(self, x: Tensor) -> None:
+        """An autograd.Function's ``ctx.x = x``. Unlike a saved tensor, x outlives its node's backward, because the
+        loss holds the graph, and no checkpoint lets go of it."""
+        self._context.append(_detached(x))
+        self._mark_saved(x)
+        if self._recording is None:
+            self.kept[x.storage.id] = self._boundaries[-1][1] if self._boundaries else None
 
     def _mark_saved(self, x: Tensor | None) -> None:
         if x is not None:
@@ -336,7 +346,8 @@ class Tape:
         frame = packed.frame
         if frame.recomputed is None:
             frame.recomputed = []
-            outer = (self._recording, self._record_limit, self.grad_enabled, self.component)
+            outer = (self._recording, self._record_limit, self.grad_enabled, self.component, self._context)
+            self._context = []  # the recomputed graph dies with the recomputation
             self._recording, self._record_limit, self.grad_enabled = frame.recomputed, frame.count, True
             self.component = TEMPORARY
             try:
@@ -345,7 +356,7 @@ class Tape:
             except StopRecompute:
                 pass
             finally:
-                self._recording, self._record_limit, self.grad_enabled, self.component = outer
+                self._recording, self._record_limit, self.grad_enabled, self.component, self._context = outer
         recomputed = frame.recomputed
         end = packed.start + packed.length
         tensors = recomputed[packed.start : end]
@@ -407,6 +418,7 @@ class Tape:
                 self._sink(sink)
         while boundaries:
             self.mark("layer_backward_end", boundaries.pop()[1])
+        self._leaves.clear()
         self.grad_enabled = True
 
     def _accumulate(self, buffer: list[Any], slot: int, results: list[Any], i: int) -> None:

@@ -229,6 +229,12 @@ class Parameter(Tensor):
     name: str
 
 
+class Buffer(Tensor):
+    """A tensor without gradient that lives as long as the model, made by ``Tape.buffer``: a module's buffer."""
+
+    __slots__ = ()
+
+
 def promote(a: DType, b: DType) -> DType:
     """torch.result_type of two floating tensors (or of a floating and an integer one)."""
     if a is b:
