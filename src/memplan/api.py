@@ -107,8 +107,8 @@ class Advice:
     """What to do about answers that do not fit, or whose GPU is not known."""
 
     gpus: tuple[tuple[str, ...], ...] = ()
-    """The smallest GPUs of the catalog that the setup as asked fits on; where the GPU is not known, those of each
-    further estimate too."""
+    """The smallest GPUs of the catalog that the setup as asked fits on; where the GPU is not known, the smallest one
+    for each further estimate too."""
     options: tuple[str, ...] = ()
     """Command line options, each of which makes the setup as asked fit."""
 
@@ -131,12 +131,16 @@ def advise(
     case = _resolved(model, cluster, software)
     training = training or TrainingSpec()
     asked = Setup(training, strategy or _default_strategy(training, case.cluster))
+    first = result.estimates[0] if isinstance(result, EstimateList) else result
     if result.verdict != "unknown":
-        return Advice(gpus=(_fitting_gpus(case, asked),), options=_remedies(case, asked))
+        return Advice(gpus=(_fitting_gpus(case, asked, first),), options=_remedies(case, asked))
     if case.cluster.gpu is not None:
         return Advice()  # a device without a size of its own
-    setups = rungs(asked) if isinstance(result, EstimateList) else (asked,)
-    return Advice(gpus=tuple(_fitting_gpus(case, setup) for setup in setups))
+    gpus = [_fitting_gpus(case, asked, first)]
+    if isinstance(result, EstimateList):
+        further = zip(rungs(asked)[1:], result.estimates[1:], strict=True)
+        gpus += [_fitting_gpus(case, setup, estimated, limit=1) for setup, estimated in further]
+    return Advice(gpus=tuple(gpus))
 
 
 def _default_strategy(training: TrainingSpec, cluster: ClusterSpec) -> Strategy:
@@ -252,10 +256,14 @@ def _remedies(case: _Case, setup: Setup, limit: int = 2) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _fitting_gpus(case: _Case, setup: Setup, limit: int = 4) -> tuple[str, ...]:
+def _fitting_gpus(case: _Case, setup: Setup, estimated: Estimate, limit: int = 3) -> tuple[str, ...]:
+    """The smallest GPUs that a setup fits on, which ``estimated`` is an estimate of on any GPU."""
+    idle = [phase.allocated for phase in estimated.gpu.phases if phase.name == "idle"]
+    # Weights and optimizer states are the same on every GPU: one too small for them need not be tried.
+    held = max(idle, default=0) - estimated.gpu.components.workspace
     found: list[str] = []
     for gpu in sorted(all_gpus(), key=lambda gpu: gpu.memory_bytes):
-        if len(found) < limit and case.on(gpu).fits(setup):
+        if len(found) < limit and gpu.memory_bytes >= held and case.on(gpu).fits(setup):
             found.append(gpu.name)
     return tuple(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from memplan.adapters.lora import apply_lora
@@ -13,7 +14,7 @@ from memplan.constants import Constant
 from memplan.engines import ddp, plain
 from memplan.engines.plain import Parts, Run
 from memplan.errors import SpecError, UnsupportedError
-from memplan.memory.optimizers import state_bytes, step_temporaries
+from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
 from memplan.memory.timeline import compose, size_counts
 from memplan.memory.trace import Replayed, replay_steps, reserved_bound
@@ -61,8 +62,8 @@ class _Micro:
     """One micro-batch on the tape."""
 
     tape: Tape
+    root: Module
     inventory: Inventory
-    log: list[int]
 
 
 def estimate(
@@ -187,7 +188,8 @@ def _micro_batch(setup: _Setup, *, full_depth: bool, accumulated: bool, evaluati
     if not evaluation:
         tape.mark("backward")
         tape.backward(loss)
-    return _Micro(tape, inventory, list(tape.log))
+    tape.close()
+    return _Micro(tape, root, inventory)
 
 
 def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], autocast: DType | None) -> Tensor:
@@ -214,7 +216,7 @@ def _run(setup: _Setup, gpu: GPUSpec | None) -> tuple[Run, _Micro]:
         buffer_bytes=sum(micro.inventory.buffer_blocks),
         profile=profile,
         evaluation=evaluation,
-        optim=training.optim,
+        optimizer=make_optimizer(training.optim, setup.rules, partial(groups_of, micro.root)),
         grad_accum_steps=training.grad_accum_steps,
         rules=setup.rules,
         workspaces=cublas_workspaces(
@@ -237,11 +239,13 @@ def _held(run: Run, trainable: list[tuple[Parameter, int]], strategy: Strategy) 
 def _bound(run: Run, micro: _Micro, strategy: Strategy) -> int:
     """What peak reserved cannot exceed, without running every layer."""
     trainable = run.trainable
-    others = [(size, count) for p, count in trainable for size in state_bytes(run.optim, p, run.rules)]
-    others += step_temporaries(run.optim, trainable, run.rules)
-    others += [(size, 1) for size in run.workspaces]
+    kept = [(size, count) for p, count in trainable for size in run.optimizer.state_bytes(p)]
+    kept += [(size, 1) for size in (*run.optimizer.shared_bytes(trainable), *run.workspaces)]
     if run.grad_accum_steps > 1:
-        others += [(p.nbytes, count) for p, count in trainable]
+        kept += [(p.nbytes, count) for p, count in trainable]
+    kept += clip_grad_norm(trainable, run.rules)
+    others = [(size, count, count) for size, count in kept]
+    others += [(size, *counts) for size, counts in run.optimizer.step().counts.items()]
     counts = size_counts(micro.tape, micro.inventory.stacks)
     micro_batches = min(run.grad_accum_steps, 2)
     return reserved_bound(run.parameters, _held(run, trainable, strategy), counts, micro_batches, others)
@@ -250,20 +254,17 @@ def _bound(run: Run, micro: _Micro, strategy: Strategy) -> int:
 def _replay(setup: _Setup, run: Run, strategy: Strategy) -> Replayed:
     """The allocator on every layer's allocations, two steps long."""
     first = _micro_batch(setup, full_depth=True, accumulated=False)
-    batches = [(first.tape, first.log)]
+    batches = [first.tape]
     if run.grad_accum_steps > 1:
         later = _micro_batch(setup, full_depth=True, accumulated=True)
-        batches.append((later.tape, later.log))
+        batches.append(later.tape)
     parameters = [p for p, _ in first.inventory.parameters]
     trainable = [(p, 1) for p in parameters if p.node is not None]
-    temporaries = [size for size, n in step_temporaries(run.optim, trainable, run.rules) for _ in range(n)]
     return replay_steps(
         parameters,
         _held(run, trainable, strategy),
         batches,
-        run.optim,
-        run.rules,
-        temporaries,
+        make_optimizer(setup.training.optim, setup.rules, partial(groups_of, first.root)),
         run.workspaces,
     )
 

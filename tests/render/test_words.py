@@ -1,9 +1,9 @@
 import pytest
+from tests.render.samples import estimate, several
 
 from memplan.render import words
 from memplan.results import HostMemory, NvmeMemory, StepTime
 from memplan.units import GiB
-from tests.render.samples import estimate, several
 
 
 def test_numbers() -> None:

@@ -1,18 +1,27 @@
 """LoRA as PEFT does it: frozen base weights, adapters beside the target modules.
 
 Sources: peft/tuners/lora/layer.py (Linear.forward), peft/tuners/lora/bnb.py, peft/tuners/tuners_utils.py
-(check_target_module_exists, cast_adapter_dtype), peft/utils/constants.py, peft 0.21.2.
+(check_target_module_exists, _maybe_include_all_linear_layers, cast_adapter_dtype), peft/utils/other.py
+(ModulesToSaveWrapper, _set_trainable), peft/utils/constants.py, peft 0.21.2. The config's task_type is taken as unset:
+TaskType.SEQ_CLS also trains the modules named classifier and score, which ``modules_to_save`` can name here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import re
+from collections.abc import Sequence
 
-from memplan.architectures.nn import Build, Conv1D, Linear, Module
+from memplan.adapters.quantization import Linear4bit, Linear8bitLt
+from memplan.architectures.nn import Build, Conv1D, Layers, Linear, Model, Module, ModuleList
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
 from memplan.specs.training import LoraSpec
 from memplan.tape import ops
-from memplan.tape.tensor import DType, Tensor, float32
+from memplan.tape.tensor import Buffer, DType, Parameter, Tensor, float32
+
+LINEAR = (Linear, Conv1D, Linear4bit, Linear8bitLt)
+ALL_LINEAR = "all-linear"
+"""Names every linear layer but the output embeddings (INCLUDE_LINEAR_LAYERS_SHORTHAND)."""
 
 DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     "t5": ("q", "v"),
@@ -60,6 +69,26 @@ class LoraLinear(Module):
         return result.to(result_dtype)
 
 
+class LoraQuantizedLinear(LoraLinear):
+    """peft.tuners.lora.Linear4bit and Linear8bitLt: no casts under autocast, and in 4 bit a copy of the result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base_layer(x)
+        if isinstance(self.base_layer, Linear4bit):
+            result = ops.clone(result)
+        tape = x.tape
+        expected_dtype = result.dtype
+        # torch.is_autocast_enabled() tells of CUDA's autocast; CPU's is another.
+        requires_conversion = tape.autocast is None or tape.rules.kind == "cpu"
+        if requires_conversion:
+            x = x.to(self.lora_A.weight.dtype)
+        output = self.lora_B(self.lora_A(ops.dropout(x, self.dropout))) * 2.0
+        if requires_conversion:
+            output = output.to(expected_dtype)
+        result = result + output
+        return result
+
+
 class _Adapter(Module):
     """A bias-free linear layer in the adapter's own dtype."""
 
@@ -70,6 +99,18 @@ class _Adapter(Module):
         return ops.linear(x, self.weight)
 
 
+class ModulesToSave(Module):
+    """peft.utils.ModulesToSaveWrapper: a trainable copy, which runs, beside the frozen original, which stays."""
+
+    def __init__(self, b: Build, module: Module) -> None:
+        self.original_module = module
+        self.modules_to_save = _trainable_copy(b, module)
+
+    def forward(self, *args: Tensor) -> Tensor:
+        result: Tensor = self.modules_to_save(*args)
+        return result
+
+
 def freeze(root: Module) -> None:
     """No gradients for anything that is there now."""
     for _, module in root.named_modules():
@@ -78,45 +119,51 @@ def freeze(root: Module) -> None:
 
 
 def apply_lora(b: Build, root: Module, lora: LoraSpec, model_type: str) -> None:
-    """Freeze the model and put adapters beside the target modules.
+    """Freeze the model, put adapters beside the target modules and trainable copies in place of modules_to_save.
 
-    Raises SpecError where the targets match no module, and UnsupportedError for a target that is not a linear layer
+    Raises SpecError where a name matches no module, and UnsupportedError for a target that is not a linear layer
     and for an option that is not modelled.
     """
     if lora.bias != "none":
         raise UnsupportedError(f"lora bias: {lora.bias!r} is not modelled. Use none.")
-    targets = lora.targets or DEFAULT_TARGETS.get(model_type, ())
-    if not targets:
-        raise SpecError(
-            f"lora_targets: PEFT has no default for model_type {model_type!r}. Name the modules, as in q_proj,v_proj."
-        )
+    targets = _targets(root, lora, model_type)
     freeze(root)
-    adapter_dtype = float32 if lora.autocast_adapter_dtype and b.dtype.itemsize == 2 else b.dtype
-    places = list(_places(root))
+    places = list(root.places())
     matched: set[str] = set()
     for parent, name, path, module in places:
         target = _matching(path, targets)
-        if target is None:
+        if target is None or _is_saved(path, lora.modules_to_save):
             continue
         matched.add(target)
-        if not isinstance(module, (Linear, Conv1D)):
+        if not isinstance(module, LINEAR):
             raise UnsupportedError(
                 f"lora_targets: {target!r} matches {path}, a {type(module).__name__}; only linear layers are modelled."
             )
-        adapter = LoraLinear(b, module, module.in_features, module.out_features, lora, adapter_dtype)
-        setattr(parent, name, adapter)
-        for part in ("lora_A", "lora_B"):
-            getattr(adapter, part).weight.name = f"{path}.{part}.default.weight"
+        parent.replace_child(name, _adapted(b, module, path, lora))
     missing = [t for t in targets if t not in matched] if lora.targets else []
     if not matched or missing:
-        names = {name for _, name, _, module in places if isinstance(module, (Linear, Conv1D))}
+        names = {name for _, name, _, module in places if isinstance(module, LINEAR)}
         wrong = missing[0] if missing else ",".join(targets)
         raise SpecError.at("lora_targets", wrong, "matches no module", did_you_mean(wrong, sorted(names)))
     for name in lora.modules_to_save:
-        _save_module(root, name)
+        _save_modules(b, root, name)
 
 
-def _matching(path: str, targets: tuple[str, ...]) -> str | None:
+def _targets(root: Module, lora: LoraSpec, model_type: str) -> Sequence[str]:
+    if [target.lower() for target in lora.targets] == [ALL_LINEAR]:
+        head = root.output_embeddings() if isinstance(root, Model) else None
+        linear = [path for _, _, path, module in root.places() if isinstance(module, LINEAR) and module is not head]
+        return [path for path in linear if not _is_saved(path, lora.modules_to_save)]
+    targets = lora.targets or DEFAULT_TARGETS.get(model_type, ())
+    if not targets:
+        raise SpecError(
+            f"lora_targets: PEFT has no default for model_type {model_type!r}. Name the modules, as in q_proj,v_proj, "
+            f"or use {ALL_LINEAR}."
+        )
+    return targets
+
+
+def _matching(path: str, targets: Sequence[str]) -> str | None:
     """PEFT: the full name, or its end after a dot."""
     for target in targets:
         if path == target or path.endswith("." + target):
@@ -124,17 +171,44 @@ def _matching(path: str, targets: tuple[str, ...]) -> str | None:
     return None
 
 
-def _save_module(root: Module, name: str) -> None:
-    """ModulesToSaveWrapper: a trainable copy beside the frozen original, which stays in memory."""
-    raise UnsupportedError(f"modules_to_save: {name!r} is not modelled yet. Leave it out.")
+def _is_saved(path: str, modules_to_save: Sequence[str]) -> bool:
+    """Adapters never go into a module that is to be saved."""
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in modules_to_save)
 
 
-def _places(root: Module, prefix: str = "") -> Iterator[tuple[Module, str, str, Module]]:
-    """Every module with its parent, its name there and its path."""
-    for name, child in root.children():
-        path = f"{prefix}.{name}" if prefix else name
-        yield root, name, path, child
-        yield from _places(child, path)
+def _adapted(b: Build, module: Linear | Conv1D | Linear4bit | Linear8bitLt, path: str, lora: LoraSpec) -> LoraLinear:
+    dtype = module.weight.dtype
+    if not dtype.is_floating or (dtype.itemsize == 2 and lora.autocast_adapter_dtype):
+        dtype = float32
+    kind = LoraQuantizedLinear if isinstance(module, (Linear4bit, Linear8bitLt)) else LoraLinear
+    adapter = kind(b, module, module.in_features, module.out_features, lora, dtype)
+    adapter.lora_A.weight.name = f"{path}.lora_A.default.weight"
+    adapter.lora_B.weight.name = f"{path}.lora_B.default.weight"
+    return adapter
 
 
+def _save_modules(b: Build, root: Module, name: str) -> None:
+    """peft's _set_trainable: every module whose name ends so."""
+    places = [place for place in root.places() if place[2].endswith(name)]
+    if not places:
+        known = sorted({child for _, child, _, _ in root.places()})
+        raise SpecError.at("modules_to_save", name, "matches no module", did_you_mean(name, known))
+    for parent, child, path, module in places:
+        if isinstance(module, (Layers, ModuleList, *LINEAR[2:])):
+            raise UnsupportedError(
+                f"modules_to_save: {name!r} matches {path}, a {type(module).__name__}, which cannot be copied and trained."
+            )
+        parent.replace_child(child, ModulesToSave(b, module))
 
+
+def _trainable_copy(b: Build, module: Module) -> Module:
+    """copy.deepcopy(module).requires_grad_(True): new parameters of the same dtypes, untied from what they shared."""
+    made = copy.copy(module)
+    for name, value in module.__dict__.items():
+        if isinstance(value, Parameter):
+            setattr(made, name, b.tape.parameter("", value.shape, value.dtype))
+        elif isinstance(value, Buffer):
+            setattr(made, name, b.tape.buffer(value.shape, value.dtype, value.registered))
+        elif isinstance(value, Module):
+            setattr(made, name, _trainable_copy(b, value))
+    return made

@@ -52,6 +52,10 @@ class GemmaRMSNorm(Module):
 class GemmaScaledWordEmbedding(Embedding):
     """Embeddings times the square root of the hidden size, a scalar of the weights' dtype."""
 
+    def __init__(self, b: Build, rows: int, dim: int) -> None:
+        super().__init__(b, rows, dim)
+        self.embed_scale = b.tape.buffer((), b.dtype)
+
     def embed(self, ids: Tensor) -> Tensor:
         return super().embed(ids) * 55.5
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from memplan.architectures.gemma import GemmaConfig, GemmaModel, GemmaRMSNorm
 from memplan.architectures.gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM, sliding_layers
 from memplan.architectures.llama import LlamaAttention, LlamaConfig, decoder_heads
-from memplan.architectures.nn import Build, position_ids
+from memplan.architectures.nn import Build, RotaryEmbedding, position_ids
 from memplan.specs.fields import Fields
-from memplan.tape.tensor import Tensor
+from memplan.tape.tensor import Tensor, float32
 
 
 class Gemma3Config(GemmaConfig):
@@ -43,8 +43,23 @@ class Gemma3DecoderLayer(Gemma2DecoderLayer):
     attention_class = Gemma3Attention
 
 
+class Gemma3RotaryEmbedding(RotaryEmbedding):
+    """Each layer type has frequencies of its own."""
+
+    def __init__(self, b: Build, c: LlamaConfig) -> None:
+        self.dim = c.rotary_dim
+        self.dtype = None
+        for kind in sorted(set(c.layer_types)):
+            setattr(self, f"{kind}_inv_freq", b.tape.buffer((self.dim // 2,), float32))
+            setattr(self, f"{kind}_original_inv_freq", b.tape.buffer((self.dim // 2,), float32))
+
+
 class Gemma3TextModel(GemmaModel):
     layer_class = Gemma3DecoderLayer
+
+    def __init__(self, b: Build, c: Gemma3Config) -> None:
+        super().__init__(b, c)
+        self.rotary_emb = Gemma3RotaryEmbedding(b, c)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         inputs_embeds = self.embed_tokens(input_ids)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ClassVar
+
 from memplan.architectures.nn import (
     Build,
     CheckpointLayer,
@@ -27,6 +30,8 @@ from memplan.tape.tensor import Tensor, float32
 class GPT2Config:
     """The fields of config.json that the memory of a GPT-2 depends on."""
 
+    activation_function = "gelu_new"
+
     def __init__(self, fields: Fields) -> None:
         self.vocab_size = fields.int("vocab_size", 50257)
         self.max_position_embeddings = fields.int("n_positions", 1024, alias="max_position_embeddings")
@@ -35,7 +40,7 @@ class GPT2Config:
         self.num_attention_heads = fields.int("n_head", 12, alias="num_attention_heads")
         check_heads(fields, self.hidden_size, self.num_attention_heads)
         self.intermediate_size = fields.int("n_inner", 4 * self.hidden_size)
-        self.activation_function = fields.str("activation_function", "gelu_new")
+        self.activation_function = fields.str("activation_function", self.activation_function)
         self.resid_pdrop = fields.float("resid_pdrop", 0.1, maximum=1.0)
         self.embd_pdrop = fields.float("embd_pdrop", 0.1, maximum=1.0)
         self.attn_pdrop = fields.float("attn_pdrop", 0.1, maximum=1.0)
@@ -99,8 +104,8 @@ class GPT2Attention(Module):
 
 class GPT2MLP(Module):
     def __init__(self, b: Build, c: GPT2Config) -> None:
-        self.c_fc = Conv1D(b, c.intermediate_size, c.hidden_size)
-        self.c_proj = Conv1D(b, c.hidden_size, c.intermediate_size)
+        self.c_fc: Module = Conv1D(b, c.intermediate_size, c.hidden_size)
+        self.c_proj: Module = Conv1D(b, c.hidden_size, c.intermediate_size)
         self.act = activation(c.activation_function)
         self.dropout = c.resid_pdrop
 
@@ -113,11 +118,14 @@ class GPT2MLP(Module):
 
 
 class GPT2Block(CheckpointLayer):
+    attention_class: ClassVar[Callable[..., Module]] = GPT2Attention
+    mlp_class: ClassVar[Callable[..., Module]] = GPT2MLP
+
     def __init__(self, b: Build, c: GPT2Config) -> None:
         self.ln_1 = LayerNorm(b, c.hidden_size)
-        self.attn = GPT2Attention(b, c)
+        self.attn = self.attention_class(b, c)
         self.ln_2 = LayerNorm(b, c.hidden_size)
-        self.mlp = GPT2MLP(b, c)
+        self.mlp = self.mlp_class(b, c)
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
         residual = hidden_states
@@ -132,13 +140,15 @@ class GPT2Block(CheckpointLayer):
 
 
 class GPT2Model(Module):
+    block_class: ClassVar[Callable[..., GPT2Block]] = GPT2Block
+
     def __init__(self, b: Build, c: GPT2Config) -> None:
         self.b = b
         self.max_position_embeddings = c.max_position_embeddings
         self.dropout = c.embd_pdrop
         self.wte = Embedding(b, c.vocab_size, c.hidden_size)
         self.wpe = Embedding(b, c.max_position_embeddings, c.hidden_size)
-        self.h = Layers(b, [0] * c.num_hidden_layers, lambda i: GPT2Block(b, c))
+        self.h = Layers(b, [0] * c.num_hidden_layers, lambda i: self.block_class(b, c))
         self.ln_f = LayerNorm(b, c.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:

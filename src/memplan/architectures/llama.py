@@ -111,10 +111,11 @@ def layer_types(fields: Fields, default: Sequence[str]) -> Sequence[str]:
 
 
 class LlamaMLP(Module):
-    def __init__(self, b: Build, c: LlamaConfig) -> None:
-        self.gate_proj = Linear(b, c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.up_proj = Linear(b, c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.down_proj = Linear(b, c.intermediate_size, c.hidden_size, c.mlp_bias)
+    def __init__(self, b: Build, c: LlamaConfig, intermediate_size: int | None = None) -> None:
+        intermediate_size = intermediate_size or c.intermediate_size
+        self.gate_proj = Linear(b, c.hidden_size, intermediate_size, c.mlp_bias)
+        self.up_proj = Linear(b, c.hidden_size, intermediate_size, c.mlp_bias)
+        self.down_proj = Linear(b, intermediate_size, c.hidden_size, c.mlp_bias)
         self.act_fn = activation(c.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,9 +166,14 @@ class LlamaDecoderLayer(CheckpointLayer):
     def __init__(self, b: Build, c: LlamaConfig, layer_idx: int) -> None:
         self.layer_type = c.layer_types[layer_idx]
         self.self_attn = self.attention_class(b, c, layer_idx)
-        self.mlp = self.mlp_class(b, c)
+        self.mlp = self.make_mlp(b, c, layer_idx)
         self.input_layernorm = self.norm_class(b, c.hidden_size)
         self.post_attention_layernorm = self.norm_class(b, c.hidden_size)
+
+    def make_mlp(self, b: Build, c: LlamaConfig, layer_idx: int) -> Module:
+        """This layer's MLP."""
+        mlp: Module = self.mlp_class(b, c)
+        return mlp
 
     def forward(self, hidden_states: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         residual = hidden_states

@@ -7,13 +7,15 @@ its forward pass in the same order with the same local variables, because lifeti
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+from memplan.constants import Constant
 from memplan.errors import SpecError, UnsupportedError
 from memplan.specs.software import SoftwareSpec
 from memplan.tape import ops
-from memplan.tape.attention import flash_attention_2, repeat_interleave, scaled_dot_product_attention
+from memplan.tape.attention import flash_attention_2, repeat_kv, scaled_dot_product_attention
 from memplan.specs.fields import Fields
 from memplan.tape.tape import LOGITS, Tape
 from memplan.tape.tensor import Buffer, DType, Parameter, Shape, Tensor, bool_, float32, int64
@@ -55,8 +57,8 @@ class Inventory:
                     self.parameters.append((value, count))
             elif isinstance(value, Buffer):
                 self.buffers.append((value, count))
-            elif isinstance(value, Module):
-                self._visit(value, count)
+        for _, child in module.children():
+            self._visit(child, count)
 
 
 @dataclass(slots=True)
@@ -75,6 +77,8 @@ class Build:
     software: SoftwareSpec = SoftwareSpec()
     full_depth: bool = True
     """Make every layer; otherwise the first and one of each kind, which stand for the rest."""
+    assumptions: dict[str, Constant] = field(default_factory=dict)
+    """What the model's forward pass takes for granted about its data, by name; an estimate reports them."""
 
     def parameter(self, *shape: int, dtype: DType | None = None) -> Parameter:
         """A trainable weight. Its name is given when the model is complete."""
@@ -107,6 +111,17 @@ class Module:
             if isinstance(value, Parameter):
                 yield name, value
 
+    def places(self, prefix: str = "") -> Iterator[tuple[Module, str, str, Module]]:
+        """Every module below this one with its parent, its name there and its dotted path."""
+        for name, child in self.children():
+            path = f"{prefix}.{name}" if prefix else name
+            yield self, name, path, child
+            yield from child.places(path)
+
+    def replace_child(self, name: str, module: Module) -> None:
+        """Put ``module`` in the place of the child ``name``."""
+        setattr(self, name, module)
+
 
 class ModuleList(Module):
     """torch.nn.ModuleList: children named by their place."""
@@ -120,6 +135,9 @@ class ModuleList(Module):
     def children(self) -> Iterator[tuple[str, Module]]:
         for i, module in enumerate(self._list):
             yield str(i), module
+
+    def replace_child(self, name: str, module: Module) -> None:
+        self._list[int(name)] = module
 
 
 class Linear(Module):
@@ -200,7 +218,7 @@ class CheckpointLayer(Module):
     def __call__(self, *args: Any) -> Any:
         b = self._build
         out = b.tape.checkpoint(self.forward, *args) if b.gradient_checkpointing else self.forward(*args)
-        b.tape.flow(out[0] if isinstance(out, tuple) else out)
+        b.tape.flow(out[0] if isinstance(out, tuple) else out)  # what else it returns is made once, as T5's bias
         return out
 
 
@@ -390,6 +408,11 @@ def check_position_table(input_ids: Tensor, rows: int) -> None:
         raise SpecError.at("seq_len", length, f"is longer than the model's table of {rows} positions", f"Use at most {rows}.")
 
 
+def without_sdpa(b: Build) -> Build:
+    """For a class whose default attention is eager, because transformers wrote no sdpa for it."""
+    return replace(b, attn="eager") if b.attn == "sdpa" else b
+
+
 def causal_mask(b: Build, inputs_embeds: Tensor, window: int | None = None) -> Tensor | None:
     """transformers' create_causal_mask: None where the attention implementation needs none.
 
@@ -402,11 +425,25 @@ def causal_mask(b: Build, inputs_embeds: Tensor, window: int | None = None) -> T
         return None
     if b.attn == "sdpa" and not b.padded and (window is None or length < window):
         return None
-    rows = batch if b.padded else 1
-    mask = t.new((rows, 1, length, length), bool_, "causal_mask").expand(batch, 1, length, length)
+    mask_function = partial(t.new, (1, 1, length, length), bool_, "causal_mask")
+    if window is not None:
+        overlay = partial(t.new, (1, 1, length, length), bool_, "sliding_window_overlay")
+        mask_function = partial(and_masks, t, overlay, mask_function)
+    if b.padded:
+        padding_mask = partial(t.new, (batch, 1, 1, length), bool_, "padding_mask")
+        mask_function = partial(and_masks, t, mask_function, padding_mask)
+    mask = mask_function().expand(batch, 1, length, length)
     if b.attn == "sdpa":
         return mask
     return t.new((batch, 1, length, length), inputs_embeds.dtype, "causal_mask_additive")
+
+
+def and_masks(t: Tape, *mask_functions: Callable[[], Tensor]) -> Tensor:
+    """transformers' and_masks: a scalar and one mask after the other, each step in new memory."""
+    result = t.new((), bool_, "ones")
+    for mask_function in mask_functions:
+        result = ops.logical_and(result, mask_function())
+    return result
 
 
 def bidirectional_mask(b: Build, inputs_embeds: Tensor, key_states: Tensor | None = None) -> Tensor | None:
@@ -449,7 +486,7 @@ def attention(
         if mask is None and key.shape[-1] == value.shape[-1] <= 256:
             gqa = True
         else:
-            key, value = repeat_interleave(key, n_rep), repeat_interleave(value, n_rep)
+            key, value = repeat_kv(key, n_rep), repeat_kv(value, n_rep)
     out = scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=is_causal and mask is None, enable_gqa=gqa
     )
@@ -467,8 +504,8 @@ def eager_attention(
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """eager_attention_forward. Llama's softmax is in float32 (``upcast``); BERT's is in the scores' dtype."""
-    key_states = repeat_interleave(key, n_rep)
-    value_states = repeat_interleave(value, n_rep)
+    key_states = repeat_kv(key, n_rep)
+    value_states = repeat_kv(value, n_rep)
     attn_weights = ops.matmul(query, key_states.transpose(2, 3)) * 0.5
     if softcap:
         attn_weights = attn_weights * 0.5
@@ -492,6 +529,11 @@ class Model(Module):
         """What the data collator puts on the device: input_ids and labels, int64 [B, S]."""
         t = self.b.tape
         return t.new((batch, length), int64, "input_ids"), t.new((batch, length), int64, "labels")
+
+    def output_embeddings(self) -> Module | None:
+        """transformers' get_output_embeddings(): the projection to the vocabulary, if there is one."""
+        head: Module | None = getattr(self, "lm_head", None)
+        return head
 
 
 def causal_lm_output(

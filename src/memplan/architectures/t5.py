@@ -95,11 +95,10 @@ class T5LayerNorm(Module):
 class OutputLinear(Linear):
     """``wo``, which from_pretrained keeps in float32 where it loads float16 (_keep_in_fp32_modules)."""
 
+    keep_in_fp32 = True
+
     def __init__(self, b: Build, n_in: int, n_out: int) -> None:
         super().__init__(replace(b, dtype=float32) if b.dtype is float16 else b, n_in, n_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
 
 
 class T5DenseActDense(Module):
@@ -113,6 +112,7 @@ class T5DenseActDense(Module):
         hidden_states = self.wi(hidden_states)
         hidden_states = self.act(hidden_states)
         hidden_states = ops.dropout(hidden_states, self.dropout)
+        hidden_states = hidden_states.to(self.wo.weight.dtype)
         hidden_states = self.wo(hidden_states)
         return hidden_states
 
@@ -130,6 +130,7 @@ class T5DenseGatedActDense(Module):
         hidden_linear = self.wi_1(hidden_states)
         hidden_states = hidden_gelu * hidden_linear
         hidden_states = ops.dropout(hidden_states, self.dropout)
+        hidden_states = hidden_states.to(self.wo.weight.dtype)
         hidden_states = self.wo(hidden_states)
         return hidden_states
 
@@ -449,10 +450,9 @@ class T5ForConditionalGeneration(Model):
         # Trainer turns use_cache off in the model's config, of which the decoder has a copy of its own.
         checkpointing = self.b.gradient_checkpointing and self.b.tape.training
         past_key_values: list[Tensor] | None = [] if self.use_cache and not checkpointing else None
-        sequence_output = self.decoder(decoder_input_ids, hidden_states, past_key_values)
+        last_hidden_state = self.decoder(decoder_input_ids, hidden_states, past_key_values)
         with self.b.tape.tagged(LOGITS):
-            if self.scale_decoder_outputs:
-                sequence_output = sequence_output * 0.5
+            sequence_output = last_hidden_state * 0.5 if self.scale_decoder_outputs else last_hidden_state
             lm_logits = self.lm_head(sequence_output)
             self.b.tape.mark("loss")
             loss = ops.cross_entropy(lm_logits.view(-1, lm_logits.shape[-1]), labels.view(-1))

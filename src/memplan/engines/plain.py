@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memplan.memory.optimizers import rounded, state_bytes, step_temporaries
+from memplan.memory.optimizers import Optimizer, clip_grad_norm, rounded
 from memplan.memory.timeline import COMPONENTS, Moment, StepProfile
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tensor import Parameter
@@ -27,7 +27,7 @@ class Run:
     profile: StepProfile
     evaluation: Moment | None
     """The fullest moment of an evaluation batch, if there is evaluation."""
-    optim: str
+    optimizer: Optimizer
     grad_accum_steps: int
     rules: DeviceRules
     workspaces: tuple[int, ...]
@@ -48,7 +48,9 @@ class States:
     """While they exist: from a parameter's backward to zero_grad."""
     optimizer: int
     step_temporaries: int
+    """At the fullest moment of clipping the gradients and stepping."""
     host_optimizer: int = 0
+    """Paged states."""
 
 
 def states(run: Run) -> States:
@@ -56,9 +58,11 @@ def states(run: Run) -> States:
     weights = sum(rounded(p.nbytes) * count for p, count in run.parameters) + run.buffer_bytes
     trainable = run.trainable
     gradients = sum(rounded(p.nbytes) * count for p, count in trainable)
-    optimizer = sum(sum(state_bytes(run.optim, p, run.rules)) * count for p, count in trainable)
-    temporaries = sum(size * count for size, count in step_temporaries(run.optim, trainable, run.rules))
-    return States(weights, gradients, optimizer, temporaries)
+    optimizer = sum(sum(run.optimizer.state_bytes(p)) * count for p, count in trainable)
+    optimizer += sum(run.optimizer.shared_bytes(trainable))
+    paged = sum(run.optimizer.paged_bytes(p) * count for p, count in trainable)
+    clipping = sum(size * count for size, count in clip_grad_norm(trainable, run.rules))
+    return States(weights, gradients, optimizer, max(clipping, run.optimizer.step().peak), paged)
 
 
 def phases(run: Run, communication: int = 0) -> dict[str, Parts]:
@@ -83,7 +87,8 @@ def phases(run: Run, communication: int = 0) -> dict[str, Parts]:
         "temporaries": held.step_temporaries,
         "activations": inputs,
     }
-    first = [during(base, moment, old) for moment in run.profile.peaks.values()]
+    before_step = resting if run.optimizer.made_at_construction else base
+    first = [during(before_step, moment, old) for moment in run.profile.peaks.values()]
     result["first_step"] = dict(max([*first, stepping], key=total))
     for name, moment in run.profile.peaks.items():
         result[name] = during(resting, moment, old)

@@ -151,6 +151,7 @@ def trace_step(
     eval_batch_size: int | None = None,
     experts: str | None = None,
     max_grad_norm: float = 1.0,
+    weight_decay: float = 0.0,
     steps: int = 2,
     record_events: bool = False,
 ) -> TraceResult:
@@ -178,6 +179,7 @@ def trace_step(
         eval_batch_size: sequences in it; None takes ``micro_batch_size``.
         experts: ``experts_implementation`` of a mixture-of-experts model; None takes transformers' default.
         max_grad_norm: of ``clip_grad_norm_``; 0 skips it.
+        weight_decay: of the group that has it; the default is TrainingArguments'.
         steps: how many steps; the second is the first with optimizer states from the beginning.
         record_events: keep every allocation of the last step (with the evaluation pass, if any).
 
@@ -209,6 +211,7 @@ def trace_step(
         mixed_precision=mixed_precision,
         grad_accum_steps=grad_accum_steps,
         max_grad_norm=max_grad_norm,
+        weight_decay=weight_decay,
         optim=optim,
     )
     rules = cuda_rules() if cuda_autocast else contextlib.nullcontext()
@@ -441,6 +444,7 @@ class _Step:
     mixed_precision: str
     grad_accum_steps: int
     max_grad_norm: float
+    weight_decay: float
     optim: str
     inputs: list[dict[str, Any]] = field(default_factory=list)
     optimizer: Any = None
@@ -464,7 +468,7 @@ class _Step:
         import torch
 
         self.forward = _prepared_forward(self.model, self.mixed_precision)
-        self.optimizer = _make_optimizer(self.model, self.optim)
+        self.optimizer = _make_optimizer(self.model, self.optim, self.weight_decay)
         self.total_loss = torch.zeros(())
         if self.mixed_precision == "fp16":
             self.scaler = torch.amp.GradScaler("cpu")
@@ -593,7 +597,7 @@ def _prepared_forward(model: Any, mixed_precision: str) -> Callable[..., Any]:
     return model  # type: ignore[no-any-return]
 
 
-def _make_optimizer(model: Any, optim: str) -> Any:
+def _make_optimizer(model: Any, optim: str, weight_decay: float) -> Any:
     """``Trainer.create_optimizer``: two groups, with and without weight decay."""
     import torch
     from transformers.optimization import Adafactor
@@ -603,7 +607,7 @@ def _make_optimizer(model: Any, optim: str) -> Any:
     decay = set(get_parameter_names(model, [torch.nn.LayerNorm], patterns))
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for name, p in trainable if name in decay], "weight_decay": 0.01},
+        {"params": [p for name, p in trainable if name in decay], "weight_decay": weight_decay},
         {"params": [p for name, p in trainable if name not in decay], "weight_decay": 0.0},
     ]
     makers: dict[str, Callable[[], Any]] = {
@@ -631,10 +635,13 @@ class _MuonAndAdamW:
         outside: list[Any] = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) or m is head]
         others = {id(p) for module in outside for p in module.parameters()}
         others |= {id(p) for _, p in trainable if p.dim() != 2}
-        self._optimizers = [
-            torch.optim.Muon([p for _, p in trainable if id(p) not in others], lr=1e-5),
-            torch.optim.AdamW([p for _, p in trainable if id(p) in others], lr=1e-5, foreach=False),
-        ]
+        matrices = [p for _, p in trainable if id(p) not in others]
+        rest = [p for _, p in trainable if id(p) in others]
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if matrices:
+            self._optimizers.append(torch.optim.Muon(matrices, lr=1e-5))
+        if rest:
+            self._optimizers.append(torch.optim.AdamW(rest, lr=1e-5, foreach=False))
 
     @property
     def state(self) -> dict[Any, Any]:

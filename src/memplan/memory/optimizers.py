@@ -1,6 +1,6 @@
 """Optimizers: what each keeps per parameter, and what one step allocates and gives back.
 
-A step runs on a tape. The functions below are the loops of the libraries' sources, and ``f`` holds the local variables
+A step runs on a tape. The methods below are the loops of the libraries' sources, and ``f`` holds the local variables
 that keep tensors alive there: a name that is bound again frees its old tensor only once the new one is there, and the
 last parameter's tensors live into the next one's turn. Scalars are left out, except where they stay.
 
@@ -12,21 +12,21 @@ bitsandbytes/optim/optimizer.py, 0.50.2.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from math import prod
 from types import SimpleNamespace
+from typing import Literal
 
-from memplan.architectures.nn import Embedding, Layers, LayerNorm, Linear, Module
+from memplan.architectures.nn import Embedding, LayerNorm, Layers, Linear, Module
+from memplan.errors import SpecError, did_you_mean
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
-from memplan.tape.tensor import DType, Parameter, Shape, Tensor, bfloat16, float32, uint8
+from memplan.tape.tensor import DType, Parameter, Tensor, bfloat16, float32, uint8
 
 Counted = Sequence[tuple[Parameter, int]]
 """Trainable parameters, each with how many of the model it stands for."""
-
-SCALAR = 4
-"""Bytes of the step count (float32) and of Adafactor's RMS."""
 
 
 def rounded(nbytes: int) -> int:
@@ -37,20 +37,28 @@ def rounded(nbytes: int) -> int:
 # -- the parameter groups --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Groups:
-    """Trainable parameters as ``Trainer.create_optimizer`` groups them, each group in the model's order.
+    """Trainable parameters as ``Trainer.create_optimizer`` groups them."""
 
-    A layer that stands for several is there as often as the model has it.
-    """
-
-    decay: list[Parameter] = field(default_factory=list)
-    no_decay: list[Parameter] = field(default_factory=list)
-    """Biases and the weights of norms."""
-    embeddings: frozenset[int] = frozenset()
+    parameters: list[Parameter] = field(default_factory=list)
+    """In the model's order; those of a layer that stands for several as often as the model has it."""
+    undecayed: set[int] = field(default_factory=set)
+    """Ids of those without weight decay: biases and the weights of norms."""
+    embeddings: set[int] = field(default_factory=set)
     """Ids of the weights of embeddings, tied ones too."""
-    outputs: frozenset[int] = frozenset()
-    """Ids of the weights of output embeddings: linear layers outside the blocks, as wide as the vocabulary."""
+    outputs: set[int] = field(default_factory=set)
+    """Ids of the weights of output embeddings: linear layers as wide as the vocabulary."""
+
+    @property
+    def decay(self) -> list[Parameter]:
+        """The first group."""
+        return [p for p in self.parameters if id(p) not in self.undecayed]
+
+    @property
+    def no_decay(self) -> list[Parameter]:
+        """The second group."""
+        return [p for p in self.parameters if id(p) in self.undecayed]
 
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -58,40 +66,34 @@ _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 
 
 def groups_of(root: Module) -> Groups:
-    """Walk a model in the order of torch's ``named_parameters()``."""
-    embeddings = {id(p): p for p in _weights_of(root, Embedding)}
-    vocabulary = max((p.shape[0] for p in embeddings.values()), default=0)
-    outputs = {id(p) for p in _weights_of(root, Linear) if p.shape[0] == vocabulary}
-    found = _in_order(root, "", set())
-    return Groups(
-        decay=[p for p, decays in found if decays],
-        no_decay=[p for p, decays in found if not decays],
-        embeddings=frozenset(embeddings),
-        outputs=frozenset(outputs),
-    )
+    """Walk a model in the order of torch's ``named_parameters()``: shared parameters stand where they come first."""
+    groups = Groups()
+    seen: set[int] = set()
+    linear: list[Parameter] = []
+    vocabulary = 0
 
+    def visit(module: Module, path: str) -> list[Parameter]:
+        nonlocal vocabulary
+        if isinstance(module, Embedding):
+            groups.embeddings.add(id(module.weight))
+            vocabulary = vocabulary or module.weight.shape[0]  # the first is the tokens'
+        elif isinstance(module, Linear):
+            linear.append(module.weight)
+        found = []
+        for name, p in module.parameters():
+            if p.node is not None and id(p) not in seen:
+                seen.add(id(p))
+                found.append(p)
+                if isinstance(module, LayerNorm) or _NO_DECAY.search(f"{path}{name}".lower()):
+                    groups.undecayed.add(id(p))
+        parts = {name: visit(child, f"{path}{name}.") for name, child in module.children()}
+        for name in map(str, module.sequence()) if isinstance(module, Layers) else parts:
+            found += parts[name]
+        return found
 
-def _weights_of(module: Module, kind: type[Embedding] | type[Linear]) -> Iterable[Parameter]:
-    """Weights of one kind of module, outside the blocks."""
-    if isinstance(module, kind):
-        yield module.weight
-    if not isinstance(module, Layers):
-        for _, child in module.children():
-            yield from _weights_of(child, kind)
-
-
-def _in_order(module: Module, path: str, seen: set[int]) -> list[tuple[Parameter, bool]]:
-    """Trainable parameters, each with whether it decays; shared ones where they come first."""
-    found = []
-    for name, p in module.parameters():
-        if p.node is not None and id(p) not in seen:
-            seen.add(id(p))
-            found.append((p, not isinstance(module, LayerNorm) and _NO_DECAY.search(f"{path}{name}".lower()) is None))
-    parts = {name: _in_order(child, f"{path}{name}.", seen) for name, child in module.children()}
-    order = map(str, module.sequence()) if isinstance(module, Layers) else parts
-    for name in order:
-        found += parts[name]
-    return found
+    groups.parameters = visit(root, "")
+    groups.outputs.update(id(p) for p in linear if p.shape[0] == vocabulary)
+    return groups
 
 
 # -- what a step allocates -------------------------------------------------------------------------------------------
@@ -126,218 +128,312 @@ class StepLog:
         return counts
 
 
-CHUNK = 65536
-"""Elements that one block of a foreach kernel takes (kChunkSize in ForeachFunctors.cuh)."""
-
-
-def clip_grad_norm(parameters: Counted, rules: DeviceRules) -> StepLog:
-    """torch.nn.utils.clip_grad_norm_, which the Trainer calls before each step: a norm per gradient, and all in one.
-
-    CUDA's foreach kernel also keeps a partial norm for each chunk, in every tensor's row as many as the largest has
-    (foreach_tensor_norm_cuda in ForeachReduceOp.cu).
-    """
-    t = Tape(rules)
-    norms: list[Tensor] = []
-    for dtype, group in _by_dtype(parameters).items():
-        f = SimpleNamespace()
-        if rules.kind == "cuda":
-            chunks = max(-(-p.numel // CHUNK) for p, _ in group)
-            f.output_per_tensor = t.new((sum(count for _, count in group) * chunks,), float32, "partial_norms")
-        norms += [t.new((count * rounded(dtype.itemsize),), uint8, "norms") for _, count in group]
-    if norms:
-        t.new((sum(count for _, count in parameters),), parameters[0][0].dtype, "stack")
-    return StepLog(list(t.log), t.sizes)
-
-
-def _by_dtype(parameters: Counted) -> dict[DType, list[tuple[Parameter, int]]]:
-    """_group_tensors_by_device_and_dtype: foreach kernels take tensors of one dtype."""
-    groups: dict[DType, list[tuple[Parameter, int]]] = {}
-    for p, count in parameters:
-        groups.setdefault(p.dtype, []).append((p, count))
-    return groups
-
-
-# -- the steps -------------------------------------------------------------------------------------------------------
-
-Init = Callable[[Parameter], None]
-"""Makes a parameter's states where they are not there yet."""
-
-Step = Callable[[Tape, Sequence[Parameter], Init, bool], None]
-"""One call of the optimizer over a group; the last argument says that the group's weight decay is not 0."""
+def _by_dtype(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
+    """_group_tensors_by_device_and_dtype: a foreach kernel takes tensors of one dtype."""
+    groups: dict[DType, list[Parameter]] = {}
+    for p in parameters:
+        groups.setdefault(p.dtype, []).append(p)
+    return list(groups.values())
 
 
 def _out(t: Tape, x: Tensor, dtype: DType | None = None) -> Tensor:
-    """The result of an elementwise operation on x. If x is a temporary, it dies when the result is there."""
+    """The result of an elementwise operation on x. If x is a temporary, it dies once the result is there."""
     return t.new(x.shape, dtype or x.dtype, "step")
 
 
 def _foreach(t: Tape, parameters: Sequence[Parameter]) -> list[Tensor]:
-    """The result of a torch._foreach function."""
+    """The results of a torch._foreach function."""
     return [_out(t, p) for p in parameters]
 
 
-def _dtype_groups(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
-    return [[p for p, _ in group] for group in _by_dtype([(p, 1) for p in parameters]).values()]
+SCALAR = 4
+"""Bytes of a float32 scalar: a norm, the step count, Adafactor's RMS."""
+
+CHUNK = 65536
+"""Elements that one block of a foreach kernel takes (kChunkSize in ForeachFunctors.cuh)."""
 
 
-def _states_only(t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
-    """One kernel that reads and writes weights, gradients and states: fused AdamW, SGD, bitsandbytes on CUDA."""
-    for p in parameters:
-        init(p)
+def clip_grad_norm(parameters: Counted, rules: DeviceRules) -> list[tuple[int, int]]:
+    """torch.nn.utils.clip_grad_norm_, which the Trainer calls before each step: a norm of each gradient, then of all.
+
+    Returns what is alive at the fullest moment: (bytes, how many). CUDA's kernel takes the gradients of one dtype at a
+    time and makes a partial norm of each chunk, for every tensor as many as the largest has (_foreach_tensor_norm_cuda
+    in ForeachReduceOp.cu); with or without them the norms are stacked in the end.
+    """
+    groups: dict[DType, tuple[int, int]] = {}
+    for p, count in parameters:
+        tensors, chunks = groups.get(p.dtype, (0, 0))
+        groups[p.dtype] = tensors + count, max(chunks, -(-p.numel // CHUNK))
+    norms = 0
+    fullest: list[tuple[int, int]] = []
+    for tensors, chunks in groups.values():
+        norms += tensors
+        if rules.kind == "cuda":
+            fullest = max(fullest, [(rounded(4 * tensors * chunks), 1), (rounded(SCALAR), norms)], key=_total)
+    stacked = [(rounded(SCALAR), norms), (rounded(SCALAR * norms), 1)] if norms else []
+    return max(fullest, stacked, key=_total)
 
 
-def _adam(t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
-    """_single_tensor_adam; AdamW's decay is done in place."""
-    for p in parameters:
-        init(p)
-    f = SimpleNamespace()
-    for p in parameters:
-        f.denom = _out(t, _out(t, p))  # exp_avg_sq.sqrt() / bias_correction2_sqrt
+def _total(alive: list[tuple[int, int]]) -> int:
+    return sum(size * count for size, count in alive)
 
 
-def _adam_foreach(t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
-    """_multi_tensor_adam."""
-    for p in parameters:
-        init(p)
-    f = SimpleNamespace()
-    for group in _dtype_groups(parameters):
-        f.exp_avg_sq_sqrt = _foreach(t, group)
+# -- the optimizers --------------------------------------------------------------------------------------------------
+
+Init = Callable[[Parameter], None]
+"""Makes a parameter's states where they are not there yet."""
 
 
-def _sgd(t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
-    """_single_tensor_sgd with weight decay."""
-    f = SimpleNamespace()
-    for p in parameters:
-        f.grad = p
-        if decays:
-            f.grad = _out(t, p)
+class Optimizer:
+    """One optimizer over a model's parameters on one kind of device. Subclasses say what it keeps and how it steps.
+
+    ``groups`` is called when first needed: most optimizers do without. ``weight_decay`` says that the first group has
+    any; the Trainer's default is none.
+    """
+
+    made_at_construction = False
+    """Whether the states are there before the first forward; otherwise the first step makes them."""
+
+    def __init__(self, rules: DeviceRules, groups: Callable[[], Groups], weight_decay: bool = False) -> None:
+        self.rules = rules
+        self.foreach = rules.kind != "cpu"
+        """torch's default where it is not told (_default_to_fused_or_foreach)."""
+        self.weight_decay = weight_decay
+        self._make_groups = groups
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The parameters in the order in which the optimizer takes them."""
+        return self._make_groups()
+
+    def state_bytes(self, p: Parameter) -> tuple[int, ...]:
+        """Bytes of each tensor that is kept on the device for p, rounded, in the order they are made."""
+        return tuple(rounded(size) for size in self.states(p))
+
+    def shared_bytes(self, parameters: Counted) -> tuple[int, ...]:
+        """Bytes of each tensor on the device that all parameters' states share, rounded."""
+        return ()
+
+    def paged_bytes(self, p: Parameter) -> int:
+        """Bytes of p's states in unified memory: torch does not count them, and the driver moves them to host RAM."""
+        return 0
+
+    def step(self, first: bool = False) -> StepLog:
+        """What one step allocates and frees; the first one makes the states, which are alive at the log's end."""
+        makes_states = first and not self.made_at_construction
+        if not makes_states and not self.has_temporaries:
+            return StepLog()
+        t = Tape(self.rules)
+        states: list[Tensor] = []
+        shared: list[Tensor] = []
+
+        def init(p: Parameter) -> None:
+            if not shared:
+                shared.extend(t.new((size,), uint8, "shared state") for size in self.shared_bytes([(p, 1)]))
+            states.extend(t.new((size,), uint8, "state") for size in self.state_bytes(p))
+
+        self.update_all(t, init if makes_states else _nothing)
+        return StepLog(list(t.log), t.sizes)
+
+    # What a subclass says.
+
+    @property
+    def has_temporaries(self) -> bool:
+        """Whether a step allocates anything but states."""
+        return True
+
+    def states(self, p: Parameter) -> tuple[int, ...]:
+        """Bytes of each tensor kept for p."""
+        raise NotImplementedError
+
+    def update_all(self, t: Tape, init: Init) -> None:
+        """torch's Optimizer.step: one call for each parameter group."""
+        self.update(t, self.groups.decay, init, self.weight_decay)
+        self.update(t, self.groups.no_decay, init, False)
+
+    def update(self, t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
+        """One call over a group; ``decays`` says that its weight decay is not 0."""
+        for p in parameters:
+            init(p)
+
+    def step_count(self, fused: bool = False) -> tuple[int, ...]:
+        """The state ``step``: a tensor on the device for fused, on the host for the others."""
+        return (SCALAR,) if fused or self.rules.kind == "cpu" else ()
 
 
-def _sgd_foreach(t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
-    """_multi_tensor_sgd with weight decay."""
-    f = SimpleNamespace()
-    for group in _dtype_groups(parameters):
-        f.device_grads = group
-        if decays:
-            f.device_grads = _foreach(t, group)
+def _nothing(p: Parameter) -> None:
+    """The states are there."""
 
 
-def _adagrad(t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
-    """_single_tensor_adagrad, and _single_tensor_rmsprop, whose avg is its std."""
-    for p in parameters:
-        init(p)
-    f = SimpleNamespace()
-    for p in parameters:
-        f.grad = p
-        if decays:
-            f.grad = _out(t, p)
-        f.std = _out(t, p)
+class AdamW(Optimizer):
+    """torch.optim.AdamW. Its decay is done in place."""
+
+    def __init__(
+        self,
+        rules: DeviceRules,
+        groups: Callable[[], Groups],
+        weight_decay: bool = False,
+        implementation: Literal["default", "fused", "foreach", "loop"] = "default",
+    ) -> None:
+        super().__init__(rules, groups, weight_decay)
+        self.fused = implementation == "fused"
+        if implementation != "default":
+            self.foreach = implementation == "foreach"
+
+    @property
+    def has_temporaries(self) -> bool:
+        return not self.fused
+
+    def states(self, p: Parameter) -> tuple[int, ...]:
+        return *self.step_count(self.fused), p.nbytes, p.nbytes
+
+    def update(self, t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
+        for p in parameters:
+            init(p)
+        f = SimpleNamespace()
+        if self.foreach:  # _multi_tensor_adam
+            for group in _by_dtype(parameters):
+                f.exp_avg_sq_sqrt = _foreach(t, group)
+        elif not self.fused:  # _single_tensor_adam
+            for p in parameters:
+                f.denom = _out(t, _out(t, p))  # exp_avg_sq.sqrt() / bias_correction2_sqrt
 
 
-def _adagrad_foreach(t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
-    """_multi_tensor_adagrad."""
-    f = SimpleNamespace()
-    for group in _dtype_groups(parameters):
-        f.device_grads = group
-        if decays:
-            f.device_grads = _foreach(t, group)
-        f.std = _foreach(t, group)
-        f.numerator = f.device_grads if decays else _foreach(t, group)
+class SGD(Optimizer):
+    """torch.optim.SGD without momentum: no states, and a temporary only for weight decay."""
+
+    @property
+    def has_temporaries(self) -> bool:
+        return self.weight_decay
+
+    def states(self, p: Parameter) -> tuple[int, ...]:
+        return ()
+
+    def update(self, t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
+        f = SimpleNamespace()
+        for group in _by_dtype(parameters) if self.foreach else [[p] for p in parameters]:
+            f.grad = None
+            if decays:
+                f.grad = _foreach(t, group)
 
 
-def _rmsprop_foreach(t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
-    """_multi_tensor_rmsprop."""
-    for p in parameters:
-        init(p)
-    f = SimpleNamespace()
-    for group in _dtype_groups(parameters):
-        f.grouped_grads = group
-        if decays:
-            f.grouped_grads = _foreach(t, group)
-        f.avg = _foreach(t, group)
+class Adagrad(Optimizer):
+    """torch.optim.Adagrad."""
+
+    made_at_construction = True
+
+    def states(self, p: Parameter) -> tuple[int, ...]:
+        return *self.step_count(), p.nbytes
+
+    def update(self, t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
+        f = SimpleNamespace()
+        for group in _by_dtype(parameters) if self.foreach else [[p] for p in parameters]:
+            f.grad = None
+            if decays:
+                f.grad = _foreach(t, group)
+            f.std = _foreach(t, group)
+            if self.foreach:  # _multi_tensor_adagrad scales the gradient: in place where it is a copy
+                f.numerator = f.grad or _foreach(t, group)
 
 
-def _adafactor(t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
-    """transformers' Adafactor.step, with float32 copies of 16-bit gradients and weights."""
-    f = SimpleNamespace()
-    for p in parameters:
-        f.grad = p
-        if p.dtype.itemsize == 2:
-            f.grad = _out(t, p, float32)
-        init(p)
-        f.p_data_fp32 = p
-        if p.dtype.itemsize == 2:
-            f.p_data_fp32 = _out(t, p, float32)
-        f.update = _out(t, _out(t, p, float32))  # (grad**2) + eps
-        if len(p.shape) >= 2:
-            t.new(_rows(p), float32, "update.mean(dim=-1)")
-            t.new(_columns(p), float32, "update.mean(dim=-2)")
-            f.update = _approx_sq_grad(t, p)
-        else:
-            f.update = _out(t, p, float32)  # exp_avg_sq.rsqrt()
-        _out(t, f.update)  # -update
+class RMSprop(Optimizer):
+    """torch.optim.RMSprop without momentum, not centered."""
+
+    def states(self, p: Parameter) -> tuple[int, ...]:
+        return *self.step_count(), p.nbytes
+
+    def update(self, t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
+        for p in parameters:
+            init(p)
+        f = SimpleNamespace()
+        for group in _by_dtype(parameters) if self.foreach else [[p] for p in parameters]:
+            f.grad = None
+            if decays:
+                f.grad = _foreach(t, group)
+            f.avg = _foreach(t, group)
 
 
-def _approx_sq_grad(t: Tape, p: Parameter) -> Tensor:
-    """Adafactor._approx_sq_grad."""
-    f = SimpleNamespace()
-    f.mean = t.new((*_rows(p)[:-1], 1), float32, "exp_avg_sq_row.mean")
-    f.r_factor = t.new(_rows(p), float32, "r_factor")
-    f.mean = None
-    f.c_factor = t.new(_columns(p), float32, "c_factor")
-    return _out(t, p, float32)
+class Adafactor(Optimizer):
+    """transformers' Adafactor without first moment: float32 rows and columns, and copies of 16-bit tensors."""
 
+    def states(self, p: Parameter) -> tuple[int, ...]:
+        if len(p.shape) < 2:
+            return 4 * p.numel, SCALAR
+        return 4 * prod(p.shape[:-1]), 4 * prod(p.shape[:-2] + p.shape[-1:]), SCALAR
 
-def _rows(p: Parameter) -> Shape:
-    return p.shape[:-1]
+    def update_all(self, t: Tape, init: Init) -> None:
+        # One function goes through both groups.
+        self.update(t, [*self.groups.decay, *self.groups.no_decay], init, self.weight_decay)
 
+    def update(self, t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
+        f = SimpleNamespace()
+        for p in parameters:
+            f.grad = None
+            if p.dtype.itemsize == 2:
+                f.grad = _out(t, p, float32)
+            init(p)
+            f.p_data_fp32 = None
+            if p.dtype.itemsize == 2:
+                f.p_data_fp32 = _out(t, p, float32)
+            f.update = _out(t, _out(t, p, float32))  # (grad**2) + eps
+            if len(p.shape) >= 2:
+                t.new(p.shape[:-1], float32, "update.mean(dim=-1)")
+                t.new(p.shape[:-2] + p.shape[-1:], float32, "update.mean(dim=-2)")
+                f.update = self._approx_sq_grad(t, p)
+            else:
+                f.update = _out(t, p, float32)  # exp_avg_sq.rsqrt()
+            _out(t, f.update)  # -update
 
-def _columns(p: Parameter) -> Shape:
-    return p.shape[:-2] + p.shape[-1:]
+    def _approx_sq_grad(self, t: Tape, p: Parameter) -> Tensor:
+        f = SimpleNamespace()
+        f.mean = t.new((*p.shape[:-2], 1), float32, "exp_avg_sq_row.mean")
+        f.r_factor = t.new(p.shape[:-1], float32, "r_factor")
+        f.mean = None
+        f.c_factor = t.new(p.shape[:-2] + p.shape[-1:], float32, "c_factor")
+        return _out(t, p, float32)
 
 
 NS_STEPS = 5
 """Newton-Schulz iterations of torch.optim.Muon."""
 
 
-def _muon(t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
-    """_single_tensor_muon with Nesterov momentum."""
-    for p in parameters:
-        init(p)
-    f = SimpleNamespace()
-    for p in parameters:
-        f.update = _out(t, p)
-        f.update = _newton_schulz(t, f.update)
+class Muon(Optimizer):
+    """torch.optim.Muon for matrices; AdamW for embeddings, the output head and everything that is no matrix."""
 
+    def __init__(self, rules: DeviceRules, groups: Callable[[], Groups], weight_decay: bool = False) -> None:
+        super().__init__(rules, groups, weight_decay)
+        self._adamw = AdamW(rules, groups, weight_decay)
 
-def _newton_schulz(t: Tape, grad: Tensor) -> Tensor:
-    """_zeropower_via_newtonschulz: bfloat16 throughout."""
-    f = SimpleNamespace()
-    f.ortho_grad = grad if grad.dtype is bfloat16 else _out(t, grad, bfloat16)
-    side = min(grad.shape)
-    for _ in range(NS_STEPS):
-        f.gram_matrix = t.new((side, side), bfloat16, "gram_matrix")
-        f.gram_update = t.new((side, side), bfloat16, "gram_update")
-        f.ortho_grad = _out(t, f.ortho_grad)
-    result: Tensor = f.ortho_grad
-    return result
+    def is_hidden(self, p: Parameter) -> bool:
+        """Whether p is Muon's."""
+        return len(p.shape) == 2 and id(p) not in self.groups.embeddings and id(p) not in self.groups.outputs
 
+    def states(self, p: Parameter) -> tuple[int, ...]:
+        return (p.nbytes,) if self.is_hidden(p) else self._adamw.states(p)
 
-_STEPS: dict[str, tuple[Step, Step]] = {
-    "adamw_torch": (_adam, _adam_foreach),
-    "adamw_torch_loop": (_adam, _adam),
-    "adamw_torch_foreach": (_adam_foreach, _adam_foreach),
-    "sgd": (_sgd, _sgd_foreach),
-    "adagrad": (_adagrad, _adagrad_foreach),
-    "rmsprop": (_adagrad, _rmsprop_foreach),
-    "adafactor": (_adafactor, _adafactor),
-    "muon": (_muon, _muon),
-}
-"""The step on CPU and on CUDA, where torch takes foreach by default (_default_to_fused_or_foreach). The others are
-_states_only."""
+    def update_all(self, t: Tape, init: Init) -> None:
+        parameters = self.groups.parameters
+        self.update(t, [p for p in parameters if self.is_hidden(p)], init, self.weight_decay)
+        self._adamw.update(t, [p for p in parameters if not self.is_hidden(p)], init, self.weight_decay)
 
+    def update(self, t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
+        for p in parameters:
+            init(p)
+        f = SimpleNamespace()
+        for p in parameters:
+            f.update = _out(t, p)  # grad.lerp(buf, momentum)
+            f.update = self._zeropower_via_newtonschulz(t, f.update)
 
-# -- the optimizers --------------------------------------------------------------------------------------------------
+    def _zeropower_via_newtonschulz(self, t: Tape, grad: Tensor) -> Tensor:
+        ortho_grad = grad if grad.dtype is bfloat16 else _out(t, grad, bfloat16)
+        side = min(grad.shape)
+        f = SimpleNamespace()
+        for _ in range(NS_STEPS):
+            f.gram_matrix = t.new((side, side), bfloat16, "gram_matrix")
+            f.gram_update = t.new((side, side), bfloat16, "gram_update")
+            ortho_grad = _out(t, ortho_grad)
+        return ortho_grad
+
 
 MIN_8BIT_SIZE = 4096
 """Elements from which bitsandbytes makes 8-bit states; below they are float32 (``min_8bit_size``)."""
@@ -346,140 +442,86 @@ BLOCK_SIZE = 256
 """Elements that share one float32 scale in an 8-bit state (Optimizer2State.init_state; 2048 before 0.45)."""
 
 QUANTIZATION_MAP = 256 * 4
-"""Bytes of the table of an 8-bit state's values, one for each of the states of a parameter, shared by all parameters."""
+"""Bytes of the table of an 8-bit state's values, which all parameters share (``qmap1``, ``qmap2``)."""
 
 MIN_PAGED_SIZE = 100_000
 """Elements from which a paged optimizer's state is in unified memory (Optimizer8bit.get_state_buffer)."""
 
 
-class Optimizer:
-    """One optimizer, by its name in ``specs.training.OPTIMIZERS``, over a model's parameters on one kind of device.
+class BitsAndBytes(Optimizer):
+    """bitsandbytes' AdamW (two moments) and Lion (one): a CUDA kernel for each parameter, states of 8 or 32 bits.
 
-    ``groups`` is called when first needed: most optimizers do without. ``weight_decay`` says that the first group has
-    any; the Trainer's default is 0.
+    The states of embeddings stay at 32 bits, as the Trainer asks (GlobalOptimManager.register_module_override). What
+    bitsandbytes' substitute for a CPU allocates is not here: traces do not show it either.
     """
 
     def __init__(
-        self, name: str, rules: DeviceRules, groups: Callable[[], Groups], *, weight_decay: bool = False
+        self,
+        rules: DeviceRules,
+        groups: Callable[[], Groups],
+        weight_decay: bool = False,
+        moments: int = 2,
+        bits: Literal[8, 32] = 8,
+        paged: bool = False,
     ) -> None:
-        self.name = name
-        self.rules = rules
-        self.weight_decay = weight_decay
-        self._make_groups = groups
-        self._bits = 8 if "8bit" in name else 32
-        self._paged = name.startswith("paged") and rules.kind != "cpu"  # bitsandbytes does not page on a CPU
-        self._step = _STEPS.get(name, (_states_only, _states_only))[rules.kind != "cpu"]
-        if name == "sgd" and not weight_decay:
-            self._step = _states_only
-
-    @cached_property
-    def groups(self) -> Groups:
-        """The parameters in the order in which the optimizer takes them."""
-        return self._make_groups()
-
-    # -- states ------------------------------------------------------------------------------------------------
+        super().__init__(rules, groups, weight_decay)
+        self.moments = moments
+        self.bits = bits
+        self.paged = paged and rules.kind != "cpu"
 
     @property
-    def made_at_construction(self) -> bool:
-        """Whether the states are there before the first forward; otherwise the first step makes them."""
-        return self.name == "adagrad"
+    def has_temporaries(self) -> bool:
+        return False
 
-    def state_bytes(self, p: Parameter) -> tuple[int, ...]:
-        """Bytes of each tensor that the optimizer keeps on the device for p, rounded, in the order it makes them."""
-        return tuple(rounded(size) for size in self._states(p) if not self._is_paged(p, size))
+    def is_8bit(self, p: Parameter) -> bool:
+        """Whether p's moments have 8 bits."""
+        return self.bits == 8 and p.numel >= MIN_8BIT_SIZE and id(p) not in self.groups.embeddings
 
-    def paged_bytes(self, p: Parameter) -> int:
-        """Bytes of p's states in unified memory, which torch does not count and the driver moves to host RAM."""
-        return sum(size for size in self._states(p) if self._is_paged(p, size))
+    def is_paged(self, p: Parameter) -> bool:
+        """Whether p's moments are in unified memory; the scales of 8-bit ones never are."""
+        return self.paged and p.numel >= MIN_PAGED_SIZE
+
+    def moment_bytes(self, p: Parameter) -> int:
+        """Bytes of one of p's moments."""
+        return p.numel if self.is_8bit(p) else 4 * p.numel
+
+    def states(self, p: Parameter) -> tuple[int, ...]:
+        moments = () if self.is_paged(p) else (self.moment_bytes(p),) * self.moments
+        scales = (4 * -(-p.numel // BLOCK_SIZE),) * self.moments if self.is_8bit(p) else ()
+        return moments + scales
 
     def shared_bytes(self, parameters: Counted) -> tuple[int, ...]:
-        """Bytes of each tensor on the device that all parameters' states share."""
-        if self._bits == 8 and any(self._has_8bit(p) for p, _ in parameters):
-            return (QUANTIZATION_MAP,) * self._moments
-        return ()
+        return (QUANTIZATION_MAP,) * self.moments if any(self.is_8bit(p) for p, _ in parameters) else ()
 
-    @property
-    def _moments(self) -> int:
-        return 1 if "lion" in self.name else 2
-
-    def _has_8bit(self, p: Parameter) -> bool:
-        """The Trainer registers 32-bit states for embeddings (GlobalOptimManager.register_module_override)."""
-        return self._bits == 8 and p.numel >= MIN_8BIT_SIZE and id(p) not in self.groups.embeddings
-
-    def _is_paged(self, p: Parameter, size: int) -> bool:
-        """The scales of 8-bit states are never paged."""
-        return self._paged and p.numel >= MIN_PAGED_SIZE and size >= p.numel
-
-    def _states(self, p: Parameter) -> tuple[int, ...]:
-        name, n = self.name, p.nbytes
-        if name == "muon":
-            if self._is_hidden(p):
-                return (n,)
-            name = "adamw_torch"
-        if name.startswith("adamw_torch"):
-            return (*self._step_count(fused=name == "adamw_torch_fused"), n, n)
-        if name in ("adagrad", "rmsprop"):
-            return (*self._step_count(), n)
-        if name == "adafactor":
-            if len(p.shape) < 2:
-                return 4 * p.numel, SCALAR
-            return 4 * _numel(_rows(p)), 4 * _numel(_columns(p)), SCALAR
-        if name == "sgd":
-            return ()
-        if self._has_8bit(p):
-            return (p.numel,) * self._moments + (4 * -(-p.numel // BLOCK_SIZE),) * self._moments
-        return (4 * p.numel,) * self._moments
-
-    def _step_count(self, fused: bool = False) -> tuple[int, ...]:
-        """A tensor on the device for fused, on the host for the others."""
-        return (SCALAR,) if fused or self.rules.kind == "cpu" else ()
-
-    def _is_hidden(self, p: Parameter) -> bool:
-        """Muon is for the matrices of the blocks; embeddings, heads and vectors are AdamW's."""
-        return len(p.shape) == 2 and id(p) not in self.groups.embeddings and id(p) not in self.groups.outputs
-
-    # -- the step ----------------------------------------------------------------------------------------------
-
-    def step(self, first: bool = False) -> StepLog:
-        """What one step allocates and frees; the first one makes the states, which are alive at the log's end."""
-        makes_states = first and not self.made_at_construction
-        if self._step is _states_only and not makes_states:
-            return StepLog()
-        t = Tape(self.rules)
-        states: list[Tensor] = []
-
-        def make(sizes: Iterable[int]) -> None:
-            states.extend(t.new((size,), uint8, "state") for size in sizes)
-
-        shared = False
-
-        def init(p: Parameter) -> None:
-            nonlocal shared
-            if makes_states:
-                if not shared and self._has_8bit(p):
-                    shared = True
-                    make(self.shared_bytes([(p, 1)]))
-                make(self.state_bytes(p))
-
-        self._run(t, init)
-        return StepLog(list(t.log), t.sizes)
-
-    def _run(self, t: Tape, init: Init) -> None:
-        decay, no_decay = self.groups.decay, self.groups.no_decay
-        if self.name == "adafactor":  # one function goes through both groups
-            self._step(t, [*decay, *no_decay], init, self.weight_decay)
-        elif self.name == "muon":
-            hidden = [p for p in (*decay, *no_decay) if self._is_hidden(p)]
-            others = [p for p in (*decay, *no_decay) if not self._is_hidden(p)]
-            self._step(t, hidden, init, self.weight_decay)
-            _STEPS["adamw_torch"][self.rules.kind != "cpu"](t, others, init, self.weight_decay)
-        else:
-            self._step(t, decay, init, self.weight_decay)
-            self._step(t, no_decay, init, False)
+    def paged_bytes(self, p: Parameter) -> int:
+        return self.moment_bytes(p) * self.moments if self.is_paged(p) else 0
 
 
-def _numel(shape: Shape) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
+_MAKERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw_torch": AdamW,
+    "adamw_torch_fused": partial(AdamW, implementation="fused"),
+    "adamw_torch_foreach": partial(AdamW, implementation="foreach"),
+    "adamw_torch_loop": partial(AdamW, implementation="loop"),
+    "adamw_bnb_8bit": BitsAndBytes,
+    "adamw_8bit": BitsAndBytes,
+    "paged_adamw_32bit": partial(BitsAndBytes, bits=32, paged=True),
+    "paged_adamw_8bit": partial(BitsAndBytes, paged=True),
+    "adafactor": Adafactor,
+    "sgd": SGD,
+    "adagrad": Adagrad,
+    "rmsprop": RMSprop,
+    "lion_32bit": partial(BitsAndBytes, moments=1, bits=32),
+    "lion_8bit": partial(BitsAndBytes, moments=1),
+    "paged_lion_32bit": partial(BitsAndBytes, moments=1, bits=32, paged=True),
+    "paged_lion_8bit": partial(BitsAndBytes, moments=1, paged=True),
+    "muon": Muon,
+}
+
+
+def make_optimizer(
+    name: str, rules: DeviceRules, groups: Callable[[], Groups], *, weight_decay: bool = False
+) -> Optimizer:
+    """The optimizer of a name in ``specs.training.OPTIMIZERS``. Raises SpecError for another one."""
+    if name not in _MAKERS:
+        raise SpecError.at("optim", name, "is not an optimizer of TrainingArguments", did_you_mean(name, _MAKERS))
+    return _MAKERS[name](rules, groups, weight_decay)

@@ -50,6 +50,8 @@ class _Segment:
     net: int = 0
     peak: int = 0
     parts: list[int] = field(default_factory=lambda: [0] * len(COMPONENTS))
+    last: list[int] = field(default_factory=list)
+    """Storages made elsewhere that die with the segment's last repetition: a mask, the rotary tables."""
 
 
 Stacks = Mapping[int, Sequence[int]]
@@ -69,7 +71,9 @@ def compose(tape: Tape, stacks: Stacks) -> StepProfile:
     parts = [0] * len(COMPONENTS)
     saved = Moment()
     forward_flops = backward_flops = 0
-    for segment in _expanded(segments, stacks):
+    expanded = _expanded(segments, stacks)
+    final = {id(segment): i for i, segment in enumerate(expanded) if segment.last}
+    for position, segment in enumerate(expanded):
         if segment.phase == "backward" and forward_flops >= 0 and not saved.total:
             saved = Moment(total, list(parts))
         height = total + segment.peak
@@ -79,6 +83,10 @@ def compose(tape: Tape, stacks: Stacks) -> StepProfile:
         total += segment.net
         for i, size in enumerate(segment.parts):
             parts[i] += size
+        if segment.last and final[id(segment)] == position:
+            for storage in segment.last:
+                total -= tape.sizes[storage]
+                parts[tape.components[storage]] -= tape.sizes[storage]
         if segment.phase == "backward":
             backward_flops += segment.flops
         else:
@@ -117,13 +125,14 @@ def _measure(tape: Tape, segments: list[_Segment], multiplicity: dict[LayerKey, 
 
     Returns, for each storage made in a repeated layer, how many storages of the whole model it stands for.
     """
-    sizes, components, flowing, log = tape.sizes, tape.components, tape.flowing, tape.log
+    sizes, components, flowing, kept, log = tape.sizes, tape.components, tape.flowing, tape.kept, tape.log
     repeated: dict[int, int] = {}
+    owner: dict[int, LayerKey] = {}
     for segment in segments:
         total = peak = 0
         parts = segment.parts
-        count = multiplicity.get(segment.layer, 1) if segment.layer is not None else 1
         outside = segment.layer is None
+        count = 1 if segment.layer is None else multiplicity[segment.layer]
         for event in log[segment.start : segment.end]:
             if event >= 0:
                 size = sizes[event]
@@ -131,17 +140,28 @@ def _measure(tape: Tape, segments: list[_Segment], multiplicity: dict[LayerKey, 
                 total += size
                 if total > peak:
                     peak = total
-                if count > 1 and event not in flowing:
+                if segment.layer is not None and event not in flowing:
                     repeated[event] = count
-            else:
-                event = ~event
-                size = sizes[event]
-                if outside and event in repeated:
-                    size *= repeated[event]  # every layer's, freed at once: autocast's cache
-                parts[components[event]] -= size
-                total -= size
+                    owner[event] = segment.layer
+                continue
+            event = ~event
+            size = sizes[event]
+            if outside:
+                size *= repeated.get(event, 1)  # every layer's, freed at once: autocast's cache
+            elif count > 1 and owner.get(event) != segment.layer and event not in flowing:
+                segment.last.append(event)
+                continue
+            parts[components[event]] -= size
+            total -= size
         segment.net, segment.peak = total, peak
     return repeated
+
+
+def _keepers(made: LayerKey | None, keeper: LayerKey | None, multiplicity: dict[LayerKey, int]) -> int:
+    """How many storages a kept one stands for: the keeper keeps its own, or the output of the layer before it."""
+    if made is None or keeper is None or made[0] != keeper[0]:
+        return 1
+    return multiplicity[keeper]
 
 
 def _at_peak(tape: Tape, segment: _Segment, before: list[int], repeated: dict[int, int]) -> list[int]:
@@ -157,7 +177,7 @@ def _at_peak(tape: Tape, segment: _Segment, before: list[int], repeated: dict[in
             total += size
             if total == segment.peak:
                 break
-        else:
+        elif ~event not in segment.last:
             event = ~event
             size = tape.sizes[event] * (repeated.get(event, 1) if segment.layer is None else 1)
             parts[tape.components[event]] -= size
@@ -205,7 +225,7 @@ def size_counts(tape: Tape, stacks: Stacks) -> dict[int, tuple[int, int]]:
                 if count[0] > count[1]:
                     count[1] = count[0]
             else:
-                count[0] -= repeated.get(tensor, 1) if outside else 1
+                count[0] -= repeated.get(tensor, 1) if outside else int(tensor not in segment.last)
     live: dict[int, int] = {}
     result: dict[int, tuple[int, int]] = {}
     for segment in _expanded(segments, stacks):

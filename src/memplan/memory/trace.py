@@ -7,11 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from memplan.memory.allocator import CachingAllocator, SizeClass, TraceSummary, reserved_upper_bound
-from memplan.memory.optimizers import state_bytes
-from memplan.tape.dispatch import DeviceRules
+from memplan.memory.optimizers import Optimizer, clip_grad_norm
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import Parameter
-
 
 STEPS = 2
 """Training steps of a trace: the first makes the optimizer states, the second is like all that follow."""
@@ -66,12 +64,13 @@ def reserved_bound(
     held: Iterable[int],
     counts: Mapping[int, tuple[int, int]],
     micro_batches: int,
-    others: Iterable[tuple[int, int]],
+    others: Iterable[tuple[int, int, int]],
 ) -> int:
     """Bytes that the replay's peak reserved cannot exceed, without it; proven in :func:`reserved_upper_bound`.
 
     ``held`` lives from loading on; ``counts`` says for each size how many tensors a micro-batch has alive at most and
-    allocates; ``others`` are (bytes, how many) that a step allocates: optimizer states, workspaces, temporaries.
+    allocates; ``others`` are (bytes, how many alive at most, how many that a step allocates): optimizer states,
+    workspaces, temporaries.
     """
     prefix: Counter[int] = Counter(held)
     for p, count in parameters:
@@ -79,9 +78,9 @@ def reserved_bound(
     live: dict[int, tuple[int, int]] = {
         size: (peak, number * micro_batches * STEPS) for size, (peak, number) in counts.items()
     }
-    for size, count in others:
+    for size, alive, allocated in others:
         peak, number = live.get(size, (0, 0))
-        live[size] = (peak + count, number + count * STEPS)
+        live[size] = (peak + alive, number + allocated * STEPS)
     classes = [SizeClass(size, peak, number) for size, (peak, number) in live.items() if size]
     return reserved_upper_bound(TraceSummary(prefix, classes))
 
@@ -96,16 +95,14 @@ def cuts(tape: Tape) -> list[tuple[str, int]]:
 def replay_steps(
     parameters: Sequence[Parameter],
     held: Sequence[int],
-    micro_batches: Sequence[tuple[Tape, list[int]]],
-    optim: str,
-    rules: DeviceRules,
-    step_temporaries: Sequence[int],
+    micro_batches: Sequence[Tape],
+    optimizer: Optimizer,
     workspaces: Sequence[int],
 ) -> Replayed:
     """Load the weights, run two steps and report the peaks.
 
     ``held`` are further sizes held throughout (buffers, DDP's buckets); ``micro_batches`` are the tapes of a step's
-    micro-batches with their logs; ``workspaces`` are cuBLAS's, the first taken in forward, the others in backward.
+    micro-batches; ``workspaces`` are cuBLAS's, the first taken in forward, the others in backward.
     """
     trace = Trace()
     trace.begin("load")
@@ -114,10 +111,14 @@ def replay_steps(
     for nbytes in held:
         trace.allocate(nbytes)
     trainable = [p for p in parameters if p.node is not None]
+    if optimizer.made_at_construction:
+        for p in trainable:
+            for nbytes in optimizer.state_bytes(p):
+                trace.allocate(nbytes)
     for step in range(STEPS):
         gradients: list[int] = []
         inputs: list[int] = []
-        for number, (tape, log) in enumerate(micro_batches):
+        for number, tape in enumerate(micro_batches):
             if step == 0 and number == 0:
                 trace.begin("first_step")
                 for nbytes in workspaces:
@@ -125,16 +126,15 @@ def replay_steps(
             places = cuts(tape)
             if step == 0:
                 places = [("first_step", position) for _, position in places]
-            for tensor in trace.append(log, tape.sizes, places):
+            for tensor in trace.append(tape.log, tape.sizes, places):
                 # Inputs are allocated first; whatever else is left is a gradient.
                 (inputs if number or len(inputs) < tape.input_count else gradients).append(tensor)
-        trace.begin("step" if step else "first_step")
-        if step == 0:
-            for p in trainable:
-                for nbytes in state_bytes(optim, p, rules):
-                    trace.allocate(nbytes)
-        temporaries = [trace.allocate(nbytes) for nbytes in step_temporaries]
-        trace.free(temporaries)
+        phase = "step" if step else "first_step"
+        trace.begin(phase)
+        clipping = clip_grad_norm([(p, 1) for p in trainable], optimizer.rules)
+        trace.free([trace.allocate(nbytes) for nbytes, count in clipping for _ in range(count)])
+        stepped = optimizer.step(first=step == 0)
+        trace.append(stepped.log, stepped.sizes, [(phase, 0)])
         trace.free(gradients)
         trace.free(inputs)
     allocator = CachingAllocator()

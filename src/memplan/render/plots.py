@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_estimate", "plot_estimates"]
 
+# One colour per component, the same in every plot: matplotlib's tab10 has one too few.
+_COLORS = (
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
+    "#393b79",
+)  # fmt: skip
+
 
 def plot_estimate(estimate: Estimate, *, ax: Axes | None = None) -> Axes:
     """Draw one bar of the components in GiB, with low, high and the capacity. Returns the axes.
@@ -34,10 +40,10 @@ def _plot(estimates: Sequence[Estimate], labels: Sequence[str], title: str, ax: 
     axes: Any = _new_axes(len(estimates)) if ax is None else ax
     places = range(len(estimates))
     starts = [0.0] * len(estimates)
-    for name in COMPONENTS:
+    for name, color in zip(COMPONENTS, _COLORS, strict=True):
         sizes = [getattr(estimate.gpu.components, name) / GiB for estimate in estimates]
         if any(sizes):
-            axes.barh(places, sizes, left=starts, label=name, height=0.6)
+            axes.barh(places, sizes, left=starts, label=name, color=color, height=0.6)
             starts = [start + size for start, size in zip(starts, sizes, strict=True)]
     lows = [(estimate.gpu.peak_device - estimate.gpu.low) / GiB for estimate in estimates]
     highs = [(estimate.gpu.high - estimate.gpu.peak_device) / GiB for estimate in estimates]
@@ -57,5 +63,5 @@ def _new_axes(bars: int) -> Any:
         from matplotlib import pyplot
     except ImportError:
         raise UnsupportedError("plot: matplotlib is not installed. Run pip install 'memplan[notebook]'.") from None
-    _, axes = pyplot.subplots(figsize=(8, 1.2 + 0.8 * bars), layout="constrained")
+    _, axes = pyplot.subplots(figsize=(9, max(3.6, 1.2 + 0.8 * bars)), layout="constrained")
     return axes

@@ -56,14 +56,14 @@ def scaled_dot_product_attention(
         dropout=dropout_p,
         requires_grad=t.grad_enabled and (query.node is not None or key.node is not None or value.node is not None),
     )
-    if backend == "math":
-        return _math(t, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if attn_mask is not None and attn_mask.dtype is bool_:
         # convert_boolean_attn_mask: where(mask, 0, -inf) in the query's dtype
         attn_mask = t.new(attn_mask.shape, query.dtype, "attn_mask")
-        if backend == "efficient" and attn_mask.shape[-1] % 16:
-            # pad_bias: the kernel wants rows aligned to 16 elements
-            attn_mask = t.new((*attn_mask.shape[:-1], _up(attn_mask.shape[-1], 16)), query.dtype, "attn_mask_padded")
+    if backend == "math":
+        return _math(t, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    if attn_mask is not None and backend == "efficient" and attn_mask.shape[-1] % 16:
+        # pad_bias: the kernel wants rows aligned to 16 elements
+        attn_mask = t.new((*attn_mask.shape[:-1], _up(attn_mask.shape[-1], 16)), query.dtype, "attn_mask_padded")
     return _fused(t, backend, query, key, value, attn_mask, dropout_p)
 
 
@@ -156,13 +156,11 @@ def _math(
         q, k, v = q.to(float32), k.to(float32), v.to(float32)
         query = q * 0.5
         if is_causal:
-            mask = t.new((q.shape[2], k.shape[2]), bool_, "causal_mask")
-        if mask is not None and mask.dtype is bool_:
+            mask = t.new((q.shape[2], k.shape[2]), bool_, "ones")
+            mask = t.new(mask.shape, bool_, "causal_mask")
             mask = t.new(mask.shape, float32, "attn_mask")
-        n_rep = q.shape[1] // k.shape[1]
-        if not enable_gqa:
-            n_rep = 1
-        key, value = repeat_interleave(k, n_rep), repeat_interleave(v, n_rep)
+        n_rep = q.shape[1] // k.shape[1] if enable_gqa else 1
+        key, value = _repeat_interleave(k, n_rep), _repeat_interleave(v, n_rep)
         scaled_key = key.transpose(2, 3) * 0.5
         attn = ops.matmul(query, scaled_key)
         del scaled_key
@@ -177,10 +175,19 @@ def _math(
         return out
 
 
-def repeat_interleave(x: Tensor, n_rep: int) -> Tensor:
-    """[B, K, S, D] -> [B, K * n_rep, S, D], copied; transformers' repeat_kv makes the same tensors."""
+def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
+    """transformers' repeat_kv: [B, K, S, D] -> [B, K * n_rep, S, D], copied unless K and B are 1."""
     if n_rep == 1:
         return x
     batch, heads, length, dim = x.shape
     x = x.unsqueeze(2).expand(batch, heads, n_rep, length, dim)
+    return x.reshape(batch, heads * n_rep, length, dim)
+
+
+def _repeat_interleave(x: Tensor, n_rep: int) -> Tensor:
+    """Tensor.repeat_interleave of the heads: as repeat_kv, but always copied."""
+    if n_rep == 1:
+        return x
+    batch, heads, length, dim = x.shape
+    x = x.unsqueeze(2).expand(batch, heads, n_rep, length, dim).contiguous()
     return x.reshape(batch, heads * n_rep, length, dim)

@@ -22,6 +22,8 @@ from memplan.tape.tensor import (
     float32,
     int64,
     is_contiguous,
+    is_dense,
+    iterated_strides,
     promote,
     viewed_strides,
 )
@@ -239,6 +241,15 @@ def contiguous(x: Tensor) -> Tensor:
     return out
 
 
+def clone(x: Tensor) -> Tensor:
+    """x.clone()."""
+    t = x.storage.tape
+    node = t.node(_pass_backward, (x,)) if x.node is not None else None
+    out = t.new_like(x, "clone")
+    out.node = node
+    return out
+
+
 def detach(x: Tensor) -> Tensor:
     """The same storage without gradient."""
     return Tensor(x.shape, x.strides, x.dtype, x.storage)
@@ -290,14 +301,10 @@ def _upper(t: Tape, x: Tensor, op: str) -> Tensor:
 
 
 def _result_strides(a: Tensor, b: Tensor, shape: Shape) -> Shape:
-    """TensorIterator: the result keeps the order of the first operand that has the full shape."""
-    if a.shape == shape:
-        if b.shape == shape and is_contiguous(a.shape, a.strides) and not is_contiguous(b.shape, b.strides):
-            return a.strides
-        return dense_like(a.shape, a.strides)
-    if b.shape == shape:
-        return dense_like(b.shape, b.strides)
-    return contiguous_strides(shape)
+    """The layout of an elementwise result."""
+    if a.shape == shape and is_dense(shape, a.strides):
+        return a.strides
+    return iterated_strides(shape, ((a.shape, a.strides), (b.shape, b.strides)))
 
 
 def add(a: Tensor, b: Tensor | float) -> Tensor:
@@ -406,6 +413,32 @@ def div(a: Tensor, b: Tensor | float) -> Tensor:
     """a / scalar."""
     assert not isinstance(b, Tensor)
     return mul(a, 1.0 / b)
+
+
+def div_(a: Tensor, b: Tensor) -> Tensor:
+    """a /= b: a's storage, another node, which saves b and, for b's gradient, a copy of a as it was."""
+    t = a.storage.tape
+    if not t.grad_enabled or (a.node is None and b.node is None):
+        return a
+    shapes = (a.shape, a.dtype, b.shape, b.dtype)
+    copy = t.new_like(a, "clone") if b.node is not None else None
+    node = t.node(_div_backward, (a, b), (copy, b if a.node is not None else None), shapes)
+    return _alias(a, a.shape, a.strides, node)
+
+
+def _div_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    """grad / b and -grad * ((a / b) / b), the second one C++ expression whose temporaries die together."""
+    a_shape, a_dtype, b_shape, b_dtype = node.ctx
+    ga = gb = None
+    if node.edges[1] is not None:
+        temporaries = [t.new_like(grad, name) for name in ("div", "div", "neg")]
+        gb = t.new_like(grad, "div_backward")
+        del temporaries
+    if node.edges[0] is not None:
+        ga = _sum_to(t, t.new_like(grad, "div_backward"), a_shape, a_dtype)
+    if gb is not None:
+        gb = _sum_to(t, gb, b_shape, b_dtype)
+    return ga, gb
 
 
 def neg(x: Tensor) -> Tensor:
@@ -927,6 +960,11 @@ def _pad_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     return (t.new(node.ctx, grad.dtype, "pad_backward"),)
 
 
+def logical_and(x: Tensor, other: Tensor) -> Tensor:
+    """x & other of booleans."""
+    return x.storage.tape.new(_broadcast(x.shape, other.shape), bool_, "logical_and")
+
+
 def compare(x: Tensor, other: Tensor) -> Tensor:
     """An elementwise comparison: a boolean result."""
     return x.storage.tape.new(_broadcast(x.shape, other.shape), bool_, "compare")
@@ -937,7 +975,8 @@ def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     t = condition.storage.tape
     shape = _broadcast(_broadcast(condition.shape, a.shape), b.shape)
     node = t.node(_where_backward, (a, b), (condition,), (a.shape, a.dtype, b.shape, b.dtype))
-    out = t.new(shape, promote(a.dtype, b.dtype), "where")
+    operands = ((condition.shape, condition.strides), (a.shape, a.strides), (b.shape, b.strides))
+    out = t.new(shape, promote(a.dtype, b.dtype), "where", iterated_strides(shape, operands))
     out.node = node
     return out
 

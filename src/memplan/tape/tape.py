@@ -169,19 +169,23 @@ class Tape:
         """A weight. Its bytes are not logged: they are there before the step and after it."""
         p = Parameter(shape, contiguous_strides(shape), dtype, self._persistent)
         p.name = name
+        p.elements = p.numel
         if requires_grad:
             p.node = AccumulateGrad(p)  # type: ignore[assignment]
         return p
 
-    def buffer(self, shape: Shape, dtype: DType) -> Buffer:
+    def buffer(self, shape: Shape, dtype: DType, registered: bool = True) -> Buffer:
         """A tensor without gradient that is there before the step and after it, as an attribute of its module."""
-        return Buffer(shape, contiguous_strides(shape), dtype, self._persistent)
+        x = Buffer(shape, contiguous_strides(shape), dtype, self._persistent)
+        x.registered = registered
+        return x
 
     def require_grad(self, x: Tensor) -> None:
         """x.requires_grad_(): x becomes a leaf with a gradient of its own."""
         if x.node is None and self.grad_enabled:
             x.node = AccumulateGrad(x)  # type: ignore[assignment]
-            self._leaves.append(x)
+            if self._recording is None:  # a recomputed graph does not outlive its recomputation
+                self._leaves.append(x)
 
     def scratch(self, nbytes: int, name: str) -> None:
         """Memory that a kernel takes and gives back within one call."""
@@ -289,6 +293,10 @@ class Tape:
         finally:
             self.component = before
 
+    def close(self) -> None:
+        """End the log: what dies with the caller's variables from here on is not part of the step."""
+        self.log = list(self.log)
+
     def mark(self, name: str, layer: LayerKey | None = None) -> None:
         """Remember the present position in the log."""
         self.marks.append(Mark(name, layer, len(self.log), self.flops))
@@ -377,8 +385,10 @@ class Tape:
         del loss, root
         while heap:
             node = heappop(heap)[1]
-            while boundaries and node.seq <= boundaries[-1][0]:
-                self.mark("layer_backward_end", boundaries.pop()[1])
+            if boundaries and node.seq <= boundaries[-1][0]:
+                self._gradients_flow(node, heap)
+                while boundaries and node.seq <= boundaries[-1][0]:
+                    self.mark("layer_backward_end", boundaries.pop()[1])
             grads: Any = node.grads
             node.grads = None
             saved = node.saved
@@ -419,7 +429,15 @@ class Tape:
         while boundaries:
             self.mark("layer_backward_end", boundaries.pop()[1])
         self._leaves.clear()
+        self._context.clear()
         self.grad_enabled = True
+
+    def _gradients_flow(self, node: Node, heap: list[tuple[int, Node]]) -> None:
+        """At a layer's border: the gradients on their way pass from one layer to the next."""
+        for waiting in (node, *(entry[1] for entry in heap)):
+            for grad in waiting.grads or ():
+                if grad is not None:
+                    self.flowing.add(grad.storage.id)
 
     def _accumulate(self, buffer: list[Any], slot: int, results: list[Any], i: int) -> None:
         """InputBuffer::accumulate: into the old gradient if nobody else holds it, else into a new tensor."""

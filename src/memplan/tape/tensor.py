@@ -85,8 +85,43 @@ def dense_like(shape: Shape, strides: Shape) -> Shape:
     """Strides of a fresh elementwise result: the input's own order of dimensions, without gaps."""
     if is_dense(shape, strides):
         return strides
-    order = sorted(range(len(shape)), key=lambda d: (strides[d], -d))
-    result = [0] * len(shape)
+    return iterated_strides(shape, ((shape, strides),))
+
+
+@lru_cache(maxsize=4096)
+def iterated_strides(shape: Shape, operands: tuple[tuple[Shape, Shape], ...]) -> Shape:
+    """Strides of a fresh elementwise result of several operands, each (its shape, its strides), broadcast to ``shape``.
+
+    TensorIteratorBase::reorder_dimensions: of two dimensions the inner one is that of the smaller stride in the first
+    operand that is broadcast along neither; where none says so, that of the higher number.
+    """
+    rank = len(shape)
+    strides = [
+        (0,) * (rank - len(own)) + tuple(0 if o == 1 != s else st for o, s, st in zip(own, shape[rank - len(own) :], given))
+        for own, given in operands
+    ]
+
+    def is_inside(inner: int, outer: int) -> int:
+        for own in strides:
+            if own[inner] and own[outer]:
+                if own[inner] != own[outer]:
+                    return 1 if own[inner] < own[outer] else -1
+                if shape[inner] > shape[outer]:
+                    return -1
+        return 0
+
+    order: list[int] = []  # innermost first
+    for d in range(rank - 1, -1, -1):
+        order.append(d)
+        at = len(order) - 1
+        for i in range(at - 1, -1, -1):
+            comparison = is_inside(order[i], order[at])
+            if comparison < 0:
+                order[i], order[at] = order[at], order[i]
+                at = i
+            elif comparison > 0:
+                break
+    result = [0] * rank
     step = 1
     for d in order:
         result[d] = step
@@ -224,15 +259,20 @@ class Tensor:
 class Parameter(Tensor):
     """A leaf weight, made by ``Tape.parameter``; ``name`` is its name in the state dict."""
 
-    __slots__ = ("name",)
+    __slots__ = ("elements", "name")
 
     name: str
+    elements: int
+    """How many numbers it stands for: more than it has elements where several are packed into one."""
 
 
 class Buffer(Tensor):
-    """A tensor without gradient that lives as long as the model, made by ``Tape.buffer``: a module's buffer."""
+    """A tensor without gradient that lives as long as the model, made by ``Tape.buffer``."""
 
-    __slots__ = ()
+    __slots__ = ("registered",)
+
+    registered: bool
+    """Listed by ``model.buffers()``; not so the scales that a library keeps beside a quantized weight."""
 
 
 def promote(a: DType, b: DType) -> DType:

@@ -1,0 +1,131 @@
+"""How long an estimate takes, beside accelerate, DeepSpeed's estimator and a FakeTensor trace: ``make bench``.
+
+Prints one table; writes nothing. Tools that are not installed are left out of it by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import count
+
+from memplan.catalog.gpus import find_gpu
+from memplan.catalog.hub import resolve_config
+from memplan.estimator import estimate
+from memplan.specs.hardware import ClusterSpec
+from memplan.specs.model import ModelSpec
+from memplan.specs.software import SoftwareSpec
+from memplan.specs.strategy import Strategy
+from memplan.specs.training import TrainingSpec
+
+MODEL = "meta-llama/Llama-2-7b"
+BASELINE = "import pydantic.main, typer, rich.table"
+
+
+def milliseconds(function: Callable[[], object], repeats: int) -> float:
+    """Median wall time of one call."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def process(*arguments: str, repeats: int = 7) -> tuple[float, int]:
+    """Median wall time in milliseconds of a fresh process, and its peak resident bytes."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+    def run() -> None:
+        subprocess.run([sys.executable, *arguments], check=False, stdout=subprocess.DEVNULL, env=environment)
+
+    run()
+    median = milliseconds(run, repeats)
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    peak = subprocess.run(
+        [sys.executable, "-c", code, sys.executable, *arguments], capture_output=True, text=True, env=environment
+    )
+    return median, int(peak.stdout.split()[-1]) * 1024
+
+
+def in_process(model: ModelSpec, *, replay: bool, repeats: int) -> float:
+    """Median milliseconds of an estimate; every call has another sequence length, so nothing is remembered."""
+    cluster = ClusterSpec(gpu=find_gpu("A100-80GB"))
+    lengths = count(1024, 8)
+
+    def run() -> None:
+        estimate(model, TrainingSpec(seq_len=next(lengths)), cluster, Strategy(), SoftwareSpec(), replay=replay)
+
+    run()
+    return milliseconds(run, repeats)
+
+
+def accelerate_meta(model: ModelSpec) -> float:
+    """accelerate's way: the model on the meta device, then the size of its layers."""
+    from accelerate.utils import calculate_maximum_sizes
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import torch
+
+    values = {key: value for key, value in model.config.items() if key not in ("model_type", "architectures")}
+    config = AutoConfig.for_model(model.model_type, **values)
+
+    def run() -> None:
+        with torch.device("meta"):
+            calculate_maximum_sizes(AutoModelForCausalLM.from_config(config))
+
+    return milliseconds(run, 3)
+
+
+def deepspeed_formula() -> float:
+    """DeepSpeed's ``*_cold`` formula, from a parameter count."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+
+    def run() -> None:
+        estimate_zero3_model_states_mem_needs(6_738_415_616, 131_072_000, 2, 1, True, True, True, 1.5)
+
+    return milliseconds(run, 1000)
+
+
+def trace(model: ModelSpec) -> float:
+    """The O1 oracle: the real model under FakeTensor."""
+    from memplan.introspect.trace import trace_step
+
+    config = {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()}
+    return milliseconds(lambda: trace_step(config, mixed_precision="bf16", seq_len=2048), 1)
+
+
+def main() -> None:
+    model = resolve_config(MODEL)
+    rows: list[tuple[str, str]] = []
+    rows.append(("memplan, in process, without replay", f"{in_process(model, replay=False, repeats=200):.2f} ms"))
+    rows.append(("memplan, in process, with replay", f"{in_process(model, replay=True, repeats=20):.1f} ms"))
+    base, base_bytes = process("-c", BASELINE)
+    cold, cold_bytes = process("-m", "memplan", "estimate", MODEL, "--json")
+    rows.append((f'python -c "{BASELINE}"', f"{base:.0f} ms, {base_bytes / 1e6:.0f} MB"))
+    rows.append(("memplan estimate --json, cold", f"{cold:.0f} ms, {cold_bytes / 1e6:.0f} MB"))
+    rows.append(("  allowed: 1.5 x the line above + 80 ms", f"{1.5 * base + 80:.0f} ms, 100 MB"))
+    for name, module, run in (
+        ("accelerate, model on meta", "accelerate", lambda: accelerate_meta(model)),
+        ("DeepSpeed's ZeRO-3 formula", "deepspeed", deepspeed_formula),
+        ("FakeTensor trace (O1), 32 layers", "torch", lambda: trace(model)),
+    ):
+        rows.append((name, f"{run():.3g} ms" if find_spec(module) else f"{module} is not installed"))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        sys.stdout.write(f"{name:<{width}}  {value}\n")
+    sys.stdout.write(json.dumps({"own_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""bitsandbytes quantization as transformers and PEFT apply it: int8, NF4, NF4 with double quantization.
+
+Read from transformers/quantizers/{base,quantizer_bnb_4bit,quantizer_bnb_8bit}.py and integrations/bitsandbytes.py
+(5.23), bitsandbytes/nn/modules.py (0.50.2) and peft/utils/other.py (0.21.2). What stays in 16 or 32 bit: embeddings,
+norms and every other module that is not a linear layer, the output head, tied weights, and the module that holds the
+model's last parameter if that is its weight.
+"""
+
+from __future__ import annotations
+
+import re
+
+from memplan.architectures.nn import Build, Conv1D, Linear, Model, Module
+from memplan.specs.software import SoftwareSpec
+from memplan.specs.training import QuantizationSpec
+from memplan.tape.quantized import NESTED_BLOCK, Weight4bit, matmul_4bit, matmul_8bit
+from memplan.tape.tensor import DType, Parameter, Tensor, float32, int8, uint8
+
+
+class Linear4bit(Module):
+    """bitsandbytes.nn.Linear4bit: the packed weight, with its scales and tables as tensors of their own."""
+
+    def __init__(self, b: Build, base: Linear | Conv1D, compute_dtype: DType, nested: bool) -> None:
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.compute_dtype = compute_dtype
+        self.shape = Weight4bit(base.out_features, base.in_features, base.weight.dtype, nested)
+        self.weight = _packed(b, base.weight, ((self.shape.numel + 1) // 2, 1), uint8)
+        self.bias = base.bias
+        blocks = self.shape.blocks
+        tape = b.tape
+        self.absmax = tape.buffer((blocks,), uint8 if nested else float32, registered=False)
+        self.code = tape.buffer((16,), float32, registered=False)
+        if nested:
+            self.offset = tape.buffer((), float32, registered=False)
+            self.nested_absmax = tape.buffer((-(-blocks // NESTED_BLOCK),), float32, registered=False)
+            self.nested_code = tape.buffer((256,), float32, registered=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inp_dtype = x.dtype
+        x = x.to(self.compute_dtype)
+        if self.bias is not None:
+            self.bias.dtype = self.compute_dtype  # bias.data = bias.data.to(x.dtype): the first call changes it for good
+        return matmul_4bit(x, self.shape, self.bias).to(inp_dtype)
+
+
+class Linear8bitLt(Module):
+    """bitsandbytes.nn.Linear8bitLt without 16-bit weights: CB, int8 [out, in], and SCB, a float32 scale per row."""
+
+    def __init__(self, b: Build, base: Linear | Conv1D) -> None:
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.weight = _packed(b, base.weight, (base.out_features, base.in_features), int8)
+        self.bias = base.bias
+        self.SCB = b.tape.buffer((base.out_features,), float32, registered=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            self.bias.dtype = x.dtype
+        return matmul_8bit(x, self.out_features, self.bias)
+
+
+def _packed(b: Build, weight: Parameter, shape: tuple[int, int], dtype: DType) -> Parameter:
+    p = b.tape.parameter(weight.name, shape, dtype, requires_grad=False)
+    p.elements = weight.numel
+    return p
+
+
+def quantize(b: Build, root: Module, spec: QuantizationSpec, compute_dtype: DType) -> None:
+    """Replace the linear layers that transformers replaces. ``compute_dtype`` is ``bnb_4bit_compute_dtype``."""
+    kept = keys_to_not_convert(root)
+    for parent, name, path, module in list(root.places()):
+        if not isinstance(module, (Linear, Conv1D)) or not _converted(path, kept):
+            continue
+        if spec.kind == "int8":
+            parent.replace_child(name, Linear8bitLt(b, module))
+        else:
+            parent.replace_child(name, Linear4bit(b, module, compute_dtype, nested=spec.kind == "nf4-dq"))
+
+
+def keys_to_not_convert(root: Module) -> list[str]:
+    """transformers' get_keys_to_not_convert, and what the family keeps in float32: patterns of module names."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in root.named_modules():
+        for name, parameter in module.parameters():
+            names.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+    tied = [name for group in names.values() if len(group) > 1 for name in group]
+    last = list(names.values())[-1][0]
+    head = root.output_embeddings() if isinstance(root, Model) else None
+    heads = [path for path, module in root.named_modules() if module is head]
+    kept = {name.removesuffix(".weight") for name in (*tied, last, *heads)}
+    return [*kept, *(name for name, module in _float32_modules(root))]
+
+
+def _float32_modules(root: Module) -> list[tuple[str, Module]]:
+    return [(path, module) for path, module in root.named_modules() if getattr(module, "keep_in_fp32", False)]
+
+
+def _converted(path: str, kept: list[str]) -> bool:
+    """transformers' should_convert_module: a key is a prefix (as a regex) or a suffix of the module's name."""
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return not any(re.match(rf"(?:{key}){boundary}", path) or path.endswith(key) for key in kept)
+
+
+def prepare_for_kbit_training(root: Module) -> None:
+    """peft.prepare_model_for_kbit_training: freeze all, and raise to float32 what is in 16 bit and not quantized."""
+    for _, module in root.named_modules():
+        for _, p in module.parameters():
+            p.node = None
+            if p.dtype.is_floating and p.dtype.itemsize == 2:
+                p.dtype = float32
+
+
+def default_dtype(software: SoftwareSpec, checkpoint_dtype: str | None) -> str | None:
+    """What from_pretrained loads in without ``dtype``: float16 under quantization before transformers 5, then auto.
+
+    None where the checkpoint names no dtype. Source: update_torch_dtype in quantizer_bnb_*.py of 4.x;
+    update_dtype in quantizers/base.py of 5.23.
+    """
+    return checkpoint_dtype if software.at_least("transformers", "5.0") else "float16"

@@ -1,0 +1,67 @@
+"""GPTBigCode (transformers.models.gpt_bigcode; StarCoder, SantaCoder): GPT-2 with one key-value head for all queries."""
+
+from __future__ import annotations
+
+from memplan.architectures.gpt2 import GPT2MLP, GPT2Block, GPT2Config, GPT2Model
+from memplan.architectures.nn import Build, Linear, Module, activation, attention, language_model_heads
+from memplan.specs.fields import Fields
+from memplan.tape import ops
+from memplan.tape.tensor import Tensor, bool_
+
+
+class GPTBigCodeConfig(GPT2Config):
+    activation_function = "gelu_pytorch_tanh"
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__(fields)
+        self.multi_query = fields.bool("multi_query", True)
+
+
+class GPTBigCodeAttention(Module):
+    def __init__(self, b: Build, c: GPTBigCodeConfig) -> None:
+        self.b = b
+        self.c = c
+        self.head_dim = c.hidden_size // c.num_attention_heads
+        self.kv_dim = self.head_dim * (1 if c.multi_query else c.num_attention_heads)
+        self.c_attn = Linear(b, c.hidden_size, c.hidden_size + 2 * self.kv_dim)
+        self.c_proj = Linear(b, c.hidden_size, c.hidden_size)
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        batch, length, hidden_size = hidden_states.shape
+        if self.c.multi_query:
+            fused = self.c_attn(hidden_states).unsqueeze(1)
+            query, key, value = fused.split((hidden_size, self.kv_dim, self.kv_dim))
+            query = query.view(batch, length, -1, self.head_dim).transpose(1, 2)
+        else:
+            fused = self.c_attn(hidden_states).view(batch, length, -1, 3 * self.head_dim).transpose(1, 2)
+            query, key, value = fused.split(self.head_dim)
+        del fused
+        attn_output, attn_weights = attention(self.b, query, key, value, mask, self.c.attn_pdrop)
+        attn_output = attn_output.reshape(batch, length, -1).contiguous()
+        attn_output = self.c_proj(attn_output)
+        attn_output = ops.dropout(attn_output, self.c.resid_pdrop)
+        return attn_output, attn_weights
+
+
+class GPTBigCodeMLP(GPT2MLP):
+    def __init__(self, b: Build, c: GPTBigCodeConfig) -> None:
+        self.c_fc = Linear(b, c.hidden_size, c.intermediate_size)
+        self.c_proj = Linear(b, c.intermediate_size, c.hidden_size)
+        self.act = activation(c.activation_function)
+        self.dropout = c.resid_pdrop
+
+
+class GPTBigCodeBlock(GPT2Block):
+    attention_class = GPTBigCodeAttention
+    mlp_class = GPTBigCodeMLP
+
+
+class GPTBigCodeModel(GPT2Model):
+    block_class = GPTBigCodeBlock
+
+    def __init__(self, b: Build, c: GPTBigCodeConfig) -> None:
+        super().__init__(b, c)
+        self.bias = b.tape.buffer((c.max_position_embeddings, c.max_position_embeddings), bool_)
+
+
+HEADS = language_model_heads(GPTBigCodeConfig, GPTBigCodeModel, prefix="transformer", embedding="wte")

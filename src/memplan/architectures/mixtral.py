@@ -1,0 +1,56 @@
+"""Mixtral (transformers.models.mixtral): Mistral with experts in every layer."""
+
+from __future__ import annotations
+
+from memplan.architectures.llama import LlamaForCausalLM, decoder_heads
+from memplan.architectures.moe import MoeConfig, MoeDecoderLayer, MoeModel, SparseMoeBlock, TopKRouter
+from memplan.errors import UnsupportedError
+from memplan.specs.fields import Fields
+from memplan.tape import ops, routing
+from memplan.tape.tensor import Tensor
+
+
+class MixtralConfig(MoeConfig):
+    experts_field = "num_local_experts"
+    intermediate_size = 14336
+    num_key_value_heads = 8
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__(fields)
+        self.attention_bias = self.output_bias = False  # whatever the file says
+        self.windows = {"full_attention": fields.nullable_int("sliding_window", None)}
+        if jitter := fields.float("router_jitter_noise", 0.0):
+            raise UnsupportedError.at(
+                f"{fields.source}: router_jitter_noise", jitter, "is not modelled", "Set it to 0."
+            )
+
+
+class MixtralTopKRouter(TopKRouter):
+    """The weights are normalised and stay in float32, and so does everything they are multiplied with."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        router_logits = ops.linear(hidden_states, self.weight)
+        router_probs = ops.softmax(router_logits.float())
+        router_top_value, router_indices = routing.topk(router_probs, self.top_k)
+        router_top_value = ops.div_(router_top_value, router_top_value.sum(-1, keepdim=True))
+        return router_logits, router_top_value, router_indices
+
+
+class MixtralSparseMoeBlock(SparseMoeBlock):
+    router_class = MixtralTopKRouter
+
+
+class MixtralDecoderLayer(MoeDecoderLayer):
+    moe_class = MixtralSparseMoeBlock
+
+
+class MixtralModel(MoeModel):
+    layer_class = MixtralDecoderLayer
+
+
+class MixtralForCausalLM(LlamaForCausalLM):
+    config_class = MixtralConfig
+    model_class = MixtralModel
+
+
+HEADS = decoder_heads(MixtralForCausalLM)

@@ -1,0 +1,169 @@
+"""Operations of a mixture of experts: choosing by value, moving rows by index, matmuls in groups.
+
+Where autograd scatters a gradient into zeros it does so in place, or into one more tensor under a dispatch mode
+(areAnyTensorSubclassLike in FunctionsManual.cpp); ``Tape.accumulate_in_place`` tells which.
+Sources: tools/autograd/derivatives.yaml, torch/csrc/autograd/FunctionsManual.cpp, aten/src/ATen/native/GroupedMMUtils.h,
+aten/src/ATen/native/cuda/{Indexing,GroupMM}.cu, torch 2.13.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memplan.tape.ops import Grads
+from memplan.tape.tape import Node, Tape
+from memplan.tape.tensor import DType, Shape, Tensor, bool_, int32, int64
+
+
+def _scattered(t: Tape, shape: Shape, dtype: DType, name: str) -> Tensor:
+    """Zeros into which a gradient has been scattered."""
+    zeros = t.new(shape, dtype, "zeros")
+    return zeros if t.accumulate_in_place else t.new(shape, dtype, name)
+
+
+# -- choosing ------------------------------------------------------------------------------------------------------
+
+
+def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """torch.topk over the last dimension: values and int64 indices; saves the indices."""
+    t = x.storage.tape
+    node = t.node(_values_backward, (x,), (), x.shape) if x.node is not None else None
+    shape = (*x.shape[:-1], k)
+    return _chosen(t, node, t.new(shape, x.dtype, "topk"), t.new(shape, int64, "topk_indices"))
+
+
+def max_(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x.max(dim=-1): values and int64 indices; saves the indices."""
+    t = x.storage.tape
+    node = t.node(_values_backward, (x,), (), x.shape) if x.node is not None else None
+    shape = x.shape[:-1]
+    return _chosen(t, node, t.new(shape, x.dtype, "max"), t.new(shape, int64, "max_indices"))
+
+
+def _chosen(t: Tape, node: Node | None, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    t.save(node, indices)
+    values.node = node
+    return values, indices
+
+
+def _values_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    """value_selecting_reduction_backward."""
+    return (_scattered(t, node.ctx, grad.dtype, "scatter"),)
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """x.gather(1, index) of [T, E] and [T, k]; saves both."""
+    t = x.storage.tape
+    node = t.node(_gather_backward, (x,), (x, index)) if x.node is not None else None
+    out = t.new(index.shape, x.dtype, "gather")
+    out.node = node
+    return out
+
+
+def _gather_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    return (_scattered(t, saved[0].shape, grad.dtype, "scatter_add"),)
+
+
+def masked_fill(x: Tensor, mask: Tensor) -> Tensor:
+    """x.masked_fill(mask, number); saves the mask."""
+    t = x.storage.tape
+    node = t.node(_masked_fill_backward, (x,), (mask,)) if x.node is not None else None
+    out = t.new_like(x, "masked_fill")
+    out.node = node
+    return out
+
+
+def _masked_fill_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    return (t.new_like(grad, "masked_fill_backward"),)
+
+
+def logical_not(x: Tensor) -> Tensor:
+    """~x of booleans."""
+    return x.storage.tape.new(x.shape, bool_, "logical_not")
+
+
+# -- moving --------------------------------------------------------------------------------------------------------
+
+
+def sort(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """torch.sort of integers [S]: the sorted ones and the permutation."""
+    t = ids.storage.tape
+    return t.new(ids.shape, ids.dtype, "sort"), t.new(ids.shape, int64, "sort_indices")
+
+
+def floor_divide(ids: Tensor) -> Tensor:
+    """ids // number."""
+    return ids.storage.tape.new(ids.shape, ids.dtype, "floor_divide")
+
+
+def inverse(perm: Tensor) -> Tensor:
+    """inv_perm[perm] = arange(S): the permutation that undoes ``perm``, int64 [S]."""
+    t = perm.storage.tape
+    inv_perm = t.new(perm.shape, perm.dtype, "inv_perm")
+    t.scratch(perm.nbytes, "arange")
+    return inv_perm
+
+
+def histc(x: Tensor, bins: int) -> Tensor:
+    """torch.histc: how many of x fall into each bin."""
+    return x.storage.tape.new((bins,), x.dtype, "histc")
+
+
+def cumsum(x: Tensor) -> Tensor:
+    """torch.cumsum(x, dim=0, dtype=torch.int32)."""
+    return x.storage.tape.new(x.shape, int32, "cumsum")
+
+
+def index(x: Tensor, indices: Tensor) -> Tensor:
+    """x[indices] along the first dimension; saves the indices. Backward adds the rows into zeros of x's shape."""
+    t = x.storage.tape
+    node = t.node(_index_backward, (x,), (indices,), x.shape) if x.node is not None else None
+    out = t.new((*indices.shape, *x.shape[1:]), x.dtype, "index")
+    out.node = node
+    return out
+
+
+def _index_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    out = _scattered(t, node.ctx, grad.dtype, "index_put")
+    if t.rules.kind == "cuda":  # index_put_with_sort_kernel: the linear, the sorted and the original indices
+        t.scratch(3 * saved[0].nbytes, "index_put_sort")
+    return (out,)
+
+
+# -- matmul --------------------------------------------------------------------------------------------------------
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """F.grouped_mm of x [S, K], sorted by group, and weight [E, K, N]: [S, N], whatever the sizes of the groups.
+
+    Saves x if the weight needs a gradient, the weight if x does, and ``offs``. It is on no autocast list: with float32
+    weights it computes in float32 under autocast too. What the kernel takes besides grows with E alone: some KiB.
+    """
+    t = x.storage.tape
+    rows, n_in = x.shape
+    n_out = weight.shape[-1]
+    flops = 2 * rows * n_in * n_out
+    node = None
+    if x.node is not None or weight.node is not None:
+        node = t.node(
+            _grouped_mm_backward,
+            (x, weight),
+            (x if weight.node is not None else None, weight if x.node is not None else None, offs),
+            (x.shape, weight.shape, weight.strides, flops),
+        )
+    t.flops += flops
+    out = t.new((rows, n_out), x.dtype, "grouped_mm")
+    out.node = node
+    return out
+
+
+def _grouped_mm_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    x_shape, w_shape, w_strides, flops = node.ctx
+    gx = gw = None
+    if node.edges[1] is not None:
+        t.flops += flops
+        gw = t.new(w_shape, grad.dtype, "grouped_mm_grad_weight", w_strides)
+    if node.edges[0] is not None:
+        t.flops += flops
+        gx = t.new(x_shape, grad.dtype, "grouped_mm_grad_input")
+    return gx, gw

@@ -1,0 +1,238 @@
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from memplan import api
+from memplan.catalog import detect
+from memplan.catalog.detect import Device
+from memplan.catalog.gpus import find_gpu
+from memplan.errors import ResolutionError, SpecError, UnsupportedError
+from memplan.results import Estimate
+from memplan.specs import ClusterSpec, LoraSpec, ModelSpec, SoftwareSpec, Strategy, TrainingSpec
+from memplan.units import GiB, MiB
+
+TINY = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+}
+"""95 k parameters: any GPU holds it, and a gpu_memory of 1 GiB."""
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub, and a machine without a GPU."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(detect, "read_nvml", lambda: ())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [
+        Device(name="NVIDIA A100-SXM4-80GB", uuid=f"GPU-{i}", memory=81920 * MiB, reserved=871 * MiB) for i in (0, 1)
+    ]
+    monkeypatch.setattr(detect, "read_nvml", lambda: cards)
+
+
+# -- models
+
+
+def test_a_model_may_be_an_id_a_path_a_mapping_or_a_spec(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    spec = ModelSpec(id="mine", model_type="llama", architecture="LlamaForCausalLM", config=TINY, source="test")
+    results = [api.estimate(model, cluster="T4") for model in (tmp_path, str(tmp_path / "config.json"), TINY, spec)]
+    assert len({result.gpu for result in results}) == 1
+    sources = [f"path:{tmp_path}", f"path:{tmp_path}/config.json", "mapping", "test"]
+    assert [result.model.source for result in results] == sources
+    assert [result.model.id for result in results][2:] == ["config", "mine"]
+    assert api.estimate("meta-llama/llama-2-7b", cluster="H200").model.parameters == 6_738_415_616
+
+
+@pytest.mark.parametrize("changes", [{"auto_map": {"AutoModel": "x.Y"}, "model_type": "new"}, {"vision_config": {}}])
+def test_a_mapping_is_checked_like_a_file(changes: dict) -> None:
+    with pytest.raises(UnsupportedError):
+        api.estimate(TINY | changes, cluster="T4")
+
+
+def test_what_is_not_a_model_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"model: 7 is not a model\. Give a hub id"):
+        api.estimate(7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", [api.estimate, api.ladder])
+def test_a_trace_names_its_extra(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnsupportedError, match=r"memplan\[train\]"):
+        call(TINY, trace=True)
+    torch = ModuleType("torch")
+    torch.nn = SimpleNamespace(Module=type("Module", (), {}))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    with pytest.raises(UnsupportedError, match=r"memplan\[train\]"):
+        call(torch.nn.Module())
+
+
+# -- clusters
+
+
+def test_a_cluster_may_be_text_or_a_spec() -> None:
+    text = api.estimate(TINY, cluster="2x2xa100-80gb")
+    spec = api.estimate(TINY, cluster=ClusterSpec(gpu="A100 80GB", gpus=4, nodes=2))
+    assert text == spec
+    assert (text.cluster["gpus"], text.cluster["nodes"], text.cluster["gpu"]) == (4, 2, "A100-80GB")
+    assert text.gpu.capacity == find_gpu("A100-80GB").memory_bytes
+
+
+def test_an_unknown_gpu_or_cluster_is_refused() -> None:
+    with pytest.raises(ResolutionError, match="gpu: 'B20'"):
+        api.estimate(TINY, cluster="2xB20")
+    with pytest.raises(SpecError, match="cluster: 4 is not a cluster"):
+        api.estimate(TINY, cluster=4)  # type: ignore[arg-type]
+
+
+def test_without_a_gpu_the_verdict_is_unknown() -> None:
+    result = api.estimate(TINY)
+    assert (result.verdict, result.gpu.capacity, result.cluster["gpu"]) == ("unknown", None, None)
+    assert api.estimate(TINY, cluster=ClusterSpec(gpu_memory="24GiB")).verdict == "fits"
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_this_machine_is_used_where_no_gpu_is_named() -> None:
+    here = api.estimate(TINY)
+    assert (here.cluster["gpu"], here.cluster["gpus"], here.setup["strategy"]) == ("A100-80GB", 2, "ddp")
+    assert here.gpu.capacity == (81920 - 871) * MiB
+    assert here.host.capacity == detect.host_memory()
+    assert api.estimate(TINY, cluster=ClusterSpec(gpus=1)).cluster["gpus"] == 1
+    assert api.estimate(TINY, cluster=ClusterSpec(gpu_memory="8GiB")).gpu.capacity == 8 * GiB
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_more_gpus_than_there_are_is_another_machine() -> None:
+    more = api.estimate(TINY, cluster=ClusterSpec(gpus=8))
+    assert (more.cluster["gpu"], more.cluster["gpus"], more.host.capacity) == ("A100-80GB", 8, None)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_the_disk_of_this_machine_is_measured(tmp_path: Path) -> None:
+    assert api.estimate(TINY, cluster=ClusterSpec(nvme_path=str(tmp_path))).nvme.capacity
+    with pytest.raises(SpecError, match="nvme_path: '/no/such/folder'"):
+        api.estimate(TINY, cluster=ClusterSpec(nvme_path="/no/such/folder"))
+    elsewhere = ClusterSpec(gpu="H200", nvme_path="/no/such/folder")
+    assert api.estimate(TINY, cluster=elsewhere).nvme.capacity is None
+
+
+# -- strategy, software
+
+
+def test_the_strategy_defaults_to_the_number_of_gpus() -> None:
+    assert api.estimate(TINY, cluster="T4").setup["strategy"] == "single"
+    assert api.estimate(TINY, cluster="2xT4").setup["strategy"] == "ddp"
+    with pytest.raises(UnsupportedError, match="zero3"):
+        api.estimate(TINY, None, "2xT4", Strategy(kind="zero3"))
+
+
+def test_software_may_be_text() -> None:
+    result = api.estimate(TINY, cluster="T4", software="transformers=4.46")
+    assert result.software["transformers"] == "4.46"
+    assert result == api.estimate(TINY, cluster="T4", software=SoftwareSpec(transformers="4.46"))
+
+
+def test_without_the_replay_reserved_is_an_upper_bound() -> None:
+    replayed, bound = (api.estimate(TINY, cluster="T4", replay=replay) for replay in (True, False))
+    assert replayed.gpu.peak_allocated <= replayed.gpu.peak_reserved <= bound.gpu.peak_reserved
+
+
+# -- the ladder
+
+
+def setups(*estimates: Estimate) -> list[tuple]:
+    names = ("strategy", "micro_batch_size", "grad_accum_steps", "gradient_checkpointing")
+    return [tuple(estimate.setup[name] for name in names) for estimate in estimates]
+
+
+def test_the_ladder_goes_from_the_setup_as_asked_to_the_smallest() -> None:
+    training = TrainingSpec(micro_batch_size=4, grad_accum_steps=2, seq_len=128)
+    ladder = api.ladder(TINY, training, "2xT4")
+    assert setups(*ladder.estimates) == [("ddp", 4, 2, False), ("ddp", 1, 8, False), ("ddp", 1, 8, True)]
+    activations = [estimate.gpu.components.activations for estimate in ladder.estimates]
+    assert activations == sorted(activations, reverse=True)
+    assert ladder.estimates[0] == api.estimate(TINY, training, "2xT4")
+
+
+def test_rungs_that_change_nothing_are_left_out() -> None:
+    assert len(api.ladder(TINY, cluster="T4").estimates) == 2
+    for checkpointing in (True, False):
+        asked = TrainingSpec(gradient_checkpointing=checkpointing)
+        ladder = api.ladder(TINY, asked, "T4")
+        assert [estimate.setup["gradient_checkpointing"] for estimate in ladder.estimates] == [checkpointing]
+
+
+def test_loading_and_generation_have_one_rung() -> None:
+    for task in ("load", "generate"):
+        training = TrainingSpec(task=task, micro_batch_size=4)
+        assert api.rungs(api.Setup(training, Strategy())) == (api.Setup(training, Strategy()),)
+
+
+# -- advice
+
+LLAMA = "meta-llama/Llama-2-7b"
+LONG = TrainingSpec(seq_len=256)
+
+
+def advice(result, training: TrainingSpec, cluster: str | None, strategy: Strategy | None = None) -> api.Advice:
+    return api.advise(result, LLAMA, training, cluster, strategy)
+
+
+def test_what_is_advised_fits() -> None:
+    cluster = ClusterSpec(gpu="A100-80GB", gpu_memory="48GiB")
+    result = api.ladder(LLAMA, LONG, cluster, replay=False)
+    assert result.verdict == "does-not-fit"
+    found = api.advise(result, LLAMA, LONG, cluster)
+    assert "--lora-rank 16" in found.options
+    assert api.estimate(LLAMA, LONG.replace(lora=LoraSpec(rank=16)), cluster).verdict == "fits"
+    sizes = [find_gpu(name).memory_bytes for name in found.gpus[0]]
+    assert sizes == sorted(sizes)
+    assert {api.estimate(LLAMA, LONG, name, replay=False).verdict for name in found.gpus[0]} <= {"fits", "tight"}
+    assert api.estimate(LLAMA, LONG, found.gpus[0][0]).verdict == "fits"
+
+
+def test_no_smaller_gpu_than_the_smallest_advised_fits() -> None:
+    unknown = api.ladder(LLAMA, LONG)
+    found = advice(unknown, LONG, None)
+    assert len(found.gpus) == len(unknown.estimates)
+    smallest = find_gpu(found.gpus[0][0])
+    smaller = [gpu for gpu in api.all_gpus() if gpu.memory_bytes < smallest.memory_bytes]
+    assert smaller
+    assert not any(api.estimate(LLAMA, LONG, ClusterSpec(gpu=gpu)).verdict == "fits" for gpu in smaller[-6:])
+
+
+def test_no_advice_where_it_fits_or_the_device_has_no_size() -> None:
+    assert api.advise(api.estimate(TINY, cluster="T4"), TINY, cluster="T4") == api.Advice()
+    cpu = api.estimate(TINY, cluster="cpu")
+    if cpu.verdict == "unknown":
+        assert api.advise(cpu, TINY, cluster="cpu") == api.Advice()
+
+
+def test_a_remedy_contains_no_other() -> None:
+    cluster = ClusterSpec(gpu="A100-80GB", gpu_memory="79GiB")
+    training = TrainingSpec(micro_batch_size=4)
+    strategy = Strategy()
+    result = api.estimate(LLAMA, training, cluster, strategy, replay=False)
+    options = [set(each.split("--")[1:]) for each in api.advise(result, LLAMA, training, cluster, strategy).options]
+    assert options
+    assert not any(a < b for a in options for b in options)
+
+
+def test_bfloat16_is_not_advised_to_a_gpu_without_it() -> None:
+    training = TrainingSpec(seq_len=128)
+    result = api.estimate(LLAMA, training, "T4", replay=False)
+    assert result.verdict == "does-not-fit"
+    assert not any("bfloat16" in options for options in api.advise(result, LLAMA, training, "T4").options)

@@ -1,0 +1,547 @@
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+import memplan
+from memplan import api, cli
+from memplan.catalog import detect
+from memplan.catalog.gpus import all_gpus
+from memplan.catalog.models import all_models
+from memplan.results import Estimate, EstimateList
+from memplan.specs import LoraSpec, Strategy, TrainingSpec
+
+ROOT = Path(__file__).parents[1]
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+}
+LLAMA = "meta-llama/Llama-2-7b"
+
+
+class Result:
+    """What a command wrote, and its exit code."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        assert self.err == ""
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run a command in a folder with a tiny model, without hub and without GPU."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(detect, "read_nvml", lambda: ())
+    monkeypatch.chdir(tmp_path)
+    write("tiny")
+
+    def call(*arguments: str) -> Result:
+        code = cli.main(arguments)
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+def write(folder: str, config: object = TINY, **changes: Any) -> str:
+    """Write a config.json and return its folder; a field set to None is left out."""
+    Path(folder).mkdir(exist_ok=True)
+    if isinstance(config, dict):
+        config = {name: value for name, value in (config | changes).items() if value is not None}
+    text = config if isinstance(config, str) else json.dumps(config)
+    Path(folder, "config.json").write_text(text)
+    return folder
+
+
+def refused(result: Result) -> str:
+    """The one message of a command that was given bad input."""
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.endswith("\n")
+    assert "Traceback" not in result.err
+    assert "Usage" not in result.err
+    return result.err.removesuffix("\n")
+
+
+# -- answers
+
+
+def test_the_ladder_is_the_answer_without_a_strategy(run) -> None:
+    result = run("estimate", "tiny", "--gpu", "T4", "--json")
+    assert result.code == 0
+    assert list(result.json) == ["schema_version", "estimates"]
+    assert EstimateList.from_json(result.out) == api.ladder("tiny", cluster="T4")
+
+
+def test_a_strategy_has_one_answer(run) -> None:
+    result = run("estimate", "tiny", "--gpu", "T4", "--gpus", "2", "--strategy", "ddp", "--json")
+    assert Estimate.from_json(result.out) == api.estimate("tiny", cluster="2xT4", strategy=Strategy(kind="ddp"))
+
+
+def test_every_option_reaches_its_field(run) -> None:
+    result = run(
+        "estimate", "tiny", "--gpu", "H100-80GB", "--gpus", "4", "--nodes", "2", "--gpu-memory", "60",
+        "--host-memory", "512GiB", "--nvme", "1e3", "--nvme-path", "/nvme", "--strategy", "ddp",
+        "--offload-optimizer", "none", "--offload-param", "none", "--dtype", "bfloat16", "--mixed-precision", "no",
+        "--micro-batch-size", "3", "--seq-len", "64", "--grad-accum-steps", "5", "--optim", "sgd", "--padded",
+        "--attn", "eager", "--gradient-checkpointing", "--liger", "--head", "causal-lm", "--vocab-size", "600",
+        "--eval-batch-size", "2", "--lora-rank", "7", "--lora-targets", "q_proj, v_proj",
+        "--lora-dropout", "0.1", "--quantization", "none", "--task", "train",
+        "--software", "transformers=4.46,torch=2.5", "--no-replay", "--json",
+    )  # fmt: skip
+    training = TrainingSpec(
+        dtype="bfloat16", mixed_precision="no", micro_batch_size=3, seq_len=64, grad_accum_steps=5, optim="sgd",
+        packed=False, attn="eager", gradient_checkpointing=True, liger=True, head="causal-lm", vocab_size=600,
+        eval_batch_size=2, lora=LoraSpec(rank=7, targets=("q_proj", "v_proj"), dropout=0.1),
+    )  # fmt: skip
+    cluster = memplan.ClusterSpec(
+        gpu="H100-80GB", gpus=4, nodes=2, gpu_memory="60GiB", host_memory="512GiB", nvme="1000GiB", nvme_path="/nvme"
+    )
+    expected = api.estimate(
+        "tiny", training, cluster, Strategy(kind="ddp"), software="transformers=4.46,torch=2.5", replay=False
+    )
+    assert Estimate.from_json(result.out) == expected
+
+
+def test_options_that_every_field_of_the_specs_needs() -> None:
+    options = {option.name for option in cli.OPTIONS}
+    training = set(TrainingSpec.model_fields) - {"lora"} | {"lora_rank", "lora_targets", "lora_dropout"}
+    cluster = set(memplan.ClusterSpec.model_fields)
+    strategy = {"strategy", "offload_optimizer", "offload_param", "engine_config"}
+    assert options == training | cluster | strategy | {"software", "trace", "no_replay", "explain", "json"}
+
+
+def choices(annotation: Any) -> set[str]:
+    """The texts of all literals in a type."""
+    return {annotation} if isinstance(annotation, str) else {c for each in get_args(annotation) for c in choices(each)}
+
+
+@pytest.mark.parametrize("option", [option for option in cli.OPTIONS if "|" in option.metavar], ids=lambda o: o.name)
+def test_the_choices_in_the_help_are_those_of_the_specs(option: cli.Option) -> None:
+    fields = {**TrainingSpec.model_fields, **Strategy.model_fields, "strategy": Strategy.model_fields["kind"]}
+    known = choices(fields[option.name].annotation)
+    if option.name == "quantization":
+        known = choices(memplan.QuantizationSpec.model_fields["kind"].annotation)
+    assert set(option.metavar.split("|")) == known
+
+
+def test_the_defaults_in_the_help_are_those_of_the_specs() -> None:
+    defaults = {name: field.default for name, field in {**TrainingSpec.model_fields, **Strategy.model_fields}.items()}
+    stated = {option.name: re.search(r"\(default: ([\w.]+)\)", option.help) for option in cli.OPTIONS}
+    shown = {name: match[1] for name, match in stated.items() if match and name in defaults}
+    assert {"micro_batch_size", "seq_len", "grad_accum_steps", "optim", "attn", "task"} <= set(shown)
+    said = {"off": "False", "packed": "True"}
+    for name, text in shown.items():
+        default = "none" if name == "quantization" else str(defaults[name])
+        assert said.get(text, text) == default, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verdict", "code"),
+    [
+        (["tiny", "--gpu", "T4"], "fits", 0),
+        (["tiny"], "unknown", 0),
+        (["tiny", "--gpu", "T4", "--gpu-memory", "100MiB"], "does-not-fit", 1),
+    ],
+)
+def test_exit_codes(run, arguments: list[str], verdict: str, code: int) -> None:
+    for strategy in ([], ["--strategy", "single"]):
+        result = run("estimate", *arguments, *strategy, "--json")
+        assert result.code == code
+        assert {each["verdict"] for each in result.json.get("estimates", [result.json])} == {verdict}
+
+
+def test_tight_exits_with_3_and_a_list_with_its_best(run) -> None:
+    gpu = run("estimate", "tiny", "--gpu", "T4", "--strategy", "single", "--json").json["gpu"]
+    assert gpu["low"] < gpu["high"]
+    tight = run("estimate", "tiny", "--gpu", "T4", "--strategy", "single", "--gpu-memory", f"{gpu['low']}B", "--json")
+    assert (tight.code, tight.json["verdict"]) == (3, "tight")
+    asked, smaller = (
+        each["gpu"] for each in run("estimate", "tiny", "--gpu", "T4", "--seq-len", "4096", "--json").json["estimates"]
+    )
+    assert smaller["high"] < asked["high"]
+    between = f"{smaller['high']}B"
+    result = run("estimate", "tiny", "--gpu", "T4", "--seq-len", "4096", "--gpu-memory", between, "--json")
+    assert result.code == 0
+    first, second = (each["verdict"] for each in result.json["estimates"])
+    assert (first != "fits", second) == (True, "fits")
+
+
+def test_explain_is_in_json_only_when_asked_for(run) -> None:
+    assert "explanation" not in run("estimate", "tiny", "--strategy", "single", "--json").json
+    assert "explanation" in run("estimate", "tiny", "--strategy", "single", "--json", "--explain").json
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+@pytest.mark.parametrize("arguments", [[], ["--gpu", "RTX3090"], ["--gpu", "H200", "--lora-rank", "16"]])
+def test_the_table_fits_its_width(run, monkeypatch: pytest.MonkeyPatch, width: str, arguments: list[str]) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    page = run("estimate", LLAMA, "--gpus", "2", "--no-replay", *arguments).out
+    assert max(map(len, page.split("\n"))) <= int(width)
+    assert "\x1b" not in page
+    assert "verdict" in page
+    assert re.search(r"6\.7\d B parameters", page)
+
+
+def test_the_table_says_what_to_do_next(run) -> None:
+    too_large = run("estimate", LLAMA, "--gpu", "RTX3090", "--strategy", "single")
+    assert too_large.code == 1
+    assert re.search(r"next +(add --|use |it needs a GPU of)", too_large.out)
+    unknown = run("estimate", LLAMA)
+    assert unknown.code == 0
+    named = re.search(r"next +name yours with --gpu; it fits on ([\w-]+)", unknown.out)
+    assert named
+    assert named[1] in {gpu.name for gpu in all_gpus()}
+
+
+def test_loading_has_one_answer(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    one = api.estimate("tiny", cluster="T4")
+
+    def estimate(model, training, cluster, strategy, **options) -> Estimate:
+        asked.append((training.task, training.device_map, training.max_new_tokens, strategy, options["replay"]))
+        return one
+
+    monkeypatch.setattr(api, "estimate", estimate)
+    run("estimate", "tiny", "--task", "load", "--device-map", "auto", "--gpus", "2", "--json")
+    run("estimate", "tiny", "--task", "generate", "--max-new-tokens", "9", "--no-replay", "--json")
+    assert asked == [("load", "auto", None, None, True), ("generate", None, 9, None, False)]
+
+
+# -- the catalogs, the schema, the help
+
+
+def test_gpus(run) -> None:
+    listed = run("gpus", "--json").json
+    assert [memplan.GPUSpec.from_dict(row) for row in listed["gpus"]] == list(all_gpus())
+    page = run("gpus").out
+    assert all(gpu.name in page for gpu in all_gpus())
+
+
+def test_models(run) -> None:
+    listed = run("models", "--json").json
+    assert [row["id"] for row in listed["models"]] == [row.id for row in all_models()]
+    assert listed["models"][0]["config"] == all_models()[0].config
+    page = run("models").out
+    assert all(row.id in page for row in all_models())
+
+
+def test_schema_has_every_input_and_every_answer(run) -> None:
+    schema = run("schema").json
+    assert {"TrainingSpec", "Strategy", "ClusterSpec", "SoftwareSpec", "ModelSpec", "GPUSpec"} <= set(schema["$defs"])
+    estimate = schema["$defs"]["Estimate"]
+    data = run("estimate", "tiny", "--strategy", "single", "--json").json
+    assert set(data) <= set(estimate["properties"])
+    assert set(estimate["required"]) <= set(data)
+    gpu = schema["$defs"]["GpuMemory"]
+    assert set(gpu["properties"]) == set(gpu["required"]) == set(data["gpu"])
+
+
+def test_help(run) -> None:
+    for arguments in ([], ["--help"]):
+        result = run(*arguments)
+        assert result.code == 0
+        assert all(command in result.out for command in ("estimate", "models", "gpus", "schema"))
+    page = run("estimate", "--help").out
+    assert all(option.flag in page for option in cli.OPTIONS)
+    assert max(map(len, page.split("\n"))) <= 80
+    assert run("--version").out == f"memplan {memplan.__version__}\n"
+
+
+def test_the_page_of_the_command_line_is_current() -> None:
+    script = ROOT / "docs" / "generate_cli.py"
+    spec = importlib.util.spec_from_file_location("generate_cli", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run python docs/generate_cli.py"
+
+
+# -- bad options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seq-len", "0"], "--seq-len: 0 is not a positive integer. Use an integer from 1 to 1099511627776."),
+        (["--seq-len", "-8"], "--seq-len: -8 is not a positive integer. Use an integer from 1 to"),
+        (["--seq-len", "nan"], "--seq-len: nan is not a positive integer. Use"),
+        (["--seq-len", "inf"], "--seq-len: inf is not a positive integer. Use"),
+        (["--seq-len", "1e30"], "--seq-len: 1e+30 is not a positive integer. Use"),
+        (["--seq-len", "10" * 20], "is not a positive integer. Use"),
+        (["--seq-len", "9" * 5000], "is not a positive integer. Use"),
+        (["--seq-len", "1.5"], "--seq-len: 1.5 is not a positive integer. Use"),
+        (["--seq-len", "many"], "--seq-len: 'many' is not a positive integer. Use"),
+        (["--seq-len", ""], "--seq-len: '' is not a positive integer. Use"),
+        (["--micro-batch-size", "0"], "--micro-batch-size: 0 is not a positive integer. Use"),
+        (["--grad-accum-steps", "-1"], "--grad-accum-steps: -1 is not a positive integer. Use"),
+        (["--vocab-size", "nan"], "--vocab-size: nan is not a positive integer. Use"),
+        (["--eval-batch-size", "0"], "--eval-batch-size: 0 is not a positive integer. Use"),
+        (["--max-new-tokens", "0", "--task", "generate"], "--max-new-tokens: 0 is not a positive integer. Use"),
+        (["--gpus", "0"], "--gpus: 0 is not a positive integer. Use"),
+        (["--gpus", "3", "--nodes", "2"], "--gpus: 3 cannot be shared evenly by 2 nodes. Use a multiple of 2"),
+        (["--lora-rank", "0"], "--lora-rank: 0 is not a positive integer. Use"),
+        (["--lora-rank", "4", "--lora-dropout", "nan"], "--lora-dropout: nan is not a probability. Use a number"),
+        (["--lora-rank", "4", "--lora-dropout", "-0.5"], "--lora-dropout: -0.5 is not a probability. Use a number"),
+        (["--lora-targets", "q_proj"], "--lora-targets: 'q_proj' has no adapters to apply to. Give --lora-rank too."),
+        (["--lora-rank", "4", "--lora-targets", "q_prj"], "--lora-targets: 'q_prj' matches no module. Did you mean"),
+        (["--gpu-memory", "-1"], "--gpu-memory: '-1' is not a size. Use a finite number"),
+        (["--gpu-memory", "nan"], "--gpu-memory: 'nan' is not a size. Write a number with a unit, as in 24GiB."),
+        (["--gpu-memory", "1e30"], "--gpu-memory: '1e30' is not a size. Use a finite number"),
+        (["--gpu-memory", "0"], "--gpu-memory: 0 is a size in bytes, and below 1 MiB. Write a unit"),
+        (["--host-memory", "12 apples"], "--host-memory: '12 apples' has an unknown unit apples. Use B, KiB"),
+        (["--nvme", "lots"], "--nvme: 'lots' is not a size. Write"),
+        (["--gpu", "RTX3091"], "--gpu: 'RTX3091' is not in the catalog. Did you mean RTX3090"),
+        (["--gpu", ""], "--gpu: '' is not a GPU. Name one"),
+        (["--optim", "adamw_tocrh"], "--optim: 'adamw_tocrh' is not an optimizer of TrainingArguments. Did you mean"),
+        (["--optim", "lomo"], "--optim: 'lomo' is known to transformers, but memplan has no rule"),
+        (["--dtype", "fp8"], "--dtype: 'fp8' is not a choice. Use 'auto', 'float32', 'bfloat16' or 'float16'."),
+        (["--mixed-precision", "yes"], "--mixed-precision: 'yes' is not a choice. Use 'no', 'bf16' or 'fp16'."),
+        (["--strategy", "zero4"], "--strategy: 'zero4' is not a choice. Use 'single', 'ddp'"),
+        (["--quantization", "int4"], "--quantization: 'int4' is not a choice. Use"),
+        (["--quantization", "nf4"], "--quantization: 'nf4' has no trainable weights. Give lora a rank"),
+        (["--task", "serve"], "--task: 'serve' is not a choice. Use 'train', 'load' or 'generate'."),
+        (["--device-map", "auto"], "--device-map: 'auto' spreads one copy of the model, which task train does not."),
+        (["--software", "torhc=2"], "--software: 'torhc' is not a library memplan knows. Did you mean torch?"),
+        (["--offload-optimizer", "cpu"], "--offload-optimizer: 'cpu' cannot go with single. Use"),
+        (["--strategy", "single", "--gpus", "2"], "--gpus: 2 is more than strategy single uses. Use --strategy ddp"),
+        (["--micro-batch", "2"], "--micro-batch: is not an option of memplan estimate. Did you mean --micro-b"),
+        (["--seq-len"], "--seq-len: has no value, or one where it takes none. See memplan"),
+        (["--json=yes"], "--json: has no value, or one where it takes none. See memplan"),
+        (["more"], "(more). See memplan estimate --help."),
+    ],
+)  # fmt: skip
+def test_bad_options(run, arguments: list[str], message: str) -> None:
+    assert message in refused(run("estimate", "tiny", *arguments))
+    assert message in refused(run("estimate", "tiny", "--json", *arguments))
+
+
+def test_bad_values_are_told_all_at_once(run) -> None:
+    lines = refused(run("estimate", "tiny", "--seq-len", "0", "--micro-batch-size", "x", "--attn", "fast")).split("\n")
+    assert [line.partition(":")[0] for line in lines] == ["--micro-batch-size", "--seq-len", "--attn"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--strategy", "zero3"], "--strategy: 'zero3'"),
+        (["--strategy", "zero2", "--offload-optimizer", "cpu"], "--strategy: 'zero2'"),
+        (["--strategy", "fsdp", "--offload-param", "cpu"], "--strategy: 'fsdp'"),
+        (["--engine-config", "ds_config.json"], "--engine-config: 'ds_config.json'"),
+        (["--trace"], "--trace: "),
+    ],
+)
+def test_what_is_not_modelled_is_refused_with_the_reason(run, arguments: list[str], reason: str) -> None:
+    assert refused(run("estimate", "tiny", "--gpus", "2", *arguments)).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["estimat"], "No such command 'estimat'. Did you mean 'estimate'?"),
+        (["--versoin"], "--versoin: is not an option of memplan. Did you mean --version?"),
+        (["estimate"], "MODEL: missing. A hub id, a folder or a config.json. See memplan estimate --help."),
+        (["gpus", "--jsno"], "--jsno: is not an option of memplan gpus. Did you mean --json?"),
+    ],
+)
+def test_bad_commands(run, arguments: list[str], message: str) -> None:
+    assert refused(run(*arguments)) == message
+
+
+# -- bad models
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("meta-lama/Llama-2-7b", "model: 'meta-lama/Llama-2-7b' is not in the catalog or the local cache, and"),
+        ("/no/such/folder", "model: '/no/such/folder' is neither an existing path nor a hub id."),
+        ("", "model: '' is not a model. Give a hub id, a folder or a config.json."),
+        ("https://huggingface.co/org/name", "Write org/name."),
+        ("empty", "empty: is a folder without config.json. Give the folder that from_pretrained loads"),
+    ],
+)
+def test_models_that_are_not_found(run, name: str, message: str) -> None:
+    Path("empty").mkdir()
+    assert message in refused(run("estimate", name, "--gpu", "T4"))
+
+
+def test_an_unknown_model_has_its_nearest_names(run) -> None:
+    assert "Did you mean meta-llama/Llama-2-7b" in refused(run("estimate", "meta-llama/Llama-2-7", "--gpu", "T4"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"architectures": None}, ["architectures: missing", "Add the field"]),
+        ({"model_type": None}, ["model_type: missing", "Add the field"]),
+        ({"architectures": []}, ["architectures", "names no class"]),
+        ({"hidden_size": "64"}, ["hidden_size: '64' is not an integer", "Use an integer from"]),
+        ({"hidden_size": 64.5}, ["hidden_size: 64.5 is not an integer"]),
+        ({"hidden_size": [64]}, ["hidden_size: (64,) is not an integer"]),
+        ({"hidden_size": 0}, ["hidden_size: 0 is out of range"]),
+        ({"num_hidden_layers": -2}, ["num_hidden_layers: -2 is out of range"]),
+        ({"vocab_size": float("nan")}, ["vocab_size: nan is not an integer"]),
+        ({"vocab_size": 1e30}, ["vocab_size: 1e+30 is not an integer"]),
+        ({"vocab_size": 10**30}, ["vocab_size: 1" + 30 * "0" + " is out of range"]),
+        ({"hidden_size": 65}, ["hidden_size 65 is not divisible by num_attention_heads 4", "Correct"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads 4 is not divisible by num_key_value_heads 3", "Correct"]),
+        ({"model_type": "lama"}, ["model_type: 'lama'"]),
+        ({"vision_config": {"hidden_size": 8}}, ["is multimodal (llama with vision_config)"]),
+        ({"model_type": "mine", "auto_map": {"AutoModel": "modeling_mine.Mine"}}, ["brings its own code (auto_map)"]),
+    ],
+    ids=str,
+)
+def test_configs_with_wrong_fields(run, changes: dict[str, Any], parts: list[str]) -> None:
+    message = refused(run("estimate", write("wrong", **changes), "--gpu", "T4"))
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"hidden_size": 64',
+            "is not JSON: Expecting ',' delimiter at line 1, column 19. It ends too early: fetch it",
+        ),
+        ('{"hidden_size": }', "is not JSON: Expecting value at line 1, column 17. Correct it there."),
+        ("", "is not JSON"),
+        ("[]", "holds an array, not an object."),
+        ("\x00", "is not JSON"),
+    ],
+)
+def test_configs_that_are_not_json_objects(run, text: str, message: str) -> None:
+    assert message in refused(run("estimate", write("broken", text), "--gpu", "T4"))
+
+
+def test_a_file_of_a_gigabyte_is_refused_unread(run) -> None:
+    with Path("model.json").open("wb") as file:
+        file.truncate(10**9)
+    assert refused(run("estimate", "model.json")) == (
+        "model.json: has 1000000000 bytes, too many for a config.json. Give the config, not the weights."
+    )
+
+
+def test_a_path_that_cannot_be_read(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("loop").symlink_to("loop")
+    assert refused(run("estimate", "loop")).startswith("loop: ")
+    opened = Path.open
+
+    def denied(self: Path, *args: Any, **options: Any) -> Any:
+        if self.name == "config.json":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", denied)  # a test may run as root, whom no mode stops
+    message = refused(run("estimate", "tiny"))
+    assert message == "tiny/config.json: cannot be read (permission denied). Check the path and its permissions."
+
+
+def test_a_gated_model(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    def gated(*args: Any, **options: Any) -> Any:
+        raise GatedRepoError.__new__(GatedRepoError)  # its constructor wants a response, of another library by version
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for name in ("get_hf_file_metadata", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, name, gated)
+    message = refused(run("estimate", "org/gated", "--gpu", "T4"))
+    assert "model: 'org/gated' is gated: the hub refused its config.json. Accept its licence at" in message
+    assert "HF_TOKEN" in message
+
+
+# -- the process
+
+
+def memplan_process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(memplan.__file__).parents[1])}
+    environment |= options.pop("env", {})
+    command = [sys.executable, "-m", "memplan.cli", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **options)
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    read, write_end = os.pipe()
+    os.close(read)
+    process = memplan_process("models", "--json", stdout=write_end)
+    os.close(write_end)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (cli.READER_GONE, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_a_full_disk_is_told() -> None:
+    with Path("/dev/full").open("w") as full:
+        process = memplan_process("schema", stdout=full)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err == "stdout: cannot be written (No space left on device). Write the answer elsewhere.\n"
+
+
+def test_an_output_without_unicode() -> None:
+    process = memplan_process(
+        "estimate", LLAMA, "--no-replay", stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"}
+    )
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert "#####" in out
+
+
+def test_an_interrupt_ends_quietly(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "ladder", interrupted)
+    result = run("estimate", "tiny")
+    assert (result.code, result.out, result.err) == (cli.INTERRUPTED, "", "")
+
+
+def test_a_bug_is_one_message_too(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(api, "ladder", broken)
+    result = run("estimate", "tiny")
+    assert (result.code, result.out) == (cli.INTERNAL, "")
+    assert result.err.startswith("memplan: ZeroDivisionError: division by zero. This is a bug in memplan.")
+    monkeypatch.setenv("MEMPLAN_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        run("estimate", "tiny")
+
+
+HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "peft", "numpy", "yaml", "huggingface_hub", "rich"}
+
+
+def test_an_answer_in_json_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from memplan.cli import main; "
+        f"code = main(['estimate', {LLAMA!r}, '--gpus', '2', '--json']); "
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr); sys.exit(code)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(process.stdout)["estimates"]
+    assert not set(process.stderr.split()) & HEAVY
