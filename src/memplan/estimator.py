@@ -245,7 +245,9 @@ def _bound(run: Run, micro: _Micro, strategy: Strategy) -> int:
         kept += [(p.nbytes, count) for p, count in trainable]
     kept += clip_grad_norm(trainable, run.rules)
     others = [(size, count, count) for size, count in kept]
-    others += [(size, *counts) for size, counts in run.optimizer.step().counts.items()]
+    tensors = sum(count for _, count in trainable)
+    # No turn of the optimizer's loop allocates more than all kinds of turns together.
+    others += [(size, alive, n * tensors) for size, (alive, n) in run.optimizer.temporaries.counts.items()]
     counts = size_counts(micro.tape, micro.inventory.stacks)
     micro_batches = min(run.grad_accum_steps, 2)
     return reserved_bound(run.parameters, _held(run, trainable, strategy), counts, micro_batches, others)

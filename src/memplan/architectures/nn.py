@@ -413,17 +413,19 @@ def without_sdpa(b: Build) -> Build:
     return replace(b, attn="eager") if b.attn == "sdpa" else b
 
 
-def causal_mask(b: Build, inputs_embeds: Tensor, window: int | None = None) -> Tensor | None:
+def causal_mask(
+    b: Build, inputs_embeds: Tensor, window: int | None = None, allow_is_causal_skip: bool = True
+) -> Tensor | None:
     """transformers' create_causal_mask: None where the attention implementation needs none.
 
-    sdpa skips the mask without padding and without a window that the sequence fills; eager always has one,
-    additive and in the model's dtype; flash_attention_2 never.
+    sdpa skips the mask, if it may, without padding and without a window that the sequence fills; eager always has
+    one, additive and in the model's dtype; flash_attention_2 never.
     """
     t = inputs_embeds.tape
     batch, length = inputs_embeds.shape[:2]
     if b.attn == "flash_attention_2":
         return None
-    if b.attn == "sdpa" and not b.padded and (window is None or length < window):
+    if b.attn == "sdpa" and allow_is_causal_skip and not b.padded and (window is None or length < window):
         return None
     mask_function = partial(t.new, (1, 1, length, length), bool_, "causal_mask")
     if window is not None:

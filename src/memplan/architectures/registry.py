@@ -24,6 +24,7 @@ FAMILIES: dict[str, str] = {
     "phi": "phi",
     "gptj": "gptj",
     "gpt_bigcode": "gpt_bigcode",
+    "falcon": "falcon",
     "mistral": "mistral",
     "mixtral": "mixtral",
     "qwen2": "qwen2",

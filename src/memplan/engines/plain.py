@@ -62,7 +62,7 @@ def states(run: Run) -> States:
     optimizer += sum(run.optimizer.shared_bytes(trainable))
     paged = sum(run.optimizer.paged_bytes(p) * count for p, count in trainable)
     clipping = sum(size * count for size, count in clip_grad_norm(trainable, run.rules))
-    return States(weights, gradients, optimizer, max(clipping, run.optimizer.step().peak), paged)
+    return States(weights, gradients, optimizer, max(clipping, run.optimizer.temporaries.peak), paged)
 
 
 def phases(run: Run, communication: int = 0) -> dict[str, Parts]:

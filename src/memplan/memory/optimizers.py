@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import pairwise
 from math import prod
 from types import SimpleNamespace
 from typing import Literal
@@ -141,6 +142,18 @@ def _out(t: Tape, x: Tensor, dtype: DType | None = None) -> Tensor:
     return t.new(x.shape, dtype or x.dtype, "step")
 
 
+def _neighbours(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
+    """Each parameter with the one before it, but once for equal shapes and dtypes.
+
+    What a loop holds in a parameter's turn depends on these two alone, so together these short loops have the fullest
+    moment of the whole one.
+    """
+    pairs = {((), None, p.shape, p.dtype): [p] for p in parameters[:1]}
+    for before, p in pairwise(parameters):
+        pairs.setdefault((before.shape, before.dtype, p.shape, p.dtype), [before, p])
+    return list(pairs.values())
+
+
 def _foreach(t: Tape, parameters: Sequence[Parameter]) -> list[Tensor]:
     """The results of a torch._foreach function."""
     return [_out(t, p) for p in parameters]
@@ -197,7 +210,7 @@ class Optimizer:
     def __init__(self, rules: DeviceRules, groups: Callable[[], Groups], weight_decay: bool = False) -> None:
         self.rules = rules
         self.foreach = rules.kind != "cpu"
-        """torch's default where it is not told (_default_to_fused_or_foreach)."""
+        """All parameters of a dtype at once; otherwise one after the other (_default_to_fused_or_foreach)."""
         self.weight_decay = weight_decay
         self._make_groups = groups
 
@@ -221,8 +234,6 @@ class Optimizer:
     def step(self, first: bool = False) -> StepLog:
         """What one step allocates and frees; the first one makes the states, which are alive at the log's end."""
         makes_states = first and not self.made_at_construction
-        if not makes_states and not self.has_temporaries:
-            return StepLog()
         t = Tape(self.rules)
         states: list[Tensor] = []
         shared: list[Tensor] = []
@@ -232,7 +243,19 @@ class Optimizer:
                 shared.extend(t.new((size,), uint8, "shared state") for size in self.shared_bytes([(p, 1)]))
             states.extend(t.new((size,), uint8, "state") for size in self.state_bytes(p))
 
-        self.update_all(t, init if makes_states else _nothing)
+        for optimizer, parameters, decays in self.calls() if makes_states or self.has_temporaries else ():
+            optimizer.update(t, parameters, init if makes_states else _nothing, decays)
+        return StepLog(list(t.log), t.sizes)
+
+    @cached_property
+    def temporaries(self) -> StepLog:
+        """Like a step after the first, with the same most bytes (and tensors of each size) alive at one time, but
+        shorter: equal turns of a loop are there once.
+        """
+        t = Tape(self.rules)
+        for optimizer, parameters, decays in self.calls() if self.has_temporaries else ():
+            for part in [parameters] if optimizer.foreach else _neighbours(parameters):
+                optimizer.update(t, part, _nothing, decays)
         return StepLog(list(t.log), t.sizes)
 
     # What a subclass says.
@@ -246,13 +269,12 @@ class Optimizer:
         """Bytes of each tensor kept for p."""
         raise NotImplementedError
 
-    def update_all(self, t: Tape, init: Init) -> None:
-        """torch's Optimizer.step: one call for each parameter group."""
-        self.update(t, self.groups.decay, init, self.weight_decay)
-        self.update(t, self.groups.no_decay, init, False)
+    def calls(self) -> list[tuple[Optimizer, list[Parameter], bool]]:
+        """The calls of :meth:`update` in one step: torch.optim's make one for each parameter group."""
+        return [(self, self.groups.decay, self.weight_decay), (self, self.groups.no_decay, False)]
 
     def update(self, t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
-        """One call over a group; ``decays`` says that its weight decay is not 0."""
+        """One function call of the library; ``decays`` says that the group's weight decay is not 0."""
         for p in parameters:
             init(p)
 
@@ -356,14 +378,17 @@ class RMSprop(Optimizer):
 class Adafactor(Optimizer):
     """transformers' Adafactor without first moment: float32 rows and columns, and copies of 16-bit tensors."""
 
+    def __init__(self, rules: DeviceRules, groups: Callable[[], Groups], weight_decay: bool = False) -> None:
+        super().__init__(rules, groups, weight_decay)
+        self.foreach = False
+
     def states(self, p: Parameter) -> tuple[int, ...]:
         if len(p.shape) < 2:
             return 4 * p.numel, SCALAR
         return 4 * prod(p.shape[:-1]), 4 * prod(p.shape[:-2] + p.shape[-1:]), SCALAR
 
-    def update_all(self, t: Tape, init: Init) -> None:
-        # One function goes through both groups.
-        self.update(t, [*self.groups.decay, *self.groups.no_decay], init, self.weight_decay)
+    def calls(self) -> list[tuple[Optimizer, list[Parameter], bool]]:
+        return [(self, [*self.groups.decay, *self.groups.no_decay], self.weight_decay)]
 
     def update(self, t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
         f = SimpleNamespace()
@@ -402,6 +427,7 @@ class Muon(Optimizer):
 
     def __init__(self, rules: DeviceRules, groups: Callable[[], Groups], weight_decay: bool = False) -> None:
         super().__init__(rules, groups, weight_decay)
+        self.foreach = False
         self._adamw = AdamW(rules, groups, weight_decay)
 
     def is_hidden(self, p: Parameter) -> bool:
@@ -411,10 +437,10 @@ class Muon(Optimizer):
     def states(self, p: Parameter) -> tuple[int, ...]:
         return (p.nbytes,) if self.is_hidden(p) else self._adamw.states(p)
 
-    def update_all(self, t: Tape, init: Init) -> None:
-        parameters = self.groups.parameters
-        self.update(t, [p for p in parameters if self.is_hidden(p)], init, self.weight_decay)
-        self._adamw.update(t, [p for p in parameters if not self.is_hidden(p)], init, self.weight_decay)
+    def calls(self) -> list[tuple[Optimizer, list[Parameter], bool]]:
+        hidden = [p for p in self.groups.parameters if self.is_hidden(p)]
+        others = [p for p in self.groups.parameters if not self.is_hidden(p)]
+        return [(self, hidden, self.weight_decay), (self._adamw, others, self.weight_decay)]
 
     def update(self, t: Tape, parameters: Sequence[Parameter], init: Init, decays: bool) -> None:
         for p in parameters:

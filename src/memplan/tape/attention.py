@@ -59,6 +59,8 @@ def scaled_dot_product_attention(
     if attn_mask is not None and attn_mask.dtype is bool_:
         # convert_boolean_attn_mask: where(mask, 0, -inf) in the query's dtype
         attn_mask = t.new(attn_mask.shape, query.dtype, "attn_mask")
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        backend = "math"  # no kernel broadcasts heads unasked (check_batch_size_and_num_heads_dense)
     if backend == "math":
         return _math(t, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if attn_mask is not None and backend == "efficient" and attn_mask.shape[-1] % 16:

@@ -711,10 +711,12 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Batched matmul of two tensors with the same leading dimensions: folded to bmm, saved as folded."""
+    """Batched matmul: leading dimensions are broadcast and folded to bmm, saved as folded. A 2-D b makes it an mm."""
     t = a.storage.tape
     if t.autocast is not None:
         b, a = _lower(t, b), _lower(t, a)
+    if len(b.shape) == 2:
+        return _matmul_weight(t, a, b, None, b.shape[1], b.shape[0], "matmul")
     lead = _broadcast(a.shape[:-2], b.shape[:-2])
     batch = 1
     for size in lead:
@@ -864,6 +866,14 @@ def index_rows(x: Tensor, rows: int) -> Tensor:
     t = x.storage.tape
     node = t.node(_slice_backward, (x,), (), x.shape) if x.node is not None else None
     out = t.new((rows, x.shape[-1]), x.dtype, "index")
+    out.node = node
+    return out
+
+
+def take_one(x: Tensor, dim: int) -> Tensor:
+    """x[:, ..., [i]]: one index along a dimension, which stays with size 1: a copy; backward scatters into zeros."""
+    node = x.storage.tape.node(_slice_backward, (x,), (), x.shape) if x.node is not None else None
+    out = x.storage.tape.new((*x.shape[:dim], 1, *x.shape[dim + 1 :]), x.dtype, "index")
     out.node = node
     return out
 

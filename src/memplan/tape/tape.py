@@ -386,7 +386,7 @@ class Tape:
         while heap:
             node = heappop(heap)[1]
             if boundaries and node.seq <= boundaries[-1][0]:
-                self._gradients_flow(node, heap)
+                self._gradients_flow([node, *(entry[1] for entry in heap), *waiting])
                 while boundaries and node.seq <= boundaries[-1][0]:
                     self.mark("layer_backward_end", boundaries.pop()[1])
             grads: Any = node.grads
@@ -432,10 +432,10 @@ class Tape:
         self._context.clear()
         self.grad_enabled = True
 
-    def _gradients_flow(self, node: Node, heap: list[tuple[int, Node]]) -> None:
+    def _gradients_flow(self, targets: Sequence[Node | AccumulateGrad]) -> None:
         """At a layer's border: the gradients on their way pass from one layer to the next."""
-        for waiting in (node, *(entry[1] for entry in heap)):
-            for grad in waiting.grads or ():
+        for target in targets:
+            for grad in target.grads or ():
                 if grad is not None:
                     self.flowing.add(grad.storage.id)
 
