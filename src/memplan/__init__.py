@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from memplan.api import estimate, ladder
     from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
     from memplan.results import Estimate, EstimateList
     from memplan.specs import (
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "estimate": "api",
+    "ladder": "api",
     "MemplanError": "errors",
     "PreflightError": "errors",
     "ResolutionError": "errors",
@@ -59,6 +62,8 @@ __all__ = [
     "Strategy",
     "TrainingSpec",
     "UnsupportedError",
+    "estimate",
+    "ladder",
 ]
 
 

@@ -27,6 +27,7 @@ from memplan.results import (
     ModelInfo,
     NvmeMemory,
     Phase,
+    Term,
     Verdict,
     verdict_for,
     worst_verdict,
@@ -100,12 +101,12 @@ def estimate(
     if setup.rules.kind != "cpu":
         replayed = _replay(setup, run, strategy) if replay else Replayed({}, _bound(run, micro, strategy))
     memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
-    host = HostMemory(capacity=cluster.host_memory, peak=0, pinned=0, ranks=cluster.gpus_per_node, components={})
+    host = _host_memory(run, cluster)
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
     verdicts: list[Verdict] = [verdict_for(memory.low, memory.high, memory.capacity)]
     return Estimate(
         model=_model_info(model, run),
-        setup=_setup_dict(training, setup.precision, strategy),
+        setup=_setup_dict(training, setup.precision, strategy, cluster, gpu),
         cluster=_cluster_dict(cluster, gpu),
         software=software.to_dict(),
         gpu=memory,
@@ -113,7 +114,17 @@ def estimate(
         nvme=nvme,
         verdict=worst_verdict(verdicts),
         assumptions=tuple(assumptions),
+        explanation=_explanation(setup, run, placed, memory) if explain else (),
     )
+
+
+def _explanation(setup: _Setup, run: Run, placed: dict[str, Parts], memory: GpuMemory) -> tuple[Term, ...]:
+    """Run every layer once more and name what is alive at the peak."""
+    from memplan.explanation import explain
+
+    accumulated = run.grad_accum_steps > 1
+    tape = _micro_batch(setup, full_depth=True, accumulated=accumulated).tape
+    return explain(run, tape, memory.peak_phase, placed[memory.peak_phase], memory)
 
 
 def device_rules(gpu: GPUSpec | None, software: SoftwareSpec) -> DeviceRules:
@@ -245,9 +256,7 @@ def _bound(run: Run, micro: _Micro, strategy: Strategy) -> int:
         kept += [(p.nbytes, count) for p, count in trainable]
     kept += clip_grad_norm(trainable, run.rules)
     others = [(size, count, count) for size, count in kept]
-    tensors = sum(count for _, count in trainable)
-    # No turn of the optimizer's loop allocates more than all kinds of turns together.
-    others += [(size, alive, n * tensors) for size, (alive, n) in run.optimizer.temporaries.counts.items()]
+    others += [(size, *counts) for size, counts in run.optimizer.temporaries.counts.items()]
     counts = size_counts(micro.tape, micro.inventory.stacks)
     micro_batches = min(run.grad_accum_steps, 2)
     return reserved_bound(run.parameters, _held(run, trainable, strategy), counts, micro_batches, others)
@@ -294,6 +303,18 @@ NO_GPU_CONTEXT = Constant(
     "B",
     "no GPU named: an A100's, between the least (T4) and the most (B200) of memory/runtime.py",
 )
+
+
+def _host_memory(run: Run, cluster: ClusterSpec) -> HostMemory:
+    """Paged optimizer states, as far as the driver does not find room for them on the GPU."""
+    paged = sum(run.optimizer.paged_bytes(p) * count for p, count in run.trainable) * cluster.gpus_per_node
+    return HostMemory(
+        capacity=cluster.host_memory,
+        peak=paged,
+        pinned=0,
+        ranks=cluster.gpus_per_node,
+        components={"optimizer": paged} if paged else {},
+    )
 
 
 def _gpu_memory(
@@ -352,15 +373,43 @@ def _model_info(model: ModelSpec, run: Run) -> ModelInfo:
     )
 
 
-def _setup_dict(training: TrainingSpec, precision: Precision, strategy: Strategy) -> dict[str, Any]:
-    """The options by name, resolved."""
-    setup = training.to_dict()
-    setup["dtype"] = precision.dtype
-    setup["mixed_precision"] = precision.mixed_precision
-    setup["strategy"] = strategy.kind
-    setup["offload_optimizer"] = strategy.offload_optimizer
-    setup["offload_param"] = strategy.offload_param
-    return setup
+def _setup_dict(
+    training: TrainingSpec, precision: Precision, strategy: Strategy, cluster: ClusterSpec, gpu: GPUSpec | None
+) -> dict[str, Any]:
+    """Every option by its name on the command line, resolved."""
+    lora, quantization = training.lora, training.quantization
+    return {
+        "gpus": cluster.gpus,
+        "nodes": cluster.nodes,
+        "gpu": gpu.name if gpu is not None else None,
+        "gpu_memory": cluster.gpu_memory,
+        "host_memory": cluster.host_memory,
+        "nvme": cluster.nvme,
+        "nvme_path": cluster.nvme_path,
+        "strategy": strategy.kind,
+        "offload_optimizer": strategy.offload_optimizer,
+        "offload_param": strategy.offload_param,
+        "dtype": precision.dtype,
+        "mixed_precision": precision.mixed_precision,
+        "micro_batch_size": training.micro_batch_size,
+        "seq_len": training.seq_len,
+        "grad_accum_steps": training.grad_accum_steps,
+        "optim": training.optim,
+        "packed": training.packed,
+        "attn": training.attn,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "liger": training.liger,
+        "head": training.head,
+        "vocab_size": training.vocab_size,
+        "lora_rank": lora.rank if lora is not None else None,
+        "lora_targets": list(lora.targets) if lora is not None else None,
+        "lora_dropout": lora.dropout if lora is not None else None,
+        "quantization": quantization.kind if quantization is not None else "none",
+        "eval_batch_size": training.eval_batch_size,
+        "task": training.task,
+        "device_map": training.device_map,
+        "max_new_tokens": training.max_new_tokens,
+    }
 
 
 def _cluster_dict(cluster: ClusterSpec, gpu: GPUSpec | None) -> dict[str, Any]:

@@ -127,11 +127,18 @@ class FalconAttention(Module):
             dropout = self.c.attention_dropout if alibi is not None else 0.0
             attn_output = scaled_dot_product_attention(query_layer, key_layer, value_layer, mask, dropout)
         elif alibi is None:
-            attn_output, attn_weights = self.eager(query_layer, key_layer, value_layer, mask, hidden_states)
+            attn_weights = ops.matmul(query_layer, key_layer.transpose(-1, -2))
+            attn_weights = ops.mul_(attn_weights)
+            attn_weights = ops.softmax(ops.add(attn_weights, mask), hidden_states.dtype)
+            attn_output = ops.matmul(attn_weights, value_layer)
         else:
-            attn_output, attn_weights = self.eager_alibi(
-                query_layer, key_layer, value_layer, mask, hidden_states, alibi
-            )
+            matmul_result = ops.matmul(query_layer, key_layer.transpose(-1, -2))
+            attention_scores = matmul_result.to(float32)
+            attention_logits = attention_scores + alibi.view(batch, heads, 1, length)
+            attention_logits = ops.mul_(attention_logits)
+            attn_weights = ops.softmax(ops.add(attention_logits, mask), hidden_states.dtype)
+            attn_weights = ops.dropout(attn_weights, self.c.attention_dropout)
+            attn_output = ops.matmul(attn_weights, value_layer)
         attn_output = attn_output.permute(0, 2, 1, 3)
         attn_output = attn_output.reshape(batch, length, heads * dim)
         attn_output = self.dense(attn_output)
@@ -143,30 +150,6 @@ class FalconAttention(Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         query, key, value = query.to(target), key.to(target), value.to(target)
         return flash_attention_2(query, key, value).transpose(1, 2)
-
-    def eager(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, hidden_states: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Rotated queries and keys; no dropout."""
-        assert mask is not None
-        attention_scores = ops.matmul(query, key.transpose(-1, -2))
-        attention_scores = ops.mul_(attention_scores)
-        attention_scores = ops.softmax(attention_scores + mask, hidden_states.dtype)
-        return ops.matmul(attention_scores, value), attention_scores
-
-    def eager_alibi(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, hidden_states: Tensor, alibi: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The bias is added to scores in float32, and comes a second time with the mask."""
-        assert mask is not None
-        batch, heads, length, _ = query.shape
-        matmul_result = ops.matmul(query, key.transpose(-1, -2))
-        attention_scores = matmul_result.to(float32)
-        attention_logits = attention_scores + alibi.view(batch, heads, 1, length)
-        attention_logits = ops.mul_(attention_logits)
-        attention_probs = ops.softmax(attention_logits + mask, hidden_states.dtype)
-        attention_probs = ops.dropout(attention_probs, self.c.attention_dropout)
-        return ops.matmul(attention_probs, value), attention_probs
 
 
 class FalconMLP(Module):

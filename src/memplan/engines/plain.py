@@ -49,8 +49,6 @@ class States:
     optimizer: int
     step_temporaries: int
     """At the fullest moment of clipping the gradients and stepping."""
-    host_optimizer: int = 0
-    """Paged states."""
 
 
 def states(run: Run) -> States:
@@ -60,9 +58,8 @@ def states(run: Run) -> States:
     gradients = sum(rounded(p.nbytes) * count for p, count in trainable)
     optimizer = sum(sum(run.optimizer.state_bytes(p)) * count for p, count in trainable)
     optimizer += sum(run.optimizer.shared_bytes(trainable))
-    paged = sum(run.optimizer.paged_bytes(p) * count for p, count in trainable)
     clipping = sum(size * count for size, count in clip_grad_norm(trainable, run.rules))
-    return States(weights, gradients, optimizer, max(clipping, run.optimizer.temporaries.peak), paged)
+    return States(weights, gradients, optimizer, max(clipping, run.optimizer.temporaries.peak))
 
 
 def phases(run: Run, communication: int = 0) -> dict[str, Parts]:

@@ -276,7 +276,23 @@ class _Born:
     node: str
 
 
-def _make_tracker(record_events: bool) -> Any:
+class Listener:
+    """What a tracker tells as it happens: every operation, and storages by their serial numbers."""
+
+    def calls(self, func: Any, args: Any) -> None:
+        """An operation is about to run."""
+
+    def called(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """An operation has run, and what it allocated has been told."""
+
+    def born(self, serial: int, nbytes: int, shape: tuple[int, ...]) -> None:
+        """A storage of ``nbytes`` bytes, not rounded, under a tensor of ``shape``."""
+
+    def died(self, serial: int) -> None:
+        """A storage was freed."""
+
+
+def _make_tracker(record_events: bool, listener: Listener | None = None) -> Any:
     """Return a TorchDispatchMode that keeps the ledger (a factory, since its base class lives in torch)."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -327,6 +343,11 @@ def _make_tracker(record_events: bool) -> Any:
             keys = {tensor.untyped_storage()._cdata for tensor in tensors}
             return sum(self._born[key][0].nbytes for key in keys if key in self._born)
 
+        def serial_of(self, tensor: Any) -> int | None:
+            """Return the serial number of a tensor's storage, None if it is not in the ledger."""
+            known = self._born.get(tensor.untyped_storage()._cdata)
+            return None if known is None else known[0].serial
+
         def _see(self, tensor: Any, op: str) -> None:
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -337,6 +358,9 @@ def _make_tracker(record_events: bool) -> Any:
                     self.live += nbytes - known[0].nbytes
                     known[0].nbytes = nbytes
                     self._mark()
+                    if listener is not None:
+                        listener.died(known[0].serial)
+                        listener.born(known[0].serial, storage.nbytes(), tuple(tensor.shape))
                 return
             if nbytes == 0:
                 return
@@ -350,11 +374,15 @@ def _make_tracker(record_events: bool) -> Any:
             self.live += nbytes
             self._mark()
             self._record("alloc", born)
+            if listener is not None:
+                listener.born(born.serial, storage.nbytes(), tuple(tensor.shape))
 
         def _freed(self, key: int, _ref: Any) -> None:
             born, _ = self._born.pop(key)
             self.live -= born.nbytes
             self._record("free", born)
+            if listener is not None:
+                listener.died(born.serial)
 
         def _record(self, kind: str, born: _Born) -> None:
             if not self.recording:
@@ -371,8 +399,12 @@ def _make_tracker(record_events: bool) -> Any:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is local_scalar:
                 return self._answer()
+            if listener is not None:
+                listener.calls(func, args)
             out = _grouped_mm(*args, **(kwargs or {})) if func is grouped_mm else func(*args, **(kwargs or {}))
             self._see_all(out, func)
+            if listener is not None:
+                listener.called(func, args, kwargs or {}, out)
             return out
 
         def _see_all(self, out: Any, func: Any) -> None:
@@ -487,7 +519,7 @@ class _Step:
 
     def _count_items(self, batches: list[dict[str, Any]]) -> Any:
         """``Trainer._get_num_items_in_batch``: a scalar, for models whose forward takes loss arguments."""
-        if not _accepts_loss_kwargs(self.model):
+        if "labels" not in batches[0] or not _accepts_loss_kwargs(self.model):
             return None
         return sum(batch["labels"].ne(-100).sum() for batch in batches) / 1
 
@@ -510,8 +542,8 @@ class _Step:
         if self.num_items is not None:
             kwargs["num_items_in_batch"] = self.num_items
         outputs = self.forward(**kwargs)
-        loss = outputs["loss"]
-        others = [t for t in outputs.values() if _is_tensor(t) and t is not loss]
+        loss = _loss_of(outputs)
+        others = [t for t in _tensors_of(outputs) if t is not loss]
         self.output_bytes = self.tracker.bytes_of(others)
         return loss
 
@@ -538,7 +570,7 @@ class _Step:
         items = self._count_items([inputs])
         with torch.no_grad():
             outputs = self.forward(**inputs, **({} if items is None else {"num_items_in_batch": items}))
-            outputs["loss"].detach().mean()
+            _loss_of(outputs).detach().mean()
         del outputs
         self.model.train(was_training)
         return int(self.tracker.phases["eval"])
@@ -564,6 +596,25 @@ def _backward(loss: Any) -> None:
     else:
         seed = torch.ones_like(loss)
         _engine_run_backward((loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def _loss_of(outputs: Any) -> Any:
+    """The loss in what a forward returned: its ``loss``, the first of a tuple, or the only tensor; a scalar."""
+    if isinstance(outputs, Mapping):
+        loss = outputs.get("loss")
+    else:
+        loss = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+    if not _is_tensor(loss) or loss.dim() != 0:
+        raise UnsupportedError(
+            "trace: forward returns no loss. It must return a scalar, a tuple that starts with one, or a mapping with "
+            "the key loss; a model without a head has none."
+        )
+    return loss
+
+
+def _tensors_of(outputs: Any) -> list[Any]:
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, (tuple, list)) else ()
+    return [value for value in values if _is_tensor(value)]
 
 
 def _is_tensor(value: Any) -> bool:
@@ -720,9 +771,9 @@ def _model_class(values: Mapping[str, Any]) -> Any:
 
     names = values.get("architectures") or []
     cls = getattr(transformers, names[0], None) if names else None
-    if cls is None:
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise SpecError.at(
-            "architectures", names, "names no class of transformers", "Give head=, for example head='causal-lm'."
+            "architectures", names, "names no model of transformers", "Give head=, for example head='causal-lm'."
         )
     return cls
 

@@ -12,6 +12,7 @@ bitsandbytes/optim/optimizer.py, 0.50.2.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -24,7 +25,7 @@ from memplan.architectures.nn import Embedding, LayerNorm, Layers, Linear, Modul
 from memplan.errors import SpecError, did_you_mean
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
-from memplan.tape.tensor import DType, Parameter, Tensor, bfloat16, float32, uint8
+from memplan.tape.tensor import DType, Parameter, Shape, Tensor, bfloat16, float32, uint8
 
 Counted = Sequence[tuple[Parameter, int]]
 """Trainable parameters, each with how many of the model it stands for."""
@@ -129,6 +130,21 @@ class StepLog:
         return counts
 
 
+@dataclass(slots=True)
+class Temporaries:
+    """What a step allocates and gives back: the most bytes, and for each size of tensor (the most, how many in all)."""
+
+    peak: int = 0
+    counts: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, part: StepLog, times: int = 1) -> None:
+        """A part of the step, which it goes through ``times`` times."""
+        self.peak = max(self.peak, part.peak)
+        for size, (alive, allocated) in part.counts.items():
+            most, number = self.counts.get(size, (0, 0))
+            self.counts[size] = max(most, alive), number + allocated * times
+
+
 def _by_dtype(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
     """_group_tensors_by_device_and_dtype: a foreach kernel takes tensors of one dtype."""
     groups: dict[DType, list[Parameter]] = {}
@@ -142,16 +158,9 @@ def _out(t: Tape, x: Tensor, dtype: DType | None = None) -> Tensor:
     return t.new(x.shape, dtype or x.dtype, "step")
 
 
-def _neighbours(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
-    """Each parameter with the one before it, but once for equal shapes and dtypes.
-
-    What a loop holds in a parameter's turn depends on these two alone, so together these short loops have the fullest
-    moment of the whole one.
-    """
-    pairs = {((), None, p.shape, p.dtype): [p] for p in parameters[:1]}
-    for before, p in pairwise(parameters):
-        pairs.setdefault((before.shape, before.dtype, p.shape, p.dtype), [before, p])
-    return list(pairs.values())
+def _kind(p: Parameter) -> tuple[Shape, DType]:
+    """Equal for parameters that a step treats alike."""
+    return p.shape, p.dtype
 
 
 def _foreach(t: Tape, parameters: Sequence[Parameter]) -> list[Tensor]:
@@ -248,14 +257,28 @@ class Optimizer:
         return StepLog(list(t.log), t.sizes)
 
     @cached_property
-    def temporaries(self) -> StepLog:
-        """Like a step after the first, with the same most bytes (and tensors of each size) alive at one time, but
-        shorter: equal turns of a loop are there once.
+    def temporaries(self) -> Temporaries:
+        """What a step after the first has alive and allocates, as ``step()`` tells, but equal turns of a loop run once.
+
+        What a loop holds in a parameter's turn depends on this parameter and the one before alone; what it allocates,
+        on this one.
         """
-        t = Tape(self.rules)
+        result = Temporaries()
         for optimizer, parameters, decays in self.calls() if self.has_temporaries else ():
-            for part in [parameters] if optimizer.foreach else _neighbours(parameters):
-                optimizer.update(t, part, _nothing, decays)
+            if optimizer.foreach:
+                result.add(optimizer._run(parameters, decays))
+                continue
+            pairs = {(_kind(a), _kind(b)): [a, b] for a, b in pairwise(parameters)}
+            for pair in pairs.values():
+                result.add(optimizer._run(pair, decays), times=0)
+            kinds = {_kind(p): p for p in parameters}
+            for kind, times in Counter(map(_kind, parameters)).items():
+                result.add(optimizer._run([kinds[kind]], decays), times)
+        return result
+
+    def _run(self, parameters: list[Parameter], decays: bool) -> StepLog:
+        t = Tape(self.rules)
+        self.update(t, parameters, _nothing, decays)
         return StepLog(list(t.log), t.sizes)
 
     # What a subclass says.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from memplan.tape.tape import Node, Tape
+from memplan.tape.tape import Node, Recomputed, Tape
 from memplan.tape.tensor import (
     DType,
     Parameter,
@@ -402,6 +402,9 @@ def _mul_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
         gb = t.new(grad.shape, promote(grad.dtype, other_of_b.dtype), "mul_backward", _result_strides(grad, other_of_b, grad.shape))
     if node.edges[0] is not None:
         ga = t.new(grad.shape, promote(grad.dtype, other_of_a.dtype), "mul_backward", _result_strides(grad, other_of_a, grad.shape))
+    del other_of_a, other_of_b
+    if saved.__class__ is Recomputed:
+        saved.clear()
     if ga is not None:
         ga = _sum_to(t, ga, a_shape, a_dtype)
     if gb is not None:

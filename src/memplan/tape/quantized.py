@@ -53,11 +53,20 @@ class Weight4bit:
 def matmul_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
     """bitsandbytes.matmul_4bit of x [..., in]: saves nothing but the packed weight."""
     t = x.storage.tape
-    node = t.node(_matmul_4bit_backward, (x,), (), (x.shape, x.dtype, weight))
+    node = t.node(_matmul_4bit_backward, (_with_cast_gradient(t, x),), (), (x.shape, weight))
     with t.no_grad():
         out = _gemm_4bit(t, x, weight, bias)
     out.node = node
     return out
+
+
+def _with_cast_gradient(t: Tape, x: Tensor) -> Tensor:
+    """x, for whose gradient a node of its own does the engine's cast to x's dtype once the product's node is done."""
+    return Tensor(x.shape, x.strides, x.dtype, x.storage, t.node(_cast_gradient, (x,), (), x.dtype))
+
+
+def _cast_gradient(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    return (grad.to(node.ctx),)
 
 
 def _gemm_4bit(t: Tape, x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
@@ -86,23 +95,21 @@ def _dequantized_scales(t: Tape, weight: Weight4bit, in_place: bool) -> list[Ten
 
 
 def _matmul_4bit_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
-    shape, dtype, weight = node.ctx
+    shape, weight = node.ctx
     scales = _dequantized_scales(t, weight, in_place=True)
     dense = t.new((weight.n_out, weight.n_in), weight.dtype, "dequantize_4bit")
     del scales
     dense = dense.to(grad.dtype)
-    return (_times_weight(t, grad, dense, shape, dtype),)
+    return (_times_weight(t, grad, dense, shape),)
 
 
-def _times_weight(t: Tape, grad: Tensor, dense: Tensor, shape: tuple[int, ...], dtype: DType) -> Tensor:
-    """matmul(grad [..., out], weight [out, in]), then the engine's cast to the input's dtype."""
+def _times_weight(t: Tape, grad: Tensor, dense: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """matmul(grad [..., out], weight [out, in])."""
     n_out, n_in = dense.shape
     rows = grad.numel // n_out
     grad = ops.reshape(grad, rows, n_out)
     t.flops += 2 * rows * n_out * n_in
-    result = t.new(shape, grad.dtype, "quantized_grad_input")
-    del grad, dense
-    return result.to(dtype)
+    return t.new(shape, grad.dtype, "quantized_grad_input")
 
 
 def matmul_8bit(x: Tensor, n_out: int, bias: Tensor | None) -> Tensor:
@@ -125,7 +132,8 @@ def matmul_8bit(x: Tensor, n_out: int, bias: Tensor | None) -> Tensor:
 
 def _dequantized_int8(t: Tape, x: Tensor, n_out: int, bias: Tensor | None) -> Tensor:
     """MatMul8bitFp.forward."""
-    return ops.linear(x, _dense_int8(t, n_out, x.shape[-1], x.dtype), bias)
+    dense = _dense_int8(t, n_out, x.shape[-1], x.dtype)
+    return ops.linear(x, dense, bias)
 
 
 def _dense_int8(t: Tape, n_out: int, n_in: int, dtype: DType) -> Tensor:
@@ -161,4 +169,4 @@ def _matmul_8bit_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grad
     shape, dtype, n_out, n_in = node.ctx
     grad = ops.reshape(grad, grad.numel // n_out, n_out)
     dense = _dense_int8(t, n_out, n_in, dtype)
-    return (_times_weight(t, grad.to(dtype), dense, shape, dtype),)
+    return (_times_weight(t, grad.to(dtype), dense, shape),)

@@ -25,6 +25,7 @@ from memplan.tape.tensor import (
     dense_like,
     float32,
     promote,
+    uint8,
 )
 
 # What a storage is, as the breakdown names it. A plain result is temporary until autograd saves it.
@@ -94,6 +95,11 @@ class _Packed:
         self.length = length
 
 
+class Recomputed(list["Tensor | None"]):
+    """What a checkpointed region made again for one node. It dies with the node's apply(); what a node saved itself
+    lives on until the engine has reduced and cast the gradients (validate_outputs)."""
+
+
 class Mark:
     """A position in the log, with the FLOPs counted so far."""
 
@@ -125,6 +131,7 @@ class Tape:
         self.sizes: list[int] = []
         self.components: list[int] = []
         self.names: list[str] = []
+        self.shapes: list[tuple[Shape, DType]] = []
         self.marks: list[Mark] = []
         self.component = TEMPORARY
         self.flops = 0
@@ -158,6 +165,7 @@ class Tape:
         sizes.append((nbytes + 511) & -512)
         self.components.append(self.component)
         self.names.append(name)
+        self.shapes.append((shape, dtype))
         log.append(index)
         return Tensor(shape, strides or contiguous_strides(shape), dtype, Storage(self, index, log))
 
@@ -189,12 +197,7 @@ class Tape:
 
     def scratch(self, nbytes: int, name: str) -> None:
         """Memory that a kernel takes and gives back within one call."""
-        index = len(self.sizes)
-        self.sizes.append((nbytes + 511) & -512)
-        self.components.append(self.component)
-        self.names.append(name)
-        self.log.append(index)
-        self.log.append(~index)
+        self.new((nbytes,), uint8, name)
 
     def tag(self, x: Tensor, component: int) -> None:
         """Say what x's storage is."""
@@ -350,7 +353,7 @@ class Tape:
         finally:
             self._frame = outer
 
-    def _unpack(self, packed: _Packed) -> list[Tensor | None]:
+    def _unpack(self, packed: _Packed) -> Recomputed:
         frame = packed.frame
         if frame.recomputed is None:
             frame.recomputed = []
@@ -367,7 +370,7 @@ class Tape:
                 self._recording, self._record_limit, self.grad_enabled, self.component, self._context = outer
         recomputed = frame.recomputed
         end = packed.start + packed.length
-        tensors = recomputed[packed.start : end]
+        tensors = Recomputed(recomputed[packed.start : end])
         for i in range(packed.start, end):
             recomputed[i] = None
         return tensors

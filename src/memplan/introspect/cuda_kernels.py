@@ -1,0 +1,168 @@
+"""CUDA's kernels, where they allocate other tensors than CPU's: fused attention and dropout.
+
+A trace runs on fake CPU tensors. What a CUDA device would do instead is put in their place: attention with the
+backend that torch's dispatcher takes there, with what that kernel keeps and needs (the rules of
+:mod:`memplan.tape.attention`, which are the estimator's own), and dropout with a mask of a byte per element.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memplan.tape import tensor as dtypes
+from memplan.tape.attention import _fused, _fused_backward
+from memplan.tape.dispatch import DeviceRules, choose_sdpa_backend
+from memplan.tape.tape import AccumulateGrad, Node, Tape
+from memplan.tape.tensor import Tensor
+
+__all__ = ["cuda_kernels"]
+
+
+def cuda_kernels(rules: DeviceRules) -> Any:
+    """Return a context manager under which attention and dropout allocate what they do on the device of ``rules``."""
+    import torch
+    from torch.nn import functional
+    from torch.overrides import TorchFunctionMode
+
+    fused = _fused_function(rules)
+
+    class Kernels(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is functional.scaled_dot_product_attention:
+                return attention(*args, **kwargs)
+            if func is functional.dropout:
+                return dropout(*args, **kwargs)
+            return func(*args, **kwargs)
+
+    def attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        query, key, value, attn_mask = (_autocast(x) for x in (query, key, value, attn_mask))
+        backend = choose_sdpa_backend(
+            rules,
+            dtype=str(query.dtype).removeprefix("torch."),
+            head_dim=query.size(-1),
+            value_head_dim=value.size(-1),
+            query_heads=query.size(-3),
+            kv_heads=key.size(-3),
+            query_len=query.size(-2),
+            kv_len=key.size(-2),
+            mask=attn_mask is not None,
+            mask_requires_grad=attn_mask is not None and attn_mask.requires_grad,
+            dropout=dropout_p,
+            requires_grad=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        )
+        if backend == "math" or query.dim() != 4:
+            return cuda_math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if attn_mask is not None:
+            attn_mask = _bias(attn_mask, query.dtype, aligned=backend == "efficient")
+        return fused.apply(query, key, value, attn_mask, backend, dropout_p)
+
+    def cuda_math_attention(
+        query: Any, key: Any, value: Any, mask: Any, dropout_p: float, is_causal: bool, scale: Any, enable_gqa: bool
+    ) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return torch.ops.aten._scaled_dot_product_attention_math(
+                query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )[0]
+
+    def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        if p == 0.0 or not training or inplace:
+            return functional.dropout(input, p, training, inplace)
+        return torch.native_dropout(input, p, True)[0]
+
+    return Kernels()
+
+
+def _autocast(x: Any) -> Any:
+    """Cast as autocast does before attention, in whatever kind of device the trace calls it."""
+    import torch
+
+    if x is None or not torch.is_autocast_enabled("cpu") or x.dtype is not torch.float32:
+        return x
+    return x.to(torch.get_autocast_dtype("cpu"))
+
+
+def _bias(mask: Any, dtype: Any, *, aligned: bool) -> Any:
+    """A mask as the kernels take it: added to the scores, its rows aligned to 16 elements where they must be.
+
+    Source: convert_boolean_attn_mask and pad_bias in aten/src/ATen/native/transformers/attention.cpp.
+    """
+    import torch
+
+    if mask.dtype == torch.bool:
+        mask = torch.empty_like(mask, dtype=dtype)
+    if aligned and mask.size(-1) % 16:
+        mask = torch.nn.functional.pad(mask, (0, -mask.size(-1) % 16))
+    return mask
+
+
+def _fused_function(rules: DeviceRules) -> Any:
+    """Attention in one kernel, as an autograd.Function that allocates what the tape's rule says."""
+    import torch
+
+    class FusedAttention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any, mask: Any, backend: str, dropout_p: float) -> Any:
+            tape = Tape(rules)
+            start, symbols = _symbols(tape, q, k, v, mask)
+            out = _fused(tape, backend, *symbols, dropout_p)  # type: ignore[arg-type]
+            result = _real(out, q)
+            kept = [_blob(tape.sizes[i], q) for i in range(start, len(tape.sizes)) if i != out.storage.id]
+            ctx.save_for_backward(q, k, v, mask, result, *kept)
+            ctx.backend = backend
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            q, k, v, mask = ctx.saved_tensors[:4]
+            tape = Tape(rules)
+            start, symbols = _symbols(tape, q, k, v, mask)
+            node = Node(_fused_backward, 0, [], None, (ctx.backend, 0, k.size(1)), 1)
+            grads = _fused_backward(tape, node, symbols[0], (*symbols, symbols[0], None))  # type: ignore[arg-type]
+            ids = {g.storage.id: g for g in grads if g is not None}
+            made = {
+                i: _real(ids[i], q) if i in ids else _blob(tape.sizes[i], q) for i in range(start, len(tape.sizes))
+            }
+            return (*(made[g.storage.id] for g in grads if g is not None), None, None, None)
+
+    return FusedAttention
+
+
+def _symbols(tape: Tape, *tensors: Any) -> tuple[int, list[Tensor | None]]:
+    """The tensors on a tape, as leaves with a gradient; and how many storages they are."""
+    symbols: list[Tensor | None] = []
+    for x in tensors:
+        if x is None:
+            symbols.append(None)
+            continue
+        dtype = dtypes.dtype_named(str(x.dtype).removeprefix("torch."))
+        symbol = tape.new(tuple(x.shape), dtype, "", tuple(x.stride()))
+        if x.requires_grad:
+            symbol.node = AccumulateGrad(symbol)  # type: ignore[assignment]
+        symbols.append(symbol)
+    return len(tape.sizes), symbols
+
+
+def _real(symbol: Tensor, like: Any) -> Any:
+    """A tensor of the same shape, strides and dtype as one of the tape."""
+    import torch
+
+    return torch.empty_strided(
+        symbol.shape, symbol.strides, dtype=getattr(torch, symbol.dtype.name), device=like.device
+    )
+
+
+def _blob(nbytes: int, like: Any) -> Any:
+    """Bytes that a kernel needs, without a shape."""
+    import torch
+
+    return torch.empty(nbytes, dtype=torch.uint8, device=like.device)
