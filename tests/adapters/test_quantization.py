@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from memplan.adapters.quantization import (
 )
 from memplan.architectures.nn import Build, Conv1D, Inventory, Linear, Model, Module
 from memplan.architectures.registry import FAMILIES
+from memplan.memory.timeline import compose
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.training import LoraSpec, QuantizationSpec
 from memplan.tape import tensor as dtypes
@@ -73,7 +75,7 @@ def test_a_qlora_step_allocates_what_peft_and_bitsandbytes_do(row: dict[str, Any
     mine = step(
         ARCHIVE["config"],
         case["dtype"],
-        lambda b, root: qlora(b, root, case),
+        partial(qlora, case=case),
         mixed_precision=case["mixed_precision"],
         micro_batch_size=case["micro_batch_size"],
         seq_len=case["seq_len"],
@@ -110,8 +112,8 @@ def test_checkpointing_does_not_free_what_int8_layers_keep() -> None:
     """ctx.A outlives the checkpoint, so int8 saves every linear layer's input even then; 4 bit does not."""
     saved = {}
     for kind in ("int8", "nf4"):
-        case = {**quantized.MODEL, "kind": kind, "gradient_checkpointing": True}
-        run = step(ARCHIVE["config"], "bfloat16", lambda b, root: qlora(b, root, case), gradient_checkpointing=True)
+        adapt = partial(qlora, case={**quantized.MODEL, "kind": kind})
+        run = step(ARCHIVE["config"], "bfloat16", adapt, gradient_checkpointing=True)
         saved[kind] = sum(run.forward)
     inputs = 3 * 4 * 2 * 48 * (192 + 320)  # layers, of float32, batch, length: what only int8 layers read
     assert saved["int8"] - saved["nf4"] >= inputs
@@ -119,13 +121,11 @@ def test_checkpointing_does_not_free_what_int8_layers_keep() -> None:
 
 def test_repeated_layers_give_the_peak_of_all_layers() -> None:
     """What int8 layers keep lives beyond their layer's own part of the log."""
-    from memplan.memory.timeline import compose
-
     config = {**ARCHIVE["config"], "num_hidden_layers": 7}
     peaks = []
     for full_depth in (True, False):
-        case = {**quantized.MODEL, "kind": "int8"}
-        run = step(config, "bfloat16", lambda b, root: qlora(b, root, case), full_depth=full_depth)
+        adapt = partial(qlora, case={**quantized.MODEL, "kind": "int8"})
+        run = step(config, "bfloat16", adapt, full_depth=full_depth)
         profile = compose(run.tape, run.inventory.stacks)
         peaks.append((profile.peaks["backward"].total, profile.saved.total, profile.end.total))
     assert peaks[0] == peaks[1]

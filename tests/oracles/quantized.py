@@ -231,7 +231,8 @@ def write(archive: dict[str, Any], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and write the archive."""
-    parser = argparse.ArgumentParser(prog="python -m tests.oracles.quantized", description=(__doc__ or "").split("\n")[0])
+    description = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m tests.oracles.quantized", description=description)
     parser.add_argument("--out", type=Path, default=ARCHIVE, help="the archive")
     archive = measure()
     write(archive, parser.parse_args(arguments).out)

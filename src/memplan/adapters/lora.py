@@ -62,7 +62,7 @@ class LoraLinear(Module):
         self.lora_B = _Adapter(b, n_out, lora.rank, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self.base_layer(x)
+        result: Tensor = self.base_layer(x)
         result_dtype = result.dtype
         x = x.to(self.lora_A.weight.dtype)
         result = result + self.lora_B(self.lora_A(ops.dropout(x, self.dropout))) * 2.0
@@ -73,7 +73,7 @@ class LoraQuantizedLinear(LoraLinear):
     """peft.tuners.lora.Linear4bit and Linear8bitLt: no casts under autocast, and in 4 bit a copy of the result."""
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self.base_layer(x)
+        result: Tensor = self.base_layer(x)
         if isinstance(self.base_layer, Linear4bit):
             result = ops.clone(result)
         tape = x.tape

@@ -40,7 +40,7 @@ class Linear4bit(Module):
         inp_dtype = x.dtype
         x = x.to(self.compute_dtype)
         if self.bias is not None:
-            self.bias.dtype = self.compute_dtype  # bias.data = bias.data.to(x.dtype): the first call changes it for good
+            self.bias.dtype = self.compute_dtype  # bias.data = bias.data.to(x.dtype), which changes it for good
         return matmul_4bit(x, self.shape, self.bias).to(inp_dtype)
 
 
@@ -70,8 +70,10 @@ def quantize(b: Build, root: Module, spec: QuantizationSpec, compute_dtype: DTyp
     """Replace the linear layers that transformers replaces. ``compute_dtype`` is ``bnb_4bit_compute_dtype``."""
     kept = keys_to_not_convert(root)
     for parent, name, path, module in list(root.places()):
-        if not isinstance(module, (Linear, Conv1D)) or not _converted(path, kept):
+        # Not a subclass: Falcon's own linear layers stay, and so do T5's ``wo``, which transformers lists by name.
+        if type(module) not in (Linear, Conv1D) or not _converted(path, kept):
             continue
+        assert isinstance(module, (Linear, Conv1D))
         if spec.kind == "int8":
             parent.replace_child(name, Linear8bitLt(b, module))
         else:
@@ -79,7 +81,7 @@ def quantize(b: Build, root: Module, spec: QuantizationSpec, compute_dtype: DTyp
 
 
 def keys_to_not_convert(root: Module) -> list[str]:
-    """transformers' get_keys_to_not_convert, and what the family keeps in float32: patterns of module names."""
+    """transformers' get_keys_to_not_convert: patterns of module names."""
     names: dict[int, list[str]] = {}
     for prefix, module in root.named_modules():
         for name, parameter in module.parameters():
@@ -88,12 +90,7 @@ def keys_to_not_convert(root: Module) -> list[str]:
     last = list(names.values())[-1][0]
     head = root.output_embeddings() if isinstance(root, Model) else None
     heads = [path for path, module in root.named_modules() if module is head]
-    kept = {name.removesuffix(".weight") for name in (*tied, last, *heads)}
-    return [*kept, *(name for name, module in _float32_modules(root))]
-
-
-def _float32_modules(root: Module) -> list[tuple[str, Module]]:
-    return [(path, module) for path, module in root.named_modules() if getattr(module, "keep_in_fp32", False)]
+    return sorted({name.removesuffix(".weight") for name in (*tied, last, *heads)})
 
 
 def _converted(path: str, kept: list[str]) -> bool:

@@ -217,8 +217,11 @@ class CheckpointLayer(Module):
 
     def __call__(self, *args: Any) -> Any:
         b = self._build
+        made_before = len(b.tape.sizes)
         out = b.tape.checkpoint(self.forward, *args) if b.gradient_checkpointing else self.forward(*args)
-        b.tape.flow(out[0] if isinstance(out, tuple) else out)  # what else it returns is made once, as T5's bias
+        for x in out if isinstance(out, tuple) else (out,):
+            if x is not None:
+                b.tape.flow(x, made_before)
         return out
 
 

@@ -95,8 +95,6 @@ class T5LayerNorm(Module):
 class OutputLinear(Linear):
     """``wo``, which from_pretrained keeps in float32 where it loads float16 (_keep_in_fp32_modules)."""
 
-    keep_in_fp32 = True
-
     def __init__(self, b: Build, n_in: int, n_out: int) -> None:
         super().__init__(replace(b, dtype=float32) if b.dtype is float16 else b, n_in, n_out, bias=False)
 

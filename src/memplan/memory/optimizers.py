@@ -192,7 +192,7 @@ def clip_grad_norm(parameters: Counted, rules: DeviceRules) -> list[tuple[int, i
         norms += tensors
         if rules.kind == "cuda":
             fullest = max(fullest, [(rounded(4 * tensors * chunks), 1), (rounded(SCALAR), norms)], key=_total)
-    stacked = [(rounded(SCALAR), norms), (rounded(SCALAR * norms), 1)] if norms else []
+    stacked = [(rounded(SCALAR * norms), 1), (rounded(SCALAR), norms + 1)] if norms else []
     return max(fullest, stacked, key=_total)
 
 

@@ -309,10 +309,16 @@ class Tape:
         self._boundaries.append((self._seq, layer))
         self.mark("layer", layer)
 
-    def flow(self, x: Tensor) -> None:
-        """x passes from one layer to the next: its storage is not repeated with the layer that made it."""
-        self.flowing.add(x.storage.id)
-        self._mark_saved(x)
+    def flow(self, x: Tensor, made_before: int) -> None:
+        """x passes from one layer to the next, and dies there: its storage is not repeated with its layer.
+
+        What a layer hands on without having made it (T5's position bias, made by the first) outlives them all.
+        """
+        if x.storage.id >= made_before:
+            self.flowing.add(x.storage.id)
+            self._mark_saved(x)
+        else:
+            self.flowing.discard(x.storage.id)
 
     # -- autocast ----------------------------------------------------------------------------------------------
 
