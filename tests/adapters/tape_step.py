@@ -81,8 +81,8 @@ def events(tape: Tape, start: int, end: int) -> list[int]:
 
 def rounded(measured: list[int]) -> list[int]:
     """Measured events in blocks of 512 bytes; scalars that kernels are called with (8 bytes and less) left out."""
-    blocks = [(abs(nbytes) + 511) // 512 * 512 if abs(nbytes) > 8 else 0 for nbytes in measured]
-    return [block if nbytes > 0 else -block for nbytes, block in zip(measured, blocks) if block]
+    tensors = [nbytes for nbytes in measured if abs(nbytes) > 8]
+    return [(abs(nbytes) + 511) // 512 * (512 if nbytes > 0 else -512) for nbytes in tensors]
 
 
 def peak(signed: list[int]) -> int:

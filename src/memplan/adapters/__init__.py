@@ -1,0 +1,1 @@
+"""What a model is given before it runs: adapters and quantized weights."""

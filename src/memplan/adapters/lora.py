@@ -85,8 +85,7 @@ class LoraQuantizedLinear(LoraLinear):
         output = self.lora_B(self.lora_A(ops.dropout(x, self.dropout))) * 2.0
         if requires_conversion:
             output = output.to(expected_dtype)
-        result = result + output
-        return result
+        return result + output
 
 
 class _Adapter(Module):
@@ -196,7 +195,7 @@ def _save_modules(b: Build, root: Module, name: str) -> None:
     for parent, child, path, module in places:
         if isinstance(module, (Layers, ModuleList, *LINEAR[2:])):
             raise UnsupportedError(
-                f"modules_to_save: {name!r} matches {path}, a {type(module).__name__}, which cannot be copied and trained."
+                f"modules_to_save: {name!r} matches {path}, a {type(module).__name__}, which is not copied and trained."
             )
         parent.replace_child(child, ModulesToSave(b, module))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from memplan.tape.tape import LayerKey, Tape
 
@@ -71,26 +72,29 @@ def compose(tape: Tape, stacks: Stacks) -> StepProfile:
     parts = [0] * len(COMPONENTS)
     saved = Moment()
     forward_flops = backward_flops = 0
-    expanded = _expanded(segments, stacks)
-    final = {id(segment): i for i, segment in enumerate(expanded) if segment.last}
-    for position, segment in enumerate(expanded):
-        if segment.phase == "backward" and forward_flops >= 0 and not saved.total:
+    runs = _runs(segments, stacks)
+    final = {id(segment): i for i, (segment, _) in enumerate(runs) if segment.last}
+    for position, (segment, count) in enumerate(runs):
+        if segment.phase == "backward" and not saved.total:
             saved = Moment(total, list(parts))
-        height = total + segment.peak
+        # Repetitions rise or fall evenly, so the highest is the first or the last.
+        highest = count - 1 if segment.net > 0 else 0
+        height = total + highest * segment.net + segment.peak
         found = best.get(segment.phase)
         if found is None or height > found[0]:
-            best[segment.phase] = (height, segment, list(parts))
-        total += segment.net
+            before = [size + highest * net for size, net in zip(parts, segment.parts)]
+            best[segment.phase] = (height, segment, before)
+        total += count * segment.net
         for i, size in enumerate(segment.parts):
-            parts[i] += size
+            parts[i] += count * size
         if segment.last and final[id(segment)] == position:
             for storage in segment.last:
                 total -= tape.sizes[storage]
                 parts[tape.components[storage]] -= tape.sizes[storage]
         if segment.phase == "backward":
-            backward_flops += segment.flops
+            backward_flops += count * segment.flops
         else:
-            forward_flops += segment.flops
+            forward_flops += count * segment.flops
     for phase, (height, segment, before) in best.items():
         peaks[phase] = Moment(height, _at_peak(tape, segment, before, repeated))
     if not saved.total:
@@ -185,25 +189,25 @@ def _at_peak(tape: Tape, segment: _Segment, before: list[int], repeated: dict[in
     return parts
 
 
-def _expanded(segments: list[_Segment], stacks: Stacks) -> list[_Segment]:
-    """The segments of the whole model: each run of a stack's layers replaced by all of them."""
-    result: list[_Segment] = []
+def _runs(segments: list[_Segment], stacks: Stacks) -> list[tuple[_Segment, int]]:
+    """The segments of the whole model, each with how often it repeats: every run of a stack's layers is replaced by
+    all of them."""
+    result: list[tuple[_Segment, int]] = []
     i = 0
     while i < len(segments):
         layer = segments[i].layer
         if layer is None:
-            result.append(segments[i])
+            result.append((segments[i], 1))
             i += 1
             continue
         stack = layer[0]
         made: dict[int, _Segment] = {}
-        while i < len(segments) and segments[i].layer is not None and segments[i].layer[0] == stack:  # type: ignore[index]
-            made[segments[i].layer[1]] = segments[i]  # type: ignore[index]
+        while i < len(segments) and (layer := segments[i].layer) is not None and layer[0] == stack:
+            made[layer[1]] = segments[i]
             i += 1
-        sequence = stacks[stack]
-        if segments[i - 1].phase == "backward":
-            sequence = list(reversed(sequence))
-        result.extend(made[index] for index in sequence)
+        backward = segments[i - 1].phase == "backward"
+        order = reversed(stacks[stack]) if backward else stacks[stack]
+        result += [(made[index], len(list(same))) for index, same in groupby(order)]
     return result
 
 
@@ -228,10 +232,11 @@ def size_counts(tape: Tape, stacks: Stacks) -> dict[int, tuple[int, int]]:
                 count[0] -= repeated.get(tensor, 1) if outside else int(tensor not in segment.last)
     live: dict[int, int] = {}
     result: dict[int, tuple[int, int]] = {}
-    for segment in _expanded(segments, stacks):
+    for segment, repeats in _runs(segments, stacks):
         for size, (net, peak, allocations) in counts[id(segment)].items():
             before = live.get(size, 0)
             most, number = result.get(size, (0, 0))
-            result[size] = (max(most, before + peak), number + allocations)
-            live[size] = before + net
+            highest = before + (repeats - 1) * net if net > 0 else before
+            result[size] = (max(most, highest + peak), number + repeats * allocations)
+            live[size] = before + repeats * net
     return result
