@@ -40,15 +40,36 @@ from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 from memplan.tape import tensor as dtypes
 from memplan.tape.dispatch import CPU, DeviceRules, cuda
-from memplan.tape.tape import INPUT, Tape
+from memplan.tape.tape import INPUT, AccumulateGrad, Tape
 from memplan.tape.tensor import DType, Parameter, Tensor
 from memplan.units import MiB
 
 _AUTOCAST: dict[str, DType | None] = {"no": None, "bf16": dtypes.bfloat16, "fp16": dtypes.float16}
 
 
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A model of which memplan has no architecture file, traced: its modules, and tapes that say what they ran."""
+
+    root: Module
+    first: Tape
+    """A micro-batch."""
+    later: Tape | None
+    """A micro-batch with the gradients of an earlier one there, if gradients are accumulated."""
+    evaluation: Tape | None
+    """A batch of evaluation, if there is any."""
+    assumptions: tuple[Assumption, ...]
+    """What the trace does not know."""
+
+    def micro_batch(self, *, accumulated: bool, evaluation: bool) -> _Micro:
+        """One of the tapes."""
+        tape = self.evaluation if evaluation else self.later if accumulated else self.first
+        assert tape is not None
+        return _Micro(tape, self.root, Inventory(self.root))
+
+
 @dataclass(slots=True)
-class _Setup:
+class Setup:
     """Everything that decides the tape, resolved."""
 
     model: ModelSpec
@@ -56,6 +77,7 @@ class _Setup:
     precision: Precision
     rules: DeviceRules
     software: SoftwareSpec
+    traced: Traced | None = None
 
 
 @dataclass(slots=True)
@@ -76,10 +98,12 @@ def estimate(
     *,
     replay: bool = True,
     explain: bool = False,
+    traced: Traced | None = None,
 ) -> Estimate:
     """Estimate one setup; ``cluster.gpu`` is a GPUSpec or None.
 
-    With ``replay`` the caching allocator is simulated; without it ``peak_reserved`` is an upper bound.
+    With ``replay`` the caching allocator is simulated; without it ``peak_reserved`` is an upper bound. ``traced`` is
+    what a trace saw of the setup that :func:`resolve` gives; it takes the place of the architecture file.
     Raises SpecError for a setup that the libraries refuse, UnsupportedError for what memplan does not model.
     """
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
@@ -87,14 +111,8 @@ def estimate(
         raise UnsupportedError(f"strategy: {strategy.kind!r} is not modelled yet. Use single or ddp.")
     if strategy.kind == "single" and cluster.gpus != 1:
         raise SpecError.at("gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1.")
-    setup = _Setup(
-        model,
-        training,
-        resolve_precision(training, strategy, gpu, _checkpoint_dtype(model)),
-        device_rules(gpu, software),
-        software,
-    )
-    _check_attention(training, setup.precision, setup.rules)
+    setup = resolve(model, training, cluster, strategy, software)
+    setup.traced = traced
     run, micro = _run(setup, gpu)
     placed = ddp.phases(run, strategy.ddp) if strategy.kind == "ddp" else plain.phases(run)
     replayed = None
@@ -113,12 +131,23 @@ def estimate(
         host=host,
         nvme=nvme,
         verdict=worst_verdict(verdicts),
-        assumptions=tuple(assumptions),
+        assumptions=(*assumptions, *(traced.assumptions if traced is not None else ())),
         explanation=_explanation(setup, run, placed, memory) if explain else (),
     )
 
 
-def _explanation(setup: _Setup, run: Run, placed: dict[str, Parts], memory: GpuMemory) -> tuple[Term, ...]:
+def resolve(
+    model: ModelSpec, training: TrainingSpec, cluster: ClusterSpec, strategy: Strategy, software: SoftwareSpec
+) -> Setup:
+    """Return what decides the tape, with the defaults that strategy and GPU decide. Raises as :func:`estimate`."""
+    gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
+    precision = resolve_precision(training, strategy, gpu, _checkpoint_dtype(model))
+    rules = device_rules(gpu, software)
+    _check_attention(training, precision, rules)
+    return Setup(model, training, precision, rules, software)
+
+
+def _explanation(setup: Setup, run: Run, placed: dict[str, Parts], memory: GpuMemory) -> tuple[Term, ...]:
     """Run every layer once more and name what is alive at the peak."""
     from memplan.explanation import explain
 
@@ -156,8 +185,10 @@ def _check_attention(training: TrainingSpec, precision: Precision, rules: Device
 # -- the tape --------------------------------------------------------------------------------------------------------
 
 
-def _micro_batch(setup: _Setup, *, full_depth: bool, accumulated: bool, evaluation: bool = False) -> _Micro:
-    """Run one micro-batch (or one evaluation batch) on a fresh tape."""
+def _micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation: bool = False) -> _Micro:
+    """Run one micro-batch (or one evaluation batch) on a fresh tape, or take the one that was traced."""
+    if setup.traced is not None:
+        return setup.traced.micro_batch(accumulated=accumulated, evaluation=evaluation)
     training = setup.training
     tape = Tape(setup.rules)
     b = Build(
@@ -186,8 +217,8 @@ def _micro_batch(setup: _Setup, *, full_depth: bool, accumulated: bool, evaluati
     inventory = Inventory(root)
     if accumulated:
         for p, _ in inventory.parameters:
-            if p.node is not None:
-                p.node.accumulated = True  # type: ignore[attr-defined]
+            if isinstance(p.node, AccumulateGrad):
+                p.node.accumulated = True
     batch = training.micro_batch_size
     if evaluation:
         tape.training = tape.grad_enabled = False
@@ -213,7 +244,7 @@ def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], autocast: DTy
     return result
 
 
-def _run(setup: _Setup, gpu: GPUSpec | None) -> tuple[Run, _Micro]:
+def _run(setup: Setup, gpu: GPUSpec | None) -> tuple[Run, _Micro]:
     training = setup.training
     accumulated = training.grad_accum_steps > 1
     micro = _micro_batch(setup, full_depth=False, accumulated=accumulated)
@@ -262,7 +293,7 @@ def _bound(run: Run, micro: _Micro, strategy: Strategy) -> int:
     return reserved_bound(run.parameters, _held(run, trainable, strategy), counts, micro_batches, others)
 
 
-def _replay(setup: _Setup, run: Run, strategy: Strategy) -> Replayed:
+def _replay(setup: Setup, run: Run, strategy: Strategy) -> Replayed:
     """The allocator on every layer's allocations, two steps long."""
     first = _micro_batch(setup, full_depth=True, accumulated=False)
     batches = [first.tape]

@@ -118,12 +118,12 @@ def _tensors(tape: Tape, phase: str) -> list[Term]:
         shape, dtype = tape.shapes[i]
         groups[COMPONENTS[tape.components[i]], tape.names[i], shape, dtype.name, tape.sizes[i]] += 1
     terms = []
-    for (component, name, shape, dtype, size), count in sorted(groups.items(), key=lambda g: -g[0][4] * g[1]):
+    for (component, name, shape, type_name, size), count in sorted(groups.items(), key=lambda g: -g[0][4] * g[1]):
         terms.append(
             Term(
                 name=f"{component}: {name}",
                 formula="tensors x shape x bytes",
-                filled=f"{count} x {' x '.join(map(str, shape)) or 1} ({dtype})",
+                filled=f"{count} x {' x '.join(map(str, shape)) or 1} ({type_name})",
                 bytes=size * count,
                 source=SOURCES[component].format(name=name),
             )

@@ -28,10 +28,10 @@ from memplan.tape.tensor import dtype_named
 
 CUDA = cuda((8, 0))
 
-# An embedding, blocks of unequal matrices with biases, and a head: neighbours matter, for the trainer's groups and
-# without them.
-SHAPES = ((700, 48), (64, 64), (64,), (200, 64), (200,), (64, 200), (64,), (48, 64), (48,), (700, 48))
-EMBEDDING, HEAD = 0, 9
+# An embedding, unequal matrices with biases, experts and a head: what a loop holds depends on neighbours, which differ
+# with and without the Trainer's groups.
+SHAPES = ((700, 48), (64, 64), (64,), (200, 64), (200,), (64, 200), (64,), (3, 70, 64), (48, 64), (48,), (700, 48))
+EMBEDDING, HEAD = 0, 10
 
 
 class Live(TorchDispatchMode):
@@ -82,7 +82,7 @@ def real_optimizers(name: str, parameters: list[Any], foreach: bool, weight_deca
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
-    hidden = [p for i, p in enumerate(parameters) if p.dim() > 1 and i not in (EMBEDDING, HEAD)]
+    hidden = [p for i, p in enumerate(parameters) if p.dim() == 2 and i not in (EMBEDDING, HEAD)]
     others = [p for p in parameters if all(p is not other for other in hidden)]
     optim = torch.optim
     makers: dict[str, Callable[[], list[Any]]] = {

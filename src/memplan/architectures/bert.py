@@ -235,9 +235,9 @@ def token_cross_entropy(prediction_scores: Tensor, labels: Tensor) -> Tensor:
 
 def masked_lm_output(b: Build, head: Module, sequence_output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The head and the loss of a ...ForMaskedLM: (loss, logits)."""
-    b.tape.mark("loss")
     with b.tape.tagged(LOGITS):
         prediction_scores = head(sequence_output)
+        b.tape.mark("loss")
         return token_cross_entropy(prediction_scores, labels), prediction_scores
 
 
@@ -266,10 +266,10 @@ class BertForPreTraining(Model):
 
     def forward(self, input_ids: Tensor, labels: Tensor, next_sentence_label: Tensor) -> tuple[Tensor, Tensor]:
         sequence_output, pooled_output = self.bert(input_ids)
-        self.b.tape.mark("loss")
         with self.b.tape.tagged(LOGITS):
             prediction_scores = self.cls.predictions(sequence_output)
             seq_relationship_score = self.cls.seq_relationship(pooled_output)
+            self.b.tape.mark("loss")
             masked_lm_loss = token_cross_entropy(prediction_scores, labels)
             next_sentence_loss = ops.cross_entropy(seq_relationship_score, next_sentence_label)
             return masked_lm_loss + next_sentence_loss, prediction_scores
@@ -285,10 +285,10 @@ class BertForSequenceClassification(Classifier):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         sequence_output, pooled_output = self.bert(input_ids)
-        self.b.tape.mark("loss")
         with self.b.tape.tagged(LOGITS):
             pooled_output = ops.dropout(pooled_output, self.dropout)
             logits = self.classifier(pooled_output)
+            self.b.tape.mark("loss")
             return ops.cross_entropy(logits, labels), logits
 
 

@@ -157,12 +157,12 @@ class DistilBertForMaskedLM(Model):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         hidden_states = self.distilbert(input_ids)
-        self.b.tape.mark("loss")
         with self.b.tape.tagged(LOGITS):
             prediction_logits = self.vocab_transform(hidden_states)
             prediction_logits = self.activation(prediction_logits)
             prediction_logits = self.vocab_layer_norm(prediction_logits)
             prediction_logits = self.vocab_projector(prediction_logits)
+            self.b.tape.mark("loss")
             return token_cross_entropy(prediction_logits, labels), prediction_logits
 
 
@@ -177,13 +177,13 @@ class DistilBertForSequenceClassification(Classifier):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         hidden_state = self.distilbert(input_ids)
-        self.b.tape.mark("loss")
         with self.b.tape.tagged(LOGITS):
             pooled_output = hidden_state.select(1, 0)
             pooled_output = self.pre_classifier(pooled_output)
             pooled_output = ops.relu(pooled_output)
             pooled_output = ops.dropout(pooled_output, self.dropout)
             logits = self.classifier(pooled_output)
+            self.b.tape.mark("loss")
             return ops.cross_entropy(logits, labels), logits
 
 

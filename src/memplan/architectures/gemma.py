@@ -23,7 +23,7 @@ class GemmaConfig(LlamaConfig):
     num_hidden_layers = 28
     num_attention_heads = 16
     num_key_value_heads = 16
-    head_dim = 256
+    default_head_dim = 256
     hidden_act = "gelu_pytorch_tanh"
     tie_word_embeddings = True
 

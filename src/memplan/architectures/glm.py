@@ -22,7 +22,7 @@ class GlmConfig(LlamaConfig):
     intermediate_size = 13696
     num_hidden_layers = 40
     num_key_value_heads = 2
-    head_dim = 128
+    default_head_dim = 128
     attention_bias = True
 
     def __init__(self, fields: Fields) -> None:

@@ -41,7 +41,7 @@ class LlamaConfig:
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    default_head_dim: int | None = None
     hidden_act: str = "silu"
     attention_bias: bool = False
     attention_dropout: float = 0.0
@@ -57,7 +57,7 @@ class LlamaConfig:
         kv_heads = fields.nullable_int("num_key_value_heads", self.num_key_value_heads)
         self.num_key_value_heads: int = kv_heads or self.num_attention_heads
         check_groups(fields, self.num_attention_heads, self.num_key_value_heads)
-        self.head_dim: int = head_dim(fields, self.hidden_size, self.num_attention_heads, self.head_dim)
+        self.head_dim = head_dim(fields, self.hidden_size, self.num_attention_heads, self.default_head_dim)
         self.rotary_dim = self.head_dim
         self.hidden_act = fields.str("hidden_act", self.hidden_act)
         self.attention_bias = fields.bool("attention_bias", self.attention_bias)

@@ -18,7 +18,7 @@ from memplan.tape import ops
 from memplan.tape.attention import flash_attention_2, repeat_kv, scaled_dot_product_attention
 from memplan.specs.fields import Fields
 from memplan.tape.tape import LOGITS, Tape
-from memplan.tape.tensor import Buffer, DType, Parameter, Shape, Tensor, bool_, float32, int64
+from memplan.tape.tensor import Buffer, DType, Parameter, Shape, Tensor, bool_, float32, int32, int64
 
 
 class Inventory:
@@ -87,6 +87,9 @@ class Build:
 
 class Module:
     """Holds parameters, buffers and modules as attributes; the attribute names are the state dict's."""
+
+    no_split = False
+    """Listed in transformers' ``_no_split_modules``: a device map keeps it in one piece."""
 
     forward: Callable[..., Any]
 
@@ -213,6 +216,7 @@ class RMSNorm(Module):
 class CheckpointLayer(Module):
     """transformers' GradientCheckpointingLayer: the block that is recomputed, and the unit of repetition."""
 
+    no_split = True
     _build: Build
 
     def __call__(self, *args: Any) -> Any:
@@ -584,10 +588,21 @@ class SequenceClassification(Classifier):
         setattr(self, prefix, model)
         self.score = Linear(b, hidden_size, num_labels(fields), bias=False)
 
+    def last_non_pad_token(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """The places of the scores that count, and what stays beside them: a mask and the numbers of the places."""
+        t = input_ids.tape
+        not_padding = t.new(input_ids.shape, bool_, "ne")
+        non_pad_mask = t.new(input_ids.shape, int32, "non_pad_mask")
+        del not_padding
+        token_indices = t.new(input_ids.shape[1:], int32, "token_indices")
+        t.scratch(non_pad_mask.nbytes, "mul")
+        return non_pad_mask, token_indices, t.new(input_ids.shape[:1], int64, "argmax")
+
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         hidden_states = getattr(self, self._prefix)(input_ids)
         with self.b.tape.tagged(LOGITS):
             logits = self.score(hidden_states)
+            last_non_pad_token = self.last_non_pad_token(input_ids)
             pooled_logits = ops.index_rows(logits, logits.shape[0])
             self.b.tape.mark("loss")
             return ops.cross_entropy(pooled_logits, labels), pooled_logits

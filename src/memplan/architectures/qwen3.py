@@ -17,7 +17,7 @@ from memplan.tape.tensor import Tensor
 
 
 class Qwen3Config(Qwen2Config):
-    head_dim = 128
+    default_head_dim = 128
 
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)

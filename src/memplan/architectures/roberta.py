@@ -109,9 +109,9 @@ class RobertaForSequenceClassification(Classifier):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         sequence_output, _ = self.roberta(input_ids)
-        self.b.tape.mark("loss")
         with self.b.tape.tagged(LOGITS):
             logits = self.classifier(sequence_output)
+            self.b.tape.mark("loss")
             return ops.cross_entropy(logits, labels), logits
 
 

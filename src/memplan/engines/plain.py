@@ -86,7 +86,7 @@ def phases(run: Run, communication: int = 0) -> dict[str, Parts]:
     }
     before_step = resting if run.optimizer.made_at_construction else base
     first = [during(before_step, moment, old) for moment in run.profile.peaks.values()]
-    result["first_step"] = dict(max([*first, stepping], key=total))
+    result["first_step"] = {**max([*first, stepping], key=total)}
     for name, moment in run.profile.peaks.items():
         result[name] = during(resting, moment, old)
     result["step"] = stepping

@@ -7,6 +7,8 @@ backend that torch's dispatcher takes there, with what that kernel keeps and nee
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from memplan.tape import tensor as dtypes
@@ -18,13 +20,20 @@ from memplan.tape.tensor import Tensor
 __all__ = ["cuda_kernels"]
 
 
-def cuda_kernels(rules: DeviceRules) -> Any:
-    """Return a context manager under which attention and dropout allocate what they do on the device of ``rules``."""
+Kernel = Callable[[str], AbstractContextManager[Callable[[int], None]]]
+"""Around what stands for a kernel, by name; inside, it is told the kernel's floating-point operations."""
+
+
+def cuda_kernels(rules: DeviceRules, kernel: Kernel) -> Any:
+    """Return a context manager under which attention and dropout allocate what they do on the device of ``rules``.
+
+    ``kernel`` hears of attention, which is no operation of torch here.
+    """
     import torch
     from torch.nn import functional
     from torch.overrides import TorchFunctionMode
 
-    fused = _fused_function(rules)
+    fused = _fused_function(rules, kernel)
 
     class Kernels(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -105,7 +114,7 @@ def _bias(mask: Any, dtype: Any, *, aligned: bool) -> Any:
     return mask
 
 
-def _fused_function(rules: DeviceRules) -> Any:
+def _fused_function(rules: DeviceRules, kernel: Kernel) -> Any:
     """Attention in one kernel, as an autograd.Function that allocates what the tape's rule says."""
     import torch
 
@@ -115,10 +124,12 @@ def _fused_function(rules: DeviceRules) -> Any:
             tape = Tape(rules)
             start, symbols = _symbols(tape, q, k, v, mask)
             out = _fused(tape, backend, *symbols, dropout_p)  # type: ignore[arg-type]
-            result = _real(out, q)
-            kept = [_blob(tape.sizes[i], q) for i in range(start, len(tape.sizes)) if i != out.storage.id]
+            with kernel("sdpa") as count:
+                count(tape.flops)
+                result = _real(out, q)
+                kept = [_blob(tape.sizes[i], q) for i in range(start, len(tape.sizes)) if i != out.storage.id]
             ctx.save_for_backward(q, k, v, mask, result, *kept)
-            ctx.backend = backend
+            ctx.backend, ctx.flops = backend, tape.flops
             return result
 
         @staticmethod
@@ -126,12 +137,14 @@ def _fused_function(rules: DeviceRules) -> Any:
             q, k, v, mask = ctx.saved_tensors[:4]
             tape = Tape(rules)
             start, symbols = _symbols(tape, q, k, v, mask)
-            node = Node(_fused_backward, 0, [], None, (ctx.backend, 0, k.size(1)), 1)
+            node = Node(_fused_backward, 0, [], None, (ctx.backend, ctx.flops, k.size(1)), 1)
             grads = _fused_backward(tape, node, symbols[0], (*symbols, symbols[0], None))  # type: ignore[arg-type]
             ids = {g.storage.id: g for g in grads if g is not None}
-            made = {
-                i: _real(ids[i], q) if i in ids else _blob(tape.sizes[i], q) for i in range(start, len(tape.sizes))
-            }
+            with kernel("sdpa_backward") as count:
+                count(tape.flops)
+                made = {
+                    i: _real(ids[i], q) if i in ids else _blob(tape.sizes[i], q) for i in range(start, len(tape.sizes))
+                }
             return (*(made[g.storage.id] for g in grads if g is not None), None, None, None)
 
     return FusedAttention

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from memplan.introspect.trace import Listener
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import ACTIVATION, GRADIENT, INPUT, LOGITS, TEMPORARY, LayerKey, Tape
+from memplan.tape.tensor import DTYPES, DType
 
 __all__ = ["NotRepeating", "Recorder", "Recording", "Segment", "Templates", "expand", "same_log", "to_tape"]
 
@@ -45,13 +47,25 @@ class Segment:
     flops: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """A storage as it came to be."""
+
+    nbytes: int
+    """Not rounded."""
+    name: str
+    """The operation that made it."""
+    shape: tuple[int, ...]
+    dtype: str
+    """Both of the tensor that it was made for."""
+
+
 @dataclass(slots=True)
 class Recording:
     """One micro-batch: its segments in the order of time, and its storages in the order of birth."""
 
     segments: list[Segment]
-    nbytes: list[int]
-    """Of each storage, not rounded."""
+    births: list[Birth]
     components: list[int]
     """Of each storage, as on a tape."""
     input_count: int
@@ -64,7 +78,7 @@ class Recording:
 @dataclass(slots=True)
 class _Storage:
     serial: int
-    nbytes: int
+    birth: Birth
     phase: str
     in_head: bool
     recomputed: bool
@@ -94,6 +108,7 @@ class Recorder(Listener):
         self._at = 0
         self._head: int | None = None
         self._replaced: int | None = None
+        self._kernel = ""
         self._inputs = 0
 
     # What the trace says.
@@ -118,8 +133,16 @@ class Recorder(Listener):
         if self._on and self._head is None and self._phase() == "forward":
             self._head = _sequence_number()
 
-    def count(self, flops: int) -> None:
-        """Floating-point operations that no operation of torch tells of."""
+    @contextmanager
+    def kernel(self, name: str) -> Iterator[Callable[[int], None]]:
+        """What is allocated inside stands for a kernel; the value is told its floating-point operations."""
+        self._kernel = name
+        try:
+            yield self._count
+        finally:
+            self._kernel = ""
+
+    def _count(self, flops: int) -> None:
         self._segments[-1].flops += flops
 
     def finish(self, gradients: Sequence[Any], depths: Mapping[int, int]) -> Recording:
@@ -136,7 +159,7 @@ class Recorder(Listener):
             INPUT if i < self._inputs else GRADIENT if storage.serial in kept else _component(storage)
             for i, storage in enumerate(self._storages)
         ]
-        return Recording(self._segments, [storage.nbytes for storage in self._storages], components, self._inputs)
+        return Recording(self._segments, [storage.birth for storage in self._storages], components, self._inputs)
 
     # What the tracker says.
 
@@ -149,14 +172,16 @@ class Recorder(Listener):
         if self._on:
             self._segments[-1].flops += _flops(func, args, kwargs, out)
 
-    def born(self, serial: int, nbytes: int, shape: tuple[int, ...]) -> None:
+    def born(self, serial: int, nbytes: int, tensor: Any, op: str) -> None:
         if not self._on:
             return
+        name = self._kernel or op.split(".")[1 if "." in op else 0]
+        birth = Birth(nbytes, name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         phase = self._arrive()
         in_head = phase == "loss" or (self._head is not None and (phase == "forward" or self._runs_since(self._head)))
         self._index[serial] = len(self._storages)
         self._segments[-1].events.append(len(self._storages))
-        self._storages.append(_Storage(serial, nbytes, phase, in_head, _recomputing(phase)))
+        self._storages.append(_Storage(serial, birth, phase, in_head, _recomputing(phase)))
 
     def died(self, serial: int) -> None:
         index = self._index.pop(serial, None)
@@ -173,7 +198,7 @@ class Recorder(Listener):
         """The sum that was just born is the old gradient itself."""
         self._replaced = None
         events, new = self._segments[-1].events, len(self._storages) - 1
-        if not events or events[-1] != new or self._storages[new].nbytes != self._storages[old].nbytes:
+        if not events or events[-1] != new or self._storages[new].birth.nbytes != self._storages[old].birth.nbytes:
             return False
         events.pop()
         born = self._storages.pop()
@@ -312,7 +337,7 @@ class _Expansion:
     def __init__(self, short: Recording, templates: Templates) -> None:
         self._short = short
         self._templates = templates
-        self._home: list[tuple[int, int]] = [(0, 0)] * len(short.nbytes)
+        self._home: list[tuple[int, int]] = [(0, 0)] * len(short.births)
         """Storage of the short recording -> its segment, and its number among those born there."""
         self._born: list[list[int]] = []
         """Segment -> the storages born there, in order."""
@@ -330,9 +355,9 @@ class _Expansion:
     def run(self) -> Recording:
         segments = [self._segment(i, layer) for i, layer in self._order()]
         self._check(segments)
-        nbytes = [self._short.nbytes[storage] for storage in self._of]
+        births = [self._short.births[storage] for storage in self._of]
         components = [self._short.components[storage] for storage in self._of]
-        return Recording(segments, nbytes, components, self._short.input_count)
+        return Recording(segments, births, components, self._short.input_count)
 
     def _order(self) -> list[tuple[int, int | None]]:
         """(segment of the short recording, layer that it stands for), in the order of time."""
@@ -418,19 +443,25 @@ def _normal(recording: Recording) -> list[Any]:
                 result.append(sorted(frees))
                 frees = []
             order[event] = len(order)
-            result.append((segment.phase, recording.nbytes[event], recording.components[event]))
+            result.append((segment.phase, recording.births[event], recording.components[event]))
     return [*result, sorted(frees)]
 
 
 # -- as a tape -------------------------------------------------------------------------------------------------------
 
 
+def known_dtype(name: str) -> DType:
+    """The DType of a torch name; for one that memplan has no rules for, a DType that has only the name."""
+    return DTYPES.get(name) or DType(name, 1, False)
+
+
 def to_tape(recording: Recording, rules: DeviceRules) -> Tape:
     """Return a tape that says it ran what was recorded."""
     tape = Tape(rules)
-    tape.sizes = [(nbytes + 511) & -512 for nbytes in recording.nbytes]
+    tape.sizes = [(birth.nbytes + 511) & -512 for birth in recording.births]
+    tape.names = [birth.name for birth in recording.births]
+    tape.shapes = [(birth.shape, known_dtype(birth.dtype)) for birth in recording.births]
     tape.components = list(recording.components)
-    tape.names = [""] * len(tape.sizes)
     tape.input_count = recording.input_count
     phase = "forward"
     for segment in recording.segments:

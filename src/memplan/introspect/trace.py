@@ -285,8 +285,8 @@ class Listener:
     def called(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """An operation has run, and what it allocated has been told."""
 
-    def born(self, serial: int, nbytes: int, shape: tuple[int, ...]) -> None:
-        """A storage of ``nbytes`` bytes, not rounded, under a tensor of ``shape``."""
+    def born(self, serial: int, nbytes: int, tensor: Any, op: str) -> None:
+        """A storage of ``nbytes`` bytes, not rounded, under ``tensor``, made by ``op``."""
 
     def died(self, serial: int) -> None:
         """A storage was freed."""
@@ -360,7 +360,7 @@ def _make_tracker(record_events: bool, listener: Listener | None = None) -> Any:
                     self._mark()
                     if listener is not None:
                         listener.died(known[0].serial)
-                        listener.born(known[0].serial, storage.nbytes(), tuple(tensor.shape))
+                        listener.born(known[0].serial, storage.nbytes(), tensor, op)
                 return
             if nbytes == 0:
                 return
@@ -375,7 +375,7 @@ def _make_tracker(record_events: bool, listener: Listener | None = None) -> Any:
             self._mark()
             self._record("alloc", born)
             if listener is not None:
-                listener.born(born.serial, storage.nbytes(), tuple(tensor.shape))
+                listener.born(born.serial, storage.nbytes(), tensor, op)
 
         def _freed(self, key: int, _ref: Any) -> None:
             born, _ = self._born.pop(key)

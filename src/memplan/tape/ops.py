@@ -828,9 +828,10 @@ def softmax(x: Tensor, dtype: DType | None = None) -> Tensor:
     t = x.storage.tape
     if dtype is None and t.autocast is not None and "softmax" in t.rules.autocast_float32:
         dtype = float32  # autocast names a dtype here (fp32_set_opt_dtype) rather than casting the argument
+    source = x  # not x itself: the caller may have left the input to us, and torch keeps it until the end
     if dtype is not None and dtype is not x.dtype:
-        x = t.rules.softmax_input(x, dtype, to)
-    node = t.node(_softmax_backward, (x,), (), (x.dtype,)) if x.node is not None else None
+        source = t.rules.softmax_input(x, dtype, to)
+    node = t.node(_softmax_backward, (source,), (), (source.dtype,)) if x.node is not None else None
     out = t.new(x.shape, dtype or x.dtype, "softmax")
     if node is not None:
         t.save(node, out)
@@ -867,15 +868,23 @@ def _embedding_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
 def index_rows(x: Tensor, rows: int) -> Tensor:
     """x[arange, index] of [B, S, C]: a gather of ``rows`` rows; backward scatters into zeros of x's shape."""
     t = x.storage.tape
-    node = t.node(_slice_backward, (x,), (), x.shape) if x.node is not None else None
+    node = t.node(_index_backward, (x,), (), x.shape) if x.node is not None else None
     out = t.new((rows, x.shape[-1]), x.dtype, "index")
     out.node = node
     return out
 
 
+def _index_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    """zeros, and index_put_ into them, which under a dispatch mode is index_put."""
+    zeros = t.new(node.ctx, grad.dtype, "zeros")
+    if t.accumulate_in_place:
+        return (zeros,)
+    return (t.new(node.ctx, grad.dtype, "index_put"),)
+
+
 def take_one(x: Tensor, dim: int) -> Tensor:
     """x[:, ..., [i]]: one index along a dimension, which stays with size 1: a copy; backward scatters into zeros."""
-    node = x.storage.tape.node(_slice_backward, (x,), (), x.shape) if x.node is not None else None
+    node = x.storage.tape.node(_index_backward, (x,), (), x.shape) if x.node is not None else None
     out = x.storage.tape.new((*x.shape[:dim], 1, *x.shape[dim + 1 :]), x.dtype, "index")
     out.node = node
     return out
@@ -1008,29 +1017,33 @@ def _where_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
 
 
 # torch's method spellings.
-Tensor.view = reshape  # type: ignore[method-assign]
-Tensor.reshape = reshape  # type: ignore[method-assign]
-Tensor.transpose = transpose  # type: ignore[method-assign]
-Tensor.permute = permute  # type: ignore[method-assign]
-Tensor.unsqueeze = unsqueeze  # type: ignore[method-assign]
-Tensor.squeeze = squeeze  # type: ignore[method-assign]
-Tensor.expand = expand  # type: ignore[method-assign]
-Tensor.narrow = narrow  # type: ignore[method-assign]
-Tensor.select = select  # type: ignore[method-assign]
-Tensor.split = split  # type: ignore[method-assign]
-Tensor.chunk = chunk  # type: ignore[method-assign]
-Tensor.unbind = unbind  # type: ignore[method-assign]
-Tensor.contiguous = contiguous  # type: ignore[method-assign]
-Tensor.to = to  # type: ignore[method-assign]
-Tensor.float = float_  # type: ignore[method-assign]
-Tensor.detach = detach  # type: ignore[method-assign]
-Tensor.pow = pow_  # type: ignore[method-assign]
-Tensor.mean = mean  # type: ignore[method-assign]
-Tensor.sum = sum_  # type: ignore[method-assign]
-Tensor.__add__ = add  # type: ignore[method-assign]
-Tensor.__radd__ = add  # type: ignore[method-assign]
-Tensor.__sub__ = sub  # type: ignore[method-assign]
-Tensor.__mul__ = mul  # type: ignore[method-assign]
-Tensor.__rmul__ = mul  # type: ignore[method-assign]
-Tensor.__truediv__ = div  # type: ignore[method-assign]
-Tensor.__neg__ = neg  # type: ignore[method-assign]
+_METHODS: dict[str, Any] = {
+    "view": reshape,
+    "reshape": reshape,
+    "transpose": transpose,
+    "permute": permute,
+    "unsqueeze": unsqueeze,
+    "squeeze": squeeze,
+    "expand": expand,
+    "narrow": narrow,
+    "select": select,
+    "split": split,
+    "chunk": chunk,
+    "unbind": unbind,
+    "contiguous": contiguous,
+    "to": to,
+    "float": float_,
+    "detach": detach,
+    "pow": pow_,
+    "mean": mean,
+    "sum": sum_,
+    "__add__": add,
+    "__radd__": add,
+    "__sub__": sub,
+    "__mul__": mul,
+    "__rmul__": mul,
+    "__truediv__": div,
+    "__neg__": neg,
+}
+for _name, _function in _METHODS.items():
+    setattr(Tensor, _name, _function)

@@ -179,7 +179,7 @@ class Tape:
         p.name = name
         p.elements = p.numel
         if requires_grad:
-            p.node = AccumulateGrad(p)  # type: ignore[assignment]
+            p.node = AccumulateGrad(p)
         return p
 
     def buffer(self, shape: Shape, dtype: DType, registered: bool = True) -> Buffer:
@@ -191,7 +191,7 @@ class Tape:
     def require_grad(self, x: Tensor) -> None:
         """x.requires_grad_(): x becomes a leaf with a gradient of its own."""
         if x.node is None and self.grad_enabled:
-            x.node = AccumulateGrad(x)  # type: ignore[assignment]
+            x.node = AccumulateGrad(x)
             if self._recording is None:  # a recomputed graph does not outlive its recomputation
                 self._leaves.append(x)
 
@@ -227,7 +227,7 @@ class Tape:
                 live = True
                 node = x.node
                 if node.__class__ is AccumulateGrad and self._recording is None:
-                    node.pending += 1  # type: ignore[union-attr]
+                    node.pending += 1
                 edges.append((node, x.slot))
         if not live:
             return None

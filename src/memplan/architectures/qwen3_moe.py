@@ -1,0 +1,43 @@
+"""Qwen3-MoE (transformers.models.qwen3_moe): Qwen3 with experts, all layers within one sliding window if any."""
+
+from __future__ import annotations
+
+from memplan.architectures.llama import LlamaForCausalLM, decoder_heads
+from memplan.architectures.moe import MoeConfig, MoeDecoderLayer, MoeModel
+from memplan.architectures.qwen2_moe import sparse_layers
+from memplan.architectures.qwen3 import Qwen3Attention
+from memplan.specs.fields import Fields
+
+
+class Qwen3MoeConfig(MoeConfig):
+    vocab_size = 151936
+    hidden_size = 2048
+    intermediate_size = 6144
+    num_hidden_layers = 24
+    num_key_value_heads = 4
+    num_experts = 128
+    num_experts_per_tok = 8
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__(fields)
+        self.mlp_bias = False  # whatever the file says
+        self.moe_intermediate_size = fields.int("moe_intermediate_size", 768)
+        self.sparse = sparse_layers(fields, self.num_hidden_layers)
+        if fields.bool("use_sliding_window", False):
+            self.windows = {"full_attention": fields.nullable_int("sliding_window", 4096)}
+
+
+class Qwen3MoeDecoderLayer(MoeDecoderLayer):
+    attention_class = Qwen3Attention
+
+
+class Qwen3MoeModel(MoeModel):
+    layer_class = Qwen3MoeDecoderLayer
+
+
+class Qwen3MoeForCausalLM(LlamaForCausalLM):
+    config_class = Qwen3MoeConfig
+    model_class = Qwen3MoeModel
+
+
+HEADS = decoder_heads(Qwen3MoeForCausalLM)
