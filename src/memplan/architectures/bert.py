@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.nn import (
     Build,
     CheckpointLayer,
@@ -53,6 +55,8 @@ class BertConfig:
 
 
 class BertEmbeddings(Module):
+    no_split = True
+
     def __init__(self, b: Build, c: BertConfig) -> None:
         self.word_embeddings = Embedding(b, c.vocab_size, c.hidden_size)
         self.position_embeddings = Embedding(b, c.max_position_embeddings, c.hidden_size)
@@ -174,7 +178,7 @@ class BertPooler(Module):
 
 
 class BertModel(Module):
-    embeddings_class = BertEmbeddings
+    embeddings_class: ClassVar[Callable[..., Any]] = BertEmbeddings
 
     def __init__(self, b: Build, c: BertConfig, add_pooling_layer: bool = True) -> None:
         self.b = b
@@ -225,7 +229,8 @@ class BertPreTrainingHeads(Module):
 
     def __init__(self, b: Build, c: BertConfig, word_embeddings: Embedding, next_sentence: bool) -> None:
         self.predictions = BertLMPredictionHead(b, c, word_embeddings)
-        self.seq_relationship = Linear(b, c.hidden_size, 2) if next_sentence else None
+        if next_sentence:
+            self.seq_relationship = Linear(b, c.hidden_size, 2)
 
 
 def token_cross_entropy(prediction_scores: Tensor, labels: Tensor) -> Tensor:

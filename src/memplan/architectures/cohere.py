@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import (
     LlamaAttention,
     LlamaConfig,
@@ -94,13 +96,13 @@ class CohereDecoderLayer(CheckpointLayer):
 
 
 class CohereModel(LlamaModel):
-    layer_class = CohereDecoderLayer
-    norm_class = CohereLayerNorm
+    layer_class: ClassVar[Callable[..., Any]] = CohereDecoderLayer
+    norm_class: ClassVar[Callable[..., Any]] = CohereLayerNorm
 
 
 class CohereForCausalLM(LlamaForCausalLM):
-    config_class = CohereConfig
-    model_class = CohereModel
+    config_class: ClassVar[Callable[..., Any]] = CohereConfig
+    model_class: ClassVar[Callable[..., Any]] = CohereModel
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden_states = self.model(input_ids)

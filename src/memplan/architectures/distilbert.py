@@ -107,6 +107,8 @@ class FFN(Module):
 
 
 class TransformerBlock(CheckpointLayer):
+    no_split = False
+
     def __init__(self, b: Build, c: DistilBertConfig) -> None:
         self.attention = DistilBertSelfAttention(b, c)
         self.sa_layer_norm = LayerNorm(b, c.dim)

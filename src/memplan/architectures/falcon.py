@@ -129,14 +129,14 @@ class FalconAttention(Module):
         elif alibi is None:
             attn_weights = ops.matmul(query_layer, key_layer.transpose(-1, -2))
             attn_weights = ops.mul_(attn_weights)
-            attn_weights = ops.softmax(ops.add(attn_weights, mask), hidden_states.dtype)
+            attn_weights = ops.softmax(ops.add(attn_weights, mask) if mask is not None else attn_weights, hidden_states.dtype)
             attn_output = ops.matmul(attn_weights, value_layer)
         else:
             matmul_result = ops.matmul(query_layer, key_layer.transpose(-1, -2))
             attention_scores = matmul_result.to(float32)
             attention_logits = attention_scores + alibi.view(batch, heads, 1, length)
             attention_logits = ops.mul_(attention_logits)
-            attn_weights = ops.softmax(ops.add(attention_logits, mask), hidden_states.dtype)
+            attn_weights = ops.softmax(ops.add(attention_logits, mask) if mask is not None else attention_logits, hidden_states.dtype)
             attn_weights = ops.dropout(attn_weights, self.c.attention_dropout)
             attn_output = ops.matmul(attn_weights, value_layer)
         attn_output = attn_output.permute(0, 2, 1, 3)
@@ -149,7 +149,7 @@ class FalconAttention(Module):
         target = self.b.tape.autocast or self.query_key_value.weight.dtype
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         query, key, value = query.to(target), key.to(target), value.to(target)
-        return flash_attention_2(query, key, value).transpose(1, 2)
+        return flash_attention_2(query, key, value, target).transpose(1, 2)
 
 
 class FalconMLP(Module):

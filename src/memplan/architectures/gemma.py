@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import (
     LlamaConfig,
     LlamaDecoderLayer,
@@ -22,7 +24,7 @@ class GemmaConfig(LlamaConfig):
     intermediate_size = 24576
     num_hidden_layers = 28
     num_attention_heads = 16
-    num_key_value_heads = 16
+    default_kv_heads = 16
     default_head_dim = 256
     hidden_act = "gelu_pytorch_tanh"
     tie_word_embeddings = True
@@ -61,18 +63,18 @@ class GemmaScaledWordEmbedding(Embedding):
 
 
 class GemmaDecoderLayer(LlamaDecoderLayer):
-    norm_class = GemmaRMSNorm
+    norm_class: ClassVar[Callable[..., Any]] = GemmaRMSNorm
 
 
 class GemmaModel(LlamaModel):
-    embedding_class = GemmaScaledWordEmbedding
-    layer_class = GemmaDecoderLayer
-    norm_class = GemmaRMSNorm
+    embedding_class: ClassVar[Callable[..., Any]] = GemmaScaledWordEmbedding
+    layer_class: ClassVar[Callable[..., Any]] = GemmaDecoderLayer
+    norm_class: ClassVar[Callable[..., Any]] = GemmaRMSNorm
 
 
 class GemmaForCausalLM(LlamaForCausalLM):
-    config_class = GemmaConfig
-    model_class = GemmaModel
+    config_class: ClassVar[Callable[..., Any]] = GemmaConfig
+    model_class: ClassVar[Callable[..., Any]] = GemmaModel
 
 
 HEADS = decoder_heads(GemmaForCausalLM)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.gemma import GemmaConfig, GemmaDecoderLayer, GemmaModel, GemmaRMSNorm
 from memplan.architectures.llama import LlamaAttention, LlamaConfig, LlamaForCausalLM, decoder_heads, layer_types
 from memplan.architectures.nn import Build, causal_lm_output
@@ -18,7 +20,7 @@ class Gemma2Config(GemmaConfig):
     intermediate_size = 9216
     num_hidden_layers = 26
     num_attention_heads = 8
-    num_key_value_heads = 4
+    default_kv_heads = 4
 
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)
@@ -41,7 +43,7 @@ class Gemma2Attention(LlamaAttention):
 
 
 class Gemma2DecoderLayer(GemmaDecoderLayer):
-    attention_class = Gemma2Attention
+    attention_class: ClassVar[Callable[..., Any]] = Gemma2Attention
 
     def __init__(self, b: Build, c: LlamaConfig, layer_idx: int) -> None:
         super().__init__(b, c, layer_idx)
@@ -63,7 +65,7 @@ class Gemma2DecoderLayer(GemmaDecoderLayer):
 
 
 class Gemma2Model(GemmaModel):
-    layer_class = Gemma2DecoderLayer
+    layer_class: ClassVar[Callable[..., Any]] = Gemma2DecoderLayer
 
     def __init__(self, b: Build, c: Gemma2Config) -> None:
         if b.attn not in ATTENTION:
@@ -75,8 +77,8 @@ class Gemma2Model(GemmaModel):
 
 
 class Gemma2ForCausalLM(LlamaForCausalLM):
-    config_class = Gemma2Config
-    model_class = Gemma2Model
+    config_class: ClassVar[Callable[..., Any]] = Gemma2Config
+    model_class: ClassVar[Callable[..., Any]] = Gemma2Model
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden_states = self.model(input_ids)

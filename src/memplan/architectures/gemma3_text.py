@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.gemma import GemmaConfig, GemmaModel, GemmaRMSNorm
 from memplan.architectures.gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM, sliding_layers
 from memplan.architectures.llama import LlamaAttention, LlamaConfig, decoder_heads
@@ -16,7 +18,7 @@ class Gemma3Config(GemmaConfig):
     intermediate_size = 9216
     num_hidden_layers = 26
     num_attention_heads = 8
-    num_key_value_heads = 4
+    default_kv_heads = 4
 
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)
@@ -40,7 +42,7 @@ class Gemma3Attention(LlamaAttention):
 
 
 class Gemma3DecoderLayer(Gemma2DecoderLayer):
-    attention_class = Gemma3Attention
+    attention_class: ClassVar[Callable[..., Any]] = Gemma3Attention
 
 
 class Gemma3RotaryEmbedding(RotaryEmbedding):
@@ -55,7 +57,7 @@ class Gemma3RotaryEmbedding(RotaryEmbedding):
 
 
 class Gemma3TextModel(GemmaModel):
-    layer_class = Gemma3DecoderLayer
+    layer_class: ClassVar[Callable[..., Any]] = Gemma3DecoderLayer
 
     def __init__(self, b: Build, c: Gemma3Config) -> None:
         super().__init__(b, c)
@@ -73,8 +75,8 @@ class Gemma3TextModel(GemmaModel):
 
 
 class Gemma3ForCausalLM(Gemma2ForCausalLM):
-    config_class = Gemma3Config
-    model_class = Gemma3TextModel
+    config_class: ClassVar[Callable[..., Any]] = Gemma3Config
+    model_class: ClassVar[Callable[..., Any]] = Gemma3TextModel
 
 
 HEADS = decoder_heads(Gemma3ForCausalLM)

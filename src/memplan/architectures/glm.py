@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import (
     LlamaAttention,
     LlamaConfig,
@@ -21,7 +23,7 @@ class GlmConfig(LlamaConfig):
     vocab_size = 151552
     intermediate_size = 13696
     num_hidden_layers = 40
-    num_key_value_heads = 2
+    default_kv_heads = 2
     default_head_dim = 128
     attention_bias = True
 
@@ -59,17 +61,17 @@ class GlmAttention(LlamaAttention):
 
 
 class GlmDecoderLayer(LlamaDecoderLayer):
-    attention_class = GlmAttention
-    mlp_class = FusedMLP
+    attention_class: ClassVar[Callable[..., Any]] = GlmAttention
+    mlp_class: ClassVar[Callable[..., Any]] = FusedMLP
 
 
 class GlmModel(LlamaModel):
-    layer_class = GlmDecoderLayer
+    layer_class: ClassVar[Callable[..., Any]] = GlmDecoderLayer
 
 
 class GlmForCausalLM(LlamaForCausalLM):
-    config_class = GlmConfig
-    model_class = GlmModel
+    config_class: ClassVar[Callable[..., Any]] = GlmConfig
+    model_class: ClassVar[Callable[..., Any]] = GlmModel
 
 
 HEADS = decoder_heads(GlmForCausalLM)

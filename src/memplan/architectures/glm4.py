@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.glm import GlmConfig, GlmDecoderLayer, GlmForCausalLM, GlmModel
 from memplan.architectures.llama import decoder_heads
 from memplan.architectures.nn import Build, RMSNorm
@@ -29,11 +31,11 @@ class Glm4DecoderLayer(GlmDecoderLayer):
 
 
 class Glm4Model(GlmModel):
-    layer_class = Glm4DecoderLayer
+    layer_class: ClassVar[Callable[..., Any]] = Glm4DecoderLayer
 
 
 class Glm4ForCausalLM(GlmForCausalLM):
-    model_class = Glm4Model
+    model_class: ClassVar[Callable[..., Any]] = Glm4Model
 
 
 HEADS = decoder_heads(Glm4ForCausalLM)

@@ -88,6 +88,7 @@ class GPT2Attention(Module):
         key_states = key_states.view(batch, length, -1, self.head_dim).transpose(1, 2)
         value_states = value_states.view(batch, length, -1, self.head_dim).transpose(1, 2)
         query_states = query_states.view(batch, length, -1, self.head_dim).transpose(1, 2)
+        attn_weights: Tensor | None
         if self.b.attn == "eager":
             attn_output, attn_weights = eager_attention_forward(
                 query_states, key_states, value_states, mask, self.c.attn_pdrop, self.c.reorder_and_upcast_attn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.gpt2 import GPT2MLP, GPT2Block, GPT2Config, GPT2Model
 from memplan.architectures.nn import Build, Linear, Module, activation, attention, language_model_heads
 from memplan.specs.fields import Fields
@@ -52,12 +54,12 @@ class GPTBigCodeMLP(GPT2MLP):
 
 
 class GPTBigCodeBlock(GPT2Block):
-    attention_class = GPTBigCodeAttention
-    mlp_class = GPTBigCodeMLP
+    attention_class: ClassVar[Callable[..., Any]] = GPTBigCodeAttention
+    mlp_class: ClassVar[Callable[..., Any]] = GPTBigCodeMLP
 
 
 class GPTBigCodeModel(GPT2Model):
-    block_class = GPTBigCodeBlock
+    block_class: ClassVar[Callable[..., Any]] = GPTBigCodeBlock
 
     def __init__(self, b: Build, c: GPTBigCodeConfig) -> None:
         super().__init__(b, c)

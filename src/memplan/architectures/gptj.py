@@ -87,7 +87,7 @@ class GPTJAttention(Module):
         value = value.permute(0, 2, 1, 3).contiguous()
         target = self.b.tape.autocast or self.q_proj.weight.dtype
         query, key, value = query.to(target), key.to(target), value.to(target)
-        attn_weights = flash_attention_2(query, key, value)
+        attn_weights = flash_attention_2(query, key, value, target)
         return attn_weights.permute(0, 2, 1, 3), attn_weights
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor]:

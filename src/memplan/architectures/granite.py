@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel, decoder_heads
 from memplan.architectures.nn import causal_lm_output, position_ids
 from memplan.tape.tensor import Tensor
@@ -21,7 +23,7 @@ class GraniteDecoderLayer(LlamaDecoderLayer):
 
 
 class GraniteModel(LlamaModel):
-    layer_class = GraniteDecoderLayer
+    layer_class: ClassVar[Callable[..., Any]] = GraniteDecoderLayer
 
     def forward(self, input_ids: Tensor) -> Tensor:
         inputs_embeds = self.embed_tokens(input_ids)
@@ -36,7 +38,7 @@ class GraniteModel(LlamaModel):
 
 
 class GraniteForCausalLM(LlamaForCausalLM):
-    model_class = GraniteModel
+    model_class: ClassVar[Callable[..., Any]] = GraniteModel
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden_states = self.model(input_ids)

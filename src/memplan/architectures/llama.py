@@ -40,7 +40,7 @@ class LlamaConfig:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
+    default_kv_heads: int | None = None
     default_head_dim: int | None = None
     hidden_act: str = "silu"
     attention_bias: bool = False
@@ -54,8 +54,8 @@ class LlamaConfig:
         self.intermediate_size = fields.int("intermediate_size", self.intermediate_size)
         self.num_hidden_layers = fields.int("num_hidden_layers", self.num_hidden_layers)
         self.num_attention_heads = fields.int("num_attention_heads", self.num_attention_heads)
-        kv_heads = fields.nullable_int("num_key_value_heads", self.num_key_value_heads)
-        self.num_key_value_heads: int = kv_heads or self.num_attention_heads
+        kv_heads = fields.nullable_int("num_key_value_heads", self.default_kv_heads)
+        self.num_key_value_heads = kv_heads or self.num_attention_heads
         check_groups(fields, self.num_attention_heads, self.num_key_value_heads)
         self.head_dim = head_dim(fields, self.hidden_size, self.num_attention_heads, self.default_head_dim)
         self.rotary_dim = self.head_dim
@@ -124,7 +124,7 @@ class LlamaMLP(Module):
 
 class LlamaAttention(Module):
     softcap = False
-    rotate = staticmethod(apply_rotary_pos_emb)
+    rotate: Callable[..., tuple[Tensor, Tensor]] = staticmethod(apply_rotary_pos_emb)
 
     def __init__(self, b: Build, c: LlamaConfig, layer_idx: int) -> None:
         self.b = b

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import LlamaConfig, LlamaForCausalLM, decoder_heads
 from memplan.specs.fields import Fields
 
 
 class MistralConfig(LlamaConfig):
     intermediate_size = 14336
-    num_key_value_heads = 8
+    default_kv_heads = 8
     sliding_window: int | None = 4096
 
     def __init__(self, fields: Fields) -> None:
@@ -18,7 +20,7 @@ class MistralConfig(LlamaConfig):
 
 
 class MistralForCausalLM(LlamaForCausalLM):
-    config_class = MistralConfig
+    config_class: ClassVar[Callable[..., Any]] = MistralConfig
 
 
 HEADS = decoder_heads(MistralForCausalLM)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import LlamaForCausalLM, decoder_heads
 from memplan.architectures.moe import MoeConfig, MoeDecoderLayer, MoeModel, SparseMoeBlock, TopKRouter
 from memplan.errors import UnsupportedError
@@ -13,7 +15,7 @@ from memplan.tape.tensor import Tensor
 class MixtralConfig(MoeConfig):
     experts_field = "num_local_experts"
     intermediate_size = 14336
-    num_key_value_heads = 8
+    default_kv_heads = 8
 
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)
@@ -45,12 +47,12 @@ class MixtralDecoderLayer(MoeDecoderLayer):
 
 
 class MixtralModel(MoeModel):
-    layer_class = MixtralDecoderLayer
+    layer_class: ClassVar[Callable[..., Any]] = MixtralDecoderLayer
 
 
 class MixtralForCausalLM(LlamaForCausalLM):
-    config_class = MixtralConfig
-    model_class = MixtralModel
+    config_class: ClassVar[Callable[..., Any]] = MixtralConfig
+    model_class: ClassVar[Callable[..., Any]] = MixtralModel
 
 
 HEADS = decoder_heads(MixtralForCausalLM)

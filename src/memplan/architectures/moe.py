@@ -161,4 +161,4 @@ class MoeDecoderLayer(LlamaDecoderLayer):
 
 
 class MoeModel(LlamaModel):
-    layer_class = MoeDecoderLayer
+    layer_class: ClassVar[Callable[..., Any]] = MoeDecoderLayer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import (
     LlamaAttention,
     LlamaConfig,
@@ -64,13 +66,13 @@ class OlmoAttention(LlamaAttention):
 
 
 class OlmoDecoderLayer(LlamaDecoderLayer):
-    attention_class = OlmoAttention
-    norm_class = OlmoLayerNorm
+    attention_class: ClassVar[Callable[..., Any]] = OlmoAttention
+    norm_class: ClassVar[Callable[..., Any]] = OlmoLayerNorm
 
 
 class OlmoModel(LlamaModel):
-    layer_class = OlmoDecoderLayer
-    norm_class = OlmoLayerNorm
+    layer_class: ClassVar[Callable[..., Any]] = OlmoDecoderLayer
+    norm_class: ClassVar[Callable[..., Any]] = OlmoLayerNorm
 
     def __init__(self, b: Build, c: OlmoConfig) -> None:
         super().__init__(b, c)
@@ -78,8 +80,8 @@ class OlmoModel(LlamaModel):
 
 
 class OlmoForCausalLM(LlamaForCausalLM):
-    config_class = OlmoConfig
-    model_class = OlmoModel
+    config_class: ClassVar[Callable[..., Any]] = OlmoConfig
+    model_class: ClassVar[Callable[..., Any]] = OlmoModel
 
 
 HEADS = decoder_heads(OlmoForCausalLM)

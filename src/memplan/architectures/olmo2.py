@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import LlamaAttention, LlamaConfig, LlamaForCausalLM, decoder_heads
 from memplan.architectures.nn import Build, CheckpointLayer, Module
 from memplan.architectures.llama import LlamaMLP
@@ -73,13 +75,13 @@ class Olmo2DecoderLayer(CheckpointLayer):
 
 
 class Olmo2Model(OlmoModel):
-    layer_class = Olmo2DecoderLayer
-    norm_class = Olmo2RMSNorm
+    layer_class: ClassVar[Callable[..., Any]] = Olmo2DecoderLayer
+    norm_class: ClassVar[Callable[..., Any]] = Olmo2RMSNorm
 
 
 class Olmo2ForCausalLM(LlamaForCausalLM):
-    config_class = Olmo2Config
-    model_class = Olmo2Model
+    config_class: ClassVar[Callable[..., Any]] = Olmo2Config
+    model_class: ClassVar[Callable[..., Any]] = Olmo2Model
 
 
 HEADS = decoder_heads(Olmo2ForCausalLM)

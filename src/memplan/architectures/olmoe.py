@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import LlamaForCausalLM, decoder_heads
 from memplan.architectures.moe import MoeConfig, MoeDecoderLayer, MoeModel
 from memplan.architectures.llama import LlamaAttention
@@ -48,16 +50,16 @@ class OlmoeAttention(LlamaAttention):
 
 
 class OlmoeDecoderLayer(MoeDecoderLayer):
-    attention_class = OlmoeAttention
+    attention_class: ClassVar[Callable[..., Any]] = OlmoeAttention
 
 
 class OlmoeModel(MoeModel):
-    layer_class = OlmoeDecoderLayer
+    layer_class: ClassVar[Callable[..., Any]] = OlmoeDecoderLayer
 
 
 class OlmoeForCausalLM(LlamaForCausalLM):
-    config_class = OlmoeConfig
-    model_class = OlmoeModel
+    config_class: ClassVar[Callable[..., Any]] = OlmoeConfig
+    model_class: ClassVar[Callable[..., Any]] = OlmoeModel
 
 
 HEADS = decoder_heads(OlmoeForCausalLM)

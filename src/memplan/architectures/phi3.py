@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import (
     LlamaAttention,
     LlamaConfig,
@@ -82,8 +84,8 @@ class Phi3Attention(LlamaAttention):
 
 
 class Phi3DecoderLayer(LlamaDecoderLayer):
-    attention_class = Phi3Attention
-    mlp_class = FusedMLP
+    attention_class: ClassVar[Callable[..., Any]] = Phi3Attention
+    mlp_class: ClassVar[Callable[..., Any]] = FusedMLP
 
     def __init__(self, b: Build, c: Phi3Config, layer_idx: int) -> None:
         super().__init__(b, c, layer_idx)
@@ -102,12 +104,12 @@ class Phi3DecoderLayer(LlamaDecoderLayer):
 
 
 class Phi3Model(LlamaModel):
-    layer_class = Phi3DecoderLayer
+    layer_class: ClassVar[Callable[..., Any]] = Phi3DecoderLayer
 
 
 class Phi3ForCausalLM(LlamaForCausalLM):
-    config_class = Phi3Config
-    model_class = Phi3Model
+    config_class: ClassVar[Callable[..., Any]] = Phi3Config
+    model_class: ClassVar[Callable[..., Any]] = Phi3Model
 
 
 HEADS = decoder_heads(Phi3ForCausalLM)

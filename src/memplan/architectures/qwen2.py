@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import LlamaConfig, LlamaForCausalLM, decoder_heads, layer_types
 from memplan.specs.fields import Fields
 
@@ -9,7 +11,7 @@ from memplan.specs.fields import Fields
 class Qwen2Config(LlamaConfig):
     vocab_size = 151936
     intermediate_size = 22016
-    num_key_value_heads = 32
+    default_kv_heads = 32
 
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)
@@ -26,7 +28,7 @@ class Qwen2Config(LlamaConfig):
 
 
 class Qwen2ForCausalLM(LlamaForCausalLM):
-    config_class = Qwen2Config
+    config_class: ClassVar[Callable[..., Any]] = Qwen2Config
 
 
 HEADS = decoder_heads(Qwen2ForCausalLM)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
 
 from memplan.architectures.llama import LlamaForCausalLM, LlamaMLP, decoder_heads, layer_types
 from memplan.architectures.moe import Experts, MoeConfig, MoeDecoderLayer, MoeModel, TopKRouter
@@ -18,7 +19,7 @@ class Qwen2MoeConfig(MoeConfig):
     intermediate_size = 5632
     num_hidden_layers = 24
     num_attention_heads = 16
-    num_key_value_heads = 16
+    default_kv_heads = 16
     num_experts = 60
     num_experts_per_tok = 4
 
@@ -67,12 +68,12 @@ class Qwen2MoeDecoderLayer(MoeDecoderLayer):
 
 
 class Qwen2MoeModel(MoeModel):
-    layer_class = Qwen2MoeDecoderLayer
+    layer_class: ClassVar[Callable[..., Any]] = Qwen2MoeDecoderLayer
 
 
 class Qwen2MoeForCausalLM(LlamaForCausalLM):
-    config_class = Qwen2MoeConfig
-    model_class = Qwen2MoeModel
+    config_class: ClassVar[Callable[..., Any]] = Qwen2MoeConfig
+    model_class: ClassVar[Callable[..., Any]] = Qwen2MoeModel
 
 
 HEADS = decoder_heads(Qwen2MoeForCausalLM)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import (
     LlamaAttention,
     LlamaConfig,
@@ -39,16 +41,16 @@ class Qwen3Attention(LlamaAttention):
 
 
 class Qwen3DecoderLayer(LlamaDecoderLayer):
-    attention_class = Qwen3Attention
+    attention_class: ClassVar[Callable[..., Any]] = Qwen3Attention
 
 
 class Qwen3Model(LlamaModel):
-    layer_class = Qwen3DecoderLayer
+    layer_class: ClassVar[Callable[..., Any]] = Qwen3DecoderLayer
 
 
 class Qwen3ForCausalLM(LlamaForCausalLM):
-    config_class = Qwen3Config
-    model_class = Qwen3Model
+    config_class: ClassVar[Callable[..., Any]] = Qwen3Config
+    model_class: ClassVar[Callable[..., Any]] = Qwen3Model
 
 
 HEADS = decoder_heads(Qwen3ForCausalLM)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import LlamaForCausalLM, decoder_heads
 from memplan.architectures.moe import MoeConfig, MoeDecoderLayer, MoeModel
 from memplan.architectures.qwen2_moe import sparse_layers
@@ -14,7 +16,7 @@ class Qwen3MoeConfig(MoeConfig):
     hidden_size = 2048
     intermediate_size = 6144
     num_hidden_layers = 24
-    num_key_value_heads = 4
+    default_kv_heads = 4
     num_experts = 128
     num_experts_per_tok = 8
 
@@ -28,16 +30,16 @@ class Qwen3MoeConfig(MoeConfig):
 
 
 class Qwen3MoeDecoderLayer(MoeDecoderLayer):
-    attention_class = Qwen3Attention
+    attention_class: ClassVar[Callable[..., Any]] = Qwen3Attention
 
 
 class Qwen3MoeModel(MoeModel):
-    layer_class = Qwen3MoeDecoderLayer
+    layer_class: ClassVar[Callable[..., Any]] = Qwen3MoeDecoderLayer
 
 
 class Qwen3MoeForCausalLM(LlamaForCausalLM):
-    config_class = Qwen3MoeConfig
-    model_class = Qwen3MoeModel
+    config_class: ClassVar[Callable[..., Any]] = Qwen3MoeConfig
+    model_class: ClassVar[Callable[..., Any]] = Qwen3MoeModel
 
 
 HEADS = decoder_heads(Qwen3MoeForCausalLM)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.bert import BertConfig, BertEmbeddings, BertModel, masked_lm_output
 from memplan.architectures.nn import (
     Build,
@@ -49,7 +51,7 @@ class RobertaEmbeddings(BertEmbeddings):
 
 
 class RobertaModel(BertModel):
-    embeddings_class = RobertaEmbeddings
+    embeddings_class: ClassVar[Callable[..., Any]] = RobertaEmbeddings
 
 
 class RobertaLMHead(Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar
+from collections.abc import Callable, Hashable, Sequence
 
 from memplan.architectures.llama import (
     LlamaAttention,
@@ -23,7 +24,7 @@ class SmolLM3Config(LlamaConfig):
     hidden_size = 2048
     num_hidden_layers = 36
     num_attention_heads = 16
-    num_key_value_heads = 4
+    default_kv_heads = 4
     tie_word_embeddings = True
 
     def __init__(self, fields: Fields) -> None:
@@ -59,16 +60,16 @@ def unrotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, T
 
 
 class SmolLM3DecoderLayer(LlamaDecoderLayer):
-    attention_class = SmolLM3Attention
+    attention_class: ClassVar[Callable[..., Any]] = SmolLM3Attention
 
 
 class SmolLM3Model(LlamaModel):
-    layer_class = SmolLM3DecoderLayer
+    layer_class: ClassVar[Callable[..., Any]] = SmolLM3DecoderLayer
 
 
 class SmolLM3ForCausalLM(LlamaForCausalLM):
-    config_class = SmolLM3Config
-    model_class = SmolLM3Model
+    config_class: ClassVar[Callable[..., Any]] = SmolLM3Config
+    model_class: ClassVar[Callable[..., Any]] = SmolLM3Model
 
 
 HEADS = decoder_heads(SmolLM3ForCausalLM)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import (
     LlamaAttention,
     LlamaConfig,
@@ -20,7 +22,7 @@ class StableLmConfig(LlamaConfig):
     vocab_size = 50304
     hidden_size = 2560
     intermediate_size = 6912
-    num_key_value_heads = 32
+    default_kv_heads = 32
 
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)
@@ -72,8 +74,8 @@ class StableLmAttention(LlamaAttention):
 
 
 class StableLmDecoderLayer(LlamaDecoderLayer):
-    attention_class = StableLmAttention
-    norm_class = LayerNorm
+    attention_class: ClassVar[Callable[..., Any]] = StableLmAttention
+    norm_class: ClassVar[Callable[..., Any]] = LayerNorm
 
     def __init__(self, b: Build, c: StableLmConfig, layer_idx: int) -> None:
         super().__init__(b, c, layer_idx)
@@ -99,13 +101,13 @@ class StableLmDecoderLayer(LlamaDecoderLayer):
 
 
 class StableLmModel(LlamaModel):
-    layer_class = StableLmDecoderLayer
-    norm_class = LayerNorm
+    layer_class: ClassVar[Callable[..., Any]] = StableLmDecoderLayer
+    norm_class: ClassVar[Callable[..., Any]] = LayerNorm
 
 
 class StableLmForCausalLM(LlamaForCausalLM):
-    config_class = StableLmConfig
-    model_class = StableLmModel
+    config_class: ClassVar[Callable[..., Any]] = StableLmConfig
+    model_class: ClassVar[Callable[..., Any]] = StableLmModel
 
 
 HEADS = decoder_heads(StableLmForCausalLM)

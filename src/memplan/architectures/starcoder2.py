@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
 from memplan.architectures.llama import (
     LlamaAttention,
     LlamaConfig,
@@ -22,7 +24,7 @@ class Starcoder2Config(LlamaConfig):
     intermediate_size = 12288
     num_hidden_layers = 30
     num_attention_heads = 24
-    num_key_value_heads = 2
+    default_kv_heads = 2
     hidden_act = "gelu_pytorch_tanh"
     tie_word_embeddings = True
 
@@ -63,14 +65,15 @@ class Starcoder2Attention(LlamaAttention):
 
 
 class Starcoder2DecoderLayer(LlamaDecoderLayer):
-    attention_class = Starcoder2Attention
-    mlp_class = Starcoder2MLP
-    norm_class = LayerNorm
+    attention_class: ClassVar[Callable[..., Any]] = Starcoder2Attention
+    mlp_class: ClassVar[Callable[..., Any]] = Starcoder2MLP
+    norm_class: ClassVar[Callable[..., Any]] = LayerNorm
 
 
 class Starcoder2Model(LlamaModel):
-    layer_class = Starcoder2DecoderLayer
-    norm_class = LayerNorm
+    c: Starcoder2Config
+    layer_class: ClassVar[Callable[..., Any]] = Starcoder2DecoderLayer
+    norm_class: ClassVar[Callable[..., Any]] = LayerNorm
 
     def forward(self, input_ids: Tensor) -> Tensor:
         inputs_embeds = self.embed_tokens(input_ids)
@@ -85,8 +88,8 @@ class Starcoder2Model(LlamaModel):
 
 
 class Starcoder2ForCausalLM(LlamaForCausalLM):
-    config_class = Starcoder2Config
-    model_class = Starcoder2Model
+    config_class: ClassVar[Callable[..., Any]] = Starcoder2Config
+    model_class: ClassVar[Callable[..., Any]] = Starcoder2Model
 
 
 HEADS = decoder_heads(Starcoder2ForCausalLM)

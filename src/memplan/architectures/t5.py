@@ -6,6 +6,8 @@ are made, have the same shape [B, S].
 
 from __future__ import annotations
 
+from typing import Any
+
 from dataclasses import dataclass, replace
 
 from memplan.architectures.nn import (
@@ -28,7 +30,7 @@ from memplan.tape.attention import scaled_dot_product_attention
 from memplan.tape.tape import LOGITS, Tape
 from memplan.tape.tensor import DType, Tensor, bool_, float16, float32, int64
 
-_DEFAULTS = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "t5": {"vocab_size": 32128, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "feed_forward_proj": "relu"},
     "mt5": {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"},
 }

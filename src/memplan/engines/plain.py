@@ -85,8 +85,9 @@ def phases(run: Run, communication: int = 0) -> dict[str, Parts]:
         "activations": inputs,
     }
     before_step = resting if run.optimizer.made_at_construction else base
-    first = [during(before_step, moment, old) for moment in run.profile.peaks.values()]
-    result["first_step"] = {**max([*first, stepping], key=total)}
+    first: list[Parts] = [during(before_step, moment, old) for moment in run.profile.peaks.values()]
+    fullest: Parts = max([*first, stepping], key=total)
+    result["first_step"] = dict(fullest)
     for name, moment in run.profile.peaks.items():
         result[name] = during(resting, moment, old)
     result["step"] = stepping
