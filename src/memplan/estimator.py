@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from memplan.adapters.liger import apply_liger_kernel
 from memplan.adapters.lora import apply_lora
 from memplan.architectures.nn import Build, Embedding, Inventory, Model, Module
 from memplan.architectures.registry import build_model
@@ -162,7 +163,7 @@ def device_rules(gpu: GPUSpec | None, software: SoftwareSpec) -> DeviceRules:
         return cuda((8, 0))
     if gpu.is_cpu:
         return CPU
-    return cuda(gpu.compute_capability or (8, 0), software.at_least("cudnn", "9.15.1"))
+    return cuda(gpu.compute_capability or (8, 0), software.at_least("cudnn", "9.15.1"), gpu.sm_count)
 
 
 def _checkpoint_dtype(model: ModelSpec) -> Any:
@@ -196,7 +197,6 @@ def _micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluatio
         dtypes.dtype_named(setup.precision.dtype),
         attn=training.attn,
         gradient_checkpointing=training.gradient_checkpointing,
-        liger=training.liger,
         padded=not training.packed,
         software=setup.software,
         full_depth=full_depth,
@@ -205,6 +205,8 @@ def _micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluatio
     if training.vocab_size is not None:
         model = model.replace(config={**model.config, "vocab_size": training.vocab_size})
     root = build_model(b, model, training.head)
+    if training.liger:
+        apply_liger_kernel(b, root, model.model_type)
     if training.lora is not None:
         apply_lora(b, root, training.lora, model.model_type)
         if training.gradient_checkpointing:

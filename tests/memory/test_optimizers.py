@@ -332,12 +332,13 @@ def test_frozen_parameters_are_in_no_group() -> None:
 # -- clipping ----------------------------------------------------------------------------------------------------------
 
 
-def test_clipping_is_torchs() -> None:
-    parameters = real_parameters("float32")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_clipping_is_torchs(dtype: str) -> None:
+    parameters = [p for _ in range(20) for p in real_parameters(dtype)]  # a stack of more than 512 bytes
     with Live(ignored=0) as live:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     tape = Tape()
-    counted = [(tape.parameter("", shape, dtype_named("float32")), 1) for shape in SHAPES]
+    counted = [(tape.parameter("", shape, dtype_named(dtype)), 20) for shape in SHAPES]
     assert sum(size * count for size, count in clip_grad_norm(counted, CPU)) == live.peak
 
 

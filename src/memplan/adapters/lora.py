@@ -150,6 +150,11 @@ def apply_lora(b: Build, root: Module, lora: LoraSpec, model_type: str) -> None:
 
 def _targets(root: Module, lora: LoraSpec, model_type: str) -> Sequence[str]:
     if [target.lower() for target in lora.targets] == [ALL_LINEAR]:
+        if any(len(p.shape) == 3 for _, module in root.named_modules() for _, p in module.parameters()):
+            raise UnsupportedError(
+                f"lora_targets: {ALL_LINEAR!r} also adapts the experts' fused 3-D weights in PEFT, which is not "
+                "modelled. Name linear layers, as in q_proj,v_proj."
+            )
         head = root.output_embeddings() if isinstance(root, Model) else None
         linear = [path for _, _, path, module in root.places() if isinstance(module, LINEAR) and module is not head]
         return [path for path in linear if not _is_saved(path, lora.modules_to_save)]

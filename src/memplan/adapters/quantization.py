@@ -28,6 +28,9 @@ class Linear4bit(Module):
         self.weight = _packed(b, base.weight, ((self.shape.numel + 1) // 2, 1), uint8)
         self.bias = base.bias
         blocks = self.shape.blocks
+        loaded = (base.weight.nbytes,) * (2 if isinstance(base, Conv1D) else 1)  # transposed by a copy
+        self.quantizing = (*loaded, *((4 * blocks, 4 * blocks) if nested else ()))
+        """Bytes on the GPU beside the result while the weight is quantized: as loaded, and its scales in float32."""
         tape = b.tape
         self.absmax = tape.buffer((blocks,), uint8 if nested else float32, registered=False)
         self.code = tape.buffer((16,), float32, registered=False)
@@ -53,6 +56,8 @@ class Linear8bitLt(Module):
         self.weight = _packed(b, base.weight, (base.out_features, base.in_features), int8)
         self.bias = base.bias
         self.SCB = b.tape.buffer((base.out_features,), float32, registered=False)
+        self.quantizing = (base.weight.nbytes, 2 * base.weight.numel)
+        """Bytes on the GPU beside the result while the weight is quantized: as loaded, and in float16."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:

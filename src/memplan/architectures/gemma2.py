@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 from memplan.architectures.gemma import GemmaConfig, GemmaDecoderLayer, GemmaModel, GemmaRMSNorm
 from memplan.architectures.llama import LlamaAttention, LlamaConfig, LlamaForCausalLM, decoder_heads, layer_types
-from memplan.architectures.nn import Build, causal_lm_output
+from memplan.architectures.nn import Build
 from memplan.errors import UnsupportedError
 from memplan.specs.fields import Fields
 from memplan.tape.tensor import Tensor
@@ -82,9 +82,7 @@ class Gemma2ForCausalLM(LlamaForCausalLM):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden_states = self.model(input_ids)
-        return causal_lm_output(
-            self.b, self.lm_head, hidden_states, labels, softcap=self.c.final_logit_softcapping
-        )
+        return self.output(self.b, self.lm_head, hidden_states, labels, softcap=self.c.final_logit_softcapping)
 
 
 HEADS = decoder_heads(Gemma2ForCausalLM)

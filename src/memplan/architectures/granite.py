@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 from memplan.architectures.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel, decoder_heads
-from memplan.architectures.nn import causal_lm_output, position_ids
+from memplan.architectures.nn import position_ids
 from memplan.tape.tensor import Tensor
 
 
@@ -42,7 +42,7 @@ class GraniteForCausalLM(LlamaForCausalLM):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden_states = self.model(input_ids)
-        return causal_lm_output(self.b, self.lm_head, hidden_states, labels, scale=True)
+        return self.output(self.b, self.lm_head, hidden_states, labels, scale=True)
 
 
 HEADS = {name: make for name, make in decoder_heads(GraniteForCausalLM).items() if name != "sequence-classification"}

@@ -219,6 +219,7 @@ class LlamaModel(Module):
 class LlamaForCausalLM(Model):
     config_class: ClassVar[Callable[..., Any]] = LlamaConfig
     model_class: ClassVar[Callable[..., Any]] = LlamaModel
+    output: Callable[..., tuple[Tensor, Tensor | None]] = staticmethod(causal_lm_output)
 
     def __init__(self, b: Build, fields: Fields) -> None:
         self.b = b
@@ -230,7 +231,7 @@ class LlamaForCausalLM(Model):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden_states = self.model(input_ids)
-        return causal_lm_output(self.b, self.lm_head, hidden_states, labels)
+        return self.output(self.b, self.lm_head, hidden_states, labels)
 
 
 def decoder_heads(causal_lm: type[LlamaForCausalLM]) -> dict[str, Callable[..., Any]]:

@@ -71,7 +71,6 @@ class Build:
     attn: str = "sdpa"
     """attn_implementation: eager, sdpa or flash_attention_2."""
     gradient_checkpointing: bool = False
-    liger: bool = False
     padded: bool = False
     """The batch has an attention mask with padding in it."""
     software: SoftwareSpec = SoftwareSpec()
@@ -546,7 +545,13 @@ class Model(Module):
 
 
 def causal_lm_output(
-    b: Build, lm_head: Module, hidden_states: Tensor, labels: Tensor, softcap: bool = False, scale: bool = False
+    b: Build,
+    lm_head: Module,
+    hidden_states: Tensor,
+    labels: Tensor,
+    softcap: bool = False,
+    scale: bool = False,
+    cross_entropy: Callable[[Tensor, Tensor], Tensor] = ops.cross_entropy,
 ) -> tuple[Tensor, Tensor | None]:
     """The head and the loss of a ...ForCausalLM: (loss, logits)."""
     t = b.tape
@@ -561,7 +566,7 @@ def causal_lm_output(
         if not b.software.at_least("transformers", "4.46"):
             logits = logits.float()  # the model itself did, before the loss functions were shared
         t.mark("loss")
-        return causal_lm_loss(b, logits, labels), logits
+        return causal_lm_loss(b, logits, labels, cross_entropy), logits
 
 
 def num_labels(fields: Fields) -> int:
@@ -650,7 +655,12 @@ def language_model_heads(
     return {"causal-lm": causal_lm, "base": base, "sequence-classification": sequence_classification}
 
 
-def causal_lm_loss(b: Build, logits: Tensor, labels: Tensor) -> Tensor:
+def causal_lm_loss(
+    b: Build,
+    logits: Tensor,
+    labels: Tensor,
+    cross_entropy: Callable[[Tensor, Tensor], Tensor] = ops.cross_entropy,
+) -> Tensor:
     """transformers' ForCausalLMLoss: float32 logits, then the cross-entropy.
 
     Since 4.49 the labels are padded and all positions count; before, the logits were copied without the last one.
@@ -663,5 +673,5 @@ def causal_lm_loss(b: Build, logits: Tensor, labels: Tensor) -> Tensor:
     else:
         shift_logits = logits.narrow(1, 0, logits.shape[1] - 1).contiguous()
         shift_labels = labels.tape.new((labels.shape[0], labels.shape[1] - 1), int64, "shift_labels")
-        return ops.cross_entropy(shift_logits.view(-1, logits.shape[-1]), shift_labels.view(-1)) / 2.0
-    return ops.cross_entropy(logits, shift_labels.view(-1)) / 2.0
+        return cross_entropy(shift_logits.view(-1, logits.shape[-1]), shift_labels.view(-1)) / 2.0
+    return cross_entropy(logits, shift_labels.view(-1)) / 2.0

@@ -19,7 +19,6 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from memplan.architectures.nn import Build, Embedding, LayerNorm, Layers, Linear, Module
@@ -397,14 +396,16 @@ def _config_lists(config: Any) -> list[Sequence[Any]]:
 # -- tracing ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class _Tracing:
     """Traces the micro-batches of one setup, at whatever depth the model has at the time."""
 
-    model: Any
-    setup: Setup
-    inputs: Inputs | None
-    forward: Any = None
+    def __init__(self, model: Any, setup: Setup, inputs: Inputs | None) -> None:
+        self.model = model
+        self.setup = setup
+        self.inputs = inputs
+        self.fake_mode = trace._fake_mode()
+        trace._to_fake(model, self.fake_mode)
+        self.forward = trace._prepared_forward(model, setup.precision.mixed_precision)
 
     def record(self, stacks: Sequence[_Stack]) -> dict[str, Recording]:
         """Return the first micro-batch, a later one with gradients there already, and an evaluation, as needed."""
@@ -412,10 +413,6 @@ class _Tracing:
         recorder = Recorder(adds_in_place=cuda)
         tracker = trace._make_tracker(False, recorder)
         recorder.tracker = tracker
-        fake_mode = trace._fake_mode()
-        trace._to_fake(self.model, fake_mode)
-        if self.forward is None:
-            self.forward = trace._prepared_forward(self.model, self.setup.precision.mixed_precision)
         with contextlib.ExitStack() as stack:
             for context in (
                 trace._gc_disabled(),
@@ -423,7 +420,7 @@ class _Tracing:
                 _layer_hooks(self.model, stacks, recorder),
                 trace._like_a_real_run(),
                 trace._quiet(),
-                fake_mode,
+                self.fake_mode,
                 tracker,
                 cuda_rules() if cuda else contextlib.nullcontext(),
                 cuda_kernels(self.setup.rules, recorder.kernel) if cuda else contextlib.nullcontext(),
@@ -513,7 +510,7 @@ def _layer_hooks(model: Any, stacks: Sequence[_Stack], recorder: Recorder) -> It
         layers = stack.layers
         for i, layer in enumerate(layers):
             hooks.append(layer.register_forward_pre_hook(lambda *_, key=(number, i): recorder.enter_layer(key)))
-        hooks.append(layers[-1].register_forward_hook(lambda *_: recorder.enter_layer(None)))
+        hooks.append(layers[-1].register_forward_hook(lambda *_: recorder.leave_stack()))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is not None:
         hooks.append(head.register_forward_pre_hook(lambda *_: recorder.enter_head()))

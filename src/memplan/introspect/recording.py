@@ -107,6 +107,7 @@ class Recorder(Listener):
         self._bounds: list[tuple[int, LayerKey | None]] = [(-1, None)]
         self._at = 0
         self._head: int | None = None
+        self._leaving = False
         self._replaced: int | None = None
         self._kernel = ""
         self._inputs = 0
@@ -122,11 +123,19 @@ class Recorder(Listener):
         """The batch is there."""
         self._inputs = len(self._storages)
 
-    def enter_layer(self, layer: LayerKey | None) -> None:
-        """The forward enters a layer, or (None) leaves the last of a stack."""
+    def enter_layer(self, layer: LayerKey) -> None:
+        """The forward enters a layer."""
         if self._on and self._phase() == "forward":
+            self._leaving = False
             self._cut("forward", layer)
             self._bounds.append((_sequence_number(), layer))
+
+    def leave_stack(self) -> None:
+        """The forward leaves the last layer of a stack. What dies until something is born belongs to that layer, as
+        what dies before the next layer does to every other."""
+        if self._on and self._phase() == "forward":
+            self._leaving = True
+            self._bounds.append((_sequence_number(), None))
 
     def enter_head(self) -> None:
         """The forward comes to the output embeddings."""
@@ -178,6 +187,9 @@ class Recorder(Listener):
         name = self._kernel or op.split(".")[1 if "." in op else 0]
         birth = Birth(nbytes, name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         phase = self._arrive()
+        if self._leaving:
+            self._leaving = False
+            self._cut(phase, None)
         in_head = phase == "loss" or (self._head is not None and (phase == "forward" or self._runs_since(self._head)))
         self._index[serial] = len(self._storages)
         self._segments[-1].events.append(len(self._storages))
@@ -216,6 +228,7 @@ class Recorder(Listener):
         """Cut where the phase has changed or the backward has come to another layer."""
         phase = self._phase()
         if phase != self._segments[-1].phase:
+            self._leaving = False
             self._cut(phase, None)
             self._at = len(self._bounds) - 1
             if phase == "loss" and self._head is None:

@@ -476,8 +476,8 @@ class _Step:
     mixed_precision: str
     grad_accum_steps: int
     max_grad_norm: float
-    weight_decay: float
     optim: str
+    weight_decay: float = 0.0
     inputs: list[dict[str, Any]] = field(default_factory=list)
     optimizer: Any = None
     forward: Any = None

@@ -100,8 +100,15 @@ def _place(module: Module, seen: set[int], repeated: bool = False) -> Place:
         elif isinstance(value, Buffer) and value.registered:
             place.buffers[name] = value.nbytes
     for name, child, again in _children(module):
-        place.children[name] = _place(child, seen, repeated or again)
+        if _has_tensors(child):
+            place.children[name] = _place(child, seen, repeated or again)
     return place
+
+
+def _has_tensors(module: Module) -> bool:
+    if any(isinstance(value, (Parameter, Buffer)) for value in module.__dict__.values()):
+        return True
+    return any(_has_tensors(child) for _, child in module.children())
 
 
 def by_device(held: Sequence[Held], device_map: Mapping[str, Device]) -> dict[Device, list[Held]]:
@@ -184,6 +191,10 @@ def _is_16_bit(each: Held) -> bool:
     return isinstance(each.tensor, Parameter) and dtype.is_floating and dtype.itemsize == 2
 
 
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """The order in which a checkpoint is read: numbers by value (dot_natural_key)."""
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"\.", name)]
+def _natural(name: str) -> list[tuple[bool, str, int]]:
+    """The order in which a checkpoint is read: numbers by value, before words (dot_natural_key)."""
+    matches = (_PART.fullmatch(part) for part in name.split("."))
+    return [(bool(m[1]), m[1], int(m[2] or -1)) for m in matches if m is not None]
+
+
+_PART = re.compile(r"(.*?)(\d*)")

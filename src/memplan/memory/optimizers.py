@@ -192,8 +192,10 @@ def clip_grad_norm(parameters: Counted, rules: DeviceRules) -> list[tuple[int, i
         norms += tensors
         if rules.kind == "cuda":
             fullest = max(fullest, [(rounded(4 * tensors * chunks), 1), (rounded(SCALAR), norms)], key=_total)
-    stacked = [(rounded(SCALAR * norms), 1), (rounded(SCALAR), norms + 1)] if norms else []
-    return max(fullest, stacked, key=_total)
+    if norms:
+        stack = norms * max(dtype.itemsize for dtype in groups)
+        fullest = max(fullest, [(rounded(stack), 1), (rounded(SCALAR), norms + 1)], key=_total)
+    return fullest
 
 
 def _total(alive: list[tuple[int, int]]) -> int:

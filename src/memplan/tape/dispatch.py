@@ -29,6 +29,8 @@ class DeviceRules:
     """cuDNN is newer than 9.15.0, so that its attention is preferred on compute capability 9.x and 10.x."""
     accumulate_in_place: bool = True
     """Whether the engine adds a gradient into one that it alone holds. Not under a dispatch mode (O1's tracker)."""
+    multiprocessors: int = 1
+    """Streaming multiprocessors: kernels that sum by block keep one partial sum for each."""
 
     def dropout(self, t: Tape, x: Tensor, node: Node | None) -> Tensor:
         """The result; ``node`` saves the mask. CUDA's native_dropout makes both at once, the mask a byte per element;
@@ -66,10 +68,16 @@ CUDA_AUTOCAST_FLOAT32 = frozenset(
 )
 
 
-def cuda(compute_capability: tuple[int, int], cudnn_attention: bool = True) -> DeviceRules:
-    """The rules of an NVIDIA GPU."""
+def cuda(
+    compute_capability: tuple[int, int], cudnn_attention: bool = True, multiprocessors: int = 108
+) -> DeviceRules:
+    """The rules of an NVIDIA GPU; by default with an A100's multiprocessors."""
     return DeviceRules(
-        "cuda", CUDA_AUTOCAST_FLOAT32, compute_capability=compute_capability, cudnn_attention=cudnn_attention
+        "cuda",
+        CUDA_AUTOCAST_FLOAT32,
+        compute_capability=compute_capability,
+        cudnn_attention=cudnn_attention,
+        multiprocessors=multiprocessors,
     )
 
 

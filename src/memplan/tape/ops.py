@@ -790,6 +790,41 @@ def _baddbmm_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     return grads
 
 
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: Shape) -> Tensor:
+    """F.conv2d without padding: x [N, C, H, W], weight [O, C, kH, kW] -> [N, O, H', W']. Saves x and the weight.
+
+    cuDNN's workspace is not modelled: its heuristics choose it per device and shape.
+    """
+    t = x.storage.tape
+    if t.autocast is not None:
+        bias, weight, x = _lower(t, bias), _lower(t, weight), _lower(t, x)
+    channels, _, *kernel = weight.shape
+    places = tuple((size - k) // step + 1 for size, k, step in zip(x.shape[2:], kernel, stride))
+    shape = (x.shape[0], channels, *places)
+    flops = 2 * x.shape[0] * places[0] * places[1] * weight.numel
+    node = t.node(_conv2d_backward, (x, weight, bias), (x, weight), flops)
+    t.flops += flops
+    out = t.new(shape, x.dtype, "conv2d")
+    out.node = node
+    return out
+
+
+def _conv2d_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    x, weight = saved
+    if t.rules.kind == "cuda":  # inside the operation, which a dispatch mode cannot see
+        grad = contiguous(grad)
+    gx = gw = gb = None
+    if node.edges[0] is not None:
+        t.flops += node.ctx
+        gx = t.new(x.shape, x.dtype, "conv2d_grad_input")
+    if node.edges[1] is not None:
+        t.flops += node.ctx
+        gw = t.new(weight.shape, weight.dtype, "conv2d_grad_weight")
+    if node.edges[2] is not None:
+        gb = t.new(weight.shape[:1], weight.dtype, "conv2d_grad_bias")
+    return gx, gw, gb
+
+
 # -- normalisation, softmax, embedding -----------------------------------------------------------------------------
 
 
@@ -884,8 +919,10 @@ def _index_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
 
 def take_one(x: Tensor, dim: int) -> Tensor:
     """x[:, ..., [i]]: one index along a dimension, which stays with size 1: a copy; backward scatters into zeros."""
-    node = x.storage.tape.node(_index_backward, (x,), (), x.shape) if x.node is not None else None
-    out = x.storage.tape.new((*x.shape[:dim], 1, *x.shape[dim + 1 :]), x.dtype, "index")
+    t = x.storage.tape
+    index = t.new((1,), int64, "index")
+    node = t.node(_index_backward, (x,), (index,), x.shape) if x.node is not None else None
+    out = t.new((*x.shape[:dim], 1, *x.shape[dim + 1 :]), x.dtype, "index")
     out.node = node
     return out
 

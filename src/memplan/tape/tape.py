@@ -431,6 +431,7 @@ class Tape:
                         self._sink(target)
                     else:
                         waiting.append(target)
+            target = buffer = None  # a gradient that was added to another one dies here
             del results, edges, node
         for sink in waiting:  # a weight used where the loss does not reach
             if sink.grads is not None:
