@@ -10,10 +10,10 @@ from tests.oracles.families import CONFIGS, LORA_TARGETS
 from memplan.architectures.registry import FAMILIES
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import UnsupportedError
-from memplan.estimator import _micro_batch, _Setup, device_rules
+from memplan.estimator import _micro_batch, resolve
 from memplan.memory.timeline import compose
 from memplan.specs.model import ModelSpec
-from memplan.specs.precision import resolve_precision
+from memplan.specs.hardware import ClusterSpec
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
@@ -49,9 +49,7 @@ def test_closed_form_equals_every_layer(family: str, training: dict[str, Any], g
             targets = tuple(LORA_TARGETS.get(family, ["q_proj", "v_proj"]))
             training = {**training, "lora": {"rank": 4, "targets": targets}}
         spec = TrainingSpec(seq_len=24, micro_batch_size=2, **training)
-        software = SoftwareSpec()
-        rules = device_rules(find_gpu(gpu), software)
-        setup = _Setup(model, spec, resolve_precision(spec, Strategy(), None, None), rules, software)
+        setup = resolve(model, spec, ClusterSpec(gpu=find_gpu(gpu)), Strategy(), SoftwareSpec())
         try:
             every, closed = (_micro_batch(setup, full_depth=full, accumulated=False) for full in (True, False))
         except UnsupportedError:

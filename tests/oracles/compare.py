@@ -11,14 +11,16 @@ from tests.oracles.o1 import Row
 
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import MemplanError
-from memplan.estimator import estimate
+from memplan.estimator import _micro_batch, estimate, resolve
 from memplan.introspect.trace import _set_depth
+from memplan.memory import timeline
 from memplan.results import Estimate
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
+from memplan.tape.tape import INPUT
 
 STEADY = ("forward", "loss", "backward", "step", "idle")
 NOT_ASKED = ("freeze", "cuda_autocast", "experts", "max_grad_norm", "train_mode", "steps")
@@ -31,6 +33,8 @@ class Comparison:
 
     row: Row
     result: Estimate
+    saved: int
+    """Bytes that forward leaves alive for backward."""
 
     @property
     def error(self) -> float:
@@ -74,7 +78,10 @@ def compare(row: Row) -> Comparison:
         source="oracle",
     )
     cluster = ClusterSpec(gpu=find_gpu("cpu"))
-    return Comparison(row, estimate(model, TrainingSpec(**options), cluster, Strategy(), SoftwareSpec()))
+    question = (model, TrainingSpec(**options), cluster, Strategy(), SoftwareSpec())
+    micro = _micro_batch(resolve(*question), full_depth=False, accumulated=False)
+    saved = timeline.compose(micro.tape, micro.inventory.stacks).saved
+    return Comparison(row, estimate(*question), saved.total - saved.parts[INPUT])
 
 
 def summary(comparisons: Iterable[Comparison]) -> tuple[int, float, float]:

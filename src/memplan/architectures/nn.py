@@ -216,6 +216,8 @@ class CheckpointLayer(Module):
     """transformers' GradientCheckpointingLayer: the block that is recomputed, and the unit of repetition."""
 
     no_split = True
+    kept = False
+    """Whether the model keeps every layer's output until the last has run (output_hidden_states)."""
     _build: Build
 
     def __call__(self, *args: Any) -> Any:
@@ -223,7 +225,7 @@ class CheckpointLayer(Module):
         made_before = len(b.tape.sizes)
         out = b.tape.checkpoint(self.forward, *args) if b.gradient_checkpointing else self.forward(*args)
         for x in out if isinstance(out, tuple) else (out,):
-            if x is not None:
+            if x is not None and not self.kept:
                 b.tape.flow(x, made_before)
         return out
 

@@ -287,27 +287,30 @@ class _Stack:
 def templates(kinds: Sequence[Hashable], short: int) -> list[int] | None:
     """For every layer, one of the first ``short`` layers with the same neighbours; None if one has none.
 
-    The first layer stands for itself alone, and the last of the short ones for the last.
+    The ends are like no other layer: what is handed on there comes from, or goes to, something else.
 
-    >>> templates("aaaaaa", 3)
-    [0, 1, 1, 1, 1, 2]
-    >>> templates("daaaaa", 3) is None
+    >>> templates("aaaaaaa", 5)
+    [0, 1, 2, 2, 2, 3, 4]
+    >>> templates("daaaaaa", 5) is None
     True
-    >>> templates("daaaaa", 4)
-    [0, 1, 2, 2, 2, 3]
+    >>> templates("daaaaaa", 6)
+    [0, 1, 2, 3, 3, 4, 5]
     """
-    depth = len(kinds)
-    if short > depth or short < 3 or tuple(kinds[short - 2 : short]) != tuple(kinds[depth - 2 :]):
-        return None
-    inner = {tuple(kinds[i - 1 : i + 2]): i for i in range(short - 2, 0, -1)}
-    middle = [inner.get(tuple(kinds[i - 1 : i + 2])) for i in range(1, depth - 1)]
-    found = [i for i in middle if i is not None]
-    return [0, *found, short - 1] if len(found) == len(middle) else None
+    few, all_ = _windows(kinds[:short]), _windows(kinds)
+    places = {window: i for i, window in enumerate(few)}
+    found = [places.get(window) for window in all_]
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def _windows(kinds: Sequence[Hashable]) -> list[Hashable]:
+    """Each layer with its neighbours, the first and the last one marked."""
+    marked: list[Hashable] = [None, ("first", kinds[0]), *kinds[1:-1], ("last", kinds[-1]), None]
+    return [tuple(marked[i : i + 3]) for i in range(len(kinds))]
 
 
 def _lengths(kinds: Sequence[Hashable]) -> tuple[int, int] | None:
     """The two smallest depths that stand for the whole, if it is less work to trace both."""
-    fitting = (short for short in range(3, len(kinds)) if templates(kinds, short) is not None)
+    fitting = (short for short in range(2, len(kinds)) if templates(kinds, short) is not None)
     one, two = next(fitting, None), next(fitting, None)
     if one is None or two is None or one + two >= len(kinds):
         return None
@@ -322,7 +325,7 @@ def _find_stacks(model: Any) -> list[_Stack]:
     stacks: list[_Stack] = []
 
     def visit(module: Any) -> None:
-        if isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)) and len(module) > 6:
+        if isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)) and len(module) > 2:
             kinds = _kinds(list(module), lists)
             lengths = _lengths(kinds)
             if lengths is not None:

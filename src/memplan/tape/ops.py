@@ -250,6 +250,24 @@ def clone(x: Tensor) -> Tensor:
     return out
 
 
+def copy_slice(base: Tensor, source: Tensor, start: int) -> Tensor:
+    """base[..., start : start + n].copy_(source): base's storage, another node (CopySlices)."""
+    context = (base.shape, base.strides, source.shape, source.dtype)
+    node = base.storage.tape.node(_copy_slice_backward, (base, source), (), context)
+    return _alias(base, base.shape, base.strides, node)
+
+
+def _copy_slice_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    """A copy of the gradient for base, in which zeros replace the slice; a copy of the slice for source."""
+    shape, strides, source_shape, source_dtype = node.ctx
+    result = t.new(shape, grad.dtype, "copy_slices", strides)
+    piece = t.new(source_shape, grad.dtype, "clone", dense_like(source_shape, strides))
+    zeros = t.new_like(piece, "zeros") if node.edges[0] is not None else None
+    piece = to(piece, source_dtype)
+    del zeros
+    return result if node.edges[0] is not None else None, piece if node.edges[1] is not None else None
+
+
 def detach(x: Tensor) -> Tensor:
     """The same storage without gradient."""
     return Tensor(x.shape, x.strides, x.dtype, x.storage)
@@ -1027,6 +1045,45 @@ def logical_and(x: Tensor, other: Tensor) -> Tensor:
 def compare(x: Tensor, other: Tensor) -> Tensor:
     """An elementwise comparison: a boolean result."""
     return x.storage.tape.new(_broadcast(x.shape, other.shape), bool_, "compare")
+
+
+def masked_fill(x: Tensor, mask: Tensor) -> Tensor:
+    """x.masked_fill(mask, value); saves the mask."""
+    t = x.storage.tape
+    node = t.node(_masked_fill_backward, (x,), (mask,)) if x.node is not None else None
+    out = t.new_like(x, "masked_fill")
+    out.node = node
+    return out
+
+
+def _masked_fill_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    return (t.new_like(grad, "masked_fill_backward"),)
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """torch.gather along the last dimension; saves both. Backward adds into zeros of x's shape."""
+    t = x.storage.tape
+    node = t.node(_gather_backward, (x,), (x, index)) if x.node is not None else None
+    out = t.new(index.shape, x.dtype, "gather")
+    out.node = node
+    return out
+
+
+def _gather_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    return (t.new(saved[0].shape, grad.dtype, "gather_backward"),)
+
+
+def repeat(x: Tensor, times: int) -> Tensor:
+    """x.repeat(times, 1, ...): a copy. Backward sums the copies' gradients."""
+    t = x.storage.tape
+    node = t.node(_repeat_backward, (x,), (), x.shape) if x.node is not None else None
+    out = t.new((times * x.shape[0], *x.shape[1:]), x.dtype, "repeat")
+    out.node = node
+    return out
+
+
+def _repeat_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    return (_sum_to(t, grad, node.ctx, grad.dtype),)
 
 
 def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:

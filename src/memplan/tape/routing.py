@@ -82,6 +82,12 @@ def logical_not(x: Tensor) -> Tensor:
     return x.storage.tape.new(x.shape, bool_, "logical_not")
 
 
+def expert_mask(group_mask: Tensor, num_experts: int) -> Tensor:
+    """A mask of groups [T, G], repeated for the experts of each group: [T, E], in new memory."""
+    tokens, groups = group_mask.shape
+    return group_mask.unsqueeze(-1).expand(-1, groups, num_experts // groups).reshape(tokens, num_experts)
+
+
 # -- moving --------------------------------------------------------------------------------------------------------
 
 
