@@ -72,10 +72,9 @@ def in_process(model: ModelSpec, *, replay: bool, repeats: int) -> float:
 
 def accelerate_meta(model: ModelSpec) -> float:
     """accelerate's way: the model on the meta device, then the size of its layers."""
+    import torch
     from accelerate.utils import calculate_maximum_sizes
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    import torch
 
     values = {key: value for key, value in model.config.items() if key not in ("model_type", "architectures")}
     config = AutoConfig.for_model(model.model_type, **values)

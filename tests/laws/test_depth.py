@@ -12,8 +12,8 @@ from memplan.catalog.gpus import find_gpu
 from memplan.errors import UnsupportedError
 from memplan.estimator import _micro_batch, resolve
 from memplan.memory.timeline import compose
-from memplan.specs.model import ModelSpec
 from memplan.specs.hardware import ClusterSpec
+from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec

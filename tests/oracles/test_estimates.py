@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from functools import lru_cache
+from functools import cache
 
 import pytest
 from tests.oracles import o1
@@ -16,7 +16,7 @@ MEDIAN, WORST = 0.003, 0.01
 """Relative error of steady_allocated that the project promises; what it reaches is an order of magnitude less."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def comparisons(family: str) -> tuple[list[Comparison], int]:
     found, refused = [], 0
     for row in o1.load_archive(o1.ARCHIVE / f"{family}.json").rows:

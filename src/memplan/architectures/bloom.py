@@ -12,6 +12,7 @@ from memplan.architectures.nn import (
     Layers,
     Linear,
     Module,
+    cached,
     causal_mask,
     check_heads,
     language_model_heads,
@@ -67,6 +68,7 @@ def _bloom_gelu_back(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
 
 class BloomAttention(Module):
     def __init__(self, b: Build, c: BloomConfig) -> None:
+        self.b = b
         self.c = c
         self.query_key_value = Linear(b, c.hidden_size, 3 * c.hidden_size)
         self.dense = Linear(b, c.hidden_size, c.hidden_size)
@@ -79,16 +81,18 @@ class BloomAttention(Module):
         dim = hidden_size // heads
         fused_qkv = self.query_key_value(hidden_states)
         query_layer, key_layer, value_layer = self.split_heads(fused_qkv)
+        key_layer, value_layer = cached(self.b, key_layer, value_layer)
+        kv_length = key_layer.shape[2]
         query_layer = query_layer.reshape(batch * heads, length, dim)
-        key_layer = key_layer.reshape(batch * heads, length, dim).transpose(-1, -2)
-        value_layer = value_layer.reshape(batch * heads, length, dim)
+        key_layer = key_layer.reshape(batch * heads, kv_length, dim).transpose(-1, -2)
+        value_layer = value_layer.reshape(batch * heads, kv_length, dim)
         attention_scores = ops.baddbmm(alibi, query_layer, key_layer)
-        attn_weights = attention_scores.view(batch, heads, length, length)
+        attn_weights = attention_scores.view(batch, heads, length, kv_length)
         if mask is not None:
             attn_weights = attn_weights + mask
         attention_probs = ops.softmax(attn_weights, float32).to(query_layer.dtype)
         attention_probs = ops.dropout(attention_probs, self.c.attention_dropout)
-        context_layer = ops.bmm(attention_probs.view(batch * heads, length, length), value_layer)
+        context_layer = ops.bmm(attention_probs.view(batch * heads, length, kv_length), value_layer)
         context_layer = context_layer.view(batch, heads, length, dim).permute(0, 2, 1, 3)
         context_layer = context_layer.reshape(batch, length, hidden_size)
         output_tensor = self.dense(context_layer)
@@ -152,8 +156,9 @@ class BloomModel(Module):
         """The bias of every head and key position, [B * H, 1, S]."""
         t = self.b.tape
         batch, length, _ = hidden_states.shape
-        alibi = t.new((self.num_heads, 1, length), float32, "alibi")
-        alibi = t.new((batch * self.num_heads, 1, length), float32, "repeat")
+        kv_length = self.b.kv_length(length)
+        alibi = t.new((self.num_heads, 1, kv_length), float32, "alibi")
+        alibi = t.new((batch * self.num_heads, 1, kv_length), float32, "repeat")
         return alibi.to(hidden_states.dtype)
 
     def forward(self, input_ids: Tensor) -> Tensor:

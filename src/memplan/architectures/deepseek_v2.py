@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from memplan.architectures.llama import LlamaForCausalLM, LlamaMLP, decoder_heads
 from memplan.architectures.moe import Experts, MoeConfig, MoeDecoderLayer, MoeModel
-from memplan.architectures.nn import Build, Linear, Module, RMSNorm, RotaryEmbedding, attention
+from memplan.architectures.nn import Build, Linear, Module, RMSNorm, RotaryEmbedding, attention, cached
 from memplan.specs.fields import Fields
 from memplan.tape import ops, routing
 from memplan.tape.tensor import Tensor, bool_, float32
@@ -89,7 +89,8 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
 
 class DeepseekV2Attention(Module):
     """Multi-head latent attention: key and value come from one small latent per token, as does the query if
-    ``q_lora_rank`` is given; a key's rotated part is shared by all heads. In training everything is expanded."""
+    ``q_lora_rank`` is given; a key's rotated part is shared by all heads. In training everything is expanded.
+    """
 
     def __init__(self, b: Build, c: DeepseekConfig, layer_idx: int) -> None:
         self.b = b
@@ -136,6 +137,7 @@ class DeepseekV2Attention(Module):
         kv_nope = self.kv_a_layernorm(kv_nope).view(batch, 1, length, c.kv_lora_rank)
         k_rot = k_rot.view(batch, 1, length, c.qk_rope_head_dim)
         q_rot, k_rot = self.rotate(q_rot, k_rot, positions)
+        kv_nope, k_rot = cached(self.b, kv_nope, k_rot)
         query_states = ops.cat((q_pass, q_rot))
         key_states, value_states = self.expand_kv(kv_nope, k_rot)
         attn_output, attn_weights = attention(

@@ -13,6 +13,7 @@ from memplan.architectures.nn import (
     RotaryEmbedding,
     activation,
     apply_rotary_pos_emb,
+    cached,
     causal_mask,
     check_heads,
     language_model_heads,
@@ -120,6 +121,7 @@ class FalconAttention(Module):
         if alibi is None:
             cos, sin = positions
             query_layer, key_layer = apply_rotary_pos_emb(query_layer, key_layer, cos, sin)
+        key_layer, value_layer = cached(self.b, key_layer, value_layer)
         attn_weights: Tensor | None = None
         if self.b.attn == "flash_attention_2":
             attn_output = self.flash(query_layer, key_layer, value_layer)
@@ -134,7 +136,7 @@ class FalconAttention(Module):
         else:
             matmul_result = ops.matmul(query_layer, key_layer.transpose(-1, -2))
             attention_scores = matmul_result.to(float32)
-            attention_logits = attention_scores + alibi.view(batch, heads, 1, length)
+            attention_logits = attention_scores + alibi.view(batch, heads, 1, -1)
             attention_logits = ops.mul_(attention_logits)
             attn_weights = ops.softmax(ops.add(attention_logits, mask) if mask is not None else attention_logits, hidden_states.dtype)
             attn_weights = ops.dropout(attn_weights, self.c.attention_dropout)
@@ -214,6 +216,7 @@ class FalconModel(Module):
         """The bias of every head and key position, [B * H, 1, S]."""
         t = self.b.tape
         batch, length, _ = inputs_embeds.shape
+        length = self.b.kv_length(length)
         mask = t.new((batch, length), int64, "attention_mask")
         arange_tensor = t.new(mask.shape, int64, "arange_tensor")
         del mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar
+
 from memplan.architectures.gemma import GemmaConfig, GemmaDecoderLayer, GemmaModel, GemmaRMSNorm
 from memplan.architectures.llama import LlamaAttention, LlamaConfig, LlamaForCausalLM, decoder_heads, layer_types
 from memplan.architectures.nn import Build

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar
+
 from memplan.architectures.gemma import GemmaConfig, GemmaModel, GemmaRMSNorm
 from memplan.architectures.gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM, sliding_layers
 from memplan.architectures.llama import LlamaAttention, LlamaConfig, decoder_heads

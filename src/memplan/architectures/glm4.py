@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar
+
 from memplan.architectures.glm import GlmConfig, GlmDecoderLayer, GlmForCausalLM, GlmModel
 from memplan.architectures.llama import decoder_heads
 from memplan.architectures.nn import Build, RMSNorm

@@ -15,6 +15,7 @@ from memplan.architectures.nn import (
     Module,
     activation,
     attention,
+    cached,
     causal_mask,
     check_heads,
     check_position_table,
@@ -88,6 +89,7 @@ class GPT2Attention(Module):
         key_states = key_states.view(batch, length, -1, self.head_dim).transpose(1, 2)
         value_states = value_states.view(batch, length, -1, self.head_dim).transpose(1, 2)
         query_states = query_states.view(batch, length, -1, self.head_dim).transpose(1, 2)
+        key_states, value_states = cached(self.b, key_states, value_states)
         attn_weights: Tensor | None
         if self.b.attn == "eager":
             attn_output, attn_weights = eager_attention_forward(

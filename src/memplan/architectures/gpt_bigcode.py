@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar
+
 from memplan.architectures.gpt2 import GPT2MLP, GPT2Block, GPT2Config, GPT2Model
-from memplan.architectures.nn import Build, Linear, Module, activation, attention, language_model_heads
+from memplan.architectures.nn import Build, Linear, Module, activation, attention, cached, language_model_heads
 from memplan.specs.fields import Fields
 from memplan.tape import ops
 from memplan.tape.tensor import Tensor, bool_
@@ -38,6 +39,7 @@ class GPTBigCodeAttention(Module):
             fused = self.c_attn(hidden_states).view(batch, length, -1, 3 * self.head_dim).transpose(1, 2)
             query, key, value = fused.split(self.head_dim)
         del fused
+        key, value = cached(self.b, key, value)
         attn_output, attn_weights = attention(self.b, query, key, value, mask, self.c.attn_pdrop)
         attn_output = attn_output.reshape(batch, length, -1).contiguous()
         attn_output = self.c_proj(attn_output)

@@ -12,6 +12,7 @@ from memplan.architectures.nn import (
     Linear,
     Module,
     activation,
+    cached,
     causal_mask,
     check_heads,
     check_position_table,
@@ -87,6 +88,7 @@ class GPTNeoSelfAttention(Module):
         query = query.view(*shape).permute(0, 2, 1, 3)
         key = key.view(*shape).permute(0, 2, 1, 3)
         value = value.view(*shape).permute(0, 2, 1, 3)
+        key, value = cached(self.b, key, value)
         if self.b.attn == "flash_attention_2":
             attn_output, attn_weights = self.attend_flash(query, key, value)
         else:

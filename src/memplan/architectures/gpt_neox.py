@@ -13,6 +13,7 @@ from memplan.architectures.nn import (
     RotaryEmbedding,
     activation,
     attention,
+    cached,
     causal_mask,
     check_heads,
     language_model_heads,
@@ -89,6 +90,7 @@ class GPTNeoXAttention(Module):
         query_states, key_states, value_states = qkv.chunk(3)
         cos, sin = positions
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
+        key_states, value_states = cached(self.b, key_states, value_states)
         attn_output, attn_weights = attention(self.b, query_states, key_states, value_states, mask, self.dropout)
         attn_output = attn_output.reshape(batch, length, -1).contiguous()
         attn_output = self.dense(attn_output)

@@ -11,6 +11,7 @@ from memplan.architectures.nn import (
     Linear,
     Module,
     activation,
+    cached,
     causal_mask,
     check_heads,
     check_position_table,
@@ -112,6 +113,7 @@ class GPTJAttention(Module):
         query = ops.cat([q_rot, q_pass])
         key = key.permute(0, 2, 1, 3)
         query = query.permute(0, 2, 1, 3)
+        key, value = cached(self.b, key, value)
         if self.b.attn == "flash_attention_2":
             attn_output, attn_weights = self.attend_flash(query, key, value)
         else:

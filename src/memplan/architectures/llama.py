@@ -23,6 +23,7 @@ from memplan.architectures.nn import (
     activation,
     apply_rotary_pos_emb,
     attention,
+    cached,
     causal_lm_output,
     causal_mask,
     position_ids,
@@ -150,6 +151,7 @@ class LlamaAttention(Module):
         query_states, key_states, value_states = self.project(hidden_states)
         cos, sin = positions
         query_states, key_states = self.rotate(query_states, key_states, cos, sin)
+        key_states, value_states = cached(self.b, key_states, value_states)
         attn_output, attn_weights = attention(
             self.b, query_states, key_states, value_states, mask, self.dropout, softcap=self.softcap
         )

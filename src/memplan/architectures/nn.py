@@ -11,14 +11,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from memplan.architectures.cache import DynamicCache
 from memplan.constants import Constant
 from memplan.errors import SpecError, UnsupportedError
+from memplan.specs.fields import Fields
 from memplan.specs.software import SoftwareSpec
 from memplan.tape import ops
 from memplan.tape.attention import flash_attention_2, repeat_kv, scaled_dot_product_attention
-from memplan.specs.fields import Fields
 from memplan.tape.tape import LOGITS, Tape
-from memplan.tape.tensor import Buffer, DType, Parameter, Shape, Tensor, bool_, float32, int32, int64
+from memplan.tape.tensor import Buffer, DType, Parameter, Tensor, bool_, float32, int32, int64
 
 
 class Inventory:
@@ -78,6 +79,12 @@ class Build:
     """Make every layer; otherwise the first and one of each kind, which stand for the rest."""
     assumptions: dict[str, Constant] = field(default_factory=dict)
     """What the model's forward pass takes for granted about its data, by name; an estimate reports them."""
+    cache: DynamicCache | None = None
+    """``past_key_values``, in generation: then the model gives the logits of the last position, and no loss."""
+
+    def kv_length(self, length: int, window: int | None = None) -> int:
+        """How many positions attention looks at from ``length`` new ones."""
+        return length if self.cache is None else self.cache.kv_length(length, window)
 
     def parameter(self, *shape: int, dtype: DType | None = None) -> Parameter:
         """A trainable weight. Its name is given when the model is complete."""
@@ -358,7 +365,8 @@ def rotary_embedding(
     x: Tensor, position_ids: Tensor, dim: int, dtype: DType | None = None
 ) -> tuple[Tensor, Tensor]:
     """LlamaRotaryEmbedding.forward: cos and sin [B, S, dim] in x's dtype (or ``dtype``), computed in float32 without
-    gradient."""
+    gradient.
+    """
     t = x.tape
     with t.no_grad():
         freqs = t.new((*position_ids.shape, 1), float32, "position_ids.float")
@@ -421,6 +429,11 @@ def without_sdpa(b: Build) -> Build:
     return replace(b, attn="eager") if b.attn == "sdpa" else b
 
 
+def cached(b: Build, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """``past_key_values.update(key, value)`` where there is a cache: the positions before these joined to them."""
+    return (key, value) if b.cache is None else b.cache.update(key, value)
+
+
 def causal_mask(
     b: Build, inputs_embeds: Tensor, window: int | None = None, allow_is_causal_skip: bool = True
 ) -> Tensor | None:
@@ -431,21 +444,22 @@ def causal_mask(
     """
     t = inputs_embeds.tape
     batch, length = inputs_embeds.shape[:2]
+    kv_length = b.kv_length(length, window)
     if b.attn == "flash_attention_2":
         return None
-    if b.attn == "sdpa" and allow_is_causal_skip and not b.padded and (window is None or length < window):
+    if b.attn == "sdpa" and allow_is_causal_skip and not b.padded and (window is None or kv_length < window):
         return None
-    mask_function = partial(t.new, (1, 1, length, length), bool_, "causal_mask")
+    mask_function = partial(t.new, (1, 1, length, kv_length), bool_, "causal_mask")
     if window is not None:
-        overlay = partial(t.new, (1, 1, length, length), bool_, "sliding_window_overlay")
+        overlay = partial(t.new, (1, 1, length, kv_length), bool_, "sliding_window_overlay")
         mask_function = partial(and_masks, t, overlay, mask_function)
     if b.padded:
-        padding_mask = partial(t.new, (batch, 1, 1, length), bool_, "padding_mask")
+        padding_mask = partial(t.new, (batch, 1, 1, kv_length), bool_, "padding_mask")
         mask_function = partial(and_masks, t, mask_function, padding_mask)
-    mask = mask_function().expand(batch, 1, length, length)
+    mask = mask_function().expand(batch, 1, length, kv_length)
     if b.attn == "sdpa":
         return mask
-    return t.new((batch, 1, length, length), inputs_embeds.dtype, "causal_mask_additive")
+    return t.new((batch, 1, length, kv_length), inputs_embeds.dtype, "causal_mask_additive")
 
 
 def and_masks(t: Tape, *mask_functions: Callable[[], Tensor]) -> Tensor:
@@ -554,10 +568,12 @@ def causal_lm_output(
     softcap: bool = False,
     scale: bool = False,
     cross_entropy: Callable[[Tensor, Tensor], Tensor] = ops.cross_entropy,
-) -> tuple[Tensor, Tensor | None]:
-    """The head and the loss of a ...ForCausalLM: (loss, logits)."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """The head and the loss of a ...ForCausalLM: (loss, logits); in generation the last position's logits alone."""
     t = b.tape
     with t.tagged(LOGITS):
+        if b.cache is not None:  # logits_to_keep=1
+            hidden_states = hidden_states.narrow(1, hidden_states.shape[1] - 1, 1)
         logits = lm_head(hidden_states)
         if scale:
             logits = logits * 0.5
@@ -567,6 +583,8 @@ def causal_lm_output(
             logits = logits * 0.5
         if not b.software.at_least("transformers", "4.46"):
             logits = logits.float()  # the model itself did, before the loss functions were shared
+        if b.cache is not None:
+            return None, logits
         t.mark("loss")
         return causal_lm_loss(b, logits, labels, cross_entropy), logits
 
@@ -640,7 +658,8 @@ def language_model_heads(
     bias: bool = False,
 ) -> dict[str, Callable[[Build, Fields], Any]]:
     """The models that transformers makes of a decoder, which it holds as ``prefix`` and whose token embedding is
-    ``embedding``: with a language model's head (with ``bias``), without, and as a classifier."""
+    ``embedding``: with a language model's head (with ``bias``), without, and as a classifier.
+    """
 
     def base(b: Build, fields: Fields) -> Any:
         return model_class(b, config_class(fields))

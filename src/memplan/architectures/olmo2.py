@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar
-from memplan.architectures.llama import LlamaAttention, LlamaConfig, LlamaForCausalLM, decoder_heads
+
+from memplan.architectures.llama import LlamaAttention, LlamaConfig, LlamaForCausalLM, LlamaMLP, decoder_heads
 from memplan.architectures.nn import Build, CheckpointLayer, Module
-from memplan.architectures.llama import LlamaMLP
 from memplan.architectures.olmo import OlmoModel, apply_float32_rotary_pos_emb
 from memplan.specs.fields import Fields
 from memplan.tape import ops

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar
-from memplan.architectures.llama import LlamaForCausalLM, decoder_heads
+
+from memplan.architectures.llama import LlamaAttention, LlamaForCausalLM, decoder_heads
 from memplan.architectures.moe import MoeConfig, MoeDecoderLayer, MoeModel
-from memplan.architectures.llama import LlamaAttention
 from memplan.architectures.nn import Build, RMSNorm
 from memplan.specs.fields import Fields
 from memplan.tape import ops

@@ -12,6 +12,7 @@ from memplan.architectures.nn import (
     Module,
     activation,
     attention,
+    cached,
     causal_mask,
     check_heads,
     check_position_table,
@@ -77,6 +78,7 @@ class OPTAttention(Module):
         value_states = self.v_proj(hidden_states)
         key_states = key_states.view(batch, -1, self.num_heads, self.head_dim).transpose(1, 2)
         value_states = value_states.view(batch, -1, self.num_heads, self.head_dim).transpose(1, 2)
+        key_states, value_states = cached(self.b, key_states, value_states)
         attn_output, attn_weights = attention(self.b, query_states, key_states, value_states, mask, self.dropout)
         attn_output = attn_output.reshape(batch, length, -1).contiguous()
         attn_output = self.out_proj(attn_output)

@@ -15,6 +15,7 @@ from memplan.architectures.nn import (
     activation,
     apply_rotary_pos_emb,
     attention,
+    cached,
     causal_mask,
     language_model_heads,
     position_ids,
@@ -72,6 +73,7 @@ class PhiAttention(Module):
         query_rot, key_rot = apply_rotary_pos_emb(query_rot, key_rot, cos, sin)
         query_states = ops.cat((query_rot, query_pass))
         key_states = ops.cat((key_rot, key_pass))
+        key_states, value_states = cached(self.b, key_states, value_states)
         attn_output, attn_weights = attention(self.b, query_states, key_states, value_states, mask, self.dropout)
         attn_output = attn_output.reshape(batch, length, -1).contiguous()
         attn_output = self.dense(attn_output)

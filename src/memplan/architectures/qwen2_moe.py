@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 from memplan.architectures.llama import LlamaForCausalLM, LlamaMLP, decoder_heads, layer_types
 from memplan.architectures.moe import Experts, MoeConfig, MoeDecoderLayer, MoeModel, TopKRouter

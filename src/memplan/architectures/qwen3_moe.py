@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar
+
 from memplan.architectures.llama import LlamaForCausalLM, decoder_heads
-from memplan.architectures.moe import MoeConfig, MoeDecoderLayer, MoeModel
+from memplan.architectures.moe import Experts, MoeConfig, MoeDecoderLayer, MoeModel, SparseMoeBlock, TopKRouter
+from memplan.architectures.nn import Build
 from memplan.architectures.qwen2_moe import sparse_layers
 from memplan.architectures.qwen3 import Qwen3Attention
 from memplan.specs.fields import Fields
@@ -29,7 +31,14 @@ class Qwen3MoeConfig(MoeConfig):
             self.windows = {"full_attention": fields.nullable_int("sliding_window", 4096)}
 
 
+class Qwen3MoeSparseMoeBlock(SparseMoeBlock):
+    def __init__(self, b: Build, c: MoeConfig) -> None:
+        self.experts = Experts(b, c)  # before the router: the optimizer's loop goes in this order
+        self.gate = TopKRouter(b, c)
+
+
 class Qwen3MoeDecoderLayer(MoeDecoderLayer):
+    moe_class: ClassVar[Callable[..., Any]] = Qwen3MoeSparseMoeBlock
     attention_class: ClassVar[Callable[..., Any]] = Qwen3Attention
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar
+
 from memplan.architectures.bert import BertConfig, BertEmbeddings, BertModel, masked_lm_output
 from memplan.architectures.nn import (
     Build,
@@ -32,6 +33,8 @@ class RobertaConfig(BertConfig):
 class RobertaEmbeddings(BertEmbeddings):
     def __init__(self, b: Build, c: RobertaConfig) -> None:
         super().__init__(b, c)
+        # Made last, which is where the optimizer's loop meets it.
+        self.position_embeddings = self.__dict__.pop("position_embeddings")
         self.padding_idx = c.pad_token_id
 
     def positions(self, input_ids: Tensor) -> Tensor:

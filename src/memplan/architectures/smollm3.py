@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar
 
 from memplan.architectures.llama import (
     LlamaAttention,
@@ -14,7 +14,7 @@ from memplan.architectures.llama import (
     decoder_heads,
     layer_types,
 )
-from memplan.architectures.nn import Build, apply_rotary_pos_emb
+from memplan.architectures.nn import Build
 from memplan.specs.fields import Fields
 from memplan.tape.tensor import Tensor
 

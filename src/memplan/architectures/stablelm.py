@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar
+
 from memplan.architectures.llama import (
     LlamaAttention,
     LlamaConfig,
@@ -12,7 +13,7 @@ from memplan.architectures.llama import (
     LlamaModel,
     decoder_heads,
 )
-from memplan.architectures.nn import Build, LayerNorm, Module, ModuleList, apply_rotary_pos_emb, attention, rotary_dim
+from memplan.architectures.nn import Build, LayerNorm, Module, ModuleList, apply_rotary_pos_emb, attention, cached, rotary_dim
 from memplan.specs.fields import Fields
 from memplan.tape import ops
 from memplan.tape.tensor import Tensor
@@ -67,6 +68,7 @@ class StableLmAttention(LlamaAttention):
         query_rot, key_rot = apply_rotary_pos_emb(query_rot, key_rot, cos, sin)
         query_states = ops.cat((query_rot, query_pass))
         key_states = ops.cat((key_rot, key_pass))
+        key_states, value_states = cached(self.b, key_states, value_states)
         attn_output, attn_weights = attention(self.b, query_states, key_states, value_states, mask, self.dropout)
         attn_output = attn_output.reshape(batch, length, -1)
         attn_output = self.o_proj(attn_output)

@@ -6,9 +6,8 @@ are made, have the same shape [B, S].
 
 from __future__ import annotations
 
-from typing import Any
-
 from dataclasses import dataclass, replace
+from typing import Any
 
 from memplan.architectures.nn import (
     Build,

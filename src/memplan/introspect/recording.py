@@ -132,7 +132,8 @@ class Recorder(Listener):
 
     def leave_stack(self) -> None:
         """The forward leaves the last layer of a stack. What dies until something is born belongs to that layer, as
-        what dies before the next layer does to every other."""
+        what dies before the next layer does to every other.
+        """
         if self._on and self._phase() == "forward":
             self._leaving = True
             self._bounds.append((_sequence_number(), None))

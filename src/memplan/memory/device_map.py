@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, Union
+from typing import Literal, TypeAlias
 
 from memplan.errors import UnsupportedError
 
-Device: TypeAlias = Union[int, str]
+Device: TypeAlias = int | str
 """A GPU's index, ``cpu`` or ``disk``."""
 Kind: TypeAlias = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 
@@ -54,7 +54,7 @@ class Model:
     tied: Sequence[Sequence[str]] = ()
 
 
-_Item: TypeAlias = tuple[str, Union[Place, None]]
+_Item: TypeAlias = tuple[str, Place | None]
 """A path with its module, or with None for a single tensor."""
 
 

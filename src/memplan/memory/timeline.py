@@ -191,7 +191,8 @@ def _at_peak(tape: Tape, segment: _Segment, before: list[int], repeated: dict[in
 
 def _runs(segments: list[_Segment], stacks: Stacks) -> list[tuple[_Segment, int]]:
     """The segments of the whole model, each with how often it repeats: every run of a stack's layers is replaced by
-    all of them."""
+    all of them.
+    """
     result: list[tuple[_Segment, int]] = []
     i = 0
     while i < len(segments):

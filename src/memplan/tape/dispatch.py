@@ -34,7 +34,8 @@ class DeviceRules:
 
     def dropout(self, t: Tape, x: Tensor, node: Node | None) -> Tensor:
         """The result; ``node`` saves the mask. CUDA's native_dropout makes both at once, the mask a byte per element;
-        CPU multiplies by noise of x's dtype, which is saved before there is a result."""
+        CPU multiplies by noise of x's dtype, which is saved before there is a result.
+        """
         if self.kind == "cuda":
             out = t.new_like(x, "dropout")
             t.save(node, t.new(x.shape, bool_, "dropout_mask"))

@@ -170,7 +170,8 @@ def _chunks(
     t: Tape, x: Tensor, weight: Tensor, needs_grad: bool, grad_weight: Tensor | None, addmm_out_dtype: bool
 ) -> None:
     """Logits and gradients, chunk by chunk. All chunks but the last have the same rows and allocate the same, so that
-    after two of them the allocator sees nothing new: only their FLOPs are counted."""
+    after two of them the allocator sees nothing new: only their FLOPs are counted.
+    """
     rows, hidden_size = x.shape
     vocab_size = weight.shape[0]
     size = chunk_rows(rows, vocab_size, hidden_size)
@@ -201,7 +202,8 @@ def _mm(t: Tape, a: Tensor, b: Tensor) -> Tensor:
 
 def _add_to_grad_weight(t: Tape, grad_weight: Tensor, logits: Tensor, chunk: Tensor, addmm_out_dtype: bool) -> None:
     """grad_weight += logits.T @ chunk: one addmm from compute capability 8.0 on, for 16-bit logits; else through the
-    product and a float32 copy of it, each as large as the weight."""
+    product and a float32 copy of it, each as large as the weight.
+    """
     half = logits.dtype.itemsize == 2
     in_kernel = grad_weight.dtype is logits.dtype or (addmm_out_dtype and grad_weight.dtype is float32)
     if t.rules.kind == "cuda" and t.rules.compute_capability >= (8, 0) and half and in_kernel:

@@ -13,11 +13,9 @@ from typing import Any
 from memplan.tape.tape import Node, Recomputed, Tape
 from memplan.tape.tensor import (
     DType,
-    Parameter,
     Shape,
     Tensor,
     bool_,
-    contiguous_strides,
     dense_like,
     float32,
     int64,
@@ -1070,7 +1068,10 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _gather_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
-    return (t.new(saved[0].shape, grad.dtype, "gather_backward"),)
+    zeros = t.new(saved[0].shape, grad.dtype, "gather_backward")
+    if t.accumulate_in_place:
+        return (zeros,)
+    return (t.new_like(zeros, "scatter_add"),)  # under a dispatch mode
 
 
 def repeat(x: Tensor, times: int) -> Tensor:

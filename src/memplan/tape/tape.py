@@ -97,7 +97,8 @@ class _Packed:
 
 class Recomputed(list["Tensor | None"]):
     """What a checkpointed region made again for one node. It dies with the node's apply(); what a node saved itself
-    lives on until the engine has reduced and cast the gradients (validate_outputs)."""
+    lives on until the engine has reduced and cast the gradients (validate_outputs).
+    """
 
 
 class Mark:
@@ -215,7 +216,8 @@ class Tape:
         outputs: int = 1,
     ) -> Node | None:
         """A backward node for ``inputs``, or None where no gradient flows. Call it before allocating the result:
-        torch saves inputs before it runs the kernel, which is where a recomputation stops early."""
+        torch saves inputs before it runs the kernel, which is where a recomputation stops early.
+        """
         if not self.grad_enabled:
             return None
         edges: list[Any] = []
@@ -263,7 +265,8 @@ class Tape:
 
     def keep(self, x: Tensor) -> None:
         """An autograd.Function's ``ctx.x = x``. Unlike a saved tensor, x outlives its node's backward, because the
-        loss holds the graph, and no checkpoint lets go of it."""
+        loss holds the graph, and no checkpoint lets go of it.
+        """
         self._context.append(_detached(x))
         self._mark_saved(x)
         if self._recording is None:

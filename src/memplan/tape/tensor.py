@@ -9,7 +9,7 @@ the same point of the program at which torch frees it.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memplan.errors import UnsupportedError
 

@@ -1,0 +1,82 @@
+"""The key-value cache of generation: transformers' DynamicCache, which grows by concatenation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from memplan.tape import ops
+from memplan.tape.tensor import Tensor
+
+
+class DynamicCache:
+    """Keys and values of every layer [B, K, past, D]; a model with latent attention caches its two latents instead.
+
+    ``windows`` are the layers' sliding windows, None where a layer sees everything. A sliding layer keeps its last
+    window - 1 positions, as a view of all that the last call saw.
+    """
+
+    def __init__(self, windows: Sequence[int | None] = ()) -> None:
+        self.windows = windows
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.past_length = 0
+        """Positions that the calls before the present one have seen."""
+        self._next = 0
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the next layer's new positions; returns what its attention looks at."""
+        index = self._next
+        self._next += 1
+        window = self.windows[index] if index < len(self.windows) else None
+        if index == len(self.layers):
+            empty = (key.shape[:2] + (0, key.shape[3]), value.shape[:2] + (0, value.shape[3]))
+            t = key.tape
+            self.layers.append((t.new(empty[0], key.dtype, "empty"), t.new(empty[1], value.dtype, "empty")))
+        keys, values = self.layers[index]
+        full_keys = _extended(keys, key)
+        if window is None:
+            keys, self.layers[index] = full_keys, (full_keys, values)  # the old keys go before the values are copied
+        full_values = _extended(values, value)
+        del keys, values
+        self.layers[index] = (_last(full_keys, window), _last(full_values, window))
+        return full_keys, full_values
+
+    def step(self, length: int) -> None:
+        """A call with ``length`` new positions is over."""
+        self.past_length += length
+        self._next = 0
+
+    def kv_length(self, length: int, window: int | None) -> int:
+        """How many positions a layer's attention looks at in a call with ``length`` new ones (get_mask_sizes)."""
+        if window is None or self.past_length < window:
+            return self.past_length + length
+        return window - 1 + length
+
+    def seed(self, past_length: int, new: Callable[[tuple[int, ...], Tensor], Tensor]) -> None:
+        """Make the cache as if ``past_length`` positions had been seen one by one, from the shapes it has."""
+        self.past_length = past_length
+        self._next = 0
+        for index, pair in enumerate(self.layers):
+            window = self.windows[index] if index < len(self.windows) else None
+            kept = past_length if window is None else min(past_length, window)
+            seeded = [new((*x.shape[:2], kept, x.shape[3]), x) for x in pair]
+            self.layers[index] = (_last(seeded[0], window), _last(seeded[1], window))
+
+    def nbytes(self, length: int) -> int:
+        """Bytes of keys and values of ``length`` positions; a sliding layer's of no more than its window."""
+        total = 0
+        for index, pair in enumerate(self.layers):
+            window = self.windows[index] if index < len(self.windows) else None
+            positions = length if window is None else min(length, window)
+            total += sum(x.shape[0] * x.shape[1] * x.shape[3] * x.dtype.itemsize * positions for x in pair)
+        return total
+
+
+def _extended(old: Tensor, new: Tensor) -> Tensor:
+    """torch.cat along the positions, contiguous; an empty part is copied too."""
+    return ops.cat((old, new), 2)
+
+
+def _last(full: Tensor, window: int | None) -> Tensor:
+    if window is None or full.shape[2] < window:
+        return full
+    return full.narrow(2, full.shape[2] - window + 1, window - 1)
