@@ -58,11 +58,12 @@ def eager_attention_forward(
     if upcast:
         t = query.tape
         batch, heads, length, dim = query.shape
-        attn_weights = t.new((batch * heads, length, length), float32, "attn_weights")
+        kv_length = key.shape[2]
+        attn_weights = t.new((batch * heads, length, kv_length), float32, "attn_weights")
         with t.autocasting(None):
-            q, k = query.reshape(-1, length, dim), key.transpose(-1, -2).reshape(-1, dim, length)
+            q, k = query.reshape(-1, length, dim), key.transpose(-1, -2).reshape(-1, dim, kv_length)
             attn_weights = ops.baddbmm(attn_weights, q.float(), k.float())
-            attn_weights = attn_weights.reshape(batch, heads, length, length)
+            attn_weights = attn_weights.reshape(batch, heads, length, kv_length)
     else:
         attn_weights = ops.matmul(query, key.transpose(-1, -2)) * 0.5
     if mask is not None:

@@ -59,8 +59,7 @@ class GPTNeoSelfAttention(Module):
         query = query.to(float32)
         key = key.to(float32)
         attn_weights = ops.matmul(query, key.transpose(-1, -2))
-        length = query.shape[2]
-        own_mask = self.bias.narrow(2, 0, length).narrow(3, 0, length)
+        own_mask = self.bias.narrow(2, 0, query.shape[2]).narrow(3, 0, key.shape[2])
         mask_value = query.tape.new((), attn_weights.dtype, "mask_value")
         attn_weights = ops.where(own_mask, attn_weights, mask_value)
         if mask is not None:
