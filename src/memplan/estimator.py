@@ -9,7 +9,7 @@ from typing import Any
 from memplan.adapters.liger import apply_liger_kernel
 from memplan.adapters.lora import apply_lora
 from memplan.architectures.nn import Build, Embedding, Inventory, Model, Module
-from memplan.architectures.registry import build_model
+from memplan.architectures.registry import attention_implementations, build_model
 from memplan.catalog.gpus import find_gpu
 from memplan.constants import Constant
 from memplan.engines import ddp, plain
@@ -125,7 +125,7 @@ def estimate(
     verdicts: list[Verdict] = [verdict_for(memory.low, memory.high, memory.capacity)]
     return Estimate(
         model=_model_info(model, run),
-        setup=_setup_dict(training, setup.precision, strategy, cluster, gpu),
+        setup=_setup_dict(setup.training, setup.precision, strategy, cluster, gpu),
         cluster=_cluster_dict(cluster, gpu),
         software=software.to_dict(),
         gpu=memory,
@@ -144,6 +144,12 @@ def resolve(
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
     precision = resolve_precision(training, strategy, gpu, _checkpoint_dtype(model))
     rules = device_rules(gpu, software)
+    implementations = attention_implementations(model.model_type)
+    if training.attn not in implementations:
+        if "attn" in training.model_fields_set:
+            remedy = f"Use {' or '.join(implementations)}."
+            raise SpecError.at("attn", training.attn, f"does not exist for {model.model_type} in transformers", remedy)
+        training = training.replace(attn="eager")  # as transformers does
     _check_attention(training, precision, rules)
     return Setup(model, training, precision, rules, software)
 

@@ -26,6 +26,10 @@ from memplan.tape.tape import Node, Tape
 from memplan.tape.tensor import Tensor, float32
 
 
+ATTENTION = ("eager",)
+"""What transformers has for it."""
+
+
 class BloomConfig:
     """The fields of config.json that the memory of a BLOOM depends on."""
 

@@ -161,10 +161,11 @@ class DeepseekV2TopkRouter(Module):
         router_logits = ops.linear(hidden_states.to(float32), self.weight.to(float32))
         scores = ops.softmax(router_logits, float32)
         if c.topk_method == "group_limited_greedy":
-            group_scores = routing.max_(scores.view(-1, c.n_group, c.num_experts // c.n_group))[0]
-            group_idx = routing.topk(group_scores, c.topk_group)[1]
-            group_mask = group_scores.tape.new(group_scores.shape, float32, "group_mask")
-            score_mask = routing.expert_mask(group_mask, c.num_experts)
+            with scores.tape.no_grad():  # the choice has no gradient; what its graph saves dies with this call
+                group_scores = routing.max_(scores.view(-1, c.n_group, c.num_experts // c.n_group))
+                group_idx = routing.topk(group_scores, c.topk_group)[1]
+                group_mask = group_idx.tape.new(group_scores.shape, float32, "group_mask")
+                score_mask = routing.expert_mask(group_mask, c.num_experts)
             scores = routing.masked_fill(scores, routing.logical_not(score_mask.to(bool_)))
         topk_weights, topk_indices = routing.topk(scores, c.num_experts_per_tok)
         topk_weights = topk_weights * 1.0

@@ -76,14 +76,16 @@ class DeepseekV3TopkRouter(Module):
         hidden_states = hidden_states.view(-1, c.hidden_size)
         router_logits = ops.linear(hidden_states.to(float32), self.weight.to(float32))
         scores = ops.sigmoid(router_logits)
-        scores_for_choice = scores + self.e_score_correction_bias
-        grouped = scores_for_choice.view(-1, c.n_group, c.num_experts // c.n_group)
-        group_scores = routing.topk(grouped, 2)[0].sum(-1)
-        group_idx = routing.topk(group_scores, c.topk_group)[1]
-        group_mask = group_scores.tape.new(group_scores.shape, float32, "group_mask")
-        score_mask = routing.expert_mask(group_mask, c.num_experts)
-        scores_for_choice = routing.masked_fill(scores_for_choice, routing.logical_not(score_mask.to(bool_)))
-        topk_indices = routing.topk(scores_for_choice, c.num_experts_per_tok)[1]
+        with scores.tape.no_grad():  # the choice has no gradient; what its graph saves dies with this call
+            scores_for_choice = scores + self.e_score_correction_bias
+            grouped = scores_for_choice.view(-1, c.n_group, c.num_experts // c.n_group)
+            group_scores = routing.topk(grouped, 2)[0].sum(-1)
+            del grouped
+            group_idx = routing.topk(group_scores, c.topk_group)[1]
+            group_mask = group_idx.tape.new(group_scores.shape, float32, "group_mask")
+            score_mask = routing.expert_mask(group_mask, c.num_experts)
+            scores_for_choice = routing.masked_fill(scores_for_choice, routing.logical_not(score_mask.to(bool_)))
+            topk_indices = routing.topk(scores_for_choice, c.num_experts_per_tok)[1]
         topk_weights = routing.gather(scores, topk_indices)
         if c.norm_topk_prob:
             denominator = topk_weights.sum(-1, keepdim=True) + 1e-20

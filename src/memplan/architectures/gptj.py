@@ -26,6 +26,10 @@ from memplan.tape.attention import flash_attention_2
 from memplan.tape.tensor import Tensor, float32, int64
 
 
+ATTENTION = ("eager", "flash_attention_2")
+"""What transformers has for it."""
+
+
 class GPTJConfig:
     """The fields of config.json that the memory of a GPT-J depends on."""
 

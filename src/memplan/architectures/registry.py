@@ -74,6 +74,18 @@ def head_of(architecture: str) -> str:
     raise UnsupportedError(f"architectures: {architecture!r} has a head that is not modelled. Give --head.")
 
 
+def attention_implementations(model_type: str) -> tuple[str, ...]:
+    """What transformers has for a family: its file's ATTENTION, or all three."""
+    module_name = FAMILIES.get(model_type)
+    if module_name is None:
+        return ALL_ATTENTION
+    found: tuple[str, ...] = getattr(import_module(f"memplan.architectures.{module_name}"), "ATTENTION", ALL_ATTENTION)
+    return found
+
+
+ALL_ATTENTION = ("sdpa", "eager", "flash_attention_2")
+
+
 def build_model(b: Build, model: ModelSpec, head: str | None) -> Module:
     """Make the model's modules. Raises UnsupportedError for what is not written."""
     module_name = FAMILIES.get(model.model_type)

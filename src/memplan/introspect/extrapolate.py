@@ -152,11 +152,16 @@ def _built(setup: Setup) -> Any:
         raise UnsupportedError("trace: head 'base' has no loss to train. Use --head causal-lm.")
     values.setdefault("model_type", setup.model.model_type)
     try:
-        return trace._build_model(values, setup.precision.dtype, setup.training.attn, None, head, None)
+        return trace._build_model(values, setup.precision.dtype, _attention(setup), None, head, None)
     except MemplanError:
         raise
     except Exception as error:  # a config may be wrong in any way
         raise UnsupportedError(f"trace: transformers cannot build this model: {_said(error)}") from error
+
+
+def _attention(setup: Setup) -> str | None:
+    """What was asked for; otherwise from_pretrained takes sdpa where the model has it."""
+    return setup.training.attn if "attn" in setup.training.model_fields_set else None
 
 
 def _harmless(value: Any) -> Any:
@@ -291,13 +296,13 @@ def templates(kinds: Sequence[Hashable], short: int) -> list[int] | None:
 
     >>> templates("aaaaaaa", 5)
     [0, 1, 2, 2, 2, 3, 4]
-    >>> templates("daaaaaa", 5) is None
+    >>> templates("dddaaaaa", 6)
+    [0, 1, 2, 3, 3, 3, 4, 5]
+    >>> templates("ababababab", 5) is None
     True
-    >>> templates("daaaaaa", 6)
-    [0, 1, 2, 3, 3, 4, 5]
     """
     few, all_ = _windows(kinds[:short]), _windows(kinds)
-    places = {window: i for i, window in enumerate(few)}
+    places = {window: i for i, window in reversed(list(enumerate(few)))}
     found = [places.get(window) for window in all_]
     return None if None in found else found  # type: ignore[return-value]
 
@@ -418,7 +423,7 @@ class _Tracing:
         recorder.tracker = tracker
         with contextlib.ExitStack() as stack:
             for context in (
-                trace._gc_disabled(),
+                trace._gc_disabled(collect=False),
                 trace._phase_hooks(self.model, tracker),
                 _layer_hooks(self.model, stacks, recorder),
                 trace._like_a_real_run(),

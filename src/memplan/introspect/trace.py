@@ -716,7 +716,7 @@ _HEADS = {
 
 
 def _build_model(
-    values: Mapping[str, Any], dtype: str, attn: str, num_layers: int | None, head: str | None, experts: str | None
+    values: Mapping[str, Any], dtype: str, attn: str | None, num_layers: int | None, head: str | None, experts: str | None
 ) -> Any:
     """Build the model on the meta device, as ``from_pretrained(dtype=...)`` would leave it."""
     import torch
@@ -724,7 +724,9 @@ def _build_model(
 
     config = _make_config(values, num_layers)
     torch_dtype = getattr(torch, dtype)
-    kwargs: dict[str, Any] = {"attn_implementation": attn, "dtype": torch_dtype}
+    kwargs: dict[str, Any] = {"dtype": torch_dtype}
+    if attn is not None:
+        kwargs["attn_implementation"] = attn
     if experts is not None:
         kwargs["experts_implementation"] = experts
     if head is not None:
@@ -908,9 +910,10 @@ def _make_inputs(model: Any, batch: int, seq_len: int, *, padded: bool) -> dict[
 
 
 @contextlib.contextmanager
-def _gc_disabled() -> Iterator[None]:
+def _gc_disabled(*, collect: bool = True) -> Iterator[None]:
     """Keep the cycle collector from running at moments that depend on unrelated garbage."""
-    gc.collect()
+    if collect:
+        gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
     try:

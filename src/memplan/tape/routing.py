@@ -27,28 +27,24 @@ def _scattered(t: Tape, shape: Shape, dtype: DType, name: str) -> Tensor:
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """torch.topk over the last dimension: values and int64 indices; saves the indices."""
     t = x.storage.tape
-    node = t.node(_values_backward, (x,), (), x.shape) if x.node is not None else None
+    node = t.node(_topk_backward, (x,), (), x.shape) if x.node is not None else None
     shape = (*x.shape[:-1], k)
-    return _chosen(t, node, t.new(shape, x.dtype, "topk"), t.new(shape, int64, "topk_indices"))
-
-
-def max_(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x.max(dim=-1): values and int64 indices; saves the indices."""
-    t = x.storage.tape
-    node = t.node(_values_backward, (x,), (), x.shape) if x.node is not None else None
-    shape = x.shape[:-1]
-    return _chosen(t, node, t.new(shape, x.dtype, "max"), t.new(shape, int64, "max_indices"))
-
-
-def _chosen(t: Tape, node: Node | None, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    values, indices = t.new(shape, x.dtype, "topk"), t.new(shape, int64, "topk_indices")
     t.save(node, indices)
     values.node = node
     return values, indices
 
 
-def _values_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+def _topk_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     """value_selecting_reduction_backward."""
     return (_scattered(t, node.ctx, grad.dtype, "scatter"),)
+
+
+def max_(x: Tensor) -> Tensor:
+    """x.max(dim=-1).values; used without gradient."""
+    t = x.storage.tape
+    values, _ = t.new(x.shape[:-1], x.dtype, "max"), t.new(x.shape[:-1], int64, "max_indices")
+    return values
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
