@@ -1,4 +1,4 @@
-"""Gemma 2 (transformers.models.gemma2): Gemma with norms around each block, soft caps, and every other layer sliding."""
+"""Gemma 2 (transformers.models.gemma2): Gemma with norms around each block, soft caps, every other layer sliding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Gemma2Config(GemmaConfig):
 
 def sliding_layers(fields: Fields, layers: int, pattern: int) -> list[str]:
     """layer_types; by default every ``pattern``-th layer sees the whole sequence."""
-    return list(layer_types(fields, ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]))
+    default = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
+    return list(layer_types(fields, default))
 
 
 class Gemma2Attention(LlamaAttention):

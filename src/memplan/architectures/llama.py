@@ -111,6 +111,15 @@ def layer_types(fields: Fields, default: Sequence[str]) -> Sequence[str]:
     return types
 
 
+def sliding_windows(fields: Fields, types: Sequence[str], window: int | None) -> dict[str, int | None]:
+    """``LlamaConfig.windows`` of a model that makes a sliding mask only where a layer slides."""
+    if "sliding_attention" not in types:
+        return {"full_attention": None}
+    if window is None:
+        raise fields.wrong("layer_types", "sliding_attention", "has no window", "Give sliding_window and switch it on.")
+    return {"full_attention": None, "sliding_attention": window}
+
+
 class LlamaMLP(Module):
     def __init__(self, b: Build, c: LlamaConfig, intermediate_size: int | None = None) -> None:
         intermediate_size = intermediate_size or c.intermediate_size

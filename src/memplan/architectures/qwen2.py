@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from memplan.architectures.llama import LlamaConfig, LlamaForCausalLM, decoder_heads, layer_types
+from memplan.architectures.llama import LlamaConfig, LlamaForCausalLM, decoder_heads, layer_types, sliding_windows
 from memplan.specs.fields import Fields
 
 
@@ -22,10 +22,7 @@ class Qwen2Config(LlamaConfig):
         max_window_layers = fields.int("max_window_layers", 28, minimum=0)
         sliding = [sliding_window is not None and i >= max_window_layers for i in range(self.num_hidden_layers)]
         self.layer_types = layer_types(fields, ["sliding_attention" if s else "full_attention" for s in sliding])
-        if "sliding_attention" in self.layer_types:
-            if sliding_window is None:
-                raise fields.wrong("layer_types", "sliding_attention", "needs a window", "Set use_sliding_window and sliding_window.")
-            self.windows["sliding_attention"] = sliding_window
+        self.windows = sliding_windows(fields, self.layer_types, sliding_window)
 
 
 class Qwen2ForCausalLM(LlamaForCausalLM):

@@ -13,6 +13,7 @@ from memplan.architectures.llama import (
     LlamaModel,
     decoder_heads,
     layer_types,
+    sliding_windows,
 )
 from memplan.architectures.nn import Build
 from memplan.specs.fields import Fields
@@ -35,16 +36,17 @@ class SmolLM3Config(LlamaConfig):
         self.no_rope_layers = fields.list_int("no_rope_layers", every, minimum=0)
         """1 for the layers that do rotate."""
         if len(self.no_rope_layers) < layers:
-            raise fields.wrong("no_rope_layers", len(self.no_rope_layers), f"entries for {layers} layers", "Give one each.")
-        sliding_window = fields.optional_int("sliding_window") if fields.bool("use_sliding_window", False) else None
-        sliding = [sliding_window is not None and not rotated for rotated in self.no_rope_layers[:layers]]
+            found = len(self.no_rope_layers)
+            raise fields.wrong("no_rope_layers", found, f"entries for {layers} layers", "Give one for each.")
+        window = fields.optional_int("sliding_window")
+        slides = fields.bool("use_sliding_window", False) and window is not None
+        sliding = [slides and not rotated for rotated in self.no_rope_layers[:layers]]
         self.layer_types = layer_types(fields, ["sliding_attention" if s else "full_attention" for s in sliding])
-        if "sliding_attention" in self.layer_types:
-            self.windows["sliding_attention"] = sliding_window
+        self.windows = sliding_windows(fields, self.layer_types, window)
 
     @property
     def kinds(self) -> Sequence[Hashable]:
-        return list(zip(self.layer_types, self.no_rope_layers))
+        return list(zip(self.layer_types, self.no_rope_layers[: self.num_hidden_layers], strict=True))
 
 
 class SmolLM3Attention(LlamaAttention):

@@ -13,7 +13,16 @@ from memplan.architectures.llama import (
     LlamaModel,
     decoder_heads,
 )
-from memplan.architectures.nn import Build, LayerNorm, Module, ModuleList, apply_rotary_pos_emb, attention, cached, rotary_dim
+from memplan.architectures.nn import (
+    Build,
+    LayerNorm,
+    Module,
+    ModuleList,
+    apply_rotary_pos_emb,
+    attention,
+    cached,
+    rotary_dim,
+)
 from memplan.specs.fields import Fields
 from memplan.tape import ops
 from memplan.tape.tensor import Tensor
@@ -43,7 +52,7 @@ class StableLmLayerNormPerHead(Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         states_per_heads = hidden_states.split(1, dim=1)
-        return ops.cat([norm(states) for norm, states in zip(self.norms, states_per_heads)], dim=1)
+        return ops.cat([norm(states) for norm, states in zip(self.norms, states_per_heads, strict=True)], dim=1)
 
 
 class StableLmAttention(LlamaAttention):
@@ -63,8 +72,10 @@ class StableLmAttention(LlamaAttention):
             key_states = self.k_layernorm(key_states)
         cos, sin = positions
         passed = self.head_dim - self.rotary_dim
-        query_rot, query_pass = query_states.narrow(-1, 0, self.rotary_dim), query_states.narrow(-1, self.rotary_dim, passed)
-        key_rot, key_pass = key_states.narrow(-1, 0, self.rotary_dim), key_states.narrow(-1, self.rotary_dim, passed)
+        query_rot = query_states.narrow(-1, 0, self.rotary_dim)
+        query_pass = query_states.narrow(-1, self.rotary_dim, passed)
+        key_rot = key_states.narrow(-1, 0, self.rotary_dim)
+        key_pass = key_states.narrow(-1, self.rotary_dim, passed)
         query_rot, key_rot = apply_rotary_pos_emb(query_rot, key_rot, cos, sin)
         query_states = ops.cat((query_rot, query_pass))
         key_states = ops.cat((key_rot, key_pass))
