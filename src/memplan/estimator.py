@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 from memplan.adapters.liger import apply_liger_kernel
@@ -69,7 +69,7 @@ class Traced:
         return _Micro(tape, self.root, Inventory(self.root))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Setup:
     """Everything that decides the tape, resolved."""
 
@@ -112,13 +112,12 @@ def estimate(
         raise UnsupportedError(f"strategy: {strategy.kind!r} is not modelled yet. Use single or ddp.")
     if strategy.kind == "single" and cluster.gpus != 1:
         raise SpecError.at("gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1.")
-    setup = resolve(model, training, cluster, strategy, software)
-    setup.traced = traced
-    run, micro = _run(setup, gpu)
+    setup = replace(resolve(model, training, cluster, strategy, software), traced=traced)
+    run, _ = _run(setup, gpu)
     placed = ddp.phases(run, strategy.ddp) if strategy.kind == "ddp" else plain.phases(run)
     replayed = None
     if setup.rules.kind != "cpu":
-        replayed = _replay(setup, run, strategy) if replay else Replayed({}, _bound(run, micro, strategy))
+        replayed = _replay(setup, gpu, strategy) if replay else Replayed({}, _bound(setup, gpu, strategy))
     memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
     host = _host_memory(run, cluster)
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
@@ -252,6 +251,9 @@ def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], autocast: DTy
     return result
 
 
+# A search, a ladder and a notebook ask for the same step again and again, under other strategies and on other
+# clusters. What the tape says of a setup is remembered.
+@lru_cache(maxsize=64)
 def _run(setup: Setup, gpu: GPUSpec | None) -> tuple[Run, _Micro]:
     training = setup.training
     accumulated = training.grad_accum_steps > 1
@@ -286,8 +288,10 @@ def _held(run: Run, trainable: list[tuple[Parameter, int]], strategy: Strategy) 
     return held + (ddp.bucket_bytes(trainable, strategy.ddp) if strategy.kind == "ddp" else [])
 
 
-def _bound(run: Run, micro: _Micro, strategy: Strategy) -> int:
+@lru_cache(maxsize=64)
+def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy) -> int:
     """What peak reserved cannot exceed, without running every layer."""
+    run, micro = _run(setup, gpu)
     trainable = run.trainable
     kept = [(size, count) for p, count in trainable for size in run.optimizer.state_bytes(p)]
     kept += [(size, 1) for size in (*run.optimizer.shared_bytes(trainable), *run.workspaces)]
@@ -301,8 +305,10 @@ def _bound(run: Run, micro: _Micro, strategy: Strategy) -> int:
     return reserved_bound(run.parameters, _held(run, trainable, strategy), counts, micro_batches, others)
 
 
-def _replay(setup: Setup, run: Run, strategy: Strategy) -> Replayed:
+@lru_cache(maxsize=64)
+def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy) -> Replayed:
     """The allocator on every layer's allocations, two steps long."""
+    run, _ = _run(setup, gpu)
     first = _micro_batch(setup, full_depth=True, accumulated=False)
     batches = [first.tape]
     if run.grad_accum_steps > 1:

@@ -251,7 +251,7 @@ class DebertaV2Attention(Module):
 
 
 class DebertaV2Layer(CheckpointLayer):
-    kept = True
+    held = True
 
     def __init__(self, b: Build, c: DebertaV2Config) -> None:
         self.attention = DebertaV2Attention(b, c)

@@ -237,14 +237,14 @@ class FalconModel(Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         inputs_embeds = self.word_embeddings(input_ids)
-        batch, length, _ = inputs_embeds.shape
+        batch = inputs_embeds.shape[0]
         alibi: Tensor | None = None
         if self.c.alibi:
             alibi = self.build_alibi_tensor(inputs_embeds)
         ids = position_ids(inputs_embeds)
         mask = causal_mask(self.b, inputs_embeds, allow_is_causal_skip=False)
         if alibi is not None and mask is not None:
-            alibi = alibi.reshape(batch, -1, 1, length)
+            alibi = alibi.reshape(batch, self.c.num_attention_heads, 1, -1)
             mask = self.add_alibi(mask, alibi)
         hidden_states = inputs_embeds
         positions = self.rotary_emb(hidden_states, ids)

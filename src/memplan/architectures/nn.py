@@ -223,8 +223,8 @@ class CheckpointLayer(Module):
     """transformers' GradientCheckpointingLayer: the block that is recomputed, and the unit of repetition."""
 
     no_split = True
-    kept = False
-    """Whether the model keeps every layer's output until the last has run (output_hidden_states)."""
+    held = False
+    """Whether the model holds every layer's output until the last has run (output_hidden_states)."""
     _build: Build
 
     def __call__(self, *args: Any) -> Any:
@@ -232,8 +232,8 @@ class CheckpointLayer(Module):
         made_before = len(b.tape.sizes)
         out = b.tape.checkpoint(self.forward, *args) if b.gradient_checkpointing else self.forward(*args)
         for x in out if isinstance(out, tuple) else (out,):
-            if x is not None and not self.kept:
-                b.tape.flow(x, made_before)
+            if x is not None:
+                b.tape.flow(x, made_before, self.held)
         return out
 
 
@@ -506,15 +506,18 @@ def attention(
         dtype = b.tape.autocast or b.dtype
         return flash_attention_2(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), dtype), None
     gqa = False
+    batch, heads, length, _ = query.shape
     if n_rep > 1:
         if mask is None and key.shape[-1] == value.shape[-1] <= 256:
             gqa = True
+        elif length == 1:  # pack_gqa: the heads of a group become the queries of one head
+            query = query.reshape(batch, heads // n_rep, n_rep, -1)
         else:
             key, value = repeat_kv(key, n_rep), repeat_kv(value, n_rep)
     out = scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=is_causal and mask is None, enable_gqa=gqa
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
 def eager_attention(

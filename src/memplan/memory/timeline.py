@@ -144,7 +144,7 @@ def _measure(tape: Tape, segments: list[_Segment], multiplicity: dict[LayerKey, 
                 total += size
                 if total > peak:
                     peak = total
-                if segment.layer is not None and event not in flowing:
+                if segment.layer is not None and (event not in flowing or event in tape.held):
                     repeated[event] = count
                     owner[event] = segment.layer
                 continue

@@ -63,9 +63,12 @@ def scaled_dot_product_attention(
         backend = "math"  # no kernel broadcasts heads unasked (check_batch_size_and_num_heads_dense)
     if backend == "math":
         return _math(t, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    if attn_mask is not None and backend == "efficient" and attn_mask.shape[-1] % 16:
-        # pad_bias: the kernel wants rows aligned to 16 elements
-        attn_mask = t.new((*attn_mask.shape[:-1], _up(attn_mask.shape[-1], 16)), query.dtype, "attn_mask_padded")
+    if attn_mask is not None and backend == "efficient":
+        # preprocess_mask: the kernel wants rows aligned to 16 elements, for every head of every sequence
+        length = attn_mask.shape[-1]
+        if length % 16:
+            attn_mask = ops.pad_last(attn_mask, _up(length, 16) - length).narrow(-1, 0, length)
+        attn_mask = attn_mask.expand(*query.shape[:3], length)
     return _fused(t, backend, query, key, value, attn_mask, dropout_p)
 
 
@@ -92,7 +95,7 @@ def _fused(
     dim_v = v.shape[-1]
     sk = k.shape[2]
     flops = 2 * batch * heads * sq * sk * (dim + dim_v)
-    node = t.node(_fused_backward, (q, k, v), (q, k, v, mask), (backend, flops, k.shape[1]))
+    node = t.node(_fused_backward, (q, k, v, mask), (q, k, v, mask), (backend, flops, k.shape[1]))
     t.flops += flops
     shape = (batch, heads, sq, dim_v)
     out = t.new(shape, q.dtype, "sdpa", _by_position(shape) if backend == "efficient" else dense_like(shape, q.strides))
@@ -138,8 +141,12 @@ def _fused_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
         ]
     gk = t.new(k.shape, k.dtype, "sdpa_grad_k", _by_position(k.shape) if by_position else dense_like(k.shape, k.strides))
     gv = t.new(v.shape, v.dtype, "sdpa_grad_v", _by_position(v.shape) if by_position else dense_like(v.shape, v.strides))
+    gmask = None
+    if node.edges[3] is not None:
+        rows = t.new((batch, heads, sq, _up(sk, 16)), mask.dtype, "sdpa_grad_bias")
+        gmask = rows.narrow(-1, 0, sk)
     del scratch
-    return gq, gk, gv
+    return gq, gk, gv, gmask
 
 
 def _math(

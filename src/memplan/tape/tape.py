@@ -148,6 +148,8 @@ class Tape:
         self.kept: dict[int, LayerKey | None] = {}
         """Storages that lie in a node's ctx until the graph dies -> the layer that put them there."""
         self.flowing: set[int] = set()
+        self.held: set[int] = set()
+        """Those of ``flowing`` that the model holds until all layers have run."""
         self._leaves: list[Tensor] = []
         """Leaves that are not weights: the graph holds them and their gradients until it is freed after backward."""
         self.input_count = 0
@@ -312,13 +314,15 @@ class Tape:
         self._boundaries.append((self._seq, layer))
         self.mark("layer", layer)
 
-    def flow(self, x: Tensor, made_before: int) -> None:
+    def flow(self, x: Tensor, made_before: int, held: bool = False) -> None:
         """x passes from one layer to the next, and dies there: its storage is not repeated with its layer.
 
         What a layer hands on without having made it (T5's position bias, made by the first) outlives them all.
         """
         if x.storage.id >= made_before:
             self.flowing.add(x.storage.id)
+            if held:
+                self.held.add(x.storage.id)
             self._mark_saved(x)
         else:
             self.flowing.discard(x.storage.id)
