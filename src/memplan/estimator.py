@@ -8,6 +8,7 @@ from typing import Any
 
 from memplan.adapters.liger import apply_liger_kernel
 from memplan.adapters.lora import apply_lora
+from memplan.adapters.quantization import default_dtype, prepare_for_kbit_training, quantize
 from memplan.architectures.nn import Build, Embedding, Inventory, Model, Module
 from memplan.architectures.registry import attention_implementations, build_model
 from memplan.catalog.gpus import find_gpu
@@ -15,6 +16,8 @@ from memplan.constants import Constant
 from memplan.engines import ddp, plain
 from memplan.engines.plain import Parts, Run
 from memplan.errors import SpecError, UnsupportedError
+from memplan.memory import loading
+from memplan.memory.device_map import device_map
 from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
 from memplan.memory.timeline import compose, size_counts
@@ -108,6 +111,10 @@ def estimate(
     Raises SpecError for a setup that the libraries refuse, UnsupportedError for what memplan does not model.
     """
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
+    if training.task == "generate":
+        raise UnsupportedError("task: 'generate' is not modelled yet. Use --task load for the weights.")
+    if training.task == "load":
+        return _load(model, training, cluster, strategy, software, gpu)
     if strategy.kind not in ("single", "ddp"):
         raise UnsupportedError(f"strategy: {strategy.kind!r} is not modelled yet. Use single or ddp.")
     if strategy.kind == "single" and cluster.gpus != 1:
@@ -115,6 +122,8 @@ def estimate(
     setup = replace(resolve(model, training, cluster, strategy, software), traced=traced)
     run, _ = _run(setup, gpu)
     placed = ddp.phases(run, strategy.ddp) if strategy.kind == "ddp" else plain.phases(run)
+    if training.quantization is not None:
+        placed["load"] = _loading(setup, gpu, cluster)
     replayed = None
     if setup.rules.kind != "cpu":
         replayed = _replay(setup, gpu, strategy) if replay else Replayed({}, _bound(setup, gpu, strategy))
@@ -197,28 +206,7 @@ def _micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluatio
         return setup.traced.micro_batch(accumulated=accumulated, evaluation=evaluation)
     training = setup.training
     tape = Tape(setup.rules)
-    b = Build(
-        tape,
-        dtypes.dtype_named(setup.precision.dtype),
-        attn=training.attn,
-        gradient_checkpointing=training.gradient_checkpointing,
-        padded=not training.packed,
-        software=setup.software,
-        full_depth=full_depth,
-    )
-    model = setup.model
-    if training.vocab_size is not None:
-        model = model.replace(config={**model.config, "vocab_size": training.vocab_size})
-    root = build_model(b, model, training.head)
-    if training.liger:
-        apply_liger_kernel(b, root, model.model_type)
-    if training.lora is not None:
-        apply_lora(b, root, training.lora, model.model_type)
-        if training.gradient_checkpointing:
-            for _, module in root.named_modules():
-                if isinstance(module, Embedding):
-                    module.require_output_grad = True
-                    break
+    root = _model(setup, tape, full_depth=full_depth)
     if not isinstance(root, Model):
         raise SpecError.at("head", "base", "has no loss to train", "Use --head causal-lm, or --task load.")
     inventory = Inventory(root)
@@ -239,6 +227,47 @@ def _micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluatio
         tape.backward(loss)
     tape.close()
     return _Micro(tape, root, inventory)
+
+
+def _model(setup: Setup, tape: Tape, *, full_depth: bool) -> Module:
+    """The model's modules as they are trained: quantized, patched and adapted, in the order in which scripts do it."""
+    training, model = setup.training, setup.model
+    b = Build(
+        tape,
+        dtypes.dtype_named(setup.precision.dtype),
+        attn=training.attn,
+        gradient_checkpointing=training.gradient_checkpointing,
+        padded=not training.packed,
+        software=setup.software,
+        full_depth=full_depth,
+    )
+    if training.vocab_size is not None:
+        model = model.replace(config={**model.config, "vocab_size": training.vocab_size})
+    root = build_model(b, model, training.head)
+    quantization = training.quantization
+    if quantization is not None:
+        compute = _AUTOCAST[setup.precision.mixed_precision] or b.dtype
+        if quantization.compute_dtype is not None:
+            compute = dtypes.dtype_named(quantization.compute_dtype)
+        quantize(b, root, quantization, compute)
+        if _prepares(training):
+            prepare_for_kbit_training(root)
+    if training.liger:
+        apply_liger_kernel(b, root, model.model_type)
+    if training.lora is not None:
+        apply_lora(b, root, training.lora, model.model_type)
+        if training.gradient_checkpointing:
+            for _, module in root.named_modules():
+                if isinstance(module, Embedding):
+                    module.require_output_grad = True
+                    break
+    return root
+
+
+def _prepares(training: TrainingSpec) -> bool:
+    """Whether peft.prepare_model_for_kbit_training is called."""
+    quantization = training.quantization
+    return quantization is not None and quantization.prepare_for_kbit_training and training.task == "train"
 
 
 def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], autocast: DType | None) -> Tensor:
@@ -325,6 +354,98 @@ def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy) -> Replayed:
     )
 
 
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+def _capacity(cluster: ClusterSpec, gpu: GPUSpec | None) -> int | None:
+    """Bytes that torch sees on each GPU; None is unknown."""
+    return cluster.gpu_memory or (gpu.memory_bytes if gpu is not None and not gpu.is_cpu else None)
+
+
+def _loading(setup: Setup, gpu: GPUSpec | None, cluster: ClusterSpec) -> Parts:
+    """The fullest moment while a quantized model is loaded and prepared on one GPU."""
+    root = _model(setup, Tape(setup.rules), full_depth=False)
+    loaded = loading.load(
+        loading.tensors(root), direct=True, capacity=_capacity(cluster, gpu), prepare=_prepares(setup.training)
+    )
+    return {"weights": loaded.allocated, "temporaries": loaded.peak_allocated - loaded.allocated}
+
+
+def _load(
+    model: ModelSpec,
+    training: TrainingSpec,
+    cluster: ClusterSpec,
+    strategy: Strategy,
+    software: SoftwareSpec,
+    gpu: GPUSpec | None,
+) -> Estimate:
+    """Task load: the model's footprint, and where a device map puts it."""
+    if training.quantization is not None and training.dtype is None:
+        training = training.replace(dtype=default_dtype(software, _checkpoint_dtype(model)) or "float32")
+    setup = resolve(model, training, cluster, strategy, software)
+    root = _model(setup, Tape(setup.rules), full_depth=False)
+    held = loading.tensors(root)
+    quantized = training.quantization is not None
+    capacity = _capacity(cluster, gpu)
+    devices: dict[str, int | str] | None = None
+    on_gpu, on_host, on_disk = held, 0, 0
+    if training.device_map is not None:
+        if capacity is None:
+            remedy = "Name it with --gpu, or give --gpu-memory."
+            raise SpecError.at("device_map", training.device_map, "needs the GPU's memory", remedy)
+        free = capacity - int(_outside(gpu, cluster, software)[0].value)
+        devices = device_map(
+            loading.placed_model(root),
+            training.device_map,
+            {index: free for index in range(cluster.gpus)},
+            cluster.host_memory,
+            quantized,
+        )
+        groups = loading.by_device(held, devices)
+        on_gpu = max((groups.get(i, []) for i in range(cluster.gpus)), key=loading.footprint)
+        on_host, on_disk = (loading.footprint(groups.get(place, [])) for place in ("cpu", "disk"))
+    loaded = loading.load(on_gpu, direct=quantized or devices is not None, capacity=capacity)
+    placed = {
+        "load": {"weights": loaded.allocated, "temporaries": loaded.peak_allocated - loaded.allocated},
+    }
+    cpu = setup.rules.kind == "cpu"
+    memory, assumptions = _gpu_memory(
+        placed, None if cpu else Replayed({}, loaded.peak_reserved), cluster.replace(gpus=1, nodes=1), gpu, software
+    )
+    host = HostMemory(
+        capacity=cluster.host_memory,
+        peak=on_host,
+        pinned=0,
+        ranks=1,
+        components={"weights": on_host} if on_host else {},
+    )
+    nvme = NvmeMemory(capacity=cluster.nvme, bytes=on_disk, components={"weights": on_disk} if on_disk else {})
+    verdicts = [verdict_for(memory.low, memory.high, memory.capacity)]
+    if on_host and cluster.host_memory is not None:
+        verdicts.append(verdict_for(on_host, on_host, cluster.host_memory))
+    inventory = Inventory(root)
+    elements = sum(p.elements * count for p, count in inventory.parameters)
+    return Estimate(
+        model=ModelInfo(
+            id=model.id,
+            architecture=model.architecture,
+            parameters=elements,
+            trainable_parameters=sum(p.elements * n for p, n in inventory.parameters if p.node is not None),
+            source=model.source,
+        ),
+        setup=_setup_dict(setup.training, setup.precision, strategy, cluster, gpu),
+        cluster=_cluster_dict(cluster, gpu),
+        software=software.to_dict(),
+        gpu=memory,
+        host=host,
+        nvme=nvme,
+        verdict=worst_verdict(verdicts),
+        assumptions=tuple(assumptions),
+        footprint=loading.footprint(held),
+        device_map=devices,
+    )
+
+
 # -- the hardware ----------------------------------------------------------------------------------------------------
 
 
@@ -386,14 +507,14 @@ def _gpu_memory(
     device = reserved + int(context.value) + int(communicators.value)
     parts = placed[peak_phase]
     memory = GpuMemory(
-        capacity=cluster.gpu_memory or (gpu.memory_bytes if gpu is not None and not gpu.is_cpu else None),
+        capacity=_capacity(cluster, gpu),
         peak_allocated=peak,
         peak_reserved=reserved,
         peak_device=device,
         low=peak + sum(int(c.low) for c in outside),
         high=reserved + sum(int(c.high) for c in outside),
         peak_phase=peak_phase,
-        steady_allocated=max(size for name, size in allocated.items() if name in _STEADY),
+        steady_allocated=max((size for name, size in allocated.items() if name in _STEADY), default=peak),
         components=Components(
             **{name: size for name, size in parts.items() if size},
             fragmentation=reserved - peak,
@@ -412,8 +533,8 @@ def _model_info(model: ModelSpec, run: Run) -> ModelInfo:
     return ModelInfo(
         id=model.id,
         architecture=model.architecture,
-        parameters=sum(p.numel * count for p, count in run.parameters),
-        trainable_parameters=sum(p.numel * count for p, count in run.trainable),
+        parameters=sum(p.elements * count for p, count in run.parameters),
+        trainable_parameters=sum(p.elements * count for p, count in run.trainable),
         source=model.source,
     )
 

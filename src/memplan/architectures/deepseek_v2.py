@@ -58,7 +58,8 @@ class DeepseekV2Config(DeepseekConfig):
 def check_expert_groups(fields: Fields, num_experts: int, n_group: int, topk_group: int, at_least: int = 1) -> None:
     """Groups must be of one size, of at least so many experts, and a token is limited to some of them."""
     if num_experts % n_group or num_experts // n_group < at_least:
-        raise fields.wrong("n_group", n_group, f"does not divide n_routed_experts {num_experts}", "Correct one of them.")
+        problem = f"does not make groups of {at_least} or more of {num_experts} routed experts"
+        raise fields.wrong("n_group", n_group, problem, "Correct one of them.")
     if topk_group > n_group:
         raise fields.wrong("topk_group", topk_group, f"is more than n_group {n_group}", "Use at most that.")
 
@@ -112,8 +113,8 @@ class DeepseekV2Attention(Module):
 
     def query(self, hidden_states: Tensor) -> Tensor:
         if self.c.q_lora_rank is None:
-            return self.q_proj(hidden_states)  # type: ignore[no-any-return]
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))  # type: ignore[no-any-return]
+            return self.q_proj(hidden_states)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
 
     def expand_kv(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, 1, S, kv_lora_rank] and [B, 1, S, qk_rope_head_dim] -> key and value of every head."""

@@ -40,9 +40,8 @@ class MoeConfig(LlamaConfig):
         self.num_experts = fields.int(self.experts_field, self.num_experts)
         self.num_experts_per_tok = fields.int("num_experts_per_tok", self.num_experts_per_tok)
         if self.num_experts_per_tok > self.num_experts:
-            raise fields.wrong(
-                "num_experts_per_tok", self.num_experts_per_tok, f"is more than {self.experts_field}", "Use at most that."
-            )
+            problem = f"is more than {self.experts_field} {self.num_experts}"
+            raise fields.wrong("num_experts_per_tok", self.num_experts_per_tok, problem, "Use at most that.")
         self.moe_intermediate_size = self.intermediate_size
         self.norm_topk_prob = fields.bool("norm_topk_prob", self.norm_topk_prob)
         self.sparse: Sequence[bool] = [True] * self.num_hidden_layers
@@ -54,7 +53,7 @@ class MoeConfig(LlamaConfig):
 
     @property
     def kinds(self) -> Sequence[Hashable]:
-        return list(zip(self.layer_types, self.sparse))
+        return list(zip(self.layer_types, self.sparse, strict=True))
 
 
 class TopKRouter(Module):
@@ -83,9 +82,8 @@ class Experts(Module):
 
     def __init__(self, b: Build, c: MoeConfig) -> None:
         if not b.software.at_least("transformers", "5.0"):
-            raise UnsupportedError.at(
-                "software: transformers", b.software.transformers, "runs experts in a loop that is not modelled", "Use 5.0."
-            )
+            problem = "calls experts one by one, which is not modelled"
+            raise UnsupportedError.at("software: transformers", b.software.transformers, problem, "Use 5.0 or later.")
         self.num_experts = c.num_experts
         self.gate_up_proj = b.parameter(c.num_experts, 2 * c.moe_intermediate_size, c.hidden_size)
         self.down_proj = b.parameter(c.num_experts, c.hidden_size, c.moe_intermediate_size)

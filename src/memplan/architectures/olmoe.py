@@ -1,4 +1,4 @@
-"""OLMoE (transformers.models.olmoe): Llama with experts in every layer, RMSNorm on query and key, clipped q, k and v."""
+"""OLMoE (transformers.models.olmoe): Llama with experts in every layer, norms on query and key, clipped q, k, v."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ class Qwen2MoeConfig(MoeConfig):
         # Both masks are made whether a layer uses them or not; without sliding windows the window is 0.
         self.windows["sliding_attention"] = fields.int("sliding_window", 4096) if sliding else 0
         last = fields.int("max_window_layers", 28, minimum=0) if sliding else 0
-        default = ["full_attention" if i % 2 or i >= last else "sliding_attention" for i in range(self.num_hidden_layers)]
-        self.layer_types = layer_types(fields, default)
+        slides = [i % 2 == 0 and i < last for i in range(self.num_hidden_layers)]
+        self.layer_types = layer_types(fields, ["sliding_attention" if s else "full_attention" for s in slides])
 
 
 def sparse_layers(fields: Fields, layers: int) -> Sequence[bool]:

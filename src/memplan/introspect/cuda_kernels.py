@@ -7,14 +7,14 @@ backend that torch's dispatcher takes there, with what that kernel keeps and nee
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from memplan.tape import tensor as dtypes
-from memplan.tape.attention import _fused, _fused_backward
+from memplan.tape.attention import _fused
 from memplan.tape.dispatch import DeviceRules, choose_sdpa_backend
-from memplan.tape.tape import AccumulateGrad, Node, Tape
+from memplan.tape.tape import Tape
 from memplan.tape.tensor import Tensor
 
 __all__ = ["cuda_kernels"]
@@ -72,7 +72,8 @@ def cuda_kernels(rules: DeviceRules, kernel: Kernel) -> Any:
         if backend == "math" or query.dim() != 4:
             return cuda_math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if attn_mask is not None:
-            attn_mask = _bias(attn_mask, query.dtype, aligned=backend == "efficient")
+            shape = (*query.shape[:3], key.size(-2))
+            attn_mask = _bias(attn_mask, shape, query.dtype, aligned=backend == "efficient")
         return fused.apply(query, key, value, attn_mask, backend, dropout_p)
 
     def cuda_math_attention(
@@ -100,7 +101,7 @@ def _autocast(x: Any) -> Any:
     return x.to(torch.get_autocast_dtype("cpu"))
 
 
-def _bias(mask: Any, dtype: Any, *, aligned: bool) -> Any:
+def _bias(mask: Any, shape: tuple[int, ...], dtype: Any, *, aligned: bool) -> Any:
     """A mask as the kernels take it: added to the scores, its rows aligned to 16 elements where they must be.
 
     Source: convert_boolean_attn_mask and pad_bias in aten/src/ATen/native/transformers/attention.cpp.
@@ -109,9 +110,10 @@ def _bias(mask: Any, dtype: Any, *, aligned: bool) -> Any:
 
     if mask.dtype == torch.bool:
         mask = torch.empty_like(mask, dtype=dtype)
-    if aligned and mask.size(-1) % 16:
-        mask = torch.nn.functional.pad(mask, (0, -mask.size(-1) % 16))
-    return mask
+    length = mask.size(-1)
+    if aligned and length % 16:
+        mask = torch.nn.functional.pad(mask, (0, -length % 16))[..., :length]
+    return mask.expand(shape)
 
 
 def _fused_function(rules: DeviceRules, kernel: Kernel) -> Any:
@@ -122,36 +124,34 @@ def _fused_function(rules: DeviceRules, kernel: Kernel) -> Any:
         @staticmethod
         def forward(ctx: Any, q: Any, k: Any, v: Any, mask: Any, backend: str, dropout_p: float) -> Any:
             tape = Tape(rules)
-            start, symbols = _symbols(tape, q, k, v, mask)
+            symbols = _symbols(tape, q, k, v, mask)
+            start = len(tape.sizes)
             out = _fused(tape, backend, *symbols, dropout_p)  # type: ignore[arg-type]
             with kernel("sdpa") as count:
                 count(tape.flops)
-                result = _real(out, q)
-                kept = [_blob(tape.sizes[i], q) for i in range(start, len(tape.sizes)) if i != out.storage.id]
-            ctx.save_for_backward(q, k, v, mask, result, *kept)
-            ctx.backend, ctx.flops = backend, tape.flops
-            return result
+                made = _allocated(tape, start, q, [out])
+            ctx.save_for_backward(q, k, v, mask, *made)
+            ctx.backend, ctx.dropout_p = backend, dropout_p
+            return made[0]
 
         @staticmethod
         def backward(ctx: Any, grad: Any) -> Any:
-            q, k, v, mask = ctx.saved_tensors[:4]
             tape = Tape(rules)
-            start, symbols = _symbols(tape, q, k, v, mask)
-            node = Node(_fused_backward, 0, [], None, (ctx.backend, ctx.flops, k.size(1)), 1)
-            grads = _fused_backward(tape, node, symbols[0], (*symbols, symbols[0], None))  # type: ignore[arg-type]
-            ids = {g.storage.id: g for g in grads if g is not None}
+            q, *others = ctx.saved_tensors[:4]
+            out = _fused(tape, ctx.backend, *_symbols(tape, q, *others), ctx.dropout_p)  # type: ignore[arg-type]
+            start, flops = len(tape.sizes), tape.flops
+            node: Any = out.node
+            grads = node.fn(tape, node, out, node.saved)
             with kernel("sdpa_backward") as count:
-                count(tape.flops)
-                made = {
-                    i: _real(ids[i], q) if i in ids else _blob(tape.sizes[i], q) for i in range(start, len(tape.sizes))
-                }
-            return (*(made[g.storage.id] for g in grads if g is not None), None, None, None)
+                count(tape.flops - flops)
+                made = _allocated(tape, start, q, grads)
+            return (*made[: len(grads)], None, None)
 
     return FusedAttention
 
 
-def _symbols(tape: Tape, *tensors: Any) -> tuple[int, list[Tensor | None]]:
-    """The tensors on a tape, as leaves with a gradient; and how many storages they are."""
+def _symbols(tape: Tape, *tensors: Any) -> list[Tensor | None]:
+    """The tensors on a tape, as leaves."""
     symbols: list[Tensor | None] = []
     for x in tensors:
         if x is None:
@@ -160,22 +160,24 @@ def _symbols(tape: Tape, *tensors: Any) -> tuple[int, list[Tensor | None]]:
         dtype = dtypes.dtype_named(str(x.dtype).removeprefix("torch."))
         symbol = tape.new(tuple(x.shape), dtype, "", tuple(x.stride()))
         if x.requires_grad:
-            symbol.node = AccumulateGrad(symbol)  # type: ignore[assignment]
+            tape.require_grad(symbol)
         symbols.append(symbol)
-    return len(tape.sizes), symbols
+    return symbols
 
 
-def _real(symbol: Tensor, like: Any) -> Any:
-    """A tensor of the same shape, strides and dtype as one of the tape."""
+def _allocated(tape: Tape, start: int, like: Any, results: Sequence[Tensor | None]) -> list[Any]:
+    """``results`` as tensors of torch, and what else the tape has allocated since ``start``."""
     import torch
 
-    return torch.empty_strided(
-        symbol.shape, symbol.strides, dtype=getattr(torch, symbol.dtype.name), device=like.device
-    )
-
-
-def _blob(nbytes: int, like: Any) -> Any:
-    """Bytes that a kernel needs, without a shape."""
-    import torch
-
-    return torch.empty(nbytes, dtype=torch.uint8, device=like.device)
+    made: dict[int, Any] = {
+        i: torch.empty(tape.sizes[i], dtype=torch.uint8, device=like.device)
+        for i in range(start, len(tape.sizes))
+        if i not in {x.storage.id for x in results if x is not None}
+    }
+    tensors = [
+        None
+        if x is None
+        else torch.empty_strided(x.shape, x.strides, dtype=getattr(torch, x.dtype.name), device=like.device)
+        for x in results
+    ]
+    return [*tensors, *made.values()]

@@ -324,9 +324,13 @@ def _is_add(func: Any) -> bool:
 def _called_by_torch() -> bool:
     """Whether the operation comes from autograd's engine, or from inside an attention without a fused kernel."""
     frame: Any = sys._getframe(3)
-    if frame.f_code.co_filename.endswith("_ops.py"):
+    while frame is not None and frame.f_code.co_filename.endswith(_BETWEEN):
         frame = frame.f_back
-    return frame.f_code.co_name in ("_engine_run_backward", "cuda_math_attention")
+    return frame is not None and frame.f_code.co_name in ("_engine_run_backward", "cuda_math_attention")
+
+
+_BETWEEN = ("/torch/_compile.py", "/torch/_dynamo/eval_frame.py", "/torch/_ops.py")
+"""Files of torch that stand between an operation's caller and a dispatch mode."""
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:

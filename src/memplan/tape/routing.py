@@ -2,8 +2,8 @@
 
 Where autograd scatters a gradient into zeros it does so in place, or into one more tensor under a dispatch mode
 (areAnyTensorSubclassLike in FunctionsManual.cpp); ``Tape.accumulate_in_place`` tells which.
-Sources: tools/autograd/derivatives.yaml, torch/csrc/autograd/FunctionsManual.cpp, aten/src/ATen/native/GroupedMMUtils.h,
-aten/src/ATen/native/cuda/{Indexing,GroupMM}.cu, torch 2.13.
+Sources: tools/autograd/derivatives.yaml, torch/csrc/autograd/FunctionsManual.cpp,
+aten/src/ATen/native/{GroupedMMUtils.h,cuda/Indexing.cu,cuda/GroupMM.cu}, torch 2.13.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def _topk_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
 def max_(x: Tensor) -> Tensor:
     """x.max(dim=-1).values; used without gradient."""
     t = x.storage.tape
-    values, _ = t.new(x.shape[:-1], x.dtype, "max"), t.new(x.shape[:-1], int64, "max_indices")
+    values = t.new(x.shape[:-1], x.dtype, "max")
+    t.new(x.shape[:-1], int64, "max_indices")
     return values
 
 
