@@ -107,7 +107,7 @@ def test_every_option_reaches_its_field(run) -> None:
         "--attn", "eager", "--gradient-checkpointing", "--liger", "--head", "causal-lm", "--vocab-size", "600",
         "--eval-batch-size", "2", "--lora-rank", "7", "--lora-targets", "q_proj, v_proj",
         "--lora-dropout", "0.1", "--quantization", "none", "--task", "train",
-        "--software", "transformers=4.46,torch=2.5", "--no-replay", "--json",
+        "--software", "transformers=5.1,torch=2.5", "--no-replay", "--json",
     )  # fmt: skip
     training = TrainingSpec(
         dtype="bfloat16", mixed_precision="no", micro_batch_size=3, seq_len=64, grad_accum_steps=5, optim="sgd",
@@ -118,7 +118,7 @@ def test_every_option_reaches_its_field(run) -> None:
         gpu="H100-80GB", gpus=4, nodes=2, gpu_memory="60GiB", host_memory="512GiB", nvme="1000GiB", nvme_path="/nvme"
     )
     expected = api.estimate(
-        "tiny", training, cluster, Strategy(kind="ddp"), software="transformers=4.46,torch=2.5", replay=False
+        "tiny", training, cluster, Strategy(kind="ddp"), software="transformers=5.1,torch=2.5", replay=False
     )
     assert Estimate.from_json(result.out) == expected
 

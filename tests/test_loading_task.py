@@ -19,7 +19,7 @@ def test_starcoder_in_int8_has_the_footprint_printed_in_2023() -> None:
     assert then.footprint == 15_872_503_808 + 8192 * 8192  # parameters and the causal mask
     assert round(then.footprint / 1e6, 2) == 15_939.61
     now = load("bigcode/starcoder", quantization="int8", dtype="float16")
-    assert now.footprint == 15_872_503_808
+    assert now.footprint == then.footprint  # transformers 5 registers the mask still
 
 
 def test_bert_base_cased_has_the_size_of_accelerates_documentation() -> None:

@@ -91,6 +91,7 @@ class _Micro:
     tape: Tape
     root: Module
     inventory: Inventory
+    assumptions: tuple[Constant, ...] = ()
 
 
 def estimate(
@@ -120,7 +121,7 @@ def estimate(
     if strategy.kind == "single" and cluster.gpus != 1:
         raise SpecError.at("gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1.")
     setup = replace(resolve(model, training, cluster, strategy, software), traced=traced)
-    run, _ = _run(setup, gpu)
+    run, micro = _run(setup, gpu)
     placed = ddp.phases(run, strategy.ddp) if strategy.kind == "ddp" else plain.phases(run)
     if training.quantization is not None:
         placed["load"] = _loading(setup, gpu, cluster)
@@ -140,7 +141,11 @@ def estimate(
         host=host,
         nvme=nvme,
         verdict=worst_verdict(verdicts),
-        assumptions=(*assumptions, *(traced.assumptions if traced is not None else ())),
+        assumptions=(
+            *assumptions,
+            *(Assumption.of(constant) for constant in micro.assumptions),
+            *(traced.assumptions if traced is not None else ()),
+        ),
         explanation=_explanation(setup, run, placed, memory) if explain else (),
     )
 
@@ -226,7 +231,7 @@ def _micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluatio
         tape.mark("backward")
         tape.backward(loss)
     tape.close()
-    return _Micro(tape, root, inventory)
+    return _Micro(tape, root, inventory, tuple(b.assumptions.values()))
 
 
 def _model(setup: Setup, tape: Tape, *, full_depth: bool) -> Module:

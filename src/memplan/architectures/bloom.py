@@ -16,15 +16,13 @@ from memplan.architectures.nn import (
     causal_mask,
     check_heads,
     language_model_heads,
-    without_sdpa,
 )
-from memplan.errors import SpecError, UnsupportedError
+from memplan.errors import UnsupportedError
 from memplan.specs.fields import Fields
 from memplan.tape import ops
 from memplan.tape.ops import Grads
 from memplan.tape.tape import Node, Tape
 from memplan.tape.tensor import Tensor, float32
-
 
 ATTENTION = ("eager",)
 """What transformers has for it."""
@@ -147,9 +145,7 @@ class BloomBlock(CheckpointLayer):
 
 class BloomModel(Module):
     def __init__(self, b: Build, c: BloomConfig) -> None:
-        if b.attn == "flash_attention_2":
-            raise SpecError.at("attn", b.attn, "does not exist for bloom in transformers", "Use eager.")
-        self.b = b = without_sdpa(b)
+        self.b = b
         self.num_heads = c.num_attention_heads
         self.word_embeddings = Embedding(b, c.vocab_size, c.hidden_size)
         self.word_embeddings_layernorm = LayerNorm(b, c.hidden_size)

@@ -52,13 +52,11 @@ class FalconConfig:
         self.activation = fields.str("activation", "gelu")
         self.tie_word_embeddings = fields.bool("tie_word_embeddings", True)
         if self.num_attention_heads % self.num_kv_heads:
-            raise fields.wrong(
-                "num_kv_heads", num_kv_heads, f"does not divide {self.num_attention_heads} heads", "Correct one of them."
-            )
+            problem = f"does not divide {self.num_attention_heads} heads"
+            raise fields.wrong("num_kv_heads", num_kv_heads, problem, "Correct one of them.")
         if self.new_decoder_architecture and not self.parallel_attn:
-            raise fields.wrong(
-                "parallel_attn", False, "does not work with new_decoder_architecture in transformers", "Set it to true."
-            )
+            problem = "does not work with new_decoder_architecture in transformers"
+            raise fields.wrong("parallel_attn", False, problem, "Set it to true.")
 
 
 class FalconLinear(Linear):
@@ -131,14 +129,16 @@ class FalconAttention(Module):
         elif alibi is None:
             attn_weights = ops.matmul(query_layer, key_layer.transpose(-1, -2))
             attn_weights = ops.mul_(attn_weights)
-            attn_weights = ops.softmax(ops.add(attn_weights, mask) if mask is not None else attn_weights, hidden_states.dtype)
+            assert mask is not None  # eager attention always has one
+            attn_weights = ops.softmax(attn_weights + mask, hidden_states.dtype)
             attn_output = ops.matmul(attn_weights, value_layer)
         else:
             matmul_result = ops.matmul(query_layer, key_layer.transpose(-1, -2))
             attention_scores = matmul_result.to(float32)
             attention_logits = attention_scores + alibi.view(batch, heads, 1, -1)
             attention_logits = ops.mul_(attention_logits)
-            attn_weights = ops.softmax(ops.add(attention_logits, mask) if mask is not None else attention_logits, hidden_states.dtype)
+            assert mask is not None
+            attn_weights = ops.softmax(attention_logits + mask, hidden_states.dtype)
             attn_weights = ops.dropout(attn_weights, self.c.attention_dropout)
             attn_output = ops.matmul(attn_weights, value_layer)
         attn_output = attn_output.permute(0, 2, 1, 3)
@@ -150,7 +150,6 @@ class FalconAttention(Module):
         """FalconFlashAttention2."""
         target = self.b.tape.autocast or self.query_key_value.weight.dtype
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        query, key, value = query.to(target), key.to(target), value.to(target)
         return flash_attention_2(query, key, value, target).transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""GPTBigCode (transformers.models.gpt_bigcode; StarCoder, SantaCoder): GPT-2 with one key-value head for all queries."""
+"""GPTBigCode (transformers.models.gpt_bigcode; StarCoder): GPT-2 with one key-value head for all queries."""
 
 from __future__ import annotations
 

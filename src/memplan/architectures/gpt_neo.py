@@ -18,12 +18,13 @@ from memplan.architectures.nn import (
     check_position_table,
     language_model_heads,
     position_ids,
-    without_sdpa,
 )
 from memplan.specs.fields import Fields
 from memplan.tape import ops
 from memplan.tape.attention import flash_attention_2
 from memplan.tape.tensor import Tensor, bool_, float32
+
+ATTENTION = ("eager", "flash_attention_2")
 
 
 class GPTNeoConfig:
@@ -74,8 +75,7 @@ class GPTNeoSelfAttention(Module):
         """GPTNeoFlashAttention2, whose second result is the attention's output itself."""
         target = self.b.tape.autocast or self.q_proj.weight.dtype
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        query, key, value = query.to(target), key.to(target), value.to(target)
-        attn_weights = flash_attention_2(query, key, value)
+        attn_weights = flash_attention_2(query, key, value, target)
         return attn_weights.transpose(1, 2), attn_weights
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ class GPTNeoBlock(CheckpointLayer):
 
 class GPTNeoModel(Module):
     def __init__(self, b: Build, c: GPTNeoConfig) -> None:
-        self.b = b = without_sdpa(b)
+        self.b = b
         self.max_position_embeddings = c.max_position_embeddings
         self.dropout = c.embed_dropout
         self.wte = Embedding(b, c.vocab_size, c.hidden_size)

@@ -18,13 +18,11 @@ from memplan.architectures.nn import (
     language_model_heads,
     position_ids,
     rotate_every_two,
-    without_sdpa,
 )
 from memplan.specs.fields import Fields
 from memplan.tape import ops
 from memplan.tape.attention import flash_attention_2
 from memplan.tape.tensor import Tensor, float32, int64
-
 
 ATTENTION = ("eager", "flash_attention_2")
 """What transformers has for it."""
@@ -43,7 +41,8 @@ class GPTJConfig:
         self.head_dim = self.hidden_size // self.num_attention_heads
         self.rotary_dim = fields.int("rotary_dim", 64)
         if self.rotary_dim > self.head_dim:
-            raise fields.wrong("rotary_dim", self.rotary_dim, "is more than a head has", f"Use at most {self.head_dim}.")
+            problem = "is more than a head has"
+            raise fields.wrong("rotary_dim", self.rotary_dim, problem, f"Use at most {self.head_dim}.")
         self.intermediate_size = fields.int("n_inner", 4 * self.hidden_size)
         self.activation_function = fields.str("activation_function", "gelu_new")
         self.resid_pdrop = fields.float("resid_pdrop", 0.0, maximum=1.0)
@@ -91,7 +90,6 @@ class GPTJAttention(Module):
         query = query.permute(0, 2, 1, 3).contiguous()
         value = value.permute(0, 2, 1, 3).contiguous()
         target = self.b.tape.autocast or self.q_proj.weight.dtype
-        query, key, value = query.to(target), key.to(target), value.to(target)
         attn_weights = flash_attention_2(query, key, value, target)
         return attn_weights.permute(0, 2, 1, 3), attn_weights
 
@@ -161,7 +159,7 @@ class GPTJBlock(CheckpointLayer):
 
 class GPTJModel(Module):
     def __init__(self, b: Build, c: GPTJConfig) -> None:
-        self.b = b = without_sdpa(b)
+        self.b = b
         self.max_position_embeddings = c.max_position_embeddings
         self.dropout = c.embd_pdrop
         self.wte = Embedding(b, c.vocab_size, c.hidden_size)

@@ -413,7 +413,8 @@ def check_heads(fields: Fields, hidden_size: int, heads: int) -> None:
     """Heads must share the hidden size evenly."""
     if hidden_size % heads:
         raise SpecError(
-            f"{fields.source}: hidden size {hidden_size} is not divisible by {heads} attention heads. Correct one of them."
+            f"{fields.source}: hidden size {hidden_size} is not divisible by {heads} attention heads. "
+            "Correct one of them."
         )
 
 
@@ -421,12 +422,8 @@ def check_position_table(input_ids: Tensor, rows: int) -> None:
     """Learned positions end with their table: a real run on a longer sequence dies with an index error."""
     length = input_ids.shape[1]
     if length > rows:
-        raise SpecError.at("seq_len", length, f"is longer than the model's table of {rows} positions", f"Use at most {rows}.")
-
-
-def without_sdpa(b: Build) -> Build:
-    """For a class whose default attention is eager, because transformers wrote no sdpa for it."""
-    return replace(b, attn="eager") if b.attn == "sdpa" else b
+        problem = f"is longer than the model's table of {rows} positions"
+        raise SpecError.at("seq_len", length, problem, f"Use at most {rows}.")
 
 
 def cached(b: Build, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ Source: AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE, AT_FORALL_DIFFERENT_REDISP
 of ATen/autocast_mode.h, torch 2.13 (``sum`` and ``rms_norm`` included).
 
 A TorchFunctionMode sees calls made from Python. What C++ calls inside one of them is covered where transformers use
-it (``cross_entropy``, ``interpolate``). A fused half-to-float softmax, which CUDA has for float16 alone, is traced as
+it (``interpolate``, and ``cross_entropy``, of which only the nll_loss is raised: its log_softmax names a dtype). A fused half-to-float softmax, which CUDA has for float16 alone, is traced as
 a copy to float32 followed by the softmax.
 """
 
@@ -25,7 +25,7 @@ FLOAT32 = frozenset(
         *("sinh", "tan", "pow", "__pow__", "__rpow__", "softplus", "logsumexp"),
         *("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "frobenius_norm", "nuclear_norm", "renorm"),
         *("cosine_similarity", "dist", "pdist", "cdist"),
-        *("cross_entropy", "nll_loss", "poisson_nll_loss", "cosine_embedding_loss", "hinge_embedding_loss", "kl_div"),
+        *("nll_loss", "poisson_nll_loss", "cosine_embedding_loss", "hinge_embedding_loss", "kl_div"),
         *("l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "margin_ranking_loss", "multilabel_margin_loss"),
         *("soft_margin_loss", "triplet_margin_loss", "multi_margin_loss", "binary_cross_entropy_with_logits"),
         "interpolate",  # every kind of upsampling
@@ -63,12 +63,24 @@ def cuda_rules() -> Any:
     def is_float(value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.dtype in floats
 
+    def cross_entropy(input: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """``cross_entropy_loss`` of ATen/native/LossNLL.cpp; with probabilities or smoothing, all in float32."""
+        functional = torch.nn.functional
+        if not is_float(input) or target.is_floating_point() or kwargs.get("label_smoothing"):
+            return functional.cross_entropy(raised(input), raised(target), *args, **kwargs)
+        kwargs.pop("label_smoothing", None)
+        logits = functional.log_softmax(input, min(input.dim() - 1, 1), dtype=input.dtype)
+        return functional.nll_loss(raised(logits), target, *args, **{key: raised(value) for key, value in kwargs.items()})
+
     class Rules(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = dict(kwargs or {})
             name = getattr(func, "__name__", "")
             if not torch.is_autocast_enabled("cpu"):
                 return func(*args, **kwargs)
+            if name == "cross_entropy":
+                with torch.autocast("cpu", enabled=False):
+                    return cross_entropy(*args, **kwargs)
             promotes = name in PROMOTE and any(
                 isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in args
             )

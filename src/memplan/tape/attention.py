@@ -132,21 +132,25 @@ def _fused_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
             t.new((batch, heads, sq, dim), float32, "cudnn_workspace"),
             t.new((batch, heads, sq), float32, "cudnn_workspace"),
         ]
-    by_position = backend in ("efficient", "flash_cpu")
-    gq = t.new(q.shape, q.dtype, "sdpa_grad_q", _by_position(q.shape) if by_position else dense_like(q.shape, q.strides))
+    gq = _new_grad(t, backend, q, "sdpa_grad_q")
     if backend == "flash" and heads != kv_heads:
         scratch += [
             t.new((batch, sk, heads, dim), k.dtype, "flash_dk_expanded"),
             t.new((batch, sk, heads, dim), v.dtype, "flash_dv_expanded"),
         ]
-    gk = t.new(k.shape, k.dtype, "sdpa_grad_k", _by_position(k.shape) if by_position else dense_like(k.shape, k.strides))
-    gv = t.new(v.shape, v.dtype, "sdpa_grad_v", _by_position(v.shape) if by_position else dense_like(v.shape, v.strides))
+    gk = _new_grad(t, backend, k, "sdpa_grad_k")
+    gv = _new_grad(t, backend, v, "sdpa_grad_v")
     gmask = None
     if node.edges[3] is not None:
         rows = t.new((batch, heads, sq, _up(sk, 16)), mask.dtype, "sdpa_grad_bias")
         gmask = rows.narrow(-1, 0, sk)
     del scratch
     return gq, gk, gv, gmask
+
+
+def _new_grad(t: Tape, backend: str, x: Tensor, name: str) -> Tensor:
+    by_position = backend in ("efficient", "flash_cpu")
+    return t.new(x.shape, x.dtype, name, _by_position(x.shape) if by_position else dense_like(x.shape, x.strides))
 
 
 def _math(

@@ -27,6 +27,8 @@ class DeviceRules:
     compute_capability: tuple[int, int] = (0, 0)
     cudnn_attention: bool = True
     """cuDNN is newer than 9.15.0, so that its attention is preferred on compute capability 9.x and 10.x."""
+    cudnn_wide_attention: bool = False
+    """cuDNN is newer than 9.22.0 and takes heads of up to 256 there."""
     accumulate_in_place: bool = True
     """Whether the engine adds a gradient into one that it alone holds. Not under a dispatch mode (O1's tracker)."""
     multiprocessors: int = 1
@@ -70,7 +72,10 @@ CUDA_AUTOCAST_FLOAT32 = frozenset(
 
 
 def cuda(
-    compute_capability: tuple[int, int], cudnn_attention: bool = True, multiprocessors: int = 108
+    compute_capability: tuple[int, int],
+    cudnn_attention: bool = True,
+    multiprocessors: int = 108,
+    cudnn_wide_attention: bool = False,
 ) -> DeviceRules:
     """The rules of an NVIDIA GPU; by default with an A100's multiprocessors."""
     return DeviceRules(
@@ -79,6 +84,7 @@ def cuda(
         compute_capability=compute_capability,
         cudnn_attention=cudnn_attention,
         multiprocessors=multiprocessors,
+        cudnn_wide_attention=cudnn_wide_attention,
     )
 
 
@@ -97,30 +103,60 @@ def choose_sdpa_backend(
     dropout: float,
     requires_grad: bool,
 ) -> str:
-    """The backend that torch's dispatcher takes: flash, efficient, cudnn, math or flash_cpu."""
+    """The backend that torch's dispatcher takes: flash, efficient, cudnn, math or flash_cpu.
+
+    On CUDA the first whose filters pass, of cudnn where it is preferred, flash, efficient and math
+    (select_sdp_backend); nothing is deterministic by request, and no environment variable reorders them.
+    """
     if rules.kind == "cpu":
         return "math" if dropout > 0.0 or mask_requires_grad or head_dim != value_head_dim else "flash_cpu"
     cc = rules.compute_capability
     half = dtype in ("bfloat16", "float16")
-    gqa = query_heads != kv_heads
+    widths = (head_dim, value_head_dim)
     if (
         half
         and rules.cudnn_attention
         and cc[0] in (9, 10)
-        and head_dim <= 128
-        and head_dim % 8 == 0
-        and value_head_dim <= 128
+        and all(width % 8 == 0 for width in widths)
+        and _fits_cudnn(rules, widths, requires_grad)
         and not mask_requires_grad
         and kv_len != 1
+        and not (dropout and query_len == 1)
         and (dropout * 16) % 1 == 0
     ):
         return "cudnn"
-    if half and cc >= (8, 0) and not mask and head_dim == value_head_dim and head_dim <= 256:
-        small_smem = cc in ((8, 6), (8, 9)) or cc[0] == 12
+    if half and cc >= (8, 0) and not mask and head_dim == value_head_dim <= 256:
+        small_smem = (8, 6) <= cc <= (8, 9) or cc[0] == 12
         if not (requires_grad and small_smem and head_dim > 192 and (head_dim <= 224 or dropout > 0.0)):
             return "flash"
-    if not gqa and not (dtype == "bfloat16" and cc < (8, 0)):
-        aligned = head_dim % 8 == 0 and value_head_dim % 8 == 0 if half else head_dim % 4 == 0 and value_head_dim % 4 == 0
-        if aligned:
+    if query_heads == kv_heads and not (dtype == "bfloat16" and cc < (8, 0)):
+        alignment = gemm_alignment(cc, half)
+        if all(width % alignment == 0 for width in widths):
             return "efficient"
     return "math"
+
+
+def _fits_cudnn(rules: DeviceRules, widths: tuple[int, int], requires_grad: bool) -> bool:
+    """Head sizes of query and key, and of value, that cuDNN's attention takes (check_cudnn_tensor_shapes)."""
+    if max(widths) <= 128 or widths == (192, 128):
+        return True
+    return rules.cudnn_wide_attention and max(widths) <= 256 and (widths == (256, 256) or not requires_grad)
+
+
+def gemm_alignment(compute_capability: tuple[int, int], half: bool) -> int:
+    """Elements to which head sizes must be aligned for the memory-efficient kernel (minimum_gemm_alignment)."""
+    if half:
+        return 8 if compute_capability >= (7, 0) else 1
+    return 4 if compute_capability >= (8, 0) else 1
+
+
+def why_math(rules: DeviceRules, *, dtype: str, head_dim: int, query_heads: int, kv_heads: int) -> str:
+    """Why no fused kernel takes a call of scaled_dot_product_attention on a GPU."""
+    major, minor = rules.compute_capability
+    half = dtype in ("bfloat16", "float16")
+    if dtype == "bfloat16" and major < 8:
+        return f"no fused kernel takes bfloat16 on compute capability {major}.{minor}"
+    if query_heads != kv_heads:
+        what = f"compute capability {major}.{minor}" if half else dtype
+        return f"flash attention does not take {what}, and the memory-efficient kernel no grouped queries"
+    return f"no fused kernel takes heads of {head_dim} in {dtype} on compute capability {major}.{minor}"
