@@ -182,7 +182,12 @@ def device_rules(gpu: GPUSpec | None, software: SoftwareSpec) -> DeviceRules:
         return cuda((8, 0))
     if gpu.is_cpu:
         return CPU
-    return cuda(gpu.compute_capability or (8, 0), software.at_least("cudnn", "9.15.1"), gpu.sm_count)
+    return cuda(
+        gpu.compute_capability or (8, 0),
+        software.at_least("cudnn", "9.15.1"),
+        gpu.sm_count,
+        cudnn_wide_attention=software.at_least("cudnn", "9.22.1"),
+    )
 
 
 def _checkpoint_dtype(model: ModelSpec) -> Any:
@@ -231,7 +236,7 @@ def _micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluatio
         tape.mark("backward")
         tape.backward(loss)
     tape.close()
-    return _Micro(tape, root, inventory, tuple(b.assumptions.values()))
+    return _Micro(tape, root, inventory, tuple(tape.assumptions.values()))
 
 
 def _model(setup: Setup, tape: Tape, *, full_depth: bool) -> Module:

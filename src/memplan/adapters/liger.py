@@ -66,6 +66,8 @@ FAMILIES: dict[str, Kernels] = {
 
 
 class LigerRMSNorm(Module):
+    """A norm whose forward is LigerRMSNorm's, whatever it was before."""
+
     def __init__(self, norm: Module, in_place: bool) -> None:
         self.weight: Tensor = norm.weight  # type: ignore[attr-defined]
         self._in_place = in_place
@@ -83,7 +85,7 @@ class LigerMLP(Module):
         self.down_proj: Module = mlp.down_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(liger.gated(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(liger.gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class LigerFusedMLP(Module):
@@ -96,10 +98,12 @@ class LigerFusedMLP(Module):
     def forward(self, x: Tensor) -> Tensor:
         up_states = self.gate_up_proj(x)
         gate, up_states = up_states.chunk(2)
-        return self.down_proj(liger.gated(gate, up_states))  # type: ignore[no-any-return]
+        return self.down_proj(liger.gated(gate, up_states))
 
 
 class LigerExperts(Module):
+    """LigerExperts of liger_kernel/transformers/swiglu.py."""
+
     def __init__(self, experts: Experts) -> None:
         self.gate_up_proj = experts.gate_up_proj
         self.down_proj = experts.down_proj
@@ -129,7 +133,7 @@ def apply_liger_kernel(b: Build, root: Module, model_type: str) -> None:
             parent.replace_child(name, LigerRMSNorm(module, kernels.norms[name]))
         elif isinstance(module, LlamaMLP):
             if model_type == "qwen3_moe":
-                raise SpecError.at("liger", True, f"dies on {path}, a layer of qwen3_moe without experts", "Leave it out.")
+                raise SpecError.at("liger", True, f"dies on {path}: qwen3_moe must have experts", "Leave it out.")
             parent.replace_child(name, LigerMLP(module))
         elif isinstance(module, FusedMLP):
             parent.replace_child(name, LigerFusedMLP(module))
@@ -137,7 +141,10 @@ def apply_liger_kernel(b: Build, root: Module, model_type: str) -> None:
             parent.replace_child(name, LigerExperts(module))
         elif isinstance(module, LlamaAttention) and kernels.rope and "rotate" not in vars(module):
             module.rotate = liger.rotary_pos_emb  # a layer of SmolLM3 without positions has its own already
-    root.output = fused_output if kernels.fused_loss else partial(causal_lm_output, cross_entropy=liger.cross_entropy)
+    if kernels.fused_loss:
+        root.output = fused_output
+    else:
+        root.output = partial(causal_lm_output, cross_entropy=liger.cross_entropy)
 
 
 def _check_versions(software: SoftwareSpec) -> None:
@@ -166,10 +173,8 @@ def fused_output(
 def _head_weight(lm_head: Module) -> Tensor:
     """``lm_head.weight``, which knows nothing of what an adapter adds to its product."""
     if isinstance(lm_head, LoraLinear):
-        raise SpecError.at(
-            "lora_targets", "lm_head", "trains nothing under Liger, whose loss reads the weight beneath it",
-            "Leave out lm_head or liger.",
-        )  # fmt: skip
+        problem = "trains nothing under Liger, whose loss reads the weight beneath it"
+        raise SpecError.at("lora_targets", "lm_head", problem, "Leave out lm_head or liger.")
     if isinstance(lm_head, ModulesToSave):
         lm_head = lm_head.modules_to_save
     weight: Tensor = lm_head.weight  # type: ignore[attr-defined]

@@ -32,20 +32,30 @@ from memplan.tape.tensor import Tensor, int64
 class BertConfig:
     """The fields of config.json that the memory of a BERT depends on."""
 
-    def __init__(self, fields: Fields, vocab_size: int = 30522) -> None:
-        self.vocab_size = fields.int("vocab_size", vocab_size)
-        self.hidden_size = fields.int("hidden_size", 768)
-        self.num_hidden_layers = fields.int("num_hidden_layers", 12)
-        self.num_attention_heads = fields.int("num_attention_heads", 12)
+    defaults: ClassVar[dict[str, int]] = {
+        "vocab_size": 30522,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "type_vocab_size": 2,
+    }
+
+    def __init__(self, fields: Fields) -> None:
+        defaults = self.defaults
+        self.vocab_size = fields.int("vocab_size", defaults["vocab_size"])
+        self.hidden_size = fields.int("hidden_size", defaults["hidden_size"])
+        self.num_hidden_layers = fields.int("num_hidden_layers", defaults["num_hidden_layers"])
+        self.num_attention_heads = fields.int("num_attention_heads", defaults["num_attention_heads"])
         check_heads(fields, self.hidden_size, self.num_attention_heads)
         self.head_dim = self.hidden_size // self.num_attention_heads
-        self.intermediate_size = fields.int("intermediate_size", 3072)
+        self.intermediate_size = fields.int("intermediate_size", defaults["intermediate_size"])
         self.hidden_act = fields.str("hidden_act", "gelu")
         self.hidden_dropout_prob = fields.float("hidden_dropout_prob", 0.1, maximum=1.0)
         self.attention_probs_dropout_prob = fields.float("attention_probs_dropout_prob", 0.1, maximum=1.0)
         self.classifier_dropout = fields.float("classifier_dropout", self.hidden_dropout_prob, maximum=1.0)
         self.max_position_embeddings = fields.int("max_position_embeddings", 512)
-        self.type_vocab_size = fields.int("type_vocab_size", 2)
+        self.type_vocab_size = fields.int("type_vocab_size", defaults["type_vocab_size"], minimum=0)
         self.tie_word_embeddings = fields.bool("tie_word_embeddings", True)
         self.num_labels = num_labels(fields)
         for name in ("is_decoder", "chunk_size_feed_forward"):
@@ -290,7 +300,7 @@ class BertForSequenceClassification(Classifier):
         self.classifier = Linear(b, c.hidden_size, c.num_labels)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        sequence_output, pooled_output = self.bert(input_ids)
+        _sequence_output, pooled_output = self.bert(input_ids)
         with self.b.tape.tagged(LOGITS):
             pooled_output = ops.dropout(pooled_output, self.dropout)
             logits = self.classifier(pooled_output)

@@ -1,11 +1,10 @@
-"""DeBERTa-v2 and v3 (transformers.models.deberta_v2): attention disentangled into content and relative position.
-
-transformers has this attention in eager form only, which is what ``attn`` sdpa means here.
-"""
+"""DeBERTa-v2 and v3 (transformers.models.deberta_v2): attention disentangled into content and relative position."""
 
 from __future__ import annotations
 
-from memplan.architectures.bert import BertIntermediate, BertLMPredictionHead, BertOutput, masked_lm_output
+from typing import ClassVar
+
+from memplan.architectures.bert import BertConfig, BertIntermediate, BertLMPredictionHead, BertOutput, masked_lm_output
 from memplan.architectures.nn import (
     Build,
     CheckpointLayer,
@@ -17,34 +16,34 @@ from memplan.architectures.nn import (
     Model,
     Module,
     activation,
-    check_heads,
     check_position_table,
-    num_labels,
 )
-from memplan.errors import SpecError, UnsupportedError
+from memplan.errors import UnsupportedError
 from memplan.specs.fields import Fields
 from memplan.tape import ops
 from memplan.tape.tape import LOGITS, Tape
 from memplan.tape.tensor import DType, Tensor, bool_, float32, int64
 
 
-class DebertaV2Config:
+ATTENTION = ("eager",)
+
+
+class DebertaV2Config(BertConfig):
     """The fields of config.json that the memory of a DeBERTa-v2 depends on."""
 
+    defaults: ClassVar[dict[str, int]] = {
+        "vocab_size": 128100,
+        "hidden_size": 1536,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 24,
+        "intermediate_size": 6144,
+        "type_vocab_size": 0,
+    }
+
     def __init__(self, fields: Fields) -> None:
-        self.vocab_size = fields.int("vocab_size", 128100)
-        self.hidden_size = fields.int("hidden_size", 1536)
+        super().__init__(fields)
         self.embedding_size = fields.int("embedding_size", self.hidden_size)
-        self.num_hidden_layers = fields.int("num_hidden_layers", 24)
-        self.num_attention_heads = fields.int("num_attention_heads", 24)
-        check_heads(fields, self.hidden_size, self.num_attention_heads)
-        self.head_dim = fields.int("attention_head_size", self.hidden_size // self.num_attention_heads)
-        self.intermediate_size = fields.int("intermediate_size", 6144)
-        self.hidden_act = fields.str("hidden_act", "gelu")
-        self.hidden_dropout_prob = fields.float("hidden_dropout_prob", 0.1, maximum=1.0)
-        self.attention_probs_dropout_prob = fields.float("attention_probs_dropout_prob", 0.1, maximum=1.0)
-        self.max_position_embeddings = fields.int("max_position_embeddings", 512)
-        self.type_vocab_size = fields.int("type_vocab_size", 0, minimum=0)
+        self.head_dim = fields.int("attention_head_size", self.head_dim)
         self.relative_attention = fields.bool("relative_attention", False)
         self.pos_att_type = position_attention(fields)
         self.share_att_key = fields.bool("share_att_key", False)
@@ -58,10 +57,8 @@ class DebertaV2Config:
         self.pooler_hidden_act = fields.str("pooler_hidden_act", "gelu")
         self.pooler_dropout = fields.float("pooler_dropout", 0.0, maximum=1.0)
         self.cls_dropout = fields.float("cls_dropout", self.hidden_dropout_prob, maximum=1.0)
-        self.tie_word_embeddings = fields.bool("tie_word_embeddings", True)
-        self.num_labels = num_labels(fields)
         if fields.int("conv_kernel_size", 0, minimum=0):
-            raise UnsupportedError(f"{fields.source}: conv_kernel_size: DeBERTa's convolution is not modelled. Use --trace.")
+            raise UnsupportedError(f"{fields.source}: conv_kernel_size: the convolution is not modelled. Use --trace.")
         if not self.relative_attention:
             raise UnsupportedError(f"{fields.source}: relative_attention: false is not modelled. Use --trace.")
 
@@ -71,8 +68,8 @@ def position_attention(fields: Fields) -> tuple[str, ...]:
     value = fields.raw("pos_att_type")
     if value is None:
         return ()
-    parts = [part.strip() for part in value.lower().split("|")] if isinstance(value, str) else fields.list_str("pos_att_type")
-    return tuple(part for part in ("c2p", "p2c") if part in parts)
+    parts = value.lower().split("|") if isinstance(value, str) else fields.list_str("pos_att_type")
+    return tuple(part.strip() for part in parts)
 
 
 class DebertaV2Embeddings(Module):
@@ -168,7 +165,9 @@ class DisentangledSelfAttention(Module):
             if "p2c" in c.pos_att_type:
                 self.pos_query_proj = Linear(b, c.hidden_size, all_head_size)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor, relative_pos: Tensor, rel_embeddings: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor, relative_pos: Tensor, rel_embeddings: Tensor
+    ) -> Tensor:
         c, t, heads = self.c, hidden_states.tape, self.c.num_attention_heads
         query_layer = transpose_for_scores(self.query_proj(hidden_states), heads)
         key_layer = transpose_for_scores(self.key_proj(hidden_states), heads)
@@ -244,7 +243,9 @@ class DebertaV2Attention(Module):
         self.self = DisentangledSelfAttention(b, c)
         self.output = BertOutput(b, c, c.hidden_size)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor, relative_pos: Tensor, rel_embeddings: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor, relative_pos: Tensor, rel_embeddings: Tensor
+    ) -> Tensor:
         self_output = self.self(hidden_states, attention_mask, relative_pos, rel_embeddings)
         attention_output = self.output(self_output, hidden_states)
         return attention_output
@@ -258,7 +259,9 @@ class DebertaV2Layer(CheckpointLayer):
         self.intermediate = BertIntermediate(b, c)
         self.output = BertOutput(b, c, c.intermediate_size)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor, relative_pos: Tensor, rel_embeddings: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor, relative_pos: Tensor, rel_embeddings: Tensor
+    ) -> Tensor:
         attention_output = self.attention(hidden_states, attention_mask, relative_pos, rel_embeddings)
         intermediate_output = self.intermediate(attention_output)
         layer_output = self.output(intermediate_output, attention_output)
@@ -295,8 +298,6 @@ class DebertaV2Model(Module):
         self.encoder = DebertaV2Encoder(b, c)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        if self.b.attn == "flash_attention_2":
-            raise SpecError.at("attn", self.b.attn, "is not there for a DeBERTa in transformers", "Use eager.")
         t = input_ids.tape
         # Without padding the model makes a mask of its own, of ones in float32.
         attention_mask = t.new(input_ids.shape, int64 if self.b.padded else float32, "attention_mask")

@@ -230,7 +230,7 @@ class LlamaModel(Module):
 class LlamaForCausalLM(Model):
     config_class: ClassVar[Callable[..., Any]] = LlamaConfig
     model_class: ClassVar[Callable[..., Any]] = LlamaModel
-    output: Callable[..., tuple[Tensor, Tensor | None]] = staticmethod(causal_lm_output)
+    output: Callable[..., Any] = staticmethod(causal_lm_output)
 
     def __init__(self, b: Build, fields: Fields) -> None:
         self.b = b

@@ -88,7 +88,7 @@ class Experts(Module):
         self.gate_up_proj = b.parameter(c.num_experts, 2 * c.moe_intermediate_size, c.hidden_size)
         self.down_proj = b.parameter(c.num_experts, c.hidden_size, c.moe_intermediate_size)
         self.act_fn = activation(c.hidden_act)
-        b.assumptions["busiest_expert_load"] = expert_load(c.num_experts, c.num_experts_per_tok)
+        b.tape.assumptions["busiest_expert_load"] = expert_load(c.num_experts, c.num_experts_per_tok)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         num_tokens, hidden_dim = hidden_states.shape

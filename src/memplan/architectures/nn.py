@@ -7,12 +7,11 @@ its forward pass in the same order with the same local variables, because lifeti
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from memplan.architectures.cache import DynamicCache
-from memplan.constants import Constant
 from memplan.errors import SpecError, UnsupportedError
 from memplan.specs.fields import Fields
 from memplan.specs.software import SoftwareSpec
@@ -77,8 +76,6 @@ class Build:
     software: SoftwareSpec = SoftwareSpec()
     full_depth: bool = True
     """Make every layer; otherwise the first and one of each kind, which stand for the rest."""
-    assumptions: dict[str, Constant] = field(default_factory=dict)
-    """What the model's forward pass takes for granted about its data, by name; an estimate reports them."""
     cache: DynamicCache | None = None
     """``past_key_values``, in generation: then the model gives the logits of the last position, and no loss."""
 

@@ -21,12 +21,12 @@ from memplan.tape import ops
 from memplan.tape.tape import LOGITS
 from memplan.tape.tensor import Tensor, bool_, int32, int64
 
-VOCAB_SIZE = {"roberta": 50265, "xlm-roberta": 30522}
-
 
 class RobertaConfig(BertConfig):
     def __init__(self, fields: Fields) -> None:
-        super().__init__(fields, VOCAB_SIZE[fields.str("model_type", "roberta")])
+        super().__init__(fields)
+        if fields.str("model_type", "roberta") == "roberta":  # xlm-roberta's default is BERT's
+            self.vocab_size = fields.int("vocab_size", 50265)
         self.pad_token_id = fields.int("pad_token_id", 1, minimum=0)
 
 

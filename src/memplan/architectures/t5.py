@@ -22,12 +22,13 @@ from memplan.architectures.nn import (
     bidirectional_mask,
     causal_mask,
 )
-from memplan.errors import SpecError
 from memplan.specs.fields import Fields
 from memplan.tape import ops
 from memplan.tape.attention import scaled_dot_product_attention
 from memplan.tape.tape import LOGITS, Tape
 from memplan.tape.tensor import DType, Tensor, bool_, float16, float32, int64
+
+ATTENTION = ("sdpa", "eager")
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "t5": {"vocab_size": 32128, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "feed_forward_proj": "relu"},
@@ -53,7 +54,7 @@ class T5Config:
         self.is_gated_act, self.dense_act_fn = feed_forward(fields, default["feed_forward_proj"])
         self.use_cache = fields.bool("use_cache", True)
         self.tie_word_embeddings = fields.bool("tie_word_embeddings", True)
-        """False in T5 1.1 and mT5: transformers 5 ties all the same, until it finds a second weight in the checkpoint."""
+        """False in T5 1.1 and mT5. transformers 5 ties all the same, until a checkpoint has both tensors."""
         self.scale_decoder_outputs = self.tie_word_embeddings and model_type == "t5"
 
 
@@ -206,8 +207,6 @@ def attention(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with a bias on the scores and without scaling: query [B, H, S, D] -> [B, S, H, D], and the weights."""
-    if b.attn == "flash_attention_2":
-        raise SpecError.at("attn", b.attn, "is not there for a T5 in transformers", "Use sdpa or eager.")
     if b.attn == "sdpa":
         mask = position_bias_mask(position_bias, mask, is_causal)
         attn_output = scaled_dot_product_attention(query, key, value, mask, dropout)

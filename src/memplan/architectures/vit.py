@@ -44,7 +44,7 @@ class ViTConfig:
         self.pooler_output_size = fields.int("pooler_output_size", self.hidden_size)
         self.pooler_act = fields.str("pooler_act", "tanh")
         self.num_labels = num_labels(fields)
-        for size, patch in zip(self.image_size, self.patch_size):
+        for size, patch in zip(self.image_size, self.patch_size, strict=True):
             if patch > size:
                 raise fields.wrong("patch_size", patch, f"is larger than image_size {size}", "Correct one of them.")
 

@@ -126,7 +126,7 @@ def _fused_function(rules: DeviceRules, kernel: Kernel) -> Any:
             tape = Tape(rules)
             symbols = _symbols(tape, q, k, v, mask)
             start = len(tape.sizes)
-            out = _fused(tape, backend, *symbols, dropout_p)  # type: ignore[arg-type]
+            out = _fused(tape, backend, *symbols, dropout_p)  # type: ignore[arg-type, call-arg]
             with kernel("sdpa") as count:
                 count(tape.flops)
                 made = _allocated(tape, start, q, [out])
@@ -138,7 +138,7 @@ def _fused_function(rules: DeviceRules, kernel: Kernel) -> Any:
         def backward(ctx: Any, grad: Any) -> Any:
             tape = Tape(rules)
             q, *others = ctx.saved_tensors[:4]
-            out = _fused(tape, ctx.backend, *_symbols(tape, q, *others), ctx.dropout_p)  # type: ignore[arg-type]
+            out = _fused(tape, ctx.backend, *_symbols(tape, q, *others), ctx.dropout_p)  # type: ignore[arg-type, call-arg]
             start, flops = len(tape.sizes), tape.flops
             node: Any = out.node
             grads = node.fn(tape, node, out, node.saved)
@@ -166,7 +166,7 @@ def _symbols(tape: Tape, *tensors: Any) -> list[Tensor | None]:
 
 
 def _allocated(tape: Tape, start: int, like: Any, results: Sequence[Tensor | None]) -> list[Any]:
-    """``results`` as tensors of torch, and what else the tape has allocated since ``start``."""
+    """``results`` as tensors of torch, and what else the tape has allocated since ``start`` and not freed."""
     import torch
 
     made: dict[int, Any] = {
@@ -180,4 +180,5 @@ def _allocated(tape: Tape, start: int, like: Any, results: Sequence[Tensor | Non
         else torch.empty_strided(x.shape, x.strides, dtype=getattr(torch, x.dtype.name), device=like.device)
         for x in results
     ]
-    return [*tensors, *made.values()]
+    freed = {~event for event in tape.log if event < 0}
+    return [*tensors, *(made[i] for i in made if i not in freed)]

@@ -29,7 +29,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
@@ -932,6 +932,7 @@ def _phase_hooks(model: Any, tracker: Any) -> Iterator[None]:
     cross_entropy = functional.cross_entropy
 
     def entered(loss: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(loss)  # a TorchFunctionMode knows functions by their names
         def run(*args: Any, **kwargs: Any) -> Any:
             if tracker.phase == "forward":
                 tracker.enter("loss")

@@ -12,6 +12,7 @@ from heapq import heappop, heappush
 from sys import getrefcount
 from typing import Any
 
+from memplan.constants import Constant
 from memplan.tape.dispatch import CPU, DeviceRules
 from memplan.tape.tensor import (
     Buffer,
@@ -154,6 +155,8 @@ class Tape:
         """Leaves that are not weights: the graph holds them and their gradients until it is freed after backward."""
         self.input_count = 0
         """How many of the first storages are the batch."""
+        self.assumptions: dict[str, Constant] = {}
+        """What the step takes for granted, by name; an estimate reports them."""
 
     # -- storage -----------------------------------------------------------------------------------------------
 
