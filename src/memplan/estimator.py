@@ -119,7 +119,9 @@ def estimate(
     if strategy.kind not in ("single", "ddp"):
         raise UnsupportedError(f"strategy: {strategy.kind!r} is not modelled yet. Use single or ddp.")
     if strategy.kind == "single" and cluster.gpus != 1:
-        raise SpecError.at("gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1.")
+        raise SpecError.at(
+            "gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1."
+        )
     setup = replace(resolve(model, training, cluster, strategy, software), traced=traced)
     run, micro = _run(setup, gpu)
     placed = ddp.phases(run, strategy.ddp) if strategy.kind == "ddp" else plain.phases(run)
@@ -204,7 +206,9 @@ def _check_attention(training: TrainingSpec, precision: Precision, rules: Device
     if precision.dtype == "float32" and precision.mixed_precision == "no":
         raise SpecError.at("attn", training.attn, "has no float32 kernels", "Use --attn sdpa, or 16-bit precision.")
     if not training.packed:
-        raise UnsupportedError("attn: 'flash_attention_2' with padding (unpadding copies) is not modelled. Use --packed.")
+        raise UnsupportedError(
+            "attn: 'flash_attention_2' with padding (unpadding copies) is not modelled. Use --packed."
+        )
 
 
 # -- the tape --------------------------------------------------------------------------------------------------------
@@ -407,7 +411,7 @@ def _load(
         devices = device_map(
             loading.placed_model(root),
             training.device_map,
-            {index: free for index in range(cluster.gpus)},
+            dict.fromkeys(range(cluster.gpus), free),
             cluster.host_memory,
             quantized,
         )

@@ -46,8 +46,18 @@ def explain(run: Run, tape: Tape, phase: str, parts: Parts, memory: GpuMemory) -
     terms += [
         Term(name=name, formula=formula, filled=f"{size:,}", bytes=size, source=source)
         for name, formula, size, source in (
-            ("fragmentation", "reserved - allocated", components.fragmentation, "replay of two steps, memory/allocator.py"),
-            ("context", "31 MiB + 2.08 MiB x SMs x threads per SM / 1000", components.context, "memory/runtime.py, CONTEXT"),
+            (
+                "fragmentation",
+                "reserved - allocated",
+                components.fragmentation,
+                "replay of two steps, memory/allocator.py",
+            ),
+            (
+                "context",
+                "31 MiB + 2.08 MiB x SMs x threads per SM / 1000",
+                components.context,
+                "memory/runtime.py, CONTEXT",
+            ),
             ("nccl", "buffers x channels x peers", components.nccl, "memory/runtime.py, NCCL"),
         )
         if size
@@ -107,7 +117,9 @@ def _states(run: Run, parts: Parts) -> list[Term]:
 
 
 def _plain_term(name: str, parts: Parts) -> Term:
-    return Term(name=name, formula="alive in this phase", filled=f"{parts[name]:,}", bytes=parts[name], source=SOURCES[name])
+    return Term(
+        name=name, formula="alive in this phase", filled=f"{parts[name]:,}", bytes=parts[name], source=SOURCES[name]
+    )
 
 
 def _tensors(tape: Tape, phase: str) -> list[Term]:

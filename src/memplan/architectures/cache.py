@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from memplan.tape import ops
+from memplan.tape.tape import ACTIVATION
 from memplan.tape.tensor import Tensor
 
 
@@ -26,17 +27,15 @@ class DynamicCache:
         """Add the next layer's new positions; returns what its attention looks at."""
         index = self._next
         self._next += 1
-        window = self.windows[index] if index < len(self.windows) else None
-        if index == len(self.layers):
-            empty = (key.shape[:2] + (0, key.shape[3]), value.shape[:2] + (0, value.shape[3]))
-            t = key.tape
-            self.layers.append((t.new(empty[0], key.dtype, "empty"), t.new(empty[1], value.dtype, "empty")))
-        keys, values = self.layers[index]
+        window = self._window(index)
+        keys, values = self.layers[index] if index < len(self.layers) else (None, None)
+        if keys is None:
+            self.layers.append((key, value))  # until both are copied
         full_keys = _extended(keys, key)
-        if window is None:
-            keys, self.layers[index] = full_keys, (full_keys, values)  # the old keys go before the values are copied
+        if window is None:  # self.keys = torch.cat(...): the old keys go before the values are copied
+            self.layers[index] = (full_keys, self.layers[index][1])
+            del keys
         full_values = _extended(values, value)
-        del keys, values
         self.layers[index] = (_last(full_keys, window), _last(full_values, window))
         return full_keys, full_values
 
@@ -51,29 +50,32 @@ class DynamicCache:
             return self.past_length + length
         return window - 1 + length
 
-    def seed(self, past_length: int, new: Callable[[tuple[int, ...], Tensor], Tensor]) -> None:
+    def seed(self, past_length: int) -> None:
         """Make the cache as if ``past_length`` positions had been seen one by one, from the shapes it has."""
         self.past_length = past_length
-        self._next = 0
         for index, pair in enumerate(self.layers):
-            window = self.windows[index] if index < len(self.windows) else None
+            window = self._window(index)
             kept = past_length if window is None else min(past_length, window)
-            seeded = [new((*x.shape[:2], kept, x.shape[3]), x) for x in pair]
-            self.layers[index] = (_last(seeded[0], window), _last(seeded[1], window))
+            keys, values = (x.tape.new((*x.shape[:2], kept, x.shape[3]), x.dtype, "cache") for x in pair)
+            self.layers[index] = (_last(keys, window), _last(values, window))
 
     def nbytes(self, length: int) -> int:
         """Bytes of keys and values of ``length`` positions; a sliding layer's of no more than its window."""
         total = 0
         for index, pair in enumerate(self.layers):
-            window = self.windows[index] if index < len(self.windows) else None
+            window = self._window(index)
             positions = length if window is None else min(length, window)
             total += sum(x.shape[0] * x.shape[1] * x.shape[3] * x.dtype.itemsize * positions for x in pair)
         return total
 
+    def _window(self, index: int) -> int | None:
+        return self.windows[index] if index < len(self.windows) else None
 
-def _extended(old: Tensor, new: Tensor) -> Tensor:
-    """torch.cat along the positions, contiguous; an empty part is copied too."""
-    return ops.cat((old, new), 2)
+
+def _extended(old: Tensor | None, new: Tensor) -> Tensor:
+    """torch.cat along the positions: contiguous, and a copy even where there is nothing before."""
+    with new.tape.tagged(ACTIVATION):
+        return ops.cat((new,) if old is None else (old, new), 2)
 
 
 def _last(full: Tensor, window: int | None) -> Tensor:

@@ -24,7 +24,6 @@ from memplan.tape import ops
 from memplan.tape.tape import LOGITS, Tape
 from memplan.tape.tensor import DType, Tensor, bool_, float32, int64
 
-
 ATTENTION = ("eager",)
 
 

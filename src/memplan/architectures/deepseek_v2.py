@@ -141,9 +141,7 @@ class DeepseekV2Attention(Module):
         kv_nope, k_rot = cached(self.b, kv_nope, k_rot)
         query_states = ops.cat((q_pass, q_rot))
         key_states, value_states = self.expand_kv(kv_nope, k_rot)
-        attn_output, attn_weights = attention(
-            self.b, query_states, key_states, value_states, mask, c.attention_dropout
-        )
+        attn_output, attn_weights = attention(self.b, query_states, key_states, value_states, mask, c.attention_dropout)
         attn_output = attn_output.reshape(batch, length, -1).contiguous()
         attn_output = self.o_proj(attn_output)
         return attn_output, attn_weights

@@ -7,7 +7,7 @@ its forward pass in the same order with the same local variables, because lifeti
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -358,9 +358,7 @@ class RotaryEmbedding(Module):
         return rotary_embedding(x, position_ids, self.dim, self.dtype)
 
 
-def rotary_embedding(
-    x: Tensor, position_ids: Tensor, dim: int, dtype: DType | None = None
-) -> tuple[Tensor, Tensor]:
+def rotary_embedding(x: Tensor, position_ids: Tensor, dim: int, dtype: DType | None = None) -> tuple[Tensor, Tensor]:
     """LlamaRotaryEmbedding.forward: cos and sin [B, S, dim] in x's dtype (or ``dtype``), computed in float32 without
     gradient.
     """
@@ -565,7 +563,7 @@ def causal_lm_output(
     softcap: bool = False,
     scale: bool = False,
     cross_entropy: Callable[[Tensor, Tensor], Tensor] = ops.cross_entropy,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Any, Tensor | None]:
     """The head and the loss of a ...ForCausalLM: (loss, logits); in generation the last position's logits alone."""
     t = b.tape
     with t.tagged(LOGITS):

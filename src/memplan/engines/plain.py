@@ -65,7 +65,11 @@ def states(run: Run) -> States:
 def phases(run: Run, communication: int = 0) -> dict[str, Parts]:
     """The fullest moment of every phase, by component. ``communication`` bytes are held throughout."""
     held = states(run)
-    base = {"weights": held.weights, "workspace": sum(rounded(size) for size in run.workspaces), "communication": communication}
+    base = {
+        "weights": held.weights,
+        "workspace": sum(rounded(size) for size in run.workspaces),
+        "communication": communication,
+    }
     accumulating = run.grad_accum_steps > 1
     resting = base | {"optimizer": held.optimizer}
     inputs = run.profile.end.total - run.profile.end.parts[3]

@@ -8,8 +8,8 @@ Source: AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE, AT_FORALL_DIFFERENT_REDISP
 of ATen/autocast_mode.h, torch 2.13 (``sum`` and ``rms_norm`` included).
 
 A TorchFunctionMode sees calls made from Python. What C++ calls inside one of them is covered where transformers use
-it (``interpolate``, and ``cross_entropy``, of which only the nll_loss is raised: its log_softmax names a dtype). A fused half-to-float softmax, which CUDA has for float16 alone, is traced as
-a copy to float32 followed by the softmax.
+it (``interpolate``, and ``cross_entropy``, of which only the nll_loss is raised: its log_softmax names a dtype). A
+fused half-to-float softmax, which CUDA has for float16 alone, is traced as a copy to float32 followed by the softmax.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def cuda_rules() -> Any:
             return functional.cross_entropy(raised(input), raised(target), *args, **kwargs)
         kwargs.pop("label_smoothing", None)
         logits = functional.log_softmax(input, min(input.dim() - 1, 1), dtype=input.dtype)
-        return functional.nll_loss(raised(logits), target, *args, **{key: raised(value) for key, value in kwargs.items()})
+        return functional.nll_loss(
+            raised(logits), target, *args, **{key: raised(value) for key, value in kwargs.items()}
+        )
 
     class Rules(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

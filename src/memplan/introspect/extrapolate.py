@@ -58,7 +58,7 @@ def module_spec(module: Any, training: TrainingSpec) -> tuple[ModelSpec, Trainin
     The dtype is that of its first floating parameter, the attention that of its config.
     """
     config = getattr(module, "config", None)
-    values = config.to_dict() if hasattr(config, "to_dict") else {}
+    values = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     dtype = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), None)
     values = _json(values) | {"dtype": str(dtype).removeprefix("torch.")}
     name = type(module).__name__
@@ -126,15 +126,19 @@ def _refuse(setup: Setup) -> None:
 
 
 def _depths(stacks: Sequence[_Stack]) -> str:
-    return "traced at " + ", ".join(f"{stack.lengths[0]} and {stack.lengths[1]} of {stack.depth}" for stack in stacks) + " layers"
+    return (
+        "traced at "
+        + ", ".join(f"{stack.lengths[0]} and {stack.lengths[1]} of {stack.depth}" for stack in stacks)
+        + " layers"
+    )
 
 
 def _assumptions(setup: Setup, depths: str) -> tuple[Assumption, ...]:
     note = f"the real model under FakeTensor, {depths}"
     if setup.rules.kind == "cuda":
         note += (
-            "; CUDA's autocast list, attention backend, dropout masks and accumulation of gradients are imposed; what a "
-            "CUDA kernel allocates within one call is not known but for attention"
+            "; CUDA's autocast list, attention backend, dropout masks and accumulation of gradients are imposed; what "
+            "a CUDA kernel allocates within one call is not known but for attention"
         )
     return (Assumption(name="trace", value=0, low=0, high=0, source=note),)
 
@@ -221,7 +225,9 @@ def _prepared(model: Any, setup: Setup) -> Any:
         try:
             trace._enable_checkpointing(model, frozen_inputs=training.lora is not None)
         except ValueError as error:
-            raise UnsupportedError(f"gradient_checkpointing: {_said(error)} Use --no-gradient-checkpointing.") from error
+            raise UnsupportedError(
+                f"gradient_checkpointing: {_said(error)} Use --no-gradient-checkpointing."
+            ) from error
     if getattr(model, "config", None) is not None:
         model.config.use_cache = False
     return model.train()
@@ -345,7 +351,7 @@ def _find_stacks(model: Any) -> list[_Stack]:
 
 def _kinds(layers: Sequence[Any], lists: Sequence[Sequence[Any]]) -> list[Hashable]:
     """What each layer is: equal for layers that run alike."""
-    described = [dict(_described(layer)) for layer in layers]
+    described: list[dict[tuple[Any, ...], Hashable]] = [dict(_described(layer)) for layer in layers]
     described = [
         {**one, **{("config", n): values[i] for n, values in enumerate(lists) if len(values) == len(layers)}}
         for i, one in enumerate(described)
@@ -360,7 +366,7 @@ def _numbers_layers(values: Sequence[Any]) -> bool:
     return all(type(value) is int and value - values[0] == i for i, value in enumerate(values))
 
 
-def _described(layer: Any) -> Iterator[tuple[tuple[str, ...], Hashable]]:
+def _described(layer: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """A layer's modules, tensors and settings, by name. Of a float only whether it is 0: a rate or a scale."""
     for path, module in layer.named_modules():
         yield (path,), type(module)
@@ -613,7 +619,8 @@ def _mirror(model: Any, stacks: Sequence[_Stack], tape: Tape) -> Module:
         made = Layers.__new__(Layers)
         made._build = Build(tape, dtypes.float32)
         made.stack = numbers[id(module)]
-        made._layers = [(i, visit(layer, f"{path}{i}.")) for i, layer in enumerate(module)]
+        traced: list[Any] = [visit(layer, f"{path}{i}.") for i, layer in enumerate(module)]
+        made._layers = list(enumerate(traced))
         made._kinds = list(range(len(module)))
         return made
 

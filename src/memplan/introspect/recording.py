@@ -286,7 +286,12 @@ def _runs(segments: Sequence[Segment]) -> list[tuple[int, list[int]]]:
         if segment.layer is None:
             continue
         before = segments[i - 1] if i else None
-        if before is not None and before.layer and before.layer[0] == segment.layer[0] and before.phase == segment.phase:
+        if (
+            before is not None
+            and before.layer
+            and before.layer[0] == segment.layer[0]
+            and before.phase == segment.phase
+        ):
             runs[-1][1].append(i)
         else:
             runs.append((segment.layer[0], [i]))
@@ -296,7 +301,7 @@ def _runs(segments: Sequence[Segment]) -> list[tuple[int, list[int]]]:
 def _sequence_number() -> int:
     import torch
 
-    number: int = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    number: int = torch._C._autograd._get_sequence_nr()
     return number
 
 

@@ -604,7 +604,7 @@ def _loss_of(outputs: Any) -> Any:
         loss = outputs.get("loss")
     else:
         loss = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
-    if not _is_tensor(loss) or loss.dim() != 0:
+    if loss is None or not _is_tensor(loss) or loss.dim() != 0:
         raise UnsupportedError(
             "trace: forward returns no loss. It must return a scalar, a tuple that starts with one, or a mapping with "
             "the key loss; a model without a head has none."
@@ -716,7 +716,12 @@ _HEADS = {
 
 
 def _build_model(
-    values: Mapping[str, Any], dtype: str, attn: str | None, num_layers: int | None, head: str | None, experts: str | None
+    values: Mapping[str, Any],
+    dtype: str,
+    attn: str | None,
+    num_layers: int | None,
+    head: str | None,
+    experts: str | None,
 ) -> Any:
     """Build the model on the meta device, as ``from_pretrained(dtype=...)`` would leave it."""
     import torch

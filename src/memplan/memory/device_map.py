@@ -73,7 +73,7 @@ def device_map(
     Raises UnsupportedError where transformers itself fails, on tied weights that end up apart.
     """
     sizes = _sizes(model.root)
-    budget: dict[Device, float] = {device: size for device, size in free.items()}
+    budget: dict[Device, float] = dict(free.items())
     budget["cpu"] = float("inf") if cpu is None else cpu * CPU_SHARE
     if kind != "sequential":
         _balance(budget, list(free), model.root, sizes, low_zero=kind == "balanced_low_0")

@@ -129,7 +129,7 @@ def _measure(tape: Tape, segments: list[_Segment], multiplicity: dict[LayerKey, 
 
     Returns, for each storage made in a repeated layer, how many storages of the whole model it stands for.
     """
-    sizes, components, flowing, kept, log = tape.sizes, tape.components, tape.flowing, tape.kept, tape.log
+    sizes, components, flowing, log = tape.sizes, tape.components, tape.flowing, tape.log
     repeated: dict[int, int] = {}
     owner: dict[int, LayerKey] = {}
     for segment in segments:

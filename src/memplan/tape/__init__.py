@@ -1,0 +1,1 @@
+"""Symbolic tensors, autograd and dispatch."""

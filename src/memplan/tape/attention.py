@@ -98,7 +98,9 @@ def _note_scores(t: Tape, query: Tensor, key: Tensor) -> None:
     if known is None or size > known.value:
         dtype = query.dtype.name
         why = why_math(t.rules, dtype=dtype, head_dim=dim, query_heads=heads, kv_heads=key.shape[1])
-        source = f"{why}, so that it falls to the math backend (ATen/native/transformers/cuda/sdp_utils.cpp, torch 2.13)"
+        source = (
+            f"{why}, so that it falls to the math backend (ATen/native/transformers/cuda/sdp_utils.cpp, torch 2.13)"
+        )
         t.assumptions[name] = exact(name, size, "B", source)
 
 
@@ -113,7 +115,11 @@ def _fused(t: Tape, backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
     shape = (batch, heads, sq, dim_v)
     out = t.new(shape, q.dtype, "sdpa", _by_position(shape) if backend == "efficient" else dense_like(shape, q.strides))
     lse_len = up(sq, 32) if backend == "efficient" else sq
-    lse = t.new((batch, heads, lse_len), float32, "sdpa_logsumexp") if node is not None or backend != "efficient" else None
+    lse = (
+        t.new((batch, heads, lse_len), float32, "sdpa_logsumexp")
+        if node is not None or backend != "efficient"
+        else None
+    )
     temporaries = _forward_temporaries(t, backend, q, k, v, dropout_p)
     rng = [t.new((), int64, "sdpa_seed"), t.new((), int64, "sdpa_offset")] if t.rules.kind == "cuda" else []
     del temporaries

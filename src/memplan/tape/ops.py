@@ -105,9 +105,7 @@ def _transpose_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
 def permute(x: Tensor, *dims: int) -> Tensor:
     """Reorder dimensions (a view)."""
     node = x.storage.tape.node(_permute_backward, (x,), (), dims) if x.node is not None else None
-    return Tensor(
-        tuple(x.shape[d] for d in dims), tuple(x.strides[d] for d in dims), x.dtype, x.storage, node
-    )
+    return Tensor(tuple(x.shape[d] for d in dims), tuple(x.strides[d] for d in dims), x.dtype, x.storage, node)
 
 
 def _permute_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
@@ -134,9 +132,7 @@ def squeeze(x: Tensor, dim: int) -> Tensor:
     if dim < 0:
         dim += len(x.shape)
     node = x.storage.tape.node(_view_backward, (x,), (), x.shape) if x.node is not None else None
-    return Tensor(
-        x.shape[:dim] + x.shape[dim + 1 :], x.strides[:dim] + x.strides[dim + 1 :], x.dtype, x.storage, node
-    )
+    return Tensor(x.shape[:dim] + x.shape[dim + 1 :], x.strides[:dim] + x.strides[dim + 1 :], x.dtype, x.storage, node)
 
 
 def expand(x: Tensor, *shape: int) -> Tensor:
@@ -183,9 +179,7 @@ def select(x: Tensor, dim: int, index: int) -> Tensor:
     if dim < 0:
         dim += len(x.shape)
     node = x.storage.tape.node(_slice_backward, (x,), (), x.shape) if x.node is not None else None
-    return Tensor(
-        x.shape[:dim] + x.shape[dim + 1 :], x.strides[:dim] + x.strides[dim + 1 :], x.dtype, x.storage, node
-    )
+    return Tensor(x.shape[:dim] + x.shape[dim + 1 :], x.strides[:dim] + x.strides[dim + 1 :], x.dtype, x.storage, node)
 
 
 def split(x: Tensor, sizes: int | tuple[int, ...], dim: int = -1) -> list[Tensor]:
@@ -415,9 +409,19 @@ def _mul_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     other_of_a, other_of_b = saved
     ga = gb = None
     if node.edges[1] is not None:
-        gb = t.new(grad.shape, promote(grad.dtype, other_of_b.dtype), "mul_backward", _result_strides(grad, other_of_b, grad.shape))
+        gb = t.new(
+            grad.shape,
+            promote(grad.dtype, other_of_b.dtype),
+            "mul_backward",
+            _result_strides(grad, other_of_b, grad.shape),
+        )
     if node.edges[0] is not None:
-        ga = t.new(grad.shape, promote(grad.dtype, other_of_a.dtype), "mul_backward", _result_strides(grad, other_of_a, grad.shape))
+        ga = t.new(
+            grad.shape,
+            promote(grad.dtype, other_of_a.dtype),
+            "mul_backward",
+            _result_strides(grad, other_of_a, grad.shape),
+        )
     del other_of_a, other_of_b
     if saved.__class__ is Recomputed:
         saved.clear()
@@ -687,9 +691,7 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _matmul_weight(t, x, weight, bias, weight.shape[1], weight.shape[0], "addmm")
 
 
-def _matmul_weight(
-    t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, n_out: int, n_in: int, name: str
-) -> Tensor:
+def _matmul_weight(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, n_out: int, n_in: int, name: str) -> Tensor:
     lead = x.shape[:-1]
     rows = 1
     for size in lead:
@@ -905,7 +907,11 @@ def _softmax_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """F.embedding; saves the ids. Backward makes a dense gradient of the whole table."""
     t = ids.storage.tape
-    node = t.node(_embedding_backward, (weight,), (ids,), (weight.shape, weight.dtype)) if weight.node is not None else None
+    node = (
+        t.node(_embedding_backward, (weight,), (ids,), (weight.shape, weight.dtype))
+        if weight.node is not None
+        else None
+    )
     out = t.new((*ids.shape, weight.shape[-1]), weight.dtype, "embedding")
     out.node = node
     return out

@@ -465,7 +465,9 @@ class Tape:
             results[i] = None
             return
         old = buffer[slot]
-        buffer[slot] = self.new(old.shape, promote(old.dtype, results[i].dtype), "accumulate", dense_like(old.shape, old.strides))
+        buffer[slot] = self.new(
+            old.shape, promote(old.dtype, results[i].dtype), "accumulate", dense_like(old.shape, old.strides)
+        )
         results[i] = None
 
     def _sink(self, sink: AccumulateGrad) -> None:

@@ -99,7 +99,8 @@ def iterated_strides(shape: Shape, operands: tuple[tuple[Shape, Shape], ...]) ->
     """
     rank = len(shape)
     strides = [
-        (0,) * (rank - len(own)) + tuple(0 if o == 1 != s else st for o, s, st in zip(own, shape[rank - len(own) :], given))
+        (0,) * (rank - len(own))
+        + tuple(0 if o == 1 != s else st for o, s, st in zip(own, shape[rank - len(own) :], given))
         for own, given in operands
     ]
 
