@@ -302,8 +302,8 @@ def templates(kinds: Sequence[Hashable], short: int) -> list[int] | None:
 
     >>> templates("aaaaaaa", 5)
     [0, 1, 2, 2, 2, 3, 4]
-    >>> templates("dddaaaaa", 6)
-    [0, 1, 2, 3, 3, 3, 4, 5]
+    >>> templates("dddaaaaa", 7)
+    [0, 1, 2, 3, 4, 4, 5, 6]
     >>> templates("ababababab", 5) is None
     True
     """
