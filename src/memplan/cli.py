@@ -251,9 +251,7 @@ def estimate(
     from memplan.render import table
     from memplan.results import EstimateList
 
-    # Advice estimates dozens of setups: too many to trace.
-    traced = mode["trace"]
-    advice = api.Advice() if traced else api.advise(result, model, training, cluster, strategy, software=software)
+    advice = api.advise(result, model, training, cluster, strategy, software=software)
     if isinstance(result, EstimateList):
         return _Answer(table.estimates_text(result, gpus=advice.gpus, options=advice.options), code)
     gpus = next(iter(advice.gpus), ())

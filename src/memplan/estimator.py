@@ -9,16 +9,15 @@ from typing import Any
 from memplan.adapters.liger import apply_liger_kernel
 from memplan.adapters.lora import apply_lora
 from memplan.adapters.quantization import default_dtype, prepare_for_kbit_training, quantize
-from memplan.architectures.cache import DynamicCache
 from memplan.architectures.nn import Build, Embedding, Inventory, Model, Module
-from memplan.architectures.registry import attention_implementations, build_model, head_of
+from memplan.architectures.registry import attention_implementations, build_model
 from memplan.catalog.gpus import find_gpu
 from memplan.constants import Constant
 from memplan.engines import ddp, plain
 from memplan.engines.plain import Parts, Run
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory import loading
-from memplan.memory.inference import Machine, infer
+from memplan.memory.device_map import device_map
 from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
 from memplan.memory.timeline import compose, size_counts
@@ -113,8 +112,10 @@ def estimate(
     Raises SpecError for a setup that the libraries refuse, UnsupportedError for what memplan does not model.
     """
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
-    if training.task != "train":
-        return _infer(model, training, cluster, strategy, software, gpu)
+    if training.task == "generate":
+        raise UnsupportedError("task: 'generate' is not modelled yet. Use --task load for the weights.")
+    if training.task == "load":
+        return _load(model, training, cluster, strategy, software, gpu)
     if strategy.kind not in ("single", "ddp"):
         raise UnsupportedError(f"strategy: {strategy.kind!r} is not modelled yet. Use single or ddp.")
     if strategy.kind == "single" and cluster.gpus != 1:
@@ -125,7 +126,7 @@ def estimate(
     run, micro = _run(setup, gpu)
     placed = ddp.phases(run, strategy.ddp) if strategy.kind == "ddp" else plain.phases(run)
     if training.quantization is not None:
-        placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
+        placed["load"] = _loading(setup, gpu, cluster)
     replayed = None
     if setup.rules.kind != "cpu":
         replayed = _replay(setup, gpu, strategy) if replay else Replayed({}, _bound(setup, gpu, strategy))
@@ -156,9 +157,6 @@ def resolve(
 ) -> Setup:
     """Return what decides the tape, with the defaults that strategy and GPU decide. Raises as :func:`estimate`."""
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
-    if training.quantization is not None and training.dtype is None:
-        dtype = default_dtype(software, _checkpoint_dtype(model))
-        training = training if dtype is None else training.replace(dtype=dtype)
     precision = resolve_precision(training, strategy, gpu, _checkpoint_dtype(model))
     rules = device_rules(gpu, software)
     implementations = attention_implementations(model.model_type)
@@ -245,13 +243,8 @@ def _micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluatio
     return _Micro(tape, root, inventory, tuple(tape.assumptions.values()))
 
 
-def _model(
-    setup: Setup, tape: Tape, cache: DynamicCache | None = None, *, full_depth: bool, as_loaded: bool = False
-) -> Module:
-    """The model's modules as they are trained: quantized, patched and adapted, in the order in which scripts do it.
-
-    With ``as_loaded`` they are left as from_pretrained leaves them.
-    """
+def _model(setup: Setup, tape: Tape, *, full_depth: bool) -> Module:
+    """The model's modules as they are trained: quantized, patched and adapted, in the order in which scripts do it."""
     training, model = setup.training, setup.model
     b = Build(
         tape,
@@ -261,7 +254,6 @@ def _model(
         padded=not training.packed,
         software=setup.software,
         full_depth=full_depth,
-        cache=cache,
     )
     if training.vocab_size is not None:
         model = model.replace(config={**model.config, "vocab_size": training.vocab_size})
@@ -272,10 +264,8 @@ def _model(
         if quantization.compute_dtype is not None:
             compute = dtypes.dtype_named(quantization.compute_dtype)
         quantize(b, root, quantization, compute)
-    if as_loaded:
-        return root
-    if _prepares(training):
-        prepare_for_kbit_training(root)
+        if _prepares(training):
+            prepare_for_kbit_training(root)
     if training.liger:
         apply_liger_kernel(b, root, model.model_type)
     if training.lora is not None:
@@ -386,16 +376,16 @@ def _capacity(cluster: ClusterSpec, gpu: GPUSpec | None) -> int | None:
     return cluster.gpu_memory or (gpu.memory_bytes if gpu is not None and not gpu.is_cpu else None)
 
 
-def _loading(setup: Setup, gpu: GPUSpec | None, cluster: ClusterSpec, weights: int) -> Parts:
-    """The fullest moment while a quantized model is loaded and prepared on one GPU, ``weights`` being the result."""
-    root = _model(setup, Tape(setup.rules), full_depth=False, as_loaded=True)
+def _loading(setup: Setup, gpu: GPUSpec | None, cluster: ClusterSpec) -> Parts:
+    """The fullest moment while a quantized model is loaded and prepared on one GPU."""
+    root = _model(setup, Tape(setup.rules), full_depth=False)
     loaded = loading.load(
         loading.tensors(root), direct=True, capacity=_capacity(cluster, gpu), prepare=_prepares(setup.training)
     )
-    return {"weights": weights, "temporaries": max(0, loaded.peak_allocated - weights)}
+    return {"weights": loaded.allocated, "temporaries": loaded.peak_allocated - loaded.allocated}
 
 
-def _infer(
+def _load(
     model: ModelSpec,
     training: TrainingSpec,
     cluster: ClusterSpec,
@@ -403,63 +393,70 @@ def _infer(
     software: SoftwareSpec,
     gpu: GPUSpec | None,
 ) -> Estimate:
-    """Tasks load and generate: one copy of the model, in one process."""
-    head = training.head or head_of(model.architecture)
-    if training.task == "generate" and head not in ("causal-lm", "seq2seq-lm"):
-        raise SpecError.at("head", head, "does not generate text", "Use --head causal-lm.")
+    """Task load: the model's footprint, and where a device map puts it."""
+    if training.quantization is not None and training.dtype is None:
+        training = training.replace(dtype=default_dtype(software, _checkpoint_dtype(model)) or "float32")
     setup = resolve(model, training, cluster, strategy, software)
-    process = cluster.replace(gpus=1, nodes=1)
-    capacity = _capacity(cluster, gpu)
     root = _model(setup, Tape(setup.rules), full_depth=False)
-    inventory = Inventory(root)
-    workspaces = cublas_workspaces(
-        gpu or _reference_gpu(), software, training=False, bias=inventory.linear_bias, gradient_checkpointing=False
+    held = loading.tensors(root)
+    quantized = training.quantization is not None
+    capacity = _capacity(cluster, gpu)
+    devices: dict[str, int | str] | None = None
+    on_gpu, on_host, on_disk = held, 0, 0
+    if training.device_map is not None:
+        if capacity is None:
+            remedy = "Name it with --gpu, or give --gpu-memory."
+            raise SpecError.at("device_map", training.device_map, "needs the GPU's memory", remedy)
+        free = capacity - int(_outside(gpu, cluster, software)[0].value)
+        devices = device_map(
+            loading.placed_model(root),
+            training.device_map,
+            dict.fromkeys(range(cluster.gpus), free),
+            cluster.host_memory,
+            quantized,
+        )
+        groups = loading.by_device(held, devices)
+        on_gpu = max((groups.get(i, []) for i in range(cluster.gpus)), key=loading.footprint)
+        on_host, on_disk = (loading.footprint(groups.get(place, [])) for place in ("cpu", "disk"))
+    loaded = loading.load(on_gpu, direct=quantized or devices is not None, capacity=capacity)
+    placed = {
+        "load": {"weights": loaded.allocated, "temporaries": loaded.peak_allocated - loaded.allocated},
+    }
+    cpu = setup.rules.kind == "cpu"
+    memory, assumptions = _gpu_memory(
+        placed, None if cpu else Replayed({}, loaded.peak_reserved), cluster.replace(gpus=1, nodes=1), gpu, software
     )
-    context = _outside(gpu, process, software)[0]
-    machine = Machine(
-        rules=setup.rules,
-        gpus=cluster.gpus,
-        capacity=capacity,
-        free=None if capacity is None else capacity - int(context.value),
-        limit=None if capacity is None else max(0, capacity - int(context.high)),
-        host=cluster.host_memory,
-        workspaces=workspaces,
+    host = HostMemory(
+        capacity=cluster.host_memory,
+        peak=on_host,
+        pinned=0,
+        ranks=1,
+        components={"weights": on_host} if on_host else {},
     )
-    found = infer(root, partial(_model, setup, full_depth=True), training, machine)
-    memory, assumptions = _gpu_memory(found.placed, found.replayed, process, gpu, software)
-    on_host, on_disk = found.on_host, found.on_disk
+    nvme = NvmeMemory(capacity=cluster.nvme, bytes=on_disk, components={"weights": on_disk} if on_disk else {})
     verdicts = [verdict_for(memory.low, memory.high, memory.capacity)]
-    if on_host:
+    if on_host and cluster.host_memory is not None:
         verdicts.append(verdict_for(on_host, on_host, cluster.host_memory))
-    if found.refused:
-        verdicts.append("does-not-fit")
+    inventory = Inventory(root)
+    elements = sum(p.elements * count for p, count in inventory.parameters)
     return Estimate(
         model=ModelInfo(
             id=model.id,
             architecture=model.architecture,
-            parameters=sum(p.elements * count for p, count in inventory.parameters),
-            trainable_parameters=sum(p.elements * count for p, count in inventory.parameters if p.node is not None),
+            parameters=elements,
+            trainable_parameters=sum(p.elements * n for p, n in inventory.parameters if p.node is not None),
             source=model.source,
         ),
         setup=_setup_dict(setup.training, setup.precision, strategy, cluster, gpu),
         cluster=_cluster_dict(cluster, gpu),
         software=software.to_dict(),
         gpu=memory,
-        host=HostMemory(
-            capacity=cluster.host_memory,
-            peak=on_host,
-            pinned=0,
-            ranks=1,
-            components={"weights": on_host} if on_host else {},
-        ),
-        nvme=NvmeMemory(
-            capacity=cluster.nvme, bytes=on_disk, components={"weights": on_disk} if on_disk else {}
-        ),
+        host=host,
+        nvme=nvme,
         verdict=worst_verdict(verdicts),
         assumptions=tuple(assumptions),
-        footprint=loading.footprint(found.held),
-        device_map=found.device_map,
-        kv_cache=found.kv_cache,
+        footprint=loading.footprint(held),
+        device_map=devices,
     )
 
 

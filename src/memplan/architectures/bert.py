@@ -258,8 +258,6 @@ def masked_lm_output(b: Build, head: Module, sequence_output: Tensor, labels: Te
 
 
 class BertForMaskedLM(Model):
-    output_embeddings_path = "cls.predictions.decoder"
-
     def __init__(self, b: Build, fields: Fields) -> None:
         c = BertConfig(fields)
         self.b = b
@@ -272,8 +270,6 @@ class BertForMaskedLM(Model):
 
 
 class BertForPreTraining(Model):
-    output_embeddings_path = "cls.predictions.decoder"
-
     def __init__(self, b: Build, fields: Fields) -> None:
         c = BertConfig(fields)
         self.b = b

@@ -79,11 +79,6 @@ class Build:
     cache: DynamicCache | None = None
     """``past_key_values``, in generation: then the model gives the logits of the last position, and no loss."""
 
-    @property
-    def past_length(self) -> int:
-        """Positions in the cache."""
-        return 0 if self.cache is None else self.cache.past_length
-
     def kv_length(self, length: int, window: int | None = None) -> int:
         """How many positions attention looks at from ``length`` new ones."""
         return length if self.cache is None else self.cache.kv_length(length, window)
@@ -418,9 +413,9 @@ def check_heads(fields: Fields, hidden_size: int, heads: int) -> None:
         )
 
 
-def check_position_table(input_ids: Tensor, rows: int, past_length: int = 0) -> None:
+def check_position_table(input_ids: Tensor, rows: int) -> None:
     """Learned positions end with their table: a real run on a longer sequence dies with an index error."""
-    length = past_length + input_ids.shape[1]
+    length = input_ids.shape[1]
     if length > rows:
         problem = f"is longer than the model's table of {rows} positions"
         raise SpecError.at("seq_len", length, problem, f"Use at most {rows}.")
@@ -547,7 +542,6 @@ def eager_attention(
 class Model(Module):
     """A whole model with its head. ``forward(*inputs)`` returns (loss, logits)."""
 
-    output_embeddings_path = "lm_head"
     b: Build
 
     def inputs(self, batch: int, length: int) -> tuple[Tensor, ...]:
@@ -557,9 +551,7 @@ class Model(Module):
 
     def output_embeddings(self) -> Module | None:
         """transformers' get_output_embeddings(): the projection to the vocabulary, if there is one."""
-        head: Module | None = self
-        for name in self.output_embeddings_path.split("."):
-            head = getattr(head, name, None)
+        head: Module | None = getattr(self, "lm_head", None)
         return head
 
 

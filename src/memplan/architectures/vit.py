@@ -81,8 +81,6 @@ class ViTPatchEmbeddings(Module):
 
 
 class ViTEmbeddings(Module):
-    no_split = True
-
     def __init__(self, b: Build, c: ViTConfig) -> None:
         (height, width), (patch_height, patch_width) = c.image_size, c.patch_size
         num_patches = (height // patch_height) * (width // patch_width)

@@ -69,7 +69,7 @@ def cuda_kernels(rules: DeviceRules, kernel: Kernel) -> Any:
             dropout=dropout_p,
             requires_grad=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
         )
-        # No kernel broadcasts heads unasked (check_batch_size_and_num_heads_dense), or takes less than four dimensions.
+        # No kernel broadcasts heads unasked (check_batch_size_and_num_heads_dense), or takes other than 4 dimensions.
         if backend == "math" or query.dim() != 4 or (query.size(1) != key.size(1) and not enable_gqa):
             return cuda_math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if attn_mask is not None:

@@ -19,11 +19,10 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from importlib import metadata
 from typing import Any, TypeAlias
 
 from memplan.architectures.nn import Build, Embedding, LayerNorm, Layers, Linear, Module
-from memplan.errors import MemplanError, SpecError, UnsupportedError
+from memplan.errors import MemplanError, UnsupportedError
 from memplan.estimator import Setup, Traced
 from memplan.introspect import trace
 from memplan.introspect.cuda_autocast import cuda_rules
@@ -31,16 +30,15 @@ from memplan.introspect.cuda_kernels import cuda_kernels
 from memplan.introspect.recording import NotRepeating, Recorder, Recording, Templates, expand, same_log, to_tape
 from memplan.results import Assumption
 from memplan.specs.model import ModelSpec
-from memplan.specs.software import SoftwareSpec
 from memplan.specs.training import TrainingSpec
 from memplan.tape import tensor as dtypes
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import DType, Parameter
 
-__all__ = ["Inputs", "decided_by", "installed", "known_model_types", "module_spec", "trace_model"]
+__all__ = ["Inputs", "known_model_types", "module_spec", "trace_model"]
 
 Inputs: TypeAlias = Callable[[int, int], Mapping[str, Any]]
-"""(micro-batch size, sequence length) -> the keyword arguments of forward: tensors, made on the CPU."""
+"""(micro-batch size, sequence length) -> the keyword arguments of forward: tensors, which it may make on the CPU."""
 
 _MOST_LAYERS = 256
 """Layers beyond which a model that does not repeat is refused rather than traced in full: about half a minute."""
@@ -48,50 +46,36 @@ _MOST_LAYERS = 256
 
 def known_model_types() -> list[str]:
     """Return every ``model_type`` of the installed transformers. Raises UnsupportedError without the train extra."""
-    trace._import_libraries(())
+    trace._import_libraries()
     import transformers
 
     return list(transformers.CONFIG_MAPPING)
 
 
-def installed(software: SoftwareSpec) -> SoftwareSpec:
-    """Return the versions with those of the libraries that a trace runs. Raises SpecError if others were asked for."""
-    found: dict[str, str] = {}
-    for library in ("torch", "transformers", "accelerate", "peft"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[library] = metadata.version(library).partition("+")[0]
-    for library, version in found.items():
-        asked = getattr(software, library)
-        if library in software.model_fields_set and version.split(".")[:2] != asked.split(".")[:2]:
-            problem = f"is not what a trace runs: {library} {version} is installed"
-            raise SpecError.at("software", f"{library}={asked}", problem, "Install it, or leave it out.")
-    return software.replace(**found)
+def module_spec(module: Any, training: TrainingSpec) -> tuple[ModelSpec, TrainingSpec]:
+    """Return what an ``nn.Module`` is, and the training with what the module decides where the user did not.
 
-
-def module_spec(module: Any) -> ModelSpec:
-    """Return what an ``nn.Module`` is. Its dtype is that of its first floating parameter."""
+    The dtype is that of its first floating parameter, the attention that of its config.
+    """
     config = getattr(module, "config", None)
-    values = _json(config.to_dict()) if config is not None and hasattr(config, "to_dict") else {}
+    values = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     dtype = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), None)
+    values = _json(values) | {"dtype": str(dtype).removeprefix("torch.")}
     name = type(module).__name__
-    return ModelSpec(
+    spec = ModelSpec(
         id=str(values.get("_name_or_path") or name),
         model_type=str(values.get("model_type") or ""),
         architecture=name,
-        config=values | {"dtype": str(dtype).removeprefix("torch.")},
+        config=values,
         source="module",
     )
-
-
-def decided_by(module: Any, training: TrainingSpec) -> TrainingSpec:
-    """Return the training with the module's own dtype and attention, where no others were asked for."""
     changes: dict[str, Any] = {}
     if "dtype" not in training.model_fields_set:
         changes["dtype"] = "auto"
-    attn = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    attn = getattr(config, "_attn_implementation", None)
     if attn is not None and "attn" not in training.model_fields_set:
         changes["attn"] = attn
-    return training.replace(**changes)
+    return spec, training.replace(**changes)
 
 
 def trace_model(setup: Setup, module: Any = None, inputs: Inputs | None = None) -> Traced:
@@ -106,9 +90,9 @@ def trace_model(setup: Setup, module: Any = None, inputs: Inputs | None = None) 
         UnsupportedError: the train extra is missing, or the model cannot be traced; the message has the reason.
         SpecError: the config is wrong.
     """
-    trace._import_libraries(("transformers.masking_utils", *(["peft"] if setup.training.lora is not None else [])))
+    trace._import_libraries()
     _refuse(setup)
-    with trace._quiet(), _offline():
+    with trace._quiet():
         model = _copied(module, setup) if module is not None else _built(setup)
         model = _prepared(model, setup)
     tracing = _Tracing(model, setup, inputs)
@@ -177,18 +161,6 @@ def _built(setup: Setup) -> Any:
         raise
     except Exception as error:  # a config may be wrong in any way
         raise UnsupportedError(f"trace: transformers cannot build this model: {_said(error)}") from error
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Keep a config from making transformers ask the hub for another one."""
-    from huggingface_hub import constants
-
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def _attention(setup: Setup) -> str | None:
@@ -348,10 +320,10 @@ def _windows(kinds: Sequence[Hashable]) -> list[Hashable]:
 
 
 def _lengths(kinds: Sequence[Hashable]) -> tuple[int, int] | None:
-    """The two smallest depths that stand for the whole, if it is clearly less work to trace both."""
+    """The two smallest depths that stand for the whole, if it is less work to trace both."""
     fitting = (short for short in range(2, len(kinds)) if templates(kinds, short) is not None)
     one, two = next(fitting, None), next(fitting, None)
-    if one is None or two is None or 4 * (one + two) > 3 * len(kinds):
+    if one is None or two is None or one + two >= len(kinds):
         return None
     return one, two
 
@@ -489,7 +461,7 @@ class _Tracing:
 
     def _train(self, recorder: Recorder, depths: Mapping[int, int]) -> Recording:
         step = self._step(recorder)
-        recorder.begin("forward")
+        recorder.begin()
         step.inputs = [self._batch(self.setup.training.micro_batch_size)]
         recorder.has_inputs()
         step.num_items = step._count_items(step.inputs)
@@ -501,7 +473,7 @@ class _Tracing:
 
     def _evaluate(self, recorder: Recorder, depths: Mapping[int, int], batch_size: int) -> Recording:
         step = self._step(recorder)
-        recorder.begin("eval")
+        recorder.begin()
         inputs = self._batch(batch_size)
         recorder.has_inputs()
         step.evaluate(inputs)

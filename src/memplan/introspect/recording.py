@@ -114,9 +114,8 @@ class Recorder(Listener):
 
     # What the trace says.
 
-    def begin(self, phase: str) -> None:
-        """Record from here on, in ``phase``; what is allocated until :meth:`has_inputs` is the batch."""
-        self.tracker.enter(phase)
+    def begin(self) -> None:
+        """Record from here on; what is allocated until :meth:`has_inputs` is the batch."""
         self._clear()
         self._on = True
 
@@ -407,42 +406,26 @@ class _Expansion:
                 events.append(len(self._of))
                 self._of.append(event)
             else:
-                events += [~storage for storage in self._freed(~event, segment, layer)]
+                events += [~storage for storage in self._freed(~event, segment.layer, layer)]
         key = None if segment.layer is None or layer is None else (segment.layer[0], layer)
         return Segment(segment.phase, key, events, segment.flops)
 
-    def _freed(self, storage: int, segment: Segment, layer: int | None) -> list[int]:
-        """What the free of ``storage``, seen in ``segment``, means in the deep model's ``layer``."""
+    def _freed(self, storage: int, where: LayerKey | None, layer: int | None) -> list[int]:
+        """What the free of ``storage``, seen in the layer ``where``, means in the deep model's ``layer``."""
         home, place = self._home[storage]
-        owner, where = self._short.segments[home].layer, segment.layer
-        if owner and where and layer is not None and self._counts_from(owner, where):
-            return [self._neighbour(self._short.segments[home].phase, owner, place, layer + owner[1] - where[1])]
-        if where is not None and layer != self._last(segment.phase, where):
-            return []  # a layer further on still holds it
+        owner = self._short.segments[home].layer
         if owner is None:
             return [self._find(storage, None)]
-        # Outside of its stack, every layer's is freed at once.
-        return [self._find(storage, at) for at, made in enumerate(self._templates[owner[0]]) if made == owner[1]]
-
-    def _counts_from(self, owner: LayerKey, where: LayerKey) -> bool:
-        """Whether ``where`` knows ``owner`` by its distance, and not as an end of its stack or as of another one."""
-        is_end = owner[1] in (self._templates[owner[0]][0], self._templates[owner[0]][-1])
-        return owner[0] == where[0] and (not is_end or abs(owner[1] - where[1]) < 2)
-
-    def _last(self, phase: str, where: LayerKey) -> int:
-        """The last layer in time, of those that a layer of the short model stands for."""
-        layers = [at for at, template in enumerate(self._templates[where[0]]) if template == where[1]]
-        return layers[0] if phase == "backward" else layers[-1]
-
-    def _neighbour(self, phase: str, owner: LayerKey, place: int, layer: int) -> int:
-        """The storage in ``layer`` that has the place of one in ``owner``'s segment."""
         templates = self._templates[owner[0]]
-        if not 0 <= layer < len(templates):
+        if where is None or layer is None or where[0] != owner[0]:  # every layer's, freed at once
+            return [self._find(storage, at) for at, template in enumerate(templates) if template == owner[1]]
+        target = layer + owner[1] - where[1]
+        if not 0 <= target < len(templates):
             raise NotRepeating("a layer frees what one beyond the ends would own")
-        born = self._born[self._place[phase, (owner[0], templates[layer])]]
+        born = self._born[self._place[self._short.segments[home].phase, (owner[0], templates[target])]]
         if place >= len(born):
             raise NotRepeating("a layer frees what its neighbour does not allocate")
-        return self._find(born[place], layer)
+        return [self._find(born[place], target)]
 
     def _find(self, storage: int, layer: int | None) -> int:
         found = self._made.get((storage, layer))

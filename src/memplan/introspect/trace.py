@@ -423,8 +423,7 @@ def _make_tracker(record_events: bool, listener: Listener | None = None) -> Any:
                 if name in _VALUE_ANSWERS:
                     self.questions[name] = self.questions.get(name, 0) + 1
                     return _VALUE_ANSWERS[name]
-                if not any(part in frame.f_code.co_filename for part in _BETWEEN):
-                    names.append(name)
+                names.append(name)
                 frame = frame.f_back  # type: ignore[assignment]
             raise UnsupportedError(
                 f"trace: the model reads a tensor's value in {' < '.join(names[:4])}, which a trace without data "
@@ -432,10 +431,6 @@ def _make_tracker(record_events: bool, listener: Listener | None = None) -> Any:
             )
 
     return Tracker()
-
-
-_BETWEEN = ("/torch/", "/memplan/introspect/")
-"""Folders of what stands between a library's question and a dispatch mode."""
 
 
 def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
@@ -750,18 +745,7 @@ def _build_model(
     except (ValueError, ImportError) as error:
         raise UnsupportedError(f"trace: transformers cannot build this model: {error}") from error
     _keep_float32_modules(model, torch_dtype)
-    _untie_head(model, values)
     return model
-
-
-def _untie_head(model: Any, values: Mapping[str, Any]) -> None:
-    """T5 and mT5 tie the head whatever the config says, but ``from_pretrained`` keeps one that is in the checkpoint."""
-    import torch
-
-    if values.get("model_type") in ("t5", "mt5") and values.get("tie_word_embeddings") is False:
-        head = getattr(model, "lm_head", None)
-        if head is not None:
-            head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
 
 
 def _make_config(values: Mapping[str, Any], num_layers: int | None) -> Any:
@@ -923,10 +907,7 @@ def _make_inputs(model: Any, batch: int, seq_len: int, *, padded: bool) -> dict[
         return {"pixel_values": pixels, "labels": torch.zeros((batch,), dtype=torch.int64)}
     if name.endswith("ForSequenceClassification"):
         return {**tokens, "labels": torch.zeros((batch,), dtype=torch.int64)}
-    labels = {"labels": torch.zeros((batch, seq_len), dtype=torch.int64)}
-    if name.endswith("ForPreTraining"):
-        labels["next_sentence_label"] = torch.zeros((batch,), dtype=torch.int64)
-    return {**tokens, **labels}
+    return {**tokens, "labels": torch.zeros((batch, seq_len), dtype=torch.int64)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1032,10 +1013,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-_OF_A_STEP = ("transformers.masking_utils", "transformers.optimization", "transformers.trainer_pt_utils", "peft")
-
-
-def _import_libraries(lazily: Sequence[str] = _OF_A_STEP) -> None:
+def _import_libraries() -> None:
     """Import what the step imports lazily: a module that makes tensors must not be imported under a fake mode."""
     for name in ("torch", "torch._subclasses.fake_tensor", "transformers", "accelerate.utils.operations"):
         try:
@@ -1044,7 +1022,7 @@ def _import_libraries(lazily: Sequence[str] = _OF_A_STEP) -> None:
             raise UnsupportedError(
                 f"trace: {error}. Tracing runs the real model; install the extra: pip install 'memplan[train]'."
             ) from error
-    for name in lazily:
+    for name in ("transformers.masking_utils", "transformers.optimization", "transformers.trainer_pt_utils", "peft"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 

@@ -458,16 +458,13 @@ class Tape:
             for grad in target.grads or ():
                 if grad is not None:
                     self.flowing.add(grad.storage.id)
-                    if self.components[grad.storage.id] == ACTIVATION:
-                        # Written over what was saved, but it stands for the gradients of layers where that is not so.
-                        self.tag(grad, TEMPORARY)
 
     def _accumulate(self, buffer: list[Any], slot: int, results: list[Any], i: int) -> None:
         """InputBuffer::accumulate: into the old gradient if nobody else holds it, else into a new tensor."""
-        old = buffer[slot]
-        if self.accumulate_in_place and not old.is_view and _owners(buffer, slot, 1) == _SOLE_OWNER:
+        if self.accumulate_in_place and (_owners(buffer, slot) == _SOLE_OWNER):
             results[i] = None
             return
+        old = buffer[slot]
         buffer[slot] = self.new(
             old.shape, promote(old.dtype, results[i].dtype), "accumulate", dense_like(old.shape, old.strides)
         )
