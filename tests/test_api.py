@@ -70,14 +70,20 @@ def test_what_is_not_a_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("call", [api.estimate, api.ladder])
-def test_a_trace_names_its_extra(call, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnsupportedError, match=r"memplan\[train\]"):
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_a_trace_names_its_extra(call, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)  # as if it were not installed
+    with pytest.raises(UnsupportedError, match=rf"{missing}.*pip install 'memplan\[train\]'"):
         call(TINY, trace=True)
+
+
+def test_a_module_is_traced_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = ModuleType("torch")
     torch.nn = SimpleNamespace(Module=type("Module", (), {}))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UnsupportedError, match=r"memplan\[train\]"):
-        call(torch.nn.Module())
+        api.estimate(torch.nn.Module())
 
 
 # -- clusters

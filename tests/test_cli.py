@@ -349,11 +349,17 @@ def test_bad_values_are_told_all_at_once(run) -> None:
         (["--strategy", "zero2", "--offload-optimizer", "cpu"], "--strategy: 'zero2'"),
         (["--strategy", "fsdp", "--offload-param", "cpu"], "--strategy: 'fsdp'"),
         (["--engine-config", "ds_config.json"], "--engine-config: 'ds_config.json'"),
-        (["--trace"], "--trace: "),
     ],
 )
 def test_what_is_not_modelled_is_refused_with_the_reason(run, arguments: list[str], reason: str) -> None:
     assert refused(run("estimate", "tiny", "--gpus", "2", *arguments)).startswith(reason)
+
+
+def test_a_trace_without_its_extra_names_the_extra(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    message = refused(run("estimate", "tiny", "--trace"))
+    assert message.startswith("--trace: ")
+    assert message.endswith("install the extra: pip install 'memplan[train]'.")
 
 
 @pytest.mark.parametrize(

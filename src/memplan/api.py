@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
 
 from memplan import estimator
 from memplan.architectures.registry import FAMILIES
@@ -18,7 +19,7 @@ from memplan.catalog import hub
 from memplan.catalog.detect import detect_cluster, free_disk
 from memplan.catalog.gpus import all_gpus, find_gpu, parse_cluster
 from memplan.errors import MemplanError, SpecError, UnsupportedError
-from memplan.results import Estimate, EstimateList
+from memplan.results import Assumption, Estimate, EstimateList
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
@@ -27,6 +28,8 @@ from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from memplan.introspect.extrapolate import Inputs
 
 __all__ = ["LADDER", "REMEDIES", "Advice", "Setup", "advise", "estimate", "ladder", "rungs"]
 
@@ -56,6 +59,7 @@ def estimate(
     replay: bool = True,
     explain: bool = False,
     trace: bool = False,
+    inputs: Inputs | None = None,
 ) -> Estimate:
     """Estimate the memory of one setup, in bytes per GPU.
 
@@ -68,15 +72,19 @@ def estimate(
         software: versions, as text (``"transformers=4.46"``) or as a SoftwareSpec.
         replay: simulate the caching allocator; without it ``peak_reserved`` is an upper bound.
         explain: fill ``Estimate.explanation``.
-        trace: trace the real model, with the ``train`` extra, instead of running its architecture file.
+        trace: trace the real model, with the ``train`` extra, instead of running its architecture file. An
+            ``nn.Module`` is always traced, and left as it is.
+        inputs: for a trace, what forward takes: a function of micro-batch size and sequence length that makes its
+            keyword arguments, tensors on the CPU. None is input_ids and labels, or pixel_values and labels, as
+            transformers' models take them. The loss must be what forward returns, or the first or the ``loss`` of it.
 
     Raises:
         ResolutionError: the model or the GPU is not found.
         SpecError: a value or a combination is wrong.
         UnsupportedError: memplan does not model it.
     """
-    case = _resolved(model, cluster, software, trace=trace)
-    training = training or TrainingSpec()
+    case = _resolved(model, cluster, software, trace=trace, inputs=inputs)
+    training = case.decided(training or TrainingSpec())
     return case.estimate(
         Setup(training, strategy or _default_strategy(training, case.cluster)), replay=replay, explain=explain
     )
@@ -91,15 +99,21 @@ def ladder(
     replay: bool = True,
     explain: bool = False,
     trace: bool = False,
+    inputs: Inputs | None = None,
 ) -> EstimateList:
     """Estimate every rung of the ladder, from the setup as asked to the one that needs the least memory.
 
-    Arguments and errors are those of :func:`estimate`; :data:`LADDER` lists the rungs.
+    Arguments and errors are those of :func:`estimate`; :data:`LADDER` lists the rungs. One that a traced model does not
+    have, as gradient checkpointing, is left out.
     """
-    case = _resolved(model, cluster, software, trace=trace)
-    training = training or TrainingSpec()
-    setups = rungs(Setup(training, _default_strategy(training, case.cluster)))
-    return EstimateList(estimates=tuple(case.estimate(setup, replay=replay, explain=explain) for setup in setups))
+    case = _resolved(model, cluster, software, trace=trace, inputs=inputs)
+    training = case.decided(training or TrainingSpec())
+    first, *others = rungs(Setup(training, _default_strategy(training, case.cluster)))
+    estimates = [case.estimate(first, replay=replay, explain=explain)]
+    for setup in others:
+        with suppress(*([UnsupportedError] if case.tracer is not None else [])):
+            estimates.append(case.estimate(setup, replay=replay, explain=explain))
+    return EstimateList(estimates=tuple(estimates))
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,15 +316,23 @@ class _Case:
     model: ModelSpec
     cluster: ClusterSpec
     software: SoftwareSpec
+    tracer: _Tracer | None = None
 
     def estimate(self, setup: Setup, *, replay: bool = True, explain: bool = False) -> Estimate:
-        return estimator.estimate(
-            self.model, setup.training, self.cluster, setup.strategy, self.software, replay=replay, explain=explain
-        )
+        specs = (self.model, setup.training, self.cluster, setup.strategy, self.software)
+        if self.tracer is None:
+            return estimator.estimate(*specs, replay=replay, explain=explain)
+        traced = self.tracer.trace(estimator.resolve(*specs))
+        result = estimator.estimate(*specs, replay=replay, explain=explain, traced=traced)
+        return self.tracer.beside_the_written(result, *specs) if replay else result
+
+    def decided(self, training: TrainingSpec) -> TrainingSpec:
+        """The training with what the model itself decides, if it is a module."""
+        return training if self.tracer is None else self.tracer.decided(training)
 
     def on(self, gpu: GPUSpec) -> _Case:
         """The same on another GPU."""
-        return _Case(self.model, self.cluster.replace(gpu=gpu, gpu_memory=None), self.software)
+        return replace(self, cluster=self.cluster.replace(gpu=gpu, gpu_memory=None))
 
     def computes_in(self, setup: Setup) -> bool:
         """Whether the GPU has units for the setup's dtype."""
@@ -327,32 +349,96 @@ class _Case:
             return False
 
 
-def _resolved(
-    model: ModelLike, cluster: str | ClusterSpec | None, software: str | SoftwareSpec | None, *, trace: bool = False
-) -> _Case:
-    if trace or _is_module(model):
-        raise UnsupportedError(
-            "trace: tracing a model is not available yet; it will need the train extra, pip install 'memplan[train]'. "
-            "Leave trace out and give a model whose architecture is written."
+@dataclass(frozen=True, slots=True)
+class _Tracer:
+    """Traces the setups of one call, each once."""
+
+    module: nn.Module | None
+    inputs: Inputs | None
+    traced: dict[tuple[object, ...], estimator.Traced] = field(default_factory=dict)
+
+    def trace(self, setup: estimator.Setup) -> estimator.Traced:
+        from memplan.introspect.extrapolate import trace_model
+
+        key = (setup.training.replace(optim="sgd"), setup.precision, setup.rules)
+        if key not in self.traced:
+            self.traced[key] = trace_model(setup, self.module, self.inputs)
+        return self.traced[key]
+
+    def decided(self, training: TrainingSpec) -> TrainingSpec:
+        from memplan.introspect.extrapolate import decided_by
+
+        return training if self.module is None else decided_by(self.module, training)
+
+    def beside_the_written(
+        self,
+        result: Estimate,
+        model: ModelSpec,
+        training: TrainingSpec,
+        cluster: ClusterSpec,
+        strategy: Strategy,
+        software: SoftwareSpec,
+    ) -> Estimate:
+        """Name what the architecture file says, where there is one that disagrees with the trace."""
+        if self.module is not None or model.model_type not in FAMILIES:
+            return result
+        try:
+            written = estimator.estimate(model, training, cluster, strategy, software, replay=False)
+        except MemplanError:
+            return result
+        own, other = result.gpu.steady_allocated, written.gpu.steady_allocated
+        if abs(other / own - 1) <= DISAGREEMENT:
+            return result
+        assumption = Assumption(
+            name="written family",
+            value=other,
+            low=min(own, other),
+            high=max(own, other),
+            source=f"steady_allocated by the architecture file {FAMILIES[model.model_type]}.py, "
+            f"{other / own - 1:+.1%} beside the trace, which is shown",
         )
+        return result.model_copy(update={"assumptions": (*result.assumptions, assumption)})
+
+
+DISAGREEMENT = 0.03
+"""How far trace and architecture file may be apart before the answer says so: ten times what they should be."""
+
+
+def _resolved(
+    model: ModelLike,
+    cluster: str | ClusterSpec | None,
+    software: str | SoftwareSpec | None,
+    *,
+    trace: bool = False,
+    inputs: Inputs | None = None,
+) -> _Case:
     versions = SoftwareSpec.parse(software) if isinstance(software, str) else software or SoftwareSpec()
-    return _Case(_model(model), _cluster(cluster), versions)
+    if not trace and not _is_module(model):
+        if inputs is not None:
+            raise SpecError.at("inputs", inputs, "are for a trace", "Use trace=True, or leave them out.")
+        return _Case(_model(model), _cluster(cluster), versions)
+    from memplan.introspect import extrapolate
+
+    known = extrapolate.known_model_types()
+    module = model if _is_module(model) else None
+    spec = _model(model, known) if module is None else extrapolate.module_spec(module)
+    return _Case(spec, _cluster(cluster), extrapolate.installed(versions), _Tracer(module, inputs))
 
 
-def _is_module(model: object) -> bool:
+def _is_module(model: object) -> TypeGuard[nn.Module]:
     # Whoever holds a module has imported torch.
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(model, torch.nn.Module)
 
 
-def _model(model: ModelLike) -> ModelSpec:
+def _model(model: ModelLike, known_model_types: Container[str] = FAMILIES) -> ModelSpec:
     if isinstance(model, ModelSpec):
         return model
     if isinstance(model, Mapping):
         name = str(model.get("_name_or_path") or "config")
-        return hub._spec(name, dict(model), "mapping", FAMILIES)
+        return hub._spec(name, dict(model), "mapping", known_model_types)
     if isinstance(model, (str, os.PathLike)):
-        return hub.resolve_config(model, known_model_types=FAMILIES)
+        return hub.resolve_config(model, known_model_types=known_model_types)
     remedy = "Give a hub id, a path, a config as a mapping, a ModelSpec or an nn.Module."
     raise SpecError.at("model", model, "is not a model", remedy)
 

@@ -110,6 +110,14 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("vocab_size", "V", "Resize the embeddings to this (default: the config's).", _RUN),
     Option("eval_batch_size", "E", "Sequences per GPU in evaluation (default: no evaluation).", _RUN),
+    Option(
+        "eval_accumulation_steps",
+        "K",
+        "Batches of logits that evaluation keeps on the GPU, with compute_metrics (default: losses only).",
+        _RUN,
+    ),
+    Option("alloc_conf", "NAME:VALUE,...", "PYTORCH_ALLOC_CONF, as in expandable_segments:True.", _RUN),
+    Option("peft_type", "lora", "PEFT's method; the others are refused by name.", _ADAPTERS),
     Option("lora_rank", "R", "Train LoRA adapters of this rank.", _ADAPTERS),
     Option("lora_targets", "NAMES", "Modules with adapters, as in q_proj,v_proj (default: PEFT's mapping).", _ADAPTERS),
     Option("lora_dropout", "P", "Dropout of the adapters (default: 0).", _ADAPTERS),
@@ -142,8 +150,8 @@ _CLUSTER = ("gpu", "gpus", "nodes", "gpu_memory", "host_memory", "nvme", "nvme_p
 _STRATEGY = ("strategy", "offload_optimizer", "offload_param")
 _TRAINING = (
     "dtype", "mixed_precision", "micro_batch_size", "seq_len", "grad_accum_steps", "optim", "packed", "attn",
-    "gradient_checkpointing", "liger", "head", "vocab_size", "eval_batch_size", "quantization", "task", "device_map",
-    "max_new_tokens",
+    "gradient_checkpointing", "liger", "head", "vocab_size", "eval_batch_size", "eval_accumulation_steps",
+    "alloc_conf", "peft_type", "quantization", "task", "device_map", "max_new_tokens",
 )  # fmt: skip
 
 
@@ -235,7 +243,7 @@ def estimate(
     given = {name: value for name, value in options.items() if value is not None}
     training, cluster, strategy = _training(given), _cluster(given), _strategy(given)
     software = given.get("software")
-    mode: dict[str, bool] = {
+    mode: dict[str, Any] = {
         "replay": not given.get("no_replay", False),
         "explain": given.get("explain", False),
         "trace": given.get("trace", False),
@@ -251,7 +259,9 @@ def estimate(
     from memplan.render import table
     from memplan.results import EstimateList
 
-    advice = api.advise(result, model, training, cluster, strategy, software=software)
+    # Advice estimates dozens of setups: too many to trace.
+    traced = mode["trace"]
+    advice = api.Advice() if traced else api.advise(result, model, training, cluster, strategy, software=software)
     if isinstance(result, EstimateList):
         return _Answer(table.estimates_text(result, gpus=advice.gpus, options=advice.options), code)
     gpus = next(iter(advice.gpus), ())

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from memplan.adapters.liger import apply_liger_kernel
 from memplan.adapters.lora import apply_lora
 from memplan.adapters.quantization import default_dtype, prepare_for_kbit_training, quantize
-from memplan.architectures.nn import Build, Embedding, Inventory, Model, Module
-from memplan.architectures.registry import attention_implementations, build_model
+from memplan.architectures.cache import DynamicCache
+from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, Module
+from memplan.architectures.registry import attention_implementations, build_model, head_of
 from memplan.catalog.gpus import find_gpu
 from memplan.constants import Constant
 from memplan.engines import ddp, plain
-from memplan.engines.plain import Parts, Run
+from memplan.engines.plain import Evaluation, Parts, Run
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory import loading
-from memplan.memory.device_map import device_map
+from memplan.memory.inference import Machine, infer
 from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
-from memplan.memory.timeline import compose, size_counts
+from memplan.memory.timeline import Unrolled, unroll
 from memplan.memory.trace import Replayed, replay_steps, reserved_bound
 from memplan.results import (
     Assumption,
@@ -84,7 +86,7 @@ class Setup:
     traced: Traced | None = None
 
 
-@dataclass(slots=True)
+@dataclass
 class _Micro:
     """One micro-batch on the tape."""
 
@@ -92,6 +94,13 @@ class _Micro:
     root: Module
     inventory: Inventory
     assumptions: tuple[Constant, ...] = ()
+    predictions: Sequence[int] = ()
+    """Bytes of the batch's logits and labels, which evaluation may keep; none where no logits are made."""
+
+    @cached_property
+    def unrolled(self) -> Unrolled:
+        """The log of all layers."""
+        return unroll(self.tape, self.inventory.stacks)
 
 
 def estimate(
@@ -112,10 +121,8 @@ def estimate(
     Raises SpecError for a setup that the libraries refuse, UnsupportedError for what memplan does not model.
     """
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
-    if training.task == "generate":
-        raise UnsupportedError("task: 'generate' is not modelled yet. Use --task load for the weights.")
-    if training.task == "load":
-        return _load(model, training, cluster, strategy, software, gpu)
+    if training.task != "train":
+        return _infer(model, training, cluster, strategy, software, gpu)
     if strategy.kind not in ("single", "ddp"):
         raise UnsupportedError(f"strategy: {strategy.kind!r} is not modelled yet. Use single or ddp.")
     if strategy.kind == "single" and cluster.gpus != 1:
@@ -124,12 +131,14 @@ def estimate(
         )
     setup = replace(resolve(model, training, cluster, strategy, software), traced=traced)
     run, micro = _run(setup, gpu)
-    placed = ddp.phases(run, strategy.ddp) if strategy.kind == "ddp" else plain.phases(run)
+    placed = ddp.phases(run, strategy.ddp, cluster.gpus) if strategy.kind == "ddp" else plain.phases(run)
     if training.quantization is not None:
-        placed["load"] = _loading(setup, gpu, cluster)
+        placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
     replayed = None
     if setup.rules.kind != "cpu":
-        replayed = _replay(setup, gpu, strategy) if replay else Replayed({}, _bound(setup, gpu, strategy))
+        # No bound is known for other settings of the allocator.
+        exact = replay or training.alloc_conf is not None
+        replayed = _replay(setup, gpu, strategy) if exact else Replayed({}, _bound(setup, gpu, strategy))
     memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
     host = _host_memory(run, cluster)
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
@@ -157,6 +166,9 @@ def resolve(
 ) -> Setup:
     """Return what decides the tape, with the defaults that strategy and GPU decide. Raises as :func:`estimate`."""
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
+    if training.quantization is not None and training.dtype is None:
+        dtype = default_dtype(software, _checkpoint_dtype(model))
+        training = training if dtype is None else training.replace(dtype=dtype)
     precision = resolve_precision(training, strategy, gpu, _checkpoint_dtype(model))
     rules = device_rules(gpu, software)
     implementations = attention_implementations(model.model_type)
@@ -235,16 +247,24 @@ def _micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluatio
     with tape.tagged(INPUT):
         inputs = root.inputs(batch, training.seq_len)
     tape.input_count = len(tape.sizes)
-    loss = _forward(tape, root, inputs, _AUTOCAST[setup.precision.mixed_precision])
+    autocast = _AUTOCAST[setup.precision.mixed_precision]
+    loss, outputs = _forward(tape, root, inputs, autocast)
+    predictions = [x.nbytes for x in (outputs, *inputs[1:])] if isinstance(outputs, Tensor) else []
+    del outputs  # compute_loss returns the loss alone
     if not evaluation:
         tape.mark("backward")
         tape.backward(loss)
     tape.close()
-    return _Micro(tape, root, inventory, tuple(tape.assumptions.values()))
+    return _Micro(tape, root, inventory, tuple(tape.assumptions.values()), predictions)
 
 
-def _model(setup: Setup, tape: Tape, *, full_depth: bool) -> Module:
-    """The model's modules as they are trained: quantized, patched and adapted, in the order in which scripts do it."""
+def _model(
+    setup: Setup, tape: Tape, cache: DynamicCache | None = None, *, full_depth: bool, as_loaded: bool = False
+) -> Module:
+    """The model's modules as they are trained: quantized, patched and adapted, in the order in which scripts do it.
+
+    With ``as_loaded`` they are left as from_pretrained leaves them.
+    """
     training, model = setup.training, setup.model
     b = Build(
         tape,
@@ -254,6 +274,7 @@ def _model(setup: Setup, tape: Tape, *, full_depth: bool) -> Module:
         padded=not training.packed,
         software=setup.software,
         full_depth=full_depth,
+        cache=cache,
     )
     if training.vocab_size is not None:
         model = model.replace(config={**model.config, "vocab_size": training.vocab_size})
@@ -264,15 +285,17 @@ def _model(setup: Setup, tape: Tape, *, full_depth: bool) -> Module:
         if quantization.compute_dtype is not None:
             compute = dtypes.dtype_named(quantization.compute_dtype)
         quantize(b, root, quantization, compute)
-        if _prepares(training):
-            prepare_for_kbit_training(root)
+    if as_loaded:
+        return root
+    if _prepares(training):
+        prepare_for_kbit_training(root)
     if training.liger:
         apply_liger_kernel(b, root, model.model_type)
     if training.lora is not None:
         apply_lora(b, root, training.lora, model.model_type)
         if training.gradient_checkpointing:
             for _, module in root.named_modules():
-                if isinstance(module, Embedding):
+                if isinstance(module, InputEmbeddings):
                     module.require_output_grad = True
                     break
     return root
@@ -284,14 +307,13 @@ def _prepares(training: TrainingSpec) -> bool:
     return quantization is not None and quantization.prepare_for_kbit_training and training.task == "train"
 
 
-def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], autocast: DType | None) -> Tensor:
-    """accelerate's prepared forward, and Trainer.compute_loss: only the loss outlives it."""
+def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], autocast: DType | None) -> tuple[Tensor, Any]:
+    """accelerate's prepared forward: the loss, and what else the Trainer gets."""
     with tape.autocasting(autocast):
-        loss, logits = root(*inputs)
-    if autocast is not None and logits is not None:
-        logits.float()  # ConvertOutputsToFp32
-    result: Tensor = loss
-    return result
+        loss, outputs = root(*inputs)
+    if autocast is not None and outputs is not None:
+        outputs = outputs.float()  # ConvertOutputsToFp32
+    return loss, outputs
 
 
 # A search, a ladder and a notebook ask for the same step again and again, under other strategies and on other
@@ -301,15 +323,15 @@ def _run(setup: Setup, gpu: GPUSpec | None) -> tuple[Run, _Micro]:
     training = setup.training
     accumulated = training.grad_accum_steps > 1
     micro = _micro_batch(setup, full_depth=False, accumulated=accumulated)
-    profile = compose(micro.tape, micro.inventory.stacks)
     evaluation = None
     if training.eval_batch_size is not None:
         pass_ = _micro_batch(setup, full_depth=False, accumulated=False, evaluation=True)
-        evaluation = max(compose(pass_.tape, pass_.inventory.stacks).peaks.values(), key=lambda moment: moment.total)
+        fullest = max(pass_.unrolled.profile().peaks.values(), key=lambda moment: moment.total)
+        evaluation = Evaluation(fullest, _kept_predictions(training, pass_), training.eval_accumulation_steps or 1)
     run = Run(
         parameters=micro.inventory.parameters,
         buffer_bytes=sum(micro.inventory.buffer_blocks),
-        profile=profile,
+        profile=micro.unrolled.profile(),
         evaluation=evaluation,
         optimizer=make_optimizer(training.optim, setup.rules, partial(groups_of, micro.root)),
         grad_accum_steps=training.grad_accum_steps,
@@ -323,6 +345,17 @@ def _run(setup: Setup, gpu: GPUSpec | None) -> tuple[Run, _Micro]:
         ),
     )
     return run, micro
+
+
+def _kept_predictions(training: TrainingSpec, micro: _Micro) -> Sequence[int]:
+    """Bytes of what evaluation keeps of each batch. Raises UnsupportedError where it is more than logits and labels."""
+    if training.eval_accumulation_steps is None:
+        return ()
+    if len(micro.predictions) != 2:
+        raise UnsupportedError(
+            "eval_accumulation_steps: predictions other than logits are not modelled. Leave it out: losses only."
+        )
+    return micro.predictions
 
 
 def _held(run: Run, trainable: list[tuple[Parameter, int]], strategy: Strategy) -> list[int]:
@@ -343,7 +376,7 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy) -> int:
     kept += clip_grad_norm(trainable, run.rules)
     others = [(size, count, count) for size, count in kept]
     others += [(size, *counts) for size, counts in run.optimizer.temporaries.counts.items()]
-    counts = size_counts(micro.tape, micro.inventory.stacks)
+    counts = micro.unrolled.size_counts()
     micro_batches = min(run.grad_accum_steps, 2)
     return reserved_bound(run.parameters, _held(run, trainable, strategy), counts, micro_batches, others)
 
@@ -365,6 +398,7 @@ def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy) -> Replayed:
         batches,
         make_optimizer(setup.training.optim, setup.rules, partial(groups_of, first.root)),
         run.workspaces,
+        setup.training.alloc_conf,
     )
 
 
@@ -376,16 +410,16 @@ def _capacity(cluster: ClusterSpec, gpu: GPUSpec | None) -> int | None:
     return cluster.gpu_memory or (gpu.memory_bytes if gpu is not None and not gpu.is_cpu else None)
 
 
-def _loading(setup: Setup, gpu: GPUSpec | None, cluster: ClusterSpec) -> Parts:
-    """The fullest moment while a quantized model is loaded and prepared on one GPU."""
-    root = _model(setup, Tape(setup.rules), full_depth=False)
+def _loading(setup: Setup, gpu: GPUSpec | None, cluster: ClusterSpec, weights: int) -> Parts:
+    """The fullest moment while a quantized model is loaded and prepared on one GPU, ``weights`` being the result."""
+    root = _model(setup, Tape(setup.rules), full_depth=False, as_loaded=True)
     loaded = loading.load(
         loading.tensors(root), direct=True, capacity=_capacity(cluster, gpu), prepare=_prepares(setup.training)
     )
-    return {"weights": loaded.allocated, "temporaries": loaded.peak_allocated - loaded.allocated}
+    return {"weights": weights, "temporaries": max(0, loaded.peak_allocated - weights)}
 
 
-def _load(
+def _infer(
     model: ModelSpec,
     training: TrainingSpec,
     cluster: ClusterSpec,
@@ -393,70 +427,61 @@ def _load(
     software: SoftwareSpec,
     gpu: GPUSpec | None,
 ) -> Estimate:
-    """Task load: the model's footprint, and where a device map puts it."""
-    if training.quantization is not None and training.dtype is None:
-        training = training.replace(dtype=default_dtype(software, _checkpoint_dtype(model)) or "float32")
+    """Tasks load and generate: one copy of the model, in one process."""
+    head = training.head or head_of(model.architecture)
+    if training.task == "generate" and head not in ("causal-lm", "seq2seq-lm"):
+        raise SpecError.at("head", head, "does not generate text", "Use --head causal-lm.")
     setup = resolve(model, training, cluster, strategy, software)
-    root = _model(setup, Tape(setup.rules), full_depth=False)
-    held = loading.tensors(root)
-    quantized = training.quantization is not None
+    process = cluster.replace(gpus=1, nodes=1)
     capacity = _capacity(cluster, gpu)
-    devices: dict[str, int | str] | None = None
-    on_gpu, on_host, on_disk = held, 0, 0
-    if training.device_map is not None:
-        if capacity is None:
-            remedy = "Name it with --gpu, or give --gpu-memory."
-            raise SpecError.at("device_map", training.device_map, "needs the GPU's memory", remedy)
-        free = capacity - int(_outside(gpu, cluster, software)[0].value)
-        devices = device_map(
-            loading.placed_model(root),
-            training.device_map,
-            dict.fromkeys(range(cluster.gpus), free),
-            cluster.host_memory,
-            quantized,
-        )
-        groups = loading.by_device(held, devices)
-        on_gpu = max((groups.get(i, []) for i in range(cluster.gpus)), key=loading.footprint)
-        on_host, on_disk = (loading.footprint(groups.get(place, [])) for place in ("cpu", "disk"))
-    loaded = loading.load(on_gpu, direct=quantized or devices is not None, capacity=capacity)
-    placed = {
-        "load": {"weights": loaded.allocated, "temporaries": loaded.peak_allocated - loaded.allocated},
-    }
-    cpu = setup.rules.kind == "cpu"
-    memory, assumptions = _gpu_memory(
-        placed, None if cpu else Replayed({}, loaded.peak_reserved), cluster.replace(gpus=1, nodes=1), gpu, software
-    )
-    host = HostMemory(
-        capacity=cluster.host_memory,
-        peak=on_host,
-        pinned=0,
-        ranks=1,
-        components={"weights": on_host} if on_host else {},
-    )
-    nvme = NvmeMemory(capacity=cluster.nvme, bytes=on_disk, components={"weights": on_disk} if on_disk else {})
-    verdicts = [verdict_for(memory.low, memory.high, memory.capacity)]
-    if on_host and cluster.host_memory is not None:
-        verdicts.append(verdict_for(on_host, on_host, cluster.host_memory))
+    root = _model(setup, Tape(setup.rules), full_depth=False)
     inventory = Inventory(root)
-    elements = sum(p.elements * count for p, count in inventory.parameters)
+    workspaces = cublas_workspaces(
+        gpu or _reference_gpu(), software, training=False, bias=inventory.linear_bias, gradient_checkpointing=False
+    )
+    context = _outside(gpu, process, software)[0]
+    machine = Machine(
+        rules=setup.rules,
+        gpus=cluster.gpus,
+        capacity=capacity,
+        free=None if capacity is None else capacity - int(context.value),
+        limit=None if capacity is None else max(0, capacity - int(context.high)),
+        host=cluster.host_memory,
+        workspaces=workspaces,
+    )
+    found = infer(root, partial(_model, setup, full_depth=True), training, machine)
+    memory, assumptions = _gpu_memory(found.placed, found.replayed, process, gpu, software)
+    on_host, on_disk = found.on_host, found.on_disk
+    verdicts = [verdict_for(memory.low, memory.high, memory.capacity)]
+    if on_host:
+        verdicts.append(verdict_for(on_host, on_host, cluster.host_memory))
+    if found.refused:
+        verdicts.append("does-not-fit")
     return Estimate(
         model=ModelInfo(
             id=model.id,
             architecture=model.architecture,
-            parameters=elements,
-            trainable_parameters=sum(p.elements * n for p, n in inventory.parameters if p.node is not None),
+            parameters=sum(p.elements * count for p, count in inventory.parameters),
+            trainable_parameters=sum(p.elements * count for p, count in inventory.parameters if p.node is not None),
             source=model.source,
         ),
         setup=_setup_dict(setup.training, setup.precision, strategy, cluster, gpu),
         cluster=_cluster_dict(cluster, gpu),
         software=software.to_dict(),
         gpu=memory,
-        host=host,
-        nvme=nvme,
+        host=HostMemory(
+            capacity=cluster.host_memory,
+            peak=on_host,
+            pinned=0,
+            ranks=1,
+            components={"weights": on_host} if on_host else {},
+        ),
+        nvme=NvmeMemory(capacity=cluster.nvme, bytes=on_disk, components={"weights": on_disk} if on_disk else {}),
         verdict=worst_verdict(verdicts),
         assumptions=tuple(assumptions),
-        footprint=loading.footprint(held),
-        device_map=devices,
+        footprint=loading.footprint(found.held),
+        device_map=found.device_map,
+        kv_cache=found.kv_cache,
     )
 
 
@@ -586,10 +611,21 @@ def _setup_dict(
         "lora_dropout": lora.dropout if lora is not None else None,
         "quantization": quantization.kind if quantization is not None else "none",
         "eval_batch_size": training.eval_batch_size,
+        "eval_accumulation_steps": training.eval_accumulation_steps,
+        "alloc_conf": _alloc_conf(training),
+        "peft_type": "lora" if lora is not None else None,
         "task": training.task,
         "device_map": training.device_map,
         "max_new_tokens": training.max_new_tokens,
     }
+
+
+def _alloc_conf(training: TrainingSpec) -> str | None:
+    """As the environment variable has it."""
+    if training.alloc_conf is None:
+        return None
+    settings = training.alloc_conf.model_dump(exclude_defaults=True)
+    return ",".join(f"{name}:{value}" for name, value in settings.items())
 
 
 def _cluster_dict(cluster: ClusterSpec, gpu: GPUSpec | None) -> dict[str, Any]:

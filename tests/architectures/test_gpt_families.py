@@ -56,9 +56,7 @@ def test_hidden_size_must_divide_by_the_heads(model_type: str) -> None:
 def test_a_sequence_longer_than_the_position_table_is_refused(model_type: str) -> None:
     _, model = build(model_type)
     model(*model.inputs(1, 64))
-    with pytest.raises(
-        SpecError, match=r"seq_len: 65 is longer than the model's table of 64 positions\. Use at most 64"
-    ):
+    with pytest.raises(SpecError, match=r"seq_len: 65 is longer than the model's table of 64 positions"):
         model(*model.inputs(1, 65))
 
 

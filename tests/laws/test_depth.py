@@ -11,7 +11,6 @@ from memplan.architectures.registry import FAMILIES
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import MemplanError
 from memplan.estimator import _micro_batch, resolve
-from memplan.memory.timeline import compose
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
@@ -54,8 +53,8 @@ def test_closed_form_equals_every_layer(family: str, training: dict[str, Any], g
             every, closed = (_micro_batch(setup, full_depth=full, accumulated=False) for full in (True, False))
         except MemplanError:
             continue
-        exact = compose(every.tape, every.inventory.stacks)
-        found = compose(closed.tape, closed.inventory.stacks)
+        exact = every.unrolled.profile()
+        found = closed.unrolled.profile()
         for phase, moment in exact.peaks.items():
             assert found.peaks[phase].total == moment.total
             assert min(found.peaks[phase].parts) >= 0

@@ -13,7 +13,6 @@ from memplan.catalog.gpus import find_gpu
 from memplan.errors import MemplanError
 from memplan.estimator import _micro_batch, estimate, resolve
 from memplan.introspect.trace import _set_depth
-from memplan.memory import timeline
 from memplan.results import Estimate
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.model import ModelSpec
@@ -80,7 +79,7 @@ def compare(row: Row) -> Comparison:
     cluster = ClusterSpec(gpu=find_gpu("cpu"))
     question = (model, TrainingSpec(**options), cluster, Strategy(), SoftwareSpec())
     micro = _micro_batch(resolve(*question), full_depth=False, accumulated=False)
-    saved = timeline.compose(micro.tape, micro.inventory.stacks).saved
+    saved = micro.unrolled.profile().saved
     return Comparison(row, estimate(*question), saved.total - saved.parts[INPUT])
 
 

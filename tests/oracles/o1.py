@@ -5,6 +5,7 @@ The archive is the truth that memplan's own estimates are compared with: one JSO
 
     python -m tests.oracles.o1 --family llama --family gpt2      traces what the archive lacks
     python -m tests.oracles.o1 --all --jobs 2                    every family
+    python -m tests.oracles.o1 --family vit --sample 40          adds a stratified sample of the family's grid
     python -m tests.oracles.o1 --check 24 --seed 7               traces a stratified sample again and compares
 
 Nothing here knows memplan's rules: :func:`memplan.introspect.trace.trace_step` runs the libraries' own code.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import itertools
 import json
 import multiprocessing
@@ -25,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.oracles.families import CONFIGS, LORA_TARGETS
+from tests.oracles.families import CONFIGS, EAGER_ONLY, LORA_TARGETS
 
 from memplan.errors import UnsupportedError
 from memplan.introspect.trace import trace_step
@@ -151,12 +153,14 @@ def option_grid(family: str, config: str) -> list[Setup]:
         {"lora": {"rank": 8, "targets": "all-linear"}, "gradient_checkpointing": True, "padded": True},
     ]
     shapes = ((1, 16), (2, 200))
+    base: dict[str, Any] = {"num_layers": 2, **({"attn": "eager"} if family in EAGER_ONLY else {})}
     setups = [
-        Setup(family, config, {**_sized({**PRECISIONS[precision], "num_layers": 2}, shape), **variant})
+        Setup(family, config, {**_sized({**PRECISIONS[precision], **base}, shape), **variant})
         for precision, shape, variant in itertools.product(("pure_bf16", "autocast"), shapes, variants)
     ]
-    fp16 = {"dtype": "float32", "mixed_precision": "fp16", "num_layers": 2}
-    return setups + [Setup(family, config, _sized(fp16, shape)) for shape in shapes]
+    fp16 = {"dtype": "float32", "mixed_precision": "fp16", **base}
+    setups += [Setup(family, config, _sized(fp16, shape)) for shape in shapes]
+    return list({setup.key: setup for setup in setups}.values())
 
 
 def family_grid(family: str) -> list[Setup]:
@@ -174,7 +178,8 @@ def family_grid(family: str) -> list[Setup]:
 
 
 def _depth(values: dict[str, Any]) -> int:
-    depth: int = next(values[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in values)
+    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    depth: int = next(values[name] for name in names if name in values)
     return depth
 
 
@@ -277,15 +282,20 @@ def load_archives(directory: Path = ARCHIVE) -> dict[str, Archive]:
 
 def stratified_sample(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     """Return ``count`` traced rows, spread over the strata as evenly as they go."""
+    traced = {row.setup.key: row for row in rows if row.result is not None}
+    return [traced[setup.key] for setup in sampled([row.setup for row in traced.values()], count, seed)]
+
+
+def sampled(setups: Sequence[Setup], count: int, seed: int) -> list[Setup]:
+    """Return ``count`` setups, spread over the strata as evenly as they go."""
     rng = random.Random(seed)
-    strata: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if row.result is not None:
-            strata.setdefault(row.setup.stratum, []).append(row)
+    strata: dict[tuple[Any, ...], list[Setup]] = {}
+    for setup in setups:
+        strata.setdefault(setup.stratum, []).append(setup)
     piles = [rng.sample(pile, len(pile)) for pile in strata.values()]
     rng.shuffle(piles)
     dealt = itertools.chain.from_iterable(itertools.zip_longest(*piles))
-    return list(itertools.islice((row for row in dealt if row is not None), count))
+    return list(itertools.islice((setup for setup in dealt if setup is not None), count))
 
 
 def differences(row: Row) -> dict[str, tuple[Any, Any]]:
@@ -317,8 +327,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every family")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, default=ARCHIVE, help="directory of the archive")
+    parser.add_argument("--sample", type=int, metavar="N", help="of each grid, add only N setups to the archive")
     parser.add_argument("--check", type=int, metavar="N", help="trace N archived rows again and compare")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample to check")
+    parser.add_argument("--seed", type=int, default=0, help="of --sample and --check")
     options = parser.parse_args(arguments)
     if options.check is not None:
         return _check(options.out, options.family, options.check, options.seed)
@@ -327,15 +338,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give --family or --all")
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        for line in pool.map(_trace_family, families, [options.out] * len(families)):
+        trace = functools.partial(_trace_family, out=options.out, sample=options.sample, seed=options.seed)
+        for line in pool.map(trace, families):
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
     return 0
 
 
-def _trace_family(family: str, out: Path) -> str:
+def _trace_family(family: str, out: Path, sample: int | None, seed: int) -> str:
     started = time.perf_counter()
-    archive = run_grid(family_grid(family), out / f"{family}.json")
+    path = out / f"{family}.json"
+    setups = family_grid(family)
+    if sample is not None:
+        archived = [row.setup for row in load_archive(path).rows] if path.exists() else []
+        chosen = {setup.key for setup in [*archived, *sampled(setups, sample, seed)]}
+        setups = [setup for setup in setups if setup.key in chosen]
+    archive = run_grid(setups, path)
     refused = sum(row.result is None for row in archive.rows)
     seconds = time.perf_counter() - started
     return f"{family}: {len(archive.rows)} rows, {refused} unsupported, {peak_phases(archive.rows)}, {seconds:.0f} s"

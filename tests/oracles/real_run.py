@@ -74,10 +74,11 @@ def real_step(
         transformers.Trainer(model=model, args=training, train_dataset=Rows(), callbacks=[SecondStep()]).train()
         path = directory / "trace.json"
         profiler.export_chrome_trace(str(path))
-    return _read(json.loads(path.read_text(encoding="utf-8")))
+    return peak_of(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _read(trace: Mapping[str, Any]) -> RealStep:
+def peak_of(trace: Mapping[str, Any]) -> RealStep:
+    """The fullest moment of a profile with ``profile_memory=True``, exported as a Chrome trace and loaded."""
     events = trace["traceEvents"]
     memory = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
     live = peak = 0

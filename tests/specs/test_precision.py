@@ -46,3 +46,22 @@ def test_auto_needs_a_checkpoint_dtype() -> None:
 def test_float16_weights_under_fp16_are_refused(kind) -> None:
     with pytest.raises(SpecError, match=r"^dtype: 'float16' cannot be trained under mixed precision fp16"):
         resolve_precision(TrainingSpec(dtype="float16", mixed_precision="fp16"), Strategy(kind=kind), None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"lora": 8}, False),
+        ({"lora": {"rank": 8, "autocast_adapter_dtype": False}}, True),
+        ({"lora": {"rank": 8, "modules_to_save": ["lm_head"]}}, True),
+        ({"lora": {"rank": 8, "modules_to_save": ["lm_head"]}, "quantization": "nf4"}, False),
+        ({"task": "load"}, False),
+    ],
+)
+def test_float16_weights_that_are_not_trained_are_not_refused(options, refused) -> None:
+    training = TrainingSpec(dtype="float16", mixed_precision="fp16", **options)
+    if refused:
+        with pytest.raises(SpecError, match=r"^dtype: 'float16' cannot be trained"):
+            resolve_precision(training, Strategy(), None, None)
+    else:
+        assert resolve_precision(training, Strategy(), None, None) == Precision("float16", "fp16")

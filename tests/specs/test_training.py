@@ -1,8 +1,8 @@
 import pytest
 
-from memplan.errors import SpecError, UnsupportedError
+from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.specs import LoraSpec, QuantizationSpec, TrainingSpec
-from memplan.specs.training import KNOWN_OPTIMIZERS, OPTIMIZERS, UNMODELLED_OPTIMIZERS
+from memplan.specs.training import KNOWN_OPTIMIZERS, OPTIMIZERS, PEFT_TYPES, UNMODELLED_OPTIMIZERS, AllocatorSpec
 
 
 def test_every_optimizer_of_transformers_is_modelled_or_refused_by_name() -> None:
@@ -62,3 +62,46 @@ def test_loading_takes_quantized_models_and_device_maps() -> None:
     training = TrainingSpec(task="load", quantization="int8", device_map="auto")
     assert training.quantization == QuantizationSpec(kind="int8")
     assert TrainingSpec(task="generate", max_new_tokens=8).max_new_tokens == 8
+
+
+def test_the_allocators_settings_are_read_as_torch_reads_them() -> None:
+    conf = TrainingSpec(alloc_conf="expandable_segments:True, roundup_power2_divisions:8,backend:native").alloc_conf
+    assert conf == AllocatorSpec(expandable_segments=True, roundup_power2_divisions=8)
+    assert TrainingSpec(alloc_conf="pinned_use_background_threads:True").alloc_conf == AllocatorSpec()
+    assert TrainingSpec().alloc_conf is None
+
+
+@pytest.mark.parametrize(
+    ("conf", "message"),
+    [
+        ("expandable_segments", "is not what PYTORCH_ALLOC_CONF takes"),
+        ("expandable_segments:perhaps", "is not a number, True or False"),
+        ("expandable_segment:True", "Did you mean expandable_segments"),
+        ("max_split_size_mb:20", "is refused by torch. Use 21 or more"),
+        ("roundup_power2_divisions:3", "is not a power of 2"),
+        ("large_segment_size_mb:4", "is too small"),
+        ("garbage_collection_threshold:0.8", "is not modelled"),
+        ("backend:cudaMallocAsync", "is not modelled"),
+    ],
+)
+def test_wrong_settings_of_the_allocator(conf: str, message: str) -> None:
+    with pytest.raises(MemplanError, match=message):
+        TrainingSpec(alloc_conf=conf)
+
+
+def test_every_method_of_peft_is_modelled_or_refused_by_name() -> None:
+    from peft import PeftType
+
+    assert {kind.value.lower() for kind in PeftType} == PEFT_TYPES | {"lora"}
+    for kind in PEFT_TYPES:
+        with pytest.raises(UnsupportedError, match=f"peft_type: '{kind}' is not modelled"):
+            TrainingSpec(peft_type=kind)
+    with pytest.raises(SpecError, match="Did you mean prompt_tuning"):
+        TrainingSpec(peft_type="prompt_tunning")
+    with pytest.raises(SpecError, match="needs a rank"):
+        TrainingSpec(peft_type="lora")
+
+
+def test_predictions_are_kept_in_evaluation_only() -> None:
+    with pytest.raises(SpecError, match="eval_accumulation_steps: 4 has no evaluation"):
+        TrainingSpec(eval_accumulation_steps=4)

@@ -11,14 +11,17 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from memplan.adapters.quantization import Linear4bit, Linear8bitLt
+from memplan.architectures.moe import Experts
 from memplan.architectures.nn import Build, Conv1D, Layers, Linear, Model, Module, ModuleList
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
 from memplan.specs.training import LoraSpec
 from memplan.tape import ops
 from memplan.tape.tensor import Buffer, DType, Parameter, Tensor, float32
 
+AnyLinear = Linear | Conv1D | Linear4bit | Linear8bitLt
 LINEAR = (Linear, Conv1D, Linear4bit, Linear8bitLt)
 ALL_LINEAR = "all-linear"
 """Names every linear layer but the output embeddings (INCLUDE_LINEAR_LAYERS_SHORTHAND)."""
@@ -55,11 +58,16 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
 class LoraLinear(Module):
     """peft.tuners.lora.Linear: the frozen layer plus B(A(dropout(x)))."""
 
-    def __init__(self, b: Build, base: Module, n_in: int, n_out: int, lora: LoraSpec, dtype: DType) -> None:
+    def __init__(self, b: Build, base: AnyLinear, lora: LoraSpec, dtype: DType) -> None:
         self.base_layer = base
         self.dropout = lora.dropout
-        self.lora_A = _Adapter(b, lora.rank, n_in, dtype)
-        self.lora_B = _Adapter(b, n_out, lora.rank, dtype)
+        self.lora_A = _Adapter(b, lora.rank, base.in_features, dtype)
+        self.lora_B = _Adapter(b, base.out_features, lora.rank, dtype)
+
+    @property
+    def weight(self) -> Parameter:
+        """The base layer's: some models look at the dtype of a layer's weight (BaseTunerLayer.weight)."""
+        return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.base_layer(x)
@@ -103,7 +111,13 @@ class ModulesToSave(Module):
 
     def __init__(self, b: Build, module: Module) -> None:
         self.original_module = module
-        self.modules_to_save = _trainable_copy(b, module)
+        self.modules_to_save: Any = _trainable_copy(b, module)
+
+    @property
+    def weight(self) -> Parameter:
+        """The copy's (AuxiliaryTrainingWrapper.__getattr__)."""
+        weight: Parameter = self.modules_to_save.weight
+        return weight
 
     def forward(self, *args: Tensor) -> Tensor:
         result: Tensor = self.modules_to_save(*args)
@@ -150,7 +164,7 @@ def apply_lora(b: Build, root: Module, lora: LoraSpec, model_type: str) -> None:
 
 def _targets(root: Module, lora: LoraSpec, model_type: str) -> Sequence[str]:
     if [target.lower() for target in lora.targets] == [ALL_LINEAR]:
-        if any(len(p.shape) == 3 for _, module in root.named_modules() for _, p in module.parameters()):
+        if any(isinstance(module, Experts) for _, module in root.named_modules()):
             raise UnsupportedError(
                 f"lora_targets: {ALL_LINEAR!r} also adapts the experts' fused 3-D weights in PEFT, which is not "
                 "modelled. Name linear layers, as in q_proj,v_proj."
@@ -180,12 +194,12 @@ def _is_saved(path: str, modules_to_save: Sequence[str]) -> bool:
     return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in modules_to_save)
 
 
-def _adapted(b: Build, module: Linear | Conv1D | Linear4bit | Linear8bitLt, path: str, lora: LoraSpec) -> LoraLinear:
+def _adapted(b: Build, module: AnyLinear, path: str, lora: LoraSpec) -> LoraLinear:
     dtype = module.weight.dtype
     if not dtype.is_floating or (dtype.itemsize == 2 and lora.autocast_adapter_dtype):
         dtype = float32
     kind = LoraQuantizedLinear if isinstance(module, (Linear4bit, Linear8bitLt)) else LoraLinear
-    adapter = kind(b, module, module.in_features, module.out_features, lora, dtype)
+    adapter = kind(b, module, lora, dtype)
     adapter.lora_A.weight.name = f"{path}.lora_A.default.weight"
     adapter.lora_B.weight.name = f"{path}.lora_B.default.weight"
     return adapter

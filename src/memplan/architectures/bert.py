@@ -258,6 +258,8 @@ def masked_lm_output(b: Build, head: Module, sequence_output: Tensor, labels: Te
 
 
 class BertForMaskedLM(Model):
+    output_embeddings_path = "cls.predictions.decoder"
+
     def __init__(self, b: Build, fields: Fields) -> None:
         c = BertConfig(fields)
         self.b = b
@@ -270,6 +272,8 @@ class BertForMaskedLM(Model):
 
 
 class BertForPreTraining(Model):
+    output_embeddings_path = "cls.predictions.decoder"
+
     def __init__(self, b: Build, fields: Fields) -> None:
         c = BertConfig(fields)
         self.b = b

@@ -59,14 +59,18 @@ class DynamicCache:
             keys, values = (x.tape.new((*x.shape[:2], kept, x.shape[3]), x.dtype, "cache") for x in pair)
             self.layers[index] = (_last(keys, window), _last(values, window))
 
-    def nbytes(self, length: int) -> int:
-        """Bytes of keys and values of ``length`` positions; a sliding layer's of no more than its window."""
-        total = 0
-        for index, pair in enumerate(self.layers):
+    def blocks(self, length: int) -> list[tuple[int, int]]:
+        """Bytes of every layer's keys and values of ``length`` positions; a sliding layer's of at most its window."""
+        found: list[tuple[int, int]] = []
+        for index, (keys, values) in enumerate(self.layers):
             window = self._window(index)
             positions = length if window is None else min(length, window)
-            total += sum(x.shape[0] * x.shape[1] * x.shape[3] * x.dtype.itemsize * positions for x in pair)
-        return total
+            found.append((keys.nbytes // keys.shape[2] * positions, values.nbytes // values.shape[2] * positions))
+        return found
+
+    def nbytes(self, length: int) -> int:
+        """Bytes of all of :meth:`blocks`."""
+        return sum(keys + values for keys, values in self.blocks(length))
 
     def _window(self, index: int) -> int | None:
         return self.windows[index] if index < len(self.windows) else None

@@ -251,6 +251,8 @@ class DebertaV2Attention(Module):
 
 
 class DebertaV2Layer(CheckpointLayer):
+    no_split = False
+
     held = True
 
     def __init__(self, b: Build, c: DebertaV2Config) -> None:
@@ -312,6 +314,8 @@ class DebertaV2OnlyMLMHead(Module):
 
 
 class DebertaV2ForMaskedLM(Model):
+    output_embeddings_path = "cls.predictions.decoder"
+
     def __init__(self, b: Build, fields: Fields) -> None:
         c = DebertaV2Config(fields)
         if not fields.bool("legacy", True) or c.embedding_size != c.hidden_size:

@@ -146,6 +146,8 @@ class DistilBertModel(Module):
 
 
 class DistilBertForMaskedLM(Model):
+    output_embeddings_path = "vocab_projector"
+
     def __init__(self, b: Build, fields: Fields) -> None:
         c = DistilBertConfig(fields)
         self.b = b

@@ -59,8 +59,8 @@ class GemmaScaledWordEmbedding(Embedding):
         super().__init__(b, rows, dim)
         self.embed_scale = b.tape.buffer((), b.dtype)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        return super().embed(ids) * 55.5
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * 55.5
 
 
 class GemmaDecoderLayer(LlamaDecoderLayer):

@@ -156,7 +156,7 @@ class GPT2Model(Module):
         self.ln_f = LayerNorm(b, c.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        check_position_table(input_ids, self.max_position_embeddings)
+        check_position_table(input_ids, self.max_position_embeddings, self.b.past_length)
         inputs_embeds = self.wte(input_ids)
         ids = position_ids(inputs_embeds)
         position_embeds = self.wpe(ids)

@@ -167,7 +167,7 @@ class GPTJModel(Module):
         self.ln_f = LayerNorm(b, c.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        check_position_table(input_ids, self.max_position_embeddings)
+        check_position_table(input_ids, self.max_position_embeddings, self.b.past_length)
         inputs_embeds = self.wte(input_ids)
         ids = position_ids(inputs_embeds)
         mask = causal_mask(self.b, inputs_embeds)

@@ -79,6 +79,11 @@ class Build:
     cache: DynamicCache | None = None
     """``past_key_values``, in generation: then the model gives the logits of the last position, and no loss."""
 
+    @property
+    def past_length(self) -> int:
+        """Positions in the cache."""
+        return 0 if self.cache is None else self.cache.past_length
+
     def kv_length(self, length: int, window: int | None = None) -> int:
         """How many positions attention looks at from ``length`` new ones."""
         return length if self.cache is None else self.cache.kv_length(length, window)
@@ -172,23 +177,27 @@ class Conv1D(Module):
         return ops.conv1d(x, self.weight, self.bias)
 
 
-class Embedding(Module):
-    """torch.nn.Embedding: weight [rows, dim]."""
+class InputEmbeddings(Module):
+    """What transformers' get_input_embeddings() returns: the first of them in a model."""
 
     require_output_grad = False
     """enable_input_require_grads(): a hook makes the output a leaf that needs a gradient."""
 
-    def __init__(self, b: Build, rows: int, dim: int) -> None:
-        self.weight = b.parameter(rows, dim)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return ops.embedding(ids, self.weight)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        out = self.embed(ids)
+    def __call__(self, *args: Any) -> Any:
+        out = self.forward(*args)
         if self.require_output_grad:
             out.tape.require_grad(out)
         return out
+
+
+class Embedding(InputEmbeddings):
+    """torch.nn.Embedding: weight [rows, dim]."""
+
+    def __init__(self, b: Build, rows: int, dim: int) -> None:
+        self.weight = b.parameter(rows, dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ops.embedding(ids, self.weight)
 
 
 class LayerNorm(Module):
@@ -413,9 +422,9 @@ def check_heads(fields: Fields, hidden_size: int, heads: int) -> None:
         )
 
 
-def check_position_table(input_ids: Tensor, rows: int) -> None:
+def check_position_table(input_ids: Tensor, rows: int, past_length: int = 0) -> None:
     """Learned positions end with their table: a real run on a longer sequence dies with an index error."""
-    length = input_ids.shape[1]
+    length = past_length + input_ids.shape[1]
     if length > rows:
         problem = f"is longer than the model's table of {rows} positions"
         raise SpecError.at("seq_len", length, problem, f"Use at most {rows}.")
@@ -542,6 +551,7 @@ def eager_attention(
 class Model(Module):
     """A whole model with its head. ``forward(*inputs)`` returns (loss, logits)."""
 
+    output_embeddings_path = "lm_head"
     b: Build
 
     def inputs(self, batch: int, length: int) -> tuple[Tensor, ...]:
@@ -551,7 +561,9 @@ class Model(Module):
 
     def output_embeddings(self) -> Module | None:
         """transformers' get_output_embeddings(): the projection to the vocabulary, if there is one."""
-        head: Module | None = getattr(self, "lm_head", None)
+        head: Module | None = self
+        for name in self.output_embeddings_path.split("."):
+            head = getattr(head, name, None)
         return head
 
 

@@ -144,7 +144,7 @@ class OPTDecoder(Module):
         return ids.to(int64)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        check_position_table(input_ids, self.max_position_embeddings)
+        check_position_table(input_ids, self.max_position_embeddings, self.b.past_length)
         inputs_embeds = self.embed_tokens(input_ids)
         position_ids = self.position_ids(input_ids)
         mask = causal_mask(self.b, inputs_embeds)

@@ -78,6 +78,8 @@ class RobertaLMHead(Module):
 
 
 class RobertaForMaskedLM(Model):
+    output_embeddings_path = "lm_head.decoder"
+
     def __init__(self, b: Build, fields: Fields) -> None:
         c = RobertaConfig(fields)
         self.b = b

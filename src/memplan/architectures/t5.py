@@ -75,9 +75,9 @@ class Seq2SeqLMOutput:
     encoder_last_hidden_state: Tensor
     past_key_values: list[Tensor] | None
 
-    def float(self) -> Tensor:
+    def float(self) -> Seq2SeqLMOutput:
         """accelerate's copies in float32: autocast leaves the hidden state in float32, and a cache is not converted."""
-        return self.logits.float()
+        return Seq2SeqLMOutput(self.logits.float(), self.encoder_last_hidden_state, self.past_key_values)
 
 
 class T5LayerNorm(Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from memplan.architectures.nn import (
     Build,
     CheckpointLayer,
+    InputEmbeddings,
     LayerNorm,
     Layers,
     Linear,
@@ -71,7 +72,7 @@ class Conv2d(Module):
         return ops.conv2d(x, self.weight, self.bias, stride=self.weight.shape[2:])
 
 
-class ViTPatchEmbeddings(Module):
+class ViTPatchEmbeddings(InputEmbeddings):
     def __init__(self, b: Build, c: ViTConfig) -> None:
         self.projection = Conv2d(b, c.num_channels, c.hidden_size, c.patch_size)
 
@@ -81,6 +82,8 @@ class ViTPatchEmbeddings(Module):
 
 
 class ViTEmbeddings(Module):
+    no_split = True
+
     def __init__(self, b: Build, c: ViTConfig) -> None:
         (height, width), (patch_height, patch_width) = c.image_size, c.patch_size
         num_patches = (height // patch_height) * (width // patch_width)

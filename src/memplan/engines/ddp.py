@@ -18,13 +18,13 @@ FIRST_BUCKET = 1 * MiB
 """Bytes: the first bucket is small so that communication starts early (dist._DEFAULT_FIRST_BUCKET_BYTES)."""
 
 
-def phases(run: Run, ddp: DdpSpec) -> dict[str, Parts]:
+def phases(run: Run, ddp: DdpSpec, ranks: int) -> dict[str, Parts]:
     """Plain training's phases with the buckets, which live from construction on.
 
     With gradient_as_bucket_view the gradients live in the buckets, so they exist between steps too.
     """
     buckets = sum(bucket_bytes(((p, count) for p, count in run.trainable), ddp))
-    result = plain.phases(run, communication=buckets)
+    result = plain.phases(run, communication=buckets, ranks=ranks)
     if ddp.gradient_as_bucket_view:
         for parts in result.values():
             parts["gradients"] = 0

@@ -18,6 +18,18 @@ Parts = dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What one batch of evaluation needs, and what is kept of it."""
+
+    fullest: Moment
+    """The fullest moment of a batch's forward."""
+    predictions: Sequence[int]
+    """Bytes of each tensor of a batch that is kept: logits and labels. Empty without compute_metrics."""
+    steps: int
+    """Batches kept on the GPU: ``eval_accumulation_steps``."""
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """What an engine places: the model's parameters and the profile of one micro-batch."""
 
@@ -25,8 +37,7 @@ class Run:
     """Each made parameter once, with how many of the model it stands for."""
     buffer_bytes: int
     profile: StepProfile
-    evaluation: Moment | None
-    """The fullest moment of an evaluation batch, if there is evaluation."""
+    evaluation: Evaluation | None
     optimizer: Optimizer
     grad_accum_steps: int
     rules: DeviceRules
@@ -62,8 +73,10 @@ def states(run: Run) -> States:
     return States(weights, gradients, optimizer, max(clipping, run.optimizer.temporaries.peak))
 
 
-def phases(run: Run, communication: int = 0) -> dict[str, Parts]:
-    """The fullest moment of every phase, by component. ``communication`` bytes are held throughout."""
+def phases(run: Run, communication: int = 0, ranks: int = 1) -> dict[str, Parts]:
+    """The fullest moment of every phase, by component. ``communication`` bytes are held throughout, and predictions
+    are gathered from ``ranks``.
+    """
     held = states(run)
     base = {
         "weights": held.weights,
@@ -97,9 +110,31 @@ def phases(run: Run, communication: int = 0) -> dict[str, Parts]:
     result["step"] = stepping
     result["idle"] = resting | {"activations": inputs}
     if run.evaluation is not None:
-        result["eval"] = during(resting, run.evaluation, 0)
+        result["eval"] = _evaluating(run.evaluation, ranks, during(resting, run.evaluation.fullest, 0), resting)
     result["save"] = dict(resting)
     return result
+
+
+def _evaluating(evaluation: Evaluation, ranks: int, forward: Parts, resting: Parts) -> Parts:
+    """The fullest moment of the last batch whose predictions are kept on the GPU; ``forward`` is without the others.
+
+    Each batch's are put behind those before by a copy; the last ones stay in the loop's variables meanwhile. Source:
+    evaluation_loop in transformers/trainer.py, EvalLoopContainer in trainer_pt_utils.py, 5.23.
+    """
+    one, before, all_ = (
+        sum(rounded(nbytes * ranks * batches) for nbytes in evaluation.predictions)
+        for batches in (1, evaluation.steps - 1, evaluation.steps)
+    )
+    local = sum(map(rounded, evaluation.predictions))
+    # The first batch's are both the loop's and the container's.
+    running = _more(forward, "logits", before + (one if evaluation.steps > 2 else 0))
+    gathering = _more(resting, "logits", before + one + (local if ranks > 1 else 0))
+    copying = _more(resting, "logits", before + one + (all_ if evaluation.steps > 1 else 0))
+    return max(running, gathering, copying, key=total)
+
+
+def _more(parts: Parts, component: str, nbytes: int) -> Parts:
+    return parts | {component: parts.get(component, 0) + nbytes}
 
 
 def total(parts: Parts) -> int:

@@ -1,14 +1,15 @@
-"""CUDA's kernels, where they allocate other tensors than CPU's: fused attention and dropout.
+"""CUDA's kernels, where they allocate other tensors than CPU's: fused attention, dropout and norms.
 
 A trace runs on fake CPU tensors. What a CUDA device would do instead is put in their place: attention with the
 backend that torch's dispatcher takes there, with what that kernel keeps and needs (the rules of
-:mod:`memplan.tape.attention`, which are the estimator's own), and dropout with a mask of a byte per element.
+:mod:`memplan.tape.attention`, which are the estimator's own), dropout with a mask of a byte per element, layer_norm
+with statistics in float32 and rms_norm in one kernel. A library that asks whether autocast is on is told CUDA's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from memplan.tape import tensor as dtypes
@@ -17,23 +18,60 @@ from memplan.tape.dispatch import DeviceRules, choose_sdpa_backend
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import Tensor
 
-__all__ = ["cuda_kernels"]
+__all__ = ["cuda_kernels", "cuda_operations"]
 
 
 Kernel = Callable[[str], AbstractContextManager[Callable[[int], None]]]
 """Around what stands for a kernel, by name; inside, it is told the kernel's floating-point operations."""
 
 
-def cuda_kernels(rules: DeviceRules, kernel: Kernel) -> Any:
-    """Return a context manager under which attention and dropout allocate what they do on the device of ``rules``.
+def cuda_operations() -> Mapping[Any, Callable[..., Any]]:
+    """Operations of torch -> what stands for them where a CUDA kernel returns other tensors than a CPU's."""
+    import torch
+
+    layer_norm = torch.ops.aten.native_layer_norm.default
+
+    def with_float32_statistics(*args: Any, **kwargs: Any) -> Any:
+        """Mean and rstd are of the accumulation type: layer_norm_cuda in ATen/native/cuda/layer_norm_kernel.cu."""
+        out, *statistics = layer_norm(*args, **kwargs)
+        return (out, *(x.float() if x.dtype in _half() else x for x in statistics))
+
+    return {layer_norm: with_float32_statistics}
+
+
+def _half() -> Any:
+    import torch
+
+    return torch.float16, torch.bfloat16
+
+
+@contextmanager
+def cuda_kernels(rules: DeviceRules, kernel: Kernel) -> Iterator[None]:
+    """Under it attention, dropout and rms_norm allocate what they do on the device of ``rules``.
 
     ``kernel`` hears of attention, which is no operation of torch here.
     """
     import torch
+
+    known = torch.is_autocast_enabled
+
+    def is_autocast_enabled(device_type: str = "cuda") -> bool:  # as PEFT asks, for one
+        return known("cpu" if device_type == "cuda" else device_type)
+
+    torch.is_autocast_enabled = is_autocast_enabled
+    try:
+        with _kernels(rules, kernel):
+            yield
+    finally:
+        torch.is_autocast_enabled = known
+
+
+def _kernels(rules: DeviceRules, kernel: Kernel) -> Any:
+    import torch
     from torch.nn import functional
     from torch.overrides import TorchFunctionMode
 
-    fused = _fused_function(rules, kernel)
+    fused, fused_norm = _fused_function(rules, kernel), _fused_rms_norm()
 
     class Kernels(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -42,6 +80,8 @@ def cuda_kernels(rules: DeviceRules, kernel: Kernel) -> Any:
                 return attention(*args, **kwargs)
             if func is functional.dropout:
                 return dropout(*args, **kwargs)
+            if func is functional.rms_norm:
+                return rms_norm(*args, **kwargs)
             return func(*args, **kwargs)
 
     def attention(
@@ -69,7 +109,7 @@ def cuda_kernels(rules: DeviceRules, kernel: Kernel) -> Any:
             dropout=dropout_p,
             requires_grad=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
         )
-        # No kernel broadcasts heads unasked (check_batch_size_and_num_heads_dense), or takes other than 4 dimensions.
+        # No kernel broadcasts heads unasked (check_batch_size_and_num_heads_dense), or takes less than four dimensions.
         if backend == "math" or query.dim() != 4 or (query.size(1) != key.size(1) and not enable_gqa):
             return cuda_math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if attn_mask is not None:
@@ -89,6 +129,13 @@ def cuda_kernels(rules: DeviceRules, kernel: Kernel) -> Any:
         if p == 0.0 or not training or inplace:
             return functional.dropout(input, p, training, inplace)
         return torch.native_dropout(input, p, True)[0]
+
+    def rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+        if torch.is_autocast_enabled("cpu"):  # it is on autocast's float32 list
+            input, weight = (x.float() if x is not None and x.dtype in _half() else x for x in (input, weight))
+        if weight is not None and weight.dtype != input.dtype:  # the kernel takes one dtype, the same as a CPU does
+            return functional.rms_norm(input, normalized_shape, weight, eps)
+        return fused_norm.apply(input, weight, len(normalized_shape))
 
     return Kernels()
 
@@ -117,6 +164,32 @@ def _bias(mask: Any, shape: tuple[int, ...], dtype: Any, *, aligned: bool) -> An
     return mask.expand(shape)
 
 
+def _fused_rms_norm() -> Any:
+    """rms_norm in one kernel, as an autograd.Function: it keeps input, weight and a float32 per row.
+
+    Source: rms_norm_symint in ATen/native/layer_norm.cpp and _fused_rms_norm_cuda in
+    ATen/native/cuda/layer_norm_kernel.cu.
+    """
+    import torch
+
+    class FusedRMSNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, weight: Any, dims: int) -> Any:
+            dtype = torch.float32 if x.dtype in _half() else x.dtype
+            rstd = torch.empty(x.shape[:-dims], dtype=dtype, device=x.device)
+            ctx.save_for_backward(x, weight, rstd)
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            x, weight, _ = ctx.saved_tensors
+            needs = ctx.needs_input_grad
+            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+            return grad_x, torch.empty_like(weight) if weight is not None and needs[1] else None, None
+
+    return FusedRMSNorm
+
+
 def _fused_function(rules: DeviceRules, kernel: Kernel) -> Any:
     """Attention in one kernel, as an autograd.Function that allocates what the tape's rule says."""
     import torch
@@ -138,8 +211,9 @@ def _fused_function(rules: DeviceRules, kernel: Kernel) -> Any:
         @staticmethod
         def backward(ctx: Any, grad: Any) -> Any:
             tape = Tape(rules)
-            q, *others = ctx.saved_tensors[:4]
-            out = _fused(tape, ctx.backend, *_symbols(tape, q, *others), ctx.dropout_p)  # type: ignore[arg-type, call-arg]
+            saved = ctx.saved_tensors  # all of them are there until the kernel has run, checkpointed or not
+            q = saved[0]
+            out = _fused(tape, ctx.backend, *_symbols(tape, *saved[:4]), ctx.dropout_p)  # type: ignore[arg-type, call-arg]
             start, flops = len(tape.sizes), tape.flops
             node: Any = out.node
             grads = node.fn(tape, node, out, node.saved)

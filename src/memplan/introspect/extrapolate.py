@@ -19,26 +19,28 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import Any, TypeAlias
 
 from memplan.architectures.nn import Build, Embedding, LayerNorm, Layers, Linear, Module
-from memplan.errors import MemplanError, UnsupportedError
+from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.estimator import Setup, Traced
 from memplan.introspect import trace
 from memplan.introspect.cuda_autocast import cuda_rules
-from memplan.introspect.cuda_kernels import cuda_kernels
+from memplan.introspect.cuda_kernels import cuda_kernels, cuda_operations
 from memplan.introspect.recording import NotRepeating, Recorder, Recording, Templates, expand, same_log, to_tape
 from memplan.results import Assumption
 from memplan.specs.model import ModelSpec
+from memplan.specs.software import SoftwareSpec
 from memplan.specs.training import TrainingSpec
 from memplan.tape import tensor as dtypes
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import DType, Parameter
 
-__all__ = ["Inputs", "known_model_types", "module_spec", "trace_model"]
+__all__ = ["Inputs", "decided_by", "installed", "known_model_types", "module_spec", "trace_model"]
 
 Inputs: TypeAlias = Callable[[int, int], Mapping[str, Any]]
-"""(micro-batch size, sequence length) -> the keyword arguments of forward: tensors, which it may make on the CPU."""
+"""(micro-batch size, sequence length) -> the keyword arguments of forward: tensors, made on the CPU."""
 
 _MOST_LAYERS = 256
 """Layers beyond which a model that does not repeat is refused rather than traced in full: about half a minute."""
@@ -46,36 +48,50 @@ _MOST_LAYERS = 256
 
 def known_model_types() -> list[str]:
     """Return every ``model_type`` of the installed transformers. Raises UnsupportedError without the train extra."""
-    trace._import_libraries()
+    trace._import_libraries(())
     import transformers
 
     return list(transformers.CONFIG_MAPPING)
 
 
-def module_spec(module: Any, training: TrainingSpec) -> tuple[ModelSpec, TrainingSpec]:
-    """Return what an ``nn.Module`` is, and the training with what the module decides where the user did not.
+def installed(software: SoftwareSpec) -> SoftwareSpec:
+    """Return the versions with those of the libraries that a trace runs. Raises SpecError if others were asked for."""
+    found: dict[str, str] = {}
+    for library in ("torch", "transformers", "accelerate", "peft"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[library] = metadata.version(library).partition("+")[0]
+    for library, version in found.items():
+        asked = getattr(software, library)
+        if library in software.model_fields_set and version.split(".")[:2] != asked.split(".")[:2]:
+            problem = f"is not what a trace runs: {library} {version} is installed"
+            raise SpecError.at("software", f"{library}={asked}", problem, "Install it, or leave it out.")
+    return software.replace(**found)
 
-    The dtype is that of its first floating parameter, the attention that of its config.
-    """
+
+def module_spec(module: Any) -> ModelSpec:
+    """Return what an ``nn.Module`` is. Its dtype is that of its first floating parameter."""
     config = getattr(module, "config", None)
-    values = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    values = _json(config.to_dict()) if config is not None and hasattr(config, "to_dict") else {}
     dtype = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), None)
-    values = _json(values) | {"dtype": str(dtype).removeprefix("torch.")}
     name = type(module).__name__
-    spec = ModelSpec(
+    return ModelSpec(
         id=str(values.get("_name_or_path") or name),
         model_type=str(values.get("model_type") or ""),
         architecture=name,
-        config=values,
+        config=values | {"dtype": str(dtype).removeprefix("torch.")},
         source="module",
     )
+
+
+def decided_by(module: Any, training: TrainingSpec) -> TrainingSpec:
+    """Return the training with the module's own dtype and attention, where no others were asked for."""
     changes: dict[str, Any] = {}
     if "dtype" not in training.model_fields_set:
         changes["dtype"] = "auto"
-    attn = getattr(config, "_attn_implementation", None)
+    attn = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if attn is not None and "attn" not in training.model_fields_set:
         changes["attn"] = attn
-    return spec, training.replace(**changes)
+    return training.replace(**changes)
 
 
 def trace_model(setup: Setup, module: Any = None, inputs: Inputs | None = None) -> Traced:
@@ -90,25 +106,29 @@ def trace_model(setup: Setup, module: Any = None, inputs: Inputs | None = None) 
         UnsupportedError: the train extra is missing, or the model cannot be traced; the message has the reason.
         SpecError: the config is wrong.
     """
-    trace._import_libraries()
-    _refuse(setup)
-    with trace._quiet():
-        model = _copied(module, setup) if module is not None else _built(setup)
-        model = _prepared(model, setup)
-    tracing = _Tracing(model, setup, inputs)
-    stacks = _find_stacks(model)
+    tracing = _tracing(setup, module, inputs)
+    stacks = _find_stacks(tracing.model)
     recordings = _extrapolated(tracing, stacks)
-    depths = "its layers do not repeat" if recordings is None else _depths(stacks)
+    depths = _depths(stacks, recordings is not None)
     if recordings is None:
         recordings, stacks = _in_full(tracing, stacks), []
     tapes = {name: to_tape(recording, setup.rules) for name, recording in recordings.items()}
     return Traced(
-        root=_mirror(model, stacks, tapes["first"]),
+        root=_mirror(tracing.model, stacks, tapes["first"]),
         first=tapes["first"],
         later=tapes.get("later"),
         evaluation=tapes.get("evaluation"),
         assumptions=_assumptions(setup, depths),
     )
+
+
+def _tracing(setup: Setup, module: Any = None, inputs: Inputs | None = None) -> _Tracing:
+    """The model of a setup, ready to be traced."""
+    trace._import_libraries(("transformers.masking_utils", *(["peft"] if setup.training.lora is not None else [])))
+    _refuse(setup)
+    with trace._quiet(), _offline():
+        model = _copied(module, setup) if module is not None else _built(setup)
+        return _Tracing(_prepared(model, setup), setup, inputs)
 
 
 def _refuse(setup: Setup) -> None:
@@ -125,20 +145,22 @@ def _refuse(setup: Setup) -> None:
             raise UnsupportedError(f"trace: {field} {getattr(training, field)!r} cannot be traced: {reason}")
 
 
-def _depths(stacks: Sequence[_Stack]) -> str:
-    return (
-        "traced at "
-        + ", ".join(f"{stack.lengths[0]} and {stack.lengths[1]} of {stack.depth}" for stack in stacks)
-        + " layers"
-    )
+def _depths(stacks: Sequence[_Stack], extrapolated: bool) -> str:
+    if not stacks:
+        return "traced in full"
+    if not extrapolated:
+        return "traced in full, since its layers do not repeat"
+    parts = [f"{stack.lengths[0]} and {stack.lengths[1]} of {stack.depth}" for stack in stacks]
+    return f"traced at {', '.join(parts)} layers"
 
 
 def _assumptions(setup: Setup, depths: str) -> tuple[Assumption, ...]:
     note = f"the real model under FakeTensor, {depths}"
     if setup.rules.kind == "cuda":
         note += (
-            "; CUDA's autocast list, attention backend, dropout masks and accumulation of gradients are imposed; what "
-            "a CUDA kernel allocates within one call is not known but for attention"
+            "; CUDA's autocast list, attention backend, norms, dropout masks and sums of gradients are imposed. "
+            "What a CUDA kernel allocates within one call is not known but for attention. Kernels that are no part "
+            "of torch (mamba-ssm, flash-linear-attention) are not run"
         )
     return (Assumption(name="trace", value=0, low=0, high=0, source=note),)
 
@@ -161,6 +183,18 @@ def _built(setup: Setup) -> Any:
         raise
     except Exception as error:  # a config may be wrong in any way
         raise UnsupportedError(f"trace: transformers cannot build this model: {_said(error)}") from error
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Keep a config from making transformers ask the hub for another one."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _attention(setup: Setup) -> str | None:
@@ -249,7 +283,8 @@ def _lora(setup: Setup) -> dict[str, Any]:
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0].rstrip(".") + "."
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return (said if len(said) <= 300 else f"{said[:300]} ...").rstrip(".") + "."
 
 
 def _json(value: Any) -> Any:
@@ -320,10 +355,10 @@ def _windows(kinds: Sequence[Hashable]) -> list[Hashable]:
 
 
 def _lengths(kinds: Sequence[Hashable]) -> tuple[int, int] | None:
-    """The two smallest depths that stand for the whole, if it is less work to trace both."""
+    """The two smallest depths that stand for the whole, if it is clearly less work to trace both."""
     fitting = (short for short in range(2, len(kinds)) if templates(kinds, short) is not None)
     one, two = next(fitting, None), next(fitting, None)
-    if one is None or two is None or one + two >= len(kinds):
+    if one is None or two is None or 4 * (one + two) > 3 * len(kinds):
         return None
     return one, two
 
@@ -425,15 +460,15 @@ class _Tracing:
         """Return the first micro-batch, a later one with gradients there already, and an evaluation, as needed."""
         cuda = self.setup.rules.kind == "cuda"
         recorder = Recorder(adds_in_place=cuda)
-        tracker = trace._make_tracker(False, recorder)
+        tracker = trace._make_tracker(False, recorder, cuda_operations() if cuda else None)
         recorder.tracker = tracker
         with contextlib.ExitStack() as stack:
             for context in (
+                trace._quiet(),
                 trace._gc_disabled(collect=False),
                 trace._phase_hooks(self.model, tracker),
                 _layer_hooks(self.model, stacks, recorder),
                 trace._like_a_real_run(),
-                trace._quiet(),
                 self.fake_mode,
                 tracker,
                 cuda_rules() if cuda else contextlib.nullcontext(),
@@ -461,7 +496,7 @@ class _Tracing:
 
     def _train(self, recorder: Recorder, depths: Mapping[int, int]) -> Recording:
         step = self._step(recorder)
-        recorder.begin()
+        recorder.begin("forward")
         step.inputs = [self._batch(self.setup.training.micro_batch_size)]
         recorder.has_inputs()
         step.num_items = step._count_items(step.inputs)
@@ -473,7 +508,7 @@ class _Tracing:
 
     def _evaluate(self, recorder: Recorder, depths: Mapping[int, int], batch_size: int) -> Recording:
         step = self._step(recorder)
-        recorder.begin()
+        recorder.begin("eval")
         inputs = self._batch(batch_size)
         recorder.has_inputs()
         step.evaluate(inputs)
@@ -506,14 +541,26 @@ class _Tracing:
 
 
 def _check_inputs(model: Any) -> None:
-    """Whether forward takes what transformers' text and image models take."""
+    """Whether forward takes what transformers' text models and image classifiers take."""
     unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config, name = getattr(unwrapped, "config", None), type(unwrapped).__name__
     main = getattr(unwrapped, "main_input_name", "input_ids")
-    if not hasattr(unwrapped, "config") or main not in ("input_ids", "pixel_values"):
-        raise UnsupportedError(
-            f"trace: the forward of {type(unwrapped).__name__} takes other inputs than input_ids and labels. Say them: "
-            "memplan.estimate(..., inputs=lambda batch_size, seq_len: {name: tensor}), in Python."
-        )
+    needs = f"the forward of {name} takes other inputs than input_ids and labels"
+    if config is not None and any(getattr(config, part, None) is not None for part in _OTHER_MODALITIES):
+        needs = f"{name} takes more than text"
+    elif config is not None and main == "pixel_values" and name.endswith("ForImageClassification"):
+        if hasattr(config, "image_size"):
+            return
+        needs = f"the config of {name} has no image_size"
+    elif config is not None and main == "input_ids":
+        return
+    raise UnsupportedError(
+        f"trace: {needs}. Say what a batch is: memplan.estimate(..., trace=True, "
+        "inputs=lambda batch_size, seq_len: {name: tensor}), in Python."
+    )
+
+
+_OTHER_MODALITIES = ("vision_config", "audio_config", "speech_config", "video_config")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from memplan.errors import UnsupportedError
 from memplan.introspect.trace import Listener
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import ACTIVATION, GRADIENT, INPUT, LOGITS, TEMPORARY, LayerKey, Tape
@@ -30,6 +31,10 @@ Templates = Mapping[int, Sequence[int]]
 
 _LEAF = 2**63
 """Sinks of leaf gradients have the largest sequence number and run at once, whatever layer they belong to."""
+
+
+MOST_OPERATIONS = 200_000
+"""In one micro-batch, about half a minute: 256 layers of a decoder with checkpointing run fewer."""
 
 
 class NotRepeating(Exception):
@@ -111,11 +116,13 @@ class Recorder(Listener):
         self._replaced: int | None = None
         self._kernel = ""
         self._inputs = 0
+        self._operations = 0
 
     # What the trace says.
 
-    def begin(self) -> None:
-        """Record from here on; what is allocated until :meth:`has_inputs` is the batch."""
+    def begin(self, phase: str) -> None:
+        """Record from here on, in ``phase``; what is allocated until :meth:`has_inputs` is the batch."""
+        self.tracker.enter(phase)
         self._clear()
         self._on = True
 
@@ -174,8 +181,14 @@ class Recorder(Listener):
     # What the tracker says.
 
     def calls(self, func: Any, args: Any) -> None:
+        self._operations += 1
+        if self._operations > MOST_OPERATIONS:
+            raise UnsupportedError(
+                f"trace: one micro-batch runs more than {MOST_OPERATIONS:,} operations, as where a forward loops over "
+                "tokens in Python because the kernels that it has for a GPU are no part of torch. Shorten --seq-len."
+            )
         self._replaced = None
-        if self._on and self._adds_in_place and _is_add(func) and _called_by_torch():
+        if self._on and self._adds_in_place and _is_add(func) and _is_in_place_without_subclasses(args[0]):
             self._replaced = self._index.get(self.tracker.serial_of(args[0]) or 0)
 
     def called(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -326,12 +339,18 @@ def _is_add(func: Any) -> bool:
     return func is torch.ops.aten.add.Tensor
 
 
-def _called_by_torch() -> bool:
-    """Whether the operation comes from autograd's engine, or from inside an attention without a fused kernel."""
+def _is_in_place_without_subclasses(into: Any) -> bool:
+    """Whether the addition is one that torch makes in place where ``into`` is no subclass of a tensor.
+
+    Those are autograd's, of gradients of which no view is known (a view holds its base, so that the storage has two
+    owners: can_accumulate_inplace in autograd/input_buffer.cpp), and that of a mask, in an attention without a fused
+    kernel (_scaled_dot_product_attention_math).
+    """
     frame: Any = sys._getframe(3)
     while frame is not None and frame.f_code.co_filename.endswith(_BETWEEN):
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_name in ("_engine_run_backward", "cuda_math_attention")
+    name = "" if frame is None else frame.f_code.co_name
+    return name == "cuda_math_attention" or (name == "_engine_run_backward" and not into._is_view())
 
 
 _BETWEEN = ("/torch/_compile.py", "/torch/_dynamo/eval_frame.py", "/torch/_ops.py")
@@ -406,26 +425,42 @@ class _Expansion:
                 events.append(len(self._of))
                 self._of.append(event)
             else:
-                events += [~storage for storage in self._freed(~event, segment.layer, layer)]
+                events += [~storage for storage in self._freed(~event, segment, layer)]
         key = None if segment.layer is None or layer is None else (segment.layer[0], layer)
         return Segment(segment.phase, key, events, segment.flops)
 
-    def _freed(self, storage: int, where: LayerKey | None, layer: int | None) -> list[int]:
-        """What the free of ``storage``, seen in the layer ``where``, means in the deep model's ``layer``."""
+    def _freed(self, storage: int, segment: Segment, layer: int | None) -> list[int]:
+        """What the free of ``storage``, seen in ``segment``, means in the deep model's ``layer``."""
         home, place = self._home[storage]
-        owner = self._short.segments[home].layer
+        owner, where = self._short.segments[home].layer, segment.layer
+        if owner and where and layer is not None and self._counts_from(owner, where):
+            return [self._neighbour(self._short.segments[home].phase, owner, place, layer + owner[1] - where[1])]
+        if where is not None and layer != self._last(segment.phase, where):
+            return []  # a layer further on still holds it
         if owner is None:
             return [self._find(storage, None)]
+        # Outside of its stack, every layer's is freed at once.
+        return [self._find(storage, at) for at, made in enumerate(self._templates[owner[0]]) if made == owner[1]]
+
+    def _counts_from(self, owner: LayerKey, where: LayerKey) -> bool:
+        """Whether ``where`` knows ``owner`` by its distance, and not as an end of its stack or as of another one."""
+        is_end = owner[1] in (self._templates[owner[0]][0], self._templates[owner[0]][-1])
+        return owner[0] == where[0] and (not is_end or abs(owner[1] - where[1]) < 2)
+
+    def _last(self, phase: str, where: LayerKey) -> int:
+        """The last layer in time, of those that a layer of the short model stands for."""
+        layers = [at for at, template in enumerate(self._templates[where[0]]) if template == where[1]]
+        return layers[0] if phase == "backward" else layers[-1]
+
+    def _neighbour(self, phase: str, owner: LayerKey, place: int, layer: int) -> int:
+        """The storage in ``layer`` that has the place of one in ``owner``'s segment."""
         templates = self._templates[owner[0]]
-        if where is None or layer is None or where[0] != owner[0]:  # every layer's, freed at once
-            return [self._find(storage, at) for at, template in enumerate(templates) if template == owner[1]]
-        target = layer + owner[1] - where[1]
-        if not 0 <= target < len(templates):
+        if not 0 <= layer < len(templates):
             raise NotRepeating("a layer frees what one beyond the ends would own")
-        born = self._born[self._place[self._short.segments[home].phase, (owner[0], templates[target])]]
+        born = self._born[self._place[phase, (owner[0], templates[layer])]]
         if place >= len(born):
             raise NotRepeating("a layer frees what its neighbour does not allocate")
-        return [self._find(born[place], target)]
+        return self._find(born[place], layer)
 
     def _find(self, storage: int, layer: int | None) -> int:
         found = self._made.get((storage, layer))

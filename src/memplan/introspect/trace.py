@@ -292,15 +292,28 @@ class Listener:
         """A storage was freed."""
 
 
-def _make_tracker(record_events: bool, listener: Listener | None = None) -> Any:
-    """Return a TorchDispatchMode that keeps the ledger (a factory, since its base class lives in torch)."""
+def _make_tracker(
+    record_events: bool, listener: Listener | None = None, operations: Mapping[Any, Callable[..., Any]] | None = None
+) -> Any:
+    """Return a TorchDispatchMode that keeps the ledger (a factory, since its base class lives in torch).
+
+    ``operations`` are run in place of those of torch that are their keys.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     local_scalar = torch.ops.aten._local_scalar_dense.default
-    grouped_mm = getattr(torch.ops.aten, "_grouped_mm", None) and torch.ops.aten._grouped_mm.default
+    replaced = dict(operations or {})
+    if hasattr(torch.ops.aten, "_grouped_mm"):
+        replaced[torch.ops.aten._grouped_mm.default] = _grouped_mm
+    device_of = torch.ops.prim.device.default
 
     class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            """Nothing is compiled here: the dispatch below needs no guard against that, which costs as much as it."""
+            return False
+
         def __init__(self) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
             self.live = 0
@@ -397,11 +410,13 @@ def _make_tracker(record_events: bool, listener: Listener | None = None) -> Any:
         # ---- dispatch
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is device_of:  # asked by autograd's engine, twice as often as anything is computed
+                return args[0].fake_device
             if func is local_scalar:
                 return self._answer()
             if listener is not None:
                 listener.calls(func, args)
-            out = _grouped_mm(*args, **(kwargs or {})) if func is grouped_mm else func(*args, **(kwargs or {}))
+            out = replaced.get(func, func)(*args, **(kwargs or {}))
             self._see_all(out, func)
             if listener is not None:
                 listener.called(func, args, kwargs or {}, out)
@@ -423,14 +438,19 @@ def _make_tracker(record_events: bool, listener: Listener | None = None) -> Any:
                 if name in _VALUE_ANSWERS:
                     self.questions[name] = self.questions.get(name, 0) + 1
                     return _VALUE_ANSWERS[name]
-                names.append(name)
+                if not any(part in frame.f_code.co_filename for part in _BETWEEN):
+                    names.append(_function(frame))
                 frame = frame.f_back  # type: ignore[assignment]
             raise UnsupportedError(
                 f"trace: the model reads a tensor's value in {' < '.join(names[:4])}, which a trace without data "
-                "does not have. Use a family that memplan knows."
+                "does not have."
             )
 
     return Tracker()
+
+
+_BETWEEN = ("/torch/", "/memplan/introspect/")
+"""Folders of what stands between a library's question and a dispatch mode."""
 
 
 def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
@@ -448,12 +468,14 @@ def _library_frame() -> str:
         for library in ("/transformers/", "/peft/", "/accelerate/", "/torch/optim/", "/torch/nn/utils/"):
             if library in name:
                 short = library[1:] + name.rsplit(library, 1)[1]
-                return f"{short}:{frame.f_lineno} {frame.f_code.co_qualname if _QUALNAMES else frame.f_code.co_name}"
+                return f"{short}:{frame.f_lineno} {_function(frame)}"
         frame = frame.f_back
     return ""
 
 
-_QUALNAMES = sys.version_info >= (3, 11)
+def _function(frame: Any) -> str:
+    name: str = frame.f_code.co_qualname if sys.version_info >= (3, 11) else frame.f_code.co_name
+    return name
 
 
 def _autograd_node() -> str:
@@ -745,7 +767,18 @@ def _build_model(
     except (ValueError, ImportError) as error:
         raise UnsupportedError(f"trace: transformers cannot build this model: {error}") from error
     _keep_float32_modules(model, torch_dtype)
+    _untie_head(model, values)
     return model
+
+
+def _untie_head(model: Any, values: Mapping[str, Any]) -> None:
+    """T5 and mT5 tie the head whatever the config says, but ``from_pretrained`` keeps one that is in the checkpoint."""
+    import torch
+
+    if values.get("model_type") in ("t5", "mt5") and values.get("tie_word_embeddings") is False:
+        head = getattr(model, "lm_head", None)
+        if head is not None:
+            head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
 
 
 def _make_config(values: Mapping[str, Any], num_layers: int | None) -> Any:
@@ -771,6 +804,9 @@ def _set_depth(raw: dict[str, Any], num_layers: int) -> None:
     for key, value in raw.items():
         if isinstance(value, list) and key.endswith(("layer_types", "layers", "mlp_types")) and len(value) == depth:
             raw[key] = value[:num_layers]
+    if raw.get("attention_types"):  # GPT-Neo's [[pattern, repeats], ...]
+        kinds = [kind for pattern, repeats in raw["attention_types"] for kind in pattern * repeats]
+        raw["attention_types"] = [[kinds[:num_layers], 1]]
 
 
 def _model_class(values: Mapping[str, Any]) -> Any:
@@ -840,7 +876,14 @@ def _add_lora(model: Any, lora: Mapping[str, Any]) -> Any:
     try:
         return peft.get_peft_model(model, config)
     except ValueError as error:
-        raise SpecError.at("lora", targets, f"cannot be applied: {error}", "Name modules of the model.") from error
+        if targets is None:
+            kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+            raise SpecError(
+                f"lora_targets: PEFT has no default for model_type {kind!r}. Name the modules, as in q_proj,v_proj, or "
+                "use all-linear."
+            ) from error
+        problem = f"cannot be applied: {str(error).rstrip('.')}"
+        raise SpecError.at("lora", targets, problem, "Name modules of the model.") from error
 
 
 def _enable_checkpointing(model: Any, *, frozen_inputs: bool) -> None:
@@ -907,7 +950,10 @@ def _make_inputs(model: Any, batch: int, seq_len: int, *, padded: bool) -> dict[
         return {"pixel_values": pixels, "labels": torch.zeros((batch,), dtype=torch.int64)}
     if name.endswith("ForSequenceClassification"):
         return {**tokens, "labels": torch.zeros((batch,), dtype=torch.int64)}
-    return {**tokens, "labels": torch.zeros((batch, seq_len), dtype=torch.int64)}
+    labels = {"labels": torch.zeros((batch, seq_len), dtype=torch.int64)}
+    if name.endswith("ForPreTraining"):
+        labels["next_sentence_label"] = torch.zeros((batch,), dtype=torch.int64)
+    return {**tokens, **labels}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -990,7 +1036,9 @@ def _like_a_real_run() -> Iterator[None]:
     try:
         yield
     except refusals as error:
-        raise UnsupportedError(f"trace: the model needs the values of tensors: {error}") from error
+        raise UnsupportedError(
+            f"trace: the model's code needs the values of tensors ({error}), which a trace without data does not have."
+        ) from error
     finally:
         if is_tracing is None:
             del masking_utils.is_tracing
@@ -1013,7 +1061,10 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _import_libraries() -> None:
+_OF_A_STEP = ("transformers.masking_utils", "transformers.optimization", "transformers.trainer_pt_utils", "peft")
+
+
+def _import_libraries(lazily: Sequence[str] = _OF_A_STEP) -> None:
     """Import what the step imports lazily: a module that makes tensors must not be imported under a fake mode."""
     for name in ("torch", "torch._subclasses.fake_tensor", "transformers", "accelerate.utils.operations"):
         try:
@@ -1022,7 +1073,7 @@ def _import_libraries() -> None:
             raise UnsupportedError(
                 f"trace: {error}. Tracing runs the real model; install the extra: pip install 'memplan[train]'."
             ) from error
-    for name in ("transformers.masking_utils", "transformers.optimization", "transformers.trainer_pt_utils", "peft"):
+    for name in lazily:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 

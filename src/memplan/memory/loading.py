@@ -74,6 +74,11 @@ def footprint(held: Sequence[Held]) -> int:
     return sum(each.tensor.nbytes for each in held if each.registered)
 
 
+def blocks(held: Sequence[Held]) -> int:
+    """Bytes of the blocks that the tensors take on a GPU, those that ``footprint`` does not count among them."""
+    return sum((each.tensor.nbytes + 511) & -512 for each in held)
+
+
 # -- device maps -------------------------------------------------------------------------------------------------------
 
 
@@ -116,14 +121,14 @@ def by_device(held: Sequence[Held], device_map: Mapping[str, Device]) -> dict[De
     gpus = [device for device in device_map.values() if isinstance(device, int)]
     found: dict[Device, list[Held]] = {}
     for each in held:
-        device = _device_of(each.name, device_map)
+        device = device_of(each.name, device_map)
         if isinstance(device, str) and isinstance(each.tensor, Buffer) and gpus:
             device = gpus[0]
         found.setdefault(device, []).append(each)
     return found
 
 
-def _device_of(name: str, device_map: Mapping[str, Device]) -> Device:
+def device_of(name: str, device_map: Mapping[str, Device]) -> Device:
     """The entry for the tensor or for the nearest module around it; the CPU where there is none."""
     parts = name.split(".")
     paths = (".".join(parts[:end]) for end in range(len(parts), -1, -1))
@@ -142,15 +147,22 @@ class Loaded:
     peak_reserved: int
 
 
-def load(held: Sequence[Held], *, direct: bool, capacity: int | None = None, prepare: bool = False) -> Loaded:
-    """Replay the loading of these tensors on one GPU.
+def load(
+    held: Sequence[Held],
+    *,
+    direct: bool,
+    capacity: int | None = None,
+    prepare: bool = False,
+    allocator: CachingAllocator | None = None,
+) -> Loaded:
+    """Replay the loading of these tensors, as they are before any preparation, on one GPU.
 
     ``direct``: from_pretrained puts each tensor on the GPU, as it does with a device map and under quantization;
     otherwise the model is moved there when it is complete. A quantized weight is there in the dtype it is loaded in,
     together with what quantizing it takes; one is quantized at a time. ``prepare``: prepare_model_for_kbit_training
     follows, which raises 16-bit tensors to float32 one by one.
     """
-    allocator = CachingAllocator()
+    allocator = allocator or CachingAllocator()
     if direct:
         _warm_up(allocator, held, capacity)
     order = sorted(held, key=lambda each: _natural(each.name)) if direct else held

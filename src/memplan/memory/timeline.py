@@ -59,47 +59,95 @@ Stacks = Mapping[int, Sequence[int]]
 """Stack number -> for every layer of the model in order, the made layer that stands for it."""
 
 
-def compose(tape: Tape, stacks: Stacks) -> StepProfile:
-    """Compute the peaks of the whole model from a tape on which each kind of layer ran once.
+@dataclass(slots=True)
+class Unrolled:
+    """The log of the whole model: the tape's segments, in the order and as often as every layer makes them."""
 
-    Raises nothing: a tape without marks has one segment per phase.
-    """
+    tape: Tape
+    runs: list[tuple[_Segment, int]]
+    """Segments, each with how often it repeats."""
+    repeated: dict[int, int]
+    """Storage made in a repeated layer -> how many storages of the whole model it stands for."""
+
+    def profile(self) -> StepProfile:
+        """Compute the peaks of the whole model. A tape without marks has one segment per phase."""
+        peaks: dict[str, Moment] = {}
+        best: dict[str, tuple[int, _Segment, list[int]]] = {}
+        total = 0
+        parts = [0] * len(COMPONENTS)
+        saved = Moment()
+        forward_flops = backward_flops = 0
+        final = {id(segment): i for i, (segment, _) in enumerate(self.runs) if segment.last}
+        for position, (segment, count) in enumerate(self.runs):
+            if segment.phase == "backward" and not saved.total:
+                saved = Moment(total, list(parts))
+            # Repetitions rise or fall evenly, so the highest is the first or the last.
+            highest = count - 1 if segment.net > 0 else 0
+            height = total + highest * segment.net + segment.peak
+            found = best.get(segment.phase)
+            if found is None or height > found[0]:
+                before = [size + highest * net for size, net in zip(parts, segment.parts)]
+                best[segment.phase] = (height, segment, before)
+            total += count * segment.net
+            for i, size in enumerate(segment.parts):
+                parts[i] += count * size
+            if segment.last and final[id(segment)] == position:
+                for storage in segment.last:
+                    total -= self.tape.sizes[storage]
+                    parts[self.tape.components[storage]] -= self.tape.sizes[storage]
+            if segment.phase == "backward":
+                backward_flops += count * segment.flops
+            else:
+                forward_flops += count * segment.flops
+        for phase, (height, segment, before) in best.items():
+            peaks[phase] = Moment(height, _at_peak(self.tape, segment, before, self.repeated))
+        if not saved.total:
+            saved = Moment(total, list(parts))
+        return StepProfile(peaks, saved, Moment(total, parts), forward_flops, backward_flops)
+
+    def size_counts(self) -> dict[int, tuple[int, int]]:
+        """For every size of tensor: the most alive at one time, and how many are allocated."""
+        numbers: dict[int, int] = {}
+        number_of = [numbers.setdefault(size, len(numbers)) for size in self.tape.sizes]
+        live, most, allocated = ([0] * len(numbers) for _ in range(3))
+        counted: dict[int, list[tuple[int, int, int, int]]] = {}
+        for segment, repeats in self.runs:
+            counts = counted.get(id(segment))
+            if counts is None:
+                counts = counted[id(segment)] = self._count(segment, number_of, len(numbers))
+            for number, net, peak, allocations in counts:
+                before = live[number]
+                highest = before + peak + ((repeats - 1) * net if net > 0 else 0)
+                if highest > most[number]:
+                    most[number] = highest
+                allocated[number] += repeats * allocations
+                live[number] = before + repeats * net
+        return {size: (most[number], allocated[number]) for size, number in numbers.items()}
+
+    def _count(self, segment: _Segment, number_of: list[int], sizes: int) -> list[tuple[int, int, int, int]]:
+        """Of every size in a segment: its number, growth, peak and allocations."""
+        net, peak, allocations = ([0] * sizes for _ in range(3))
+        outside = segment.layer is None
+        last = set(segment.last)
+        for event in self.tape.log[segment.start : segment.end]:
+            if event >= 0:
+                number = number_of[event]
+                allocations[number] += 1
+                net[number] = now = net[number] + 1
+                if now > peak[number]:
+                    peak[number] = now
+            elif outside:
+                net[number_of[~event]] -= self.repeated.get(~event, 1)
+            elif ~event not in last:
+                net[number_of[~event]] -= 1
+        return [found for found in zip(range(sizes), net, peak, allocations) if found[1] or found[3]]
+
+
+def unroll(tape: Tape, stacks: Stacks) -> Unrolled:
+    """Lay out the whole model's log, from a tape on which each kind of layer ran once."""
     segments = _segments(tape)
     repeated = _measure(tape, segments, _multiplicities(stacks))
-    peaks: dict[str, Moment] = {}
-    best: dict[str, tuple[int, _Segment, list[int]]] = {}
-    total = 0
-    parts = [0] * len(COMPONENTS)
-    saved = Moment()
-    forward_flops = backward_flops = 0
-    runs = _runs(segments, stacks)
-    final = {id(segment): i for i, (segment, _) in enumerate(runs) if segment.last}
-    for position, (segment, count) in enumerate(runs):
-        if segment.phase == "backward" and not saved.total:
-            saved = Moment(total, list(parts))
-        # Repetitions rise or fall evenly, so the highest is the first or the last.
-        highest = count - 1 if segment.net > 0 else 0
-        height = total + highest * segment.net + segment.peak
-        found = best.get(segment.phase)
-        if found is None or height > found[0]:
-            before = [size + highest * net for size, net in zip(parts, segment.parts)]
-            best[segment.phase] = (height, segment, before)
-        total += count * segment.net
-        for i, size in enumerate(segment.parts):
-            parts[i] += count * size
-        if segment.last and final[id(segment)] == position:
-            for storage in segment.last:
-                total -= tape.sizes[storage]
-                parts[tape.components[storage]] -= tape.sizes[storage]
-        if segment.phase == "backward":
-            backward_flops += count * segment.flops
-        else:
-            forward_flops += count * segment.flops
-    for phase, (height, segment, before) in best.items():
-        peaks[phase] = Moment(height, _at_peak(tape, segment, before, repeated))
-    if not saved.total:
-        saved = Moment(total, list(parts))
-    return StepProfile(peaks, saved, Moment(total, parts), forward_flops, backward_flops)
+    return Unrolled(tape, _runs(segments, stacks), repeated)
 
 
 def _multiplicities(stacks: Stacks) -> dict[LayerKey, int]:
@@ -161,13 +209,6 @@ def _measure(tape: Tape, segments: list[_Segment], multiplicity: dict[LayerKey, 
     return repeated
 
 
-def _keepers(made: LayerKey | None, keeper: LayerKey | None, multiplicity: dict[LayerKey, int]) -> int:
-    """How many storages a kept one stands for: the keeper keeps its own, or the output of the layer before it."""
-    if made is None or keeper is None or made[0] != keeper[0]:
-        return 1
-    return multiplicity[keeper]
-
-
 def _at_peak(tape: Tape, segment: _Segment, before: list[int], repeated: dict[int, int]) -> list[int]:
     """The composition at the segment's peak."""
     parts = list(before)
@@ -209,35 +250,4 @@ def _runs(segments: list[_Segment], stacks: Stacks) -> list[tuple[_Segment, int]
         backward = segments[i - 1].phase == "backward"
         order = reversed(stacks[stack]) if backward else stacks[stack]
         result += [(made[index], len(list(same))) for index, same in groupby(order)]
-    return result
-
-
-def size_counts(tape: Tape, stacks: Stacks) -> dict[int, tuple[int, int]]:
-    """For every size of tensor in the whole model's log: the most alive at one time, and how many are allocated."""
-    segments = _segments(tape)
-    repeated = _measure(tape, segments, _multiplicities(stacks))
-    sizes, log = tape.sizes, tape.log
-    counts: dict[int, dict[int, list[int]]] = {}  # segment -> size -> net, peak, allocations
-    for segment in segments:
-        found = counts[id(segment)] = {}
-        outside = segment.layer is None
-        for event in log[segment.start : segment.end]:
-            tensor = event if event >= 0 else ~event
-            count = found.setdefault(sizes[tensor], [0, 0, 0])
-            if event >= 0:
-                count[0] += 1
-                count[2] += 1
-                if count[0] > count[1]:
-                    count[1] = count[0]
-            else:
-                count[0] -= repeated.get(tensor, 1) if outside else int(tensor not in segment.last)
-    live: dict[int, int] = {}
-    result: dict[int, tuple[int, int]] = {}
-    for segment, repeats in _runs(segments, stacks):
-        for size, (net, peak, allocations) in counts[id(segment)].items():
-            before = live.get(size, 0)
-            most, number = result.get(size, (0, 0))
-            highest = before + (repeats - 1) * net if net > 0 else before
-            result[size] = (max(most, highest + peak), number + repeats * allocations)
-            live[size] = before + repeats * net
     return result

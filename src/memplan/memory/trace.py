@@ -4,50 +4,69 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from memplan.memory.allocator import CachingAllocator, SizeClass, TraceSummary, reserved_upper_bound
 from memplan.memory.optimizers import Optimizer, clip_grad_norm
+from memplan.specs.training import AllocatorSpec
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import Parameter
+from memplan.units import MiB
 
 STEPS = 2
 """Training steps of a trace: the first makes the optimizer states, the second is like all that follow."""
 
 
-@dataclass(slots=True)
-class Trace:
-    """Allocations and frees in the order of time, cut into sections that carry a phase's name."""
+def configured(conf: AllocatorSpec, limit: int | None = None) -> CachingAllocator:
+    """Return an empty allocator with the settings of ``PYTORCH_ALLOC_CONF``."""
+    return CachingAllocator(
+        expandable_segments=conf.expandable_segments,
+        roundup_power2_divisions=conf.roundup_power2_divisions,
+        max_split_size=conf.max_split_size_mb * MiB if conf.max_split_size_mb is not None else None,
+        max_non_split_rounding_size=conf.max_non_split_rounding_mb * MiB,
+        large_segment_size=conf.large_segment_size_mb * MiB,
+        limit=limit,
+    )
 
-    sizes: list[int] = field(default_factory=list)
-    sections: list[tuple[str, list[int]]] = field(default_factory=list)
 
-    def begin(self, phase: str) -> None:
-        """Further events belong to ``phase``."""
-        self.sections.append((phase, []))
+class _Replay:
+    """A caching allocator that logs are played on, and its peaks in every phase."""
 
-    def allocate(self, nbytes: int) -> int:
-        """A new tensor; returns its number."""
-        self.sizes.append(nbytes)
-        self.sections[-1][1].append(len(self.sizes) - 1)
-        return len(self.sizes) - 1
+    def __init__(self, conf: AllocatorSpec) -> None:
+        self.allocator = configured(conf)
+        self.peaks: dict[str, int] = {}
 
-    def free(self, tensors: Iterable[int]) -> None:
-        """Free the tensors, in that order."""
-        self.sections[-1][1].extend(~i for i in tensors)
+    def run(
+        self, phase: str, log: Sequence[int], sizes: Sequence[int], addresses: list[int] | None = None
+    ) -> list[int]:
+        """Play a log, or a further part of one, and return where its tensors lie."""
+        malloc, free = self.allocator.malloc, self.allocator.free
+        if addresses is None:
+            addresses = [0] * len(sizes)
+        self.allocator.reset_peak()
+        for event in log:
+            if event >= 0:
+                addresses[event] = malloc(sizes[event])
+            else:
+                free(addresses[~event])
+        self.peaks[phase] = max(self.peaks.get(phase, 0), self.allocator.peak_allocated)
+        return addresses
 
-    def append(self, log: Sequence[int], sizes: Sequence[int], cuts: Sequence[tuple[str, int]]) -> list[int]:
-        """Add a tape's log; ``cuts`` are (phase, position). Returns the tensors that it leaves alive."""
-        offset = len(self.sizes)
-        self.sizes.extend(sizes)
-        shifted = [e + offset if e >= 0 else e - offset for e in log]
-        ends = [position for _, position in cuts[1:]] + [len(log)]
-        for (phase, start), end in zip(cuts, ends):
-            self.begin(phase)
-            self.sections[-1][1].extend(shifted[start:end])
-        alive = {e for e in shifted if e >= 0}
-        alive.difference_update(~e for e in shifted if e < 0)
-        return sorted(alive)
+    def allocate(self, phase: str, sizes: Sequence[int]) -> list[int]:
+        """Allocate tensors that stay, and return where they lie."""
+        return self.run(phase, range(len(sizes)), sizes)
+
+    def free(self, addresses: Iterable[int]) -> None:
+        """Free what lies there, in that order."""
+        for address in addresses:
+            self.allocator.free(address)
+
+
+def _left_alive(log: Sequence[int]) -> list[int]:
+    """The tensors that a log allocates and does not free, in the order of their allocation."""
+    alive = {event for event in log if event >= 0}
+    alive.difference_update(~event for event in log if event < 0)
+    return sorted(alive)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,57 +117,39 @@ def replay_steps(
     micro_batches: Sequence[Tape],
     optimizer: Optimizer,
     workspaces: Sequence[int],
+    conf: AllocatorSpec | None = None,
 ) -> Replayed:
     """Load the weights, run two steps and report the peaks.
 
     ``held`` are further sizes held throughout (buffers, DDP's buckets); ``micro_batches`` are the tapes of a step's
     micro-batches; ``workspaces`` are cuBLAS's, the first taken in forward, the others in backward.
     """
-    trace = Trace()
-    trace.begin("load")
-    for p in parameters:
-        trace.allocate(p.nbytes)
-    for nbytes in held:
-        trace.allocate(nbytes)
+    replay = _Replay(conf or AllocatorSpec())
+    replay.allocate("load", [*(p.nbytes for p in parameters), *held])
     trainable = [p for p in parameters if p.node is not None]
     if optimizer.made_at_construction:
-        for p in trainable:
-            for nbytes in optimizer.state_bytes(p):
-                trace.allocate(nbytes)
+        replay.allocate("load", [nbytes for p in trainable for nbytes in optimizer.state_bytes(p)])
+    replay.allocate("first_step", workspaces)
+    clipping = [(nbytes, count) for nbytes, count in clip_grad_norm([(p, 1) for p in trainable], optimizer.rules)]
+    left = [_left_alive(tape.log) for tape in micro_batches]
     for step in range(STEPS):
         gradients: list[int] = []
         inputs: list[int] = []
         for number, tape in enumerate(micro_batches):
-            if step == 0 and number == 0:
-                trace.begin("first_step")
-                for nbytes in workspaces:
-                    trace.allocate(nbytes)
+            addresses: list[int] | None = None
             places = cuts(tape)
-            if step == 0:
-                places = [("first_step", position) for _, position in places]
-            for tensor in trace.append(tape.log, tape.sizes, places):
-                # Inputs are allocated first; whatever else is left is a gradient.
-                (inputs if number or len(inputs) < tape.input_count else gradients).append(tensor)
+            for (phase, start), end in zip(places, [*(position for _, position in places[1:]), len(tape.log)]):
+                addresses = replay.run(phase if step else "first_step", tape.log[start:end], tape.sizes, addresses)
+            assert addresses is not None
+            alive = [addresses[tensor] for tensor in left[number]]
+            # Inputs are allocated first; whatever else is left is a gradient, made by the first micro-batch.
+            kept = len(alive) if number else tape.input_count
+            inputs += alive[:kept]
+            gradients += alive[kept:]
         phase = "step" if step else "first_step"
-        trace.begin(phase)
-        clipping = clip_grad_norm([(p, 1) for p in trainable], optimizer.rules)
-        trace.free([trace.allocate(nbytes) for nbytes, count in clipping for _ in range(count)])
+        replay.free(replay.allocate(phase, [nbytes for nbytes, count in clipping for _ in range(count)]))
         stepped = optimizer.step(first=step == 0)
-        trace.append(stepped.log, stepped.sizes, [(phase, 0)])
-        trace.free(gradients)
-        trace.free(inputs)
-    allocator = CachingAllocator()
-    peaks: dict[str, int] = {}
-    reserved = 0
-    addresses = [0] * len(trace.sizes)
-    malloc, free, sizes = allocator.malloc, allocator.free, trace.sizes
-    for phase, events in trace.sections:
-        allocator.reset_peak()
-        for event in events:
-            if event >= 0:
-                addresses[event] = malloc(sizes[event])
-            else:
-                free(addresses[~event])
-        peaks[phase] = max(peaks.get(phase, 0), allocator.peak_allocated)
-        reserved = max(reserved, allocator.peak_reserved)
-    return Replayed(peaks, reserved)
+        replay.run(phase, stepped.log, stepped.sizes)
+        replay.free(gradients)
+        replay.free(inputs)
+    return Replayed(replay.peaks, replay.allocator.peak_reserved)

@@ -95,6 +95,10 @@ def setup_facts(estimate: Estimate) -> str:
         parts.append("checkpointing")
     if task == "train" and option(estimate, "lora_rank"):
         parts.append(f"LoRA rank {option(estimate, 'lora_rank')}")
+    if option(estimate, "eval_batch_size"):
+        parts.append(f"evaluation of {option(estimate, 'eval_batch_size')}")
+    if option(estimate, "alloc_conf"):
+        parts.append(str(option(estimate, "alloc_conf")))
     return ", ".join(parts)
 
 
@@ -103,7 +107,8 @@ def precision_facts(estimate: Estimate) -> str:
     training = _task(estimate) == "train"
     dtype = str(option(estimate, "dtype"))
     mixed = _PRECISION.get(str(option(estimate, "mixed_precision")), "") if training else ""
-    parts = [dtype + mixed, option(estimate, "quantization"), option(estimate, "attn")]
+    quantization = option(estimate, "quantization")
+    parts = [dtype + mixed, quantization if quantization != "none" else None, option(estimate, "attn")]
     if training:
         parts += [option(estimate, "optim"), "Liger" if option(estimate, "liger") else None]
     return ", ".join(str(part) for part in parts if part)

@@ -30,17 +30,25 @@ def resolve_precision(
     Mixed precision defaults to bf16, on a GPU without it to fp16; the dtype to float32, under DeepSpeed
     to the 16-bit type of mixed precision. ``auto`` is ``checkpoint_dtype``.
 
-    Raises SpecError for ``auto`` without a checkpoint dtype, and for float16 weights under fp16 mixed
+    Raises SpecError for ``auto`` without a checkpoint dtype, and for training float16 weights under fp16 mixed
     precision outside DeepSpeed, which ``torch.amp.GradScaler`` refuses ("Attempting to unscale FP16 gradients").
     """
     mixed = training.mixed_precision
     if mixed is None:
         mixed = "fp16" if gpu is not None and not gpu.supports_bf16 else "bf16"
     dtype = _dtype(training, strategy, mixed, checkpoint_dtype)
-    if training.task == "train" and dtype == "float16" and mixed == "fp16" and not strategy.is_deepspeed:
+    if dtype == "float16" and mixed == "fp16" and not strategy.is_deepspeed and _trains_loaded_dtype(training):
         remedy = "Use dtype float32, mixed precision bf16 or no, or a zero strategy."
         raise SpecError.at("dtype", dtype, "cannot be trained under mixed precision fp16", remedy)
     return Precision(dtype, mixed)
+
+
+def _trains_loaded_dtype(training: TrainingSpec) -> bool:
+    """Whether a weight is trained in the dtype that the model is loaded in; PEFT's adapters are float32 by default."""
+    lora, quantization = training.lora, training.quantization
+    if training.task != "train" or (quantization is not None and quantization.prepare_for_kbit_training):
+        return False
+    return lora is None or not lora.autocast_adapter_dtype or bool(lora.modules_to_save)
 
 
 def _dtype(training: TrainingSpec, strategy: Strategy, mixed: MixedPrecision, checkpoint_dtype: Dtype | None) -> Dtype:

@@ -7,9 +7,18 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BeforeValidator, field_validator, model_validator
 
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
-from memplan.specs._base import Names, PositiveInt, Probability, Spec
+from memplan.specs._base import Names, NonNegativeInt, PositiveInt, Probability, Spec
 
-__all__ = ["KNOWN_OPTIMIZERS", "OPTIMIZERS", "UNMODELLED_OPTIMIZERS", "LoraSpec", "QuantizationSpec", "TrainingSpec"]
+__all__ = [
+    "KNOWN_OPTIMIZERS",
+    "OPTIMIZERS",
+    "PEFT_TYPES",
+    "UNMODELLED_OPTIMIZERS",
+    "AllocatorSpec",
+    "LoraSpec",
+    "QuantizationSpec",
+    "TrainingSpec",
+]
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 MixedPrecision: TypeAlias = Literal["no", "bf16", "fp16"]
@@ -118,6 +127,99 @@ class QuantizationSpec(Spec):
     """``bnb_4bit_compute_dtype``; None is the mixed-precision type of the run, or else its dtype."""
 
 
+class AllocatorSpec(Spec):
+    """What ``PYTORCH_ALLOC_CONF`` sets, by torch's names; text such as ``expandable_segments:True`` will do."""
+
+    expandable_segments: bool = False
+    """Segments grow, so that hardly anything is lost between blocks."""
+    max_split_size_mb: PositiveInt | None = None
+    """Blocks above this many MiB are not split."""
+    max_non_split_rounding_mb: PositiveInt = 20
+    """MiB by which an unsplit block may exceed its request."""
+    roundup_power2_divisions: NonNegativeInt = 0
+    """Round requests up to steps of a power of two; 0 does not. One number for all sizes."""
+    large_segment_size_mb: PositiveInt = 20
+    """MiB of the segments that requests of 1 to 10 MiB share."""
+
+    @model_validator(mode="after")
+    def _torch_takes_it(self) -> AllocatorSpec:
+        least = 21  # CUDAAllocatorConfig: max_split_size_mb must be larger than a large segment of 20 MiB
+        if self.max_split_size_mb is not None and self.max_split_size_mb < least:
+            raise SpecError.at(
+                "max_split_size_mb", self.max_split_size_mb, "is refused by torch", f"Use {least} or more."
+            )
+        divisions = self.roundup_power2_divisions
+        if divisions & (divisions - 1):
+            raise SpecError.at("roundup_power2_divisions", divisions, "is not a power of 2", "Use 0, 1, 2, 4, 8 or 16.")
+        if self.large_segment_size_mb < 10:
+            remedy = "Use 10 or more."
+            raise SpecError.at("large_segment_size_mb", self.large_segment_size_mb, "is too small to be shared", remedy)
+        return self
+
+
+_NO_GPU_MEMORY = frozenset(
+    {
+        "release_lock_on_cudamalloc",
+        "pinned_use_cuda_host_register",
+        "pinned_num_register_threads",
+        "pinned_use_background_threads",
+    }
+)
+"""Settings of the allocator that change no byte on a GPU."""
+_UNMODELLED_SETTINGS = frozenset(
+    {"garbage_collection_threshold", "per_process_memory_fraction", "graph_capture_record_stream_reuse", "backend"}
+)
+
+
+def _alloc_conf(value: object) -> object:
+    """The text of the environment variable as a mapping."""
+    if not isinstance(value, str):
+        return value
+    settings: dict[str, object] = {}
+    for pair in filter(None, (part.strip() for part in value.split(","))):
+        name, colon, setting = (part.strip() for part in pair.partition(":"))
+        if not colon or not setting:
+            raise SpecError.at("", value, "is not what PYTORCH_ALLOC_CONF takes", "Write NAME:VALUE,NAME:VALUE.")
+        if name in _UNMODELLED_SETTINGS and pair.replace(" ", "") != "backend:native":
+            raise UnsupportedError(f"alloc_conf: {pair!r} is not modelled. Leave it out.")
+        if name not in _NO_GPU_MEMORY and name != "backend":
+            settings[name] = _setting(name, setting)
+    return settings
+
+
+def _setting(name: str, setting: str) -> object:
+    if setting.lower() in ("true", "false"):
+        return setting.lower() == "true"
+    if setting.isascii() and setting.isdigit():
+        return int(setting)
+    raise SpecError.at(name, setting, "is not a number, True or False", "Write it as torch does.")
+
+
+PEFT_TYPES: frozenset[str] = frozenset(
+    {
+        *("adalora", "adamss", "adaption_prompt", "beft", "boft", "c3a", "cartridge", "cpt", "deft", "delora"),
+        *("fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3", "lily", "ln_tuning", "loha", "lokr", "miss"),
+        *("multitask_prompt_tuning", "oft", "osf", "p_tuning", "peanut", "poly", "prefix_tuning", "prompt_tuning"),
+        *("psoft", "pvera", "randlora", "road", "shadow", "shira", "supertuning", "tinylora", "trainable_tokens"),
+        *("unilora", "vblora", "vera", "waveft", "xlora"),
+    }
+)
+"""PEFT's methods (``PeftType``, 0.21) besides LoRA."""
+
+
+def _peft_type(value: object) -> object:
+    name = value.lower().replace("-", "_") if isinstance(value, str) else value
+    if name in PEFT_TYPES:
+        # Not a ValueError, so it leaves the validation as it is.
+        raise UnsupportedError(
+            f"peft_type: {value!r} is not modelled. Use lora, or trace the adapted module in Python: "
+            "memplan.estimate(peft_model)."
+        )
+    if name is not None and name != "lora":
+        raise SpecError.at("", value, "is not a method of PEFT", did_you_mean(str(value), ["lora", *PEFT_TYPES]))
+    return name
+
+
 def _quantization(value: object) -> object:
     """``"nf4"`` is short for its kind, and kind none is no quantization."""
     kind = (
@@ -162,10 +264,17 @@ class TrainingSpec(Spec):
     """Resize the token embeddings to this; None keeps the config's."""
     eval_batch_size: PositiveInt | None = None
     """``per_device_eval_batch_size``; None is a run without evaluation."""
+    eval_accumulation_steps: PositiveInt | None = None
+    """Batches whose logits stay on the GPU in evaluation, with ``compute_metrics``; None is the Trainer's evaluation
+    without it, which keeps the losses only."""
+    peft_type: Annotated[Literal["lora"] | None, BeforeValidator(_peft_type)] = None
+    """PEFT's method: lora, which ``lora`` describes. The others are refused by name."""
     lora: LoraSpec | None = None
     """Train adapters, with the model frozen."""
     quantization: Annotated[QuantizationSpec | None, BeforeValidator(_quantization)] = None
     """Quantize the frozen weights; a kind alone, as text, will do."""
+    alloc_conf: Annotated[AllocatorSpec | None, BeforeValidator(_alloc_conf)] = None
+    """``PYTORCH_ALLOC_CONF``; None is torch's default."""
     task: Literal["train", "load", "generate"] = "train"
     """What the run does."""
     device_map: DeviceMap | None = None
@@ -182,6 +291,11 @@ class TrainingSpec(Spec):
     def _combinations(self) -> TrainingSpec:
         if self.max_new_tokens is not None and self.task != "generate":
             raise SpecError.at("max_new_tokens", self.max_new_tokens, f"has no use in task {self.task}", _TASK)
+        if self.eval_accumulation_steps is not None and self.eval_batch_size is None:
+            problem, remedy = "has no evaluation to accumulate over", "Give eval_batch_size too."
+            raise SpecError.at("eval_accumulation_steps", self.eval_accumulation_steps, problem, remedy)
+        if self.peft_type == "lora" and self.lora is None:
+            raise SpecError.at("peft_type", self.peft_type, "needs a rank", "Give lora a rank.")
         if self.device_map is not None and self.task == "train":
             remedy = "Use task load or generate; to train on several GPUs choose a strategy."
             raise SpecError.at(

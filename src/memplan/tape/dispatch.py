@@ -42,7 +42,8 @@ class DeviceRules:
             out = t.new_like(x, "dropout")
             t.save(node, t.new(x.shape, bool_, "dropout_mask"))
             return out
-        t.save(node, t.new_like(x, "dropout_noise"))
+        noise = t.new_like(x, "dropout_noise")
+        t.save(node, noise)
         return t.new_like(x, "dropout")
 
     def layer_norm_stats(self, x: DType, weight: DType) -> DType:

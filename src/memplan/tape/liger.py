@@ -41,7 +41,7 @@ def _rms_norm_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     grad = _contiguous(grad)
     needs_weight = node.edges[1] is not None
     rows = t.new((t.rules.multiprocessors, *weight.shape), float32, "liger_dW_rows") if needs_weight else None
-    gx = grad if node.ctx else t.new_like(grad, "liger_rms_norm_backward")
+    gx = _view(grad if node.ctx else t.new_like(grad, "liger_rms_norm_backward"))
     if rows is None:
         return gx, None
     gw = t.new(weight.shape, float32, "liger_dW")
@@ -64,7 +64,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 def _gated_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     grad = _contiguous(grad)
-    return saved[0], saved[1]
+    return _view(saved[0]), _view(saved[1])
 
 
 def rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,15 +84,22 @@ def rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 def _rotary_backward(t: Tape, node: Node, grads: list[Tensor | None], saved: Any) -> Grads:
     """A result that was not used has zeros for a gradient."""
     known = next(grad for grad in grads if grad is not None)
-    return [
-        _rotated(t.new(shape, known.dtype, "zeros") if grad is None else grad) for grad, shape in zip(grads, node.ctx)
+    grads = [
+        t.new(shape, known.dtype, "zeros") if grad is None else grad
+        for grad, shape in zip(grads, node.ctx, strict=True)
     ]
+    return [_view(_rotated(grad)) for grad in grads if grad is not None]
 
 
 def _rotated(x: Tensor) -> Tensor:
     """x itself, written over, or a copy of it that lies in memory as [B, S, H, D]."""
     by_position = ops.transpose(ops.detach(x), 1, 2)
     return ops.transpose(ops.contiguous(by_position), 1, 2)
+
+
+def _view(grad: Tensor) -> Tensor:
+    """A gradient that a Function gives back as a view of what it has written into."""
+    return Tensor(grad.shape, grad.strides, grad.dtype, grad.storage, is_view=True)
 
 
 def _contiguous(x: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def _reshape_nograd(t: Tape, x: Tensor, shape: Shape) -> Tensor:
     strides = viewed_strides(x.shape, x.strides, shape)
     if strides is None:
         return t.new(shape, x.dtype, "reshape_copy")
-    return Tensor(shape, strides, x.dtype, x.storage)
+    return Tensor(shape, strides, x.dtype, x.storage, is_view=True)
 
 
 def _infer(x: Tensor, shape: Shape) -> Shape:
@@ -99,7 +99,7 @@ def _transpose_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     shape, strides = list(grad.shape), list(grad.strides)
     shape[a], shape[b] = shape[b], shape[a]
     strides[a], strides[b] = strides[b], strides[a]
-    return (Tensor(tuple(shape), tuple(strides), grad.dtype, grad.storage),)
+    return (Tensor(tuple(shape), tuple(strides), grad.dtype, grad.storage, is_view=True),)
 
 
 def permute(x: Tensor, *dims: int) -> Tensor:
@@ -110,11 +110,8 @@ def permute(x: Tensor, *dims: int) -> Tensor:
 
 def _permute_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     inverse = sorted(range(len(node.ctx)), key=lambda i: node.ctx[i] % len(node.ctx))
-    return (
-        Tensor(
-            tuple(grad.shape[d] for d in inverse), tuple(grad.strides[d] for d in inverse), grad.dtype, grad.storage
-        ),
-    )
+    shape, strides = (tuple(of[d] for d in inverse) for of in (grad.shape, grad.strides))
+    return (Tensor(shape, strides, grad.dtype, grad.storage, is_view=True),)
 
 
 def unsqueeze(x: Tensor, dim: int) -> Tensor:
@@ -618,7 +615,7 @@ def _sum_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
         strides[dim] = 0
     else:
         strides.insert(dim, 0)
-    return (Tensor(shape, tuple(strides), grad.dtype, grad.storage),)
+    return (Tensor(shape, tuple(strides), grad.dtype, grad.storage, is_view=True),)
 
 
 def clamp_(x: Tensor) -> Tensor:
@@ -704,7 +701,7 @@ def _matmul_weight(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, n_ou
             _linear_backward,
             (x, weight, bias),
             (x if weight.node is not None else None, weight if x.node is not None else None),
-            (x.shape, weight.shape, weight.strides, n_out, n_in, rows, x.dtype),
+            (x.shape, weight.shape, weight.strides, n_out, n_in, rows, x.dtype, name == "linear"),
         )
     t.flops += 2 * rows * n_in * n_out
     out = t.new((*lead, n_out), x.dtype, name)
@@ -713,7 +710,7 @@ def _matmul_weight(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, n_ou
 
 
 def _linear_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
-    x_shape, w_shape, w_strides, n_out, n_in, rows, dtype = node.ctx
+    x_shape, w_shape, w_strides, n_out, n_in, rows, dtype, transposed = node.ctx
     if not is_contiguous(grad.shape, grad.strides):
         grad = _reshape_nograd(t, grad, (rows, n_out))
     gx = gw = gb = None
@@ -728,6 +725,10 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
         gx = t.new(x_shape, dtype, "linear_grad_input")
     if node.edges[2] is not None:
         gb = t.new((n_out,), dtype, "linear_grad_bias")
+    if gx is not None:  # both are views of products of matrices
+        gx.is_view = len(x_shape) > 2
+    if gw is not None:
+        gw.is_view = transposed
     return gx, gw, gb
 
 
@@ -970,7 +971,7 @@ def cat(tensors: Sequence[Tensor], dim: int = -1) -> Tensor:
 
 def _cat_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     return [
-        _sum_to(t, Tensor(shape, grad.strides, grad.dtype, grad.storage), shape, dtype)
+        _sum_to(t, Tensor(shape, grad.strides, grad.dtype, grad.storage, is_view=True), shape, dtype)
         if node.edges[i] is not None
         else None
         for i, (shape, dtype) in enumerate(node.ctx)
@@ -988,7 +989,7 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _stack_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
-    view = Tensor(grad.shape[:-1], grad.strides[:-1], grad.dtype, grad.storage)
+    view = Tensor(grad.shape[:-1], grad.strides[:-1], grad.dtype, grad.storage, is_view=True)
     return [view if edge is not None else None for edge in node.edges]
 
 

@@ -458,13 +458,16 @@ class Tape:
             for grad in target.grads or ():
                 if grad is not None:
                     self.flowing.add(grad.storage.id)
+                    if self.components[grad.storage.id] == ACTIVATION:
+                        # Written over what was saved, but it stands for the gradients of layers where that is not so.
+                        self.tag(grad, TEMPORARY)
 
     def _accumulate(self, buffer: list[Any], slot: int, results: list[Any], i: int) -> None:
         """InputBuffer::accumulate: into the old gradient if nobody else holds it, else into a new tensor."""
-        if self.accumulate_in_place and (_owners(buffer, slot) == _SOLE_OWNER):
+        old = buffer[slot]
+        if self.accumulate_in_place and not old.is_view and _owners(buffer, slot, 1) == _SOLE_OWNER:
             results[i] = None
             return
-        old = buffer[slot]
         buffer[slot] = self.new(
             old.shape, promote(old.dtype, results[i].dtype), "accumulate", dense_like(old.shape, old.strides)
         )
@@ -478,10 +481,19 @@ class Tape:
         if sink.accumulated:
             return  # added in place to the gradient that is there
         grad = buffer[0]
-        if _owners(buffer, 0, 1) != _SOLE_OWNER or grad.strides != sink.strides:
+        # A view is kept too, and with it all of the storage it looks at.
+        if _owners(buffer, 0, 1)[0] != _SOLE_OWNER[0] or not _obeys_layout(grad, sink):
             grad = self.new(sink.shape, grad.dtype, "clone_grad")
         self.components[grad.storage.id] = GRADIENT
         sink.grad = grad
+
+
+def _obeys_layout(grad: Tensor, sink: AccumulateGrad) -> bool:
+    """obeys_layout_contract in autograd/utils/grad_layout_contract.h: strides matter where there is more than one."""
+    if grad.strides == sink.strides:
+        return True
+    same = zip(grad.shape, grad.strides, sink.strides, strict=True)
+    return all(stride == wanted if size != 1 else stride != 0 for size, stride, wanted in same)
 
 
 def _detached(x: Tensor) -> Tensor:

@@ -181,9 +181,12 @@ class Persistent:
 
 
 class Tensor:
-    """A symbolic tensor. ``node`` is None where no gradient flows; ``slot`` is the output index at that node."""
+    """A symbolic tensor. ``node`` is None where no gradient flows; ``slot`` is the output index at that node.
 
-    __slots__ = ("dtype", "node", "shape", "slot", "storage", "strides")
+    ``is_view`` says of a gradient that torch knows a base of it, which keeps the engine from adding into it.
+    """
+
+    __slots__ = ("dtype", "is_view", "node", "shape", "slot", "storage", "strides")
 
     def __init__(
         self,
@@ -193,6 +196,7 @@ class Tensor:
         storage: Storage | Persistent,
         node: Node | AccumulateGrad | None = None,
         slot: int = 0,
+        is_view: bool = False,
     ) -> None:
         self.shape = shape
         self.strides = strides
@@ -200,6 +204,7 @@ class Tensor:
         self.storage = storage
         self.node = node
         self.slot = slot
+        self.is_view = is_view
 
     def __repr__(self) -> str:
         return f"Tensor({'x'.join(map(str, self.shape))}, {self.dtype})"

@@ -1,0 +1,381 @@
+"""Traces extrapolated from a few layers, against traces of all layers and against the architecture files."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.oracles.families import CONFIGS
+from torch import nn
+from torch.nn import functional
+
+from memplan import api, estimator
+from memplan.catalog.gpus import find_gpu
+from memplan.errors import SpecError, UnsupportedError
+from memplan.introspect import extrapolate
+from memplan.introspect.recording import same_log
+from memplan.results import Estimate
+from memplan.specs.hardware import ClusterSpec
+from memplan.specs.model import ModelSpec
+from memplan.specs.software import SoftwareSpec
+from memplan.specs.strategy import Strategy
+from memplan.specs.training import TrainingSpec
+
+GPU = "A100-80GB"
+SHORT = TrainingSpec(micro_batch_size=2, seq_len=96)
+
+
+def deep(family: str, depth: int, **changes: Any) -> dict[str, Any]:
+    """A small config of the family with ``depth`` layers."""
+    config = {**next(iter(CONFIGS[family].values())), **changes}
+    names = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
+    return config | {name: depth for name in names if name in config}
+
+
+def resolved(config: dict[str, Any], training: TrainingSpec = SHORT, gpu: str = GPU) -> estimator.Setup:
+    spec = ModelSpec(
+        id="m", model_type=config["model_type"], architecture=config["architectures"][0], config=config, source="test"
+    )
+    return estimator.resolve(spec, training, ClusterSpec(gpu=find_gpu(gpu)), Strategy(), SoftwareSpec())
+
+
+def how(result: Estimate) -> str:
+    """What the assumption says of the trace."""
+    return next(assumption.source for assumption in result.assumptions if assumption.name == "trace")
+
+
+def phases(result: Estimate) -> dict[str, int]:
+    return {phase.name: phase.allocated for phase in result.gpu.phases}
+
+
+# -- which layers stand for which
+
+
+def test_templates_have_equal_neighbours_and_the_ends_stand_for_themselves() -> None:
+    kinds = "dddmmmmmmmm"
+    assert extrapolate.templates(kinds, 6) is None  # nothing between a first and a last m
+    assert extrapolate.templates(kinds, 7) == [0, 1, 2, 3, 4, 4, 4, 4, 4, 5, 6]
+
+
+@given(st.lists(st.sampled_from("ab"), min_size=3, max_size=20), st.integers(2, 20))
+def test_templates_are_of_the_same_kind_as_what_they_stand_for(kinds: list[str], short: int) -> None:
+    found = extrapolate.templates(kinds, min(short, len(kinds)))
+    if found is not None:
+        assert [kinds[i] for i in found] == kinds
+        assert max(found) < short
+        for here, there in itertools.pairwise(found):
+            # Whoever is looked for next door is there: the neighbour's template is of the neighbour's kind.
+            assert kinds[here + 1] == kinds[there] if here + 1 < short else there == short - 1
+
+
+# -- against traces of all layers
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "training"),
+    [
+        ("llama", {}, {}),
+        ("llama", {}, {"gradient_checkpointing": True, "attn": "eager", "packed": False}),
+        ("llama", {}, {"lora": {"rank": 8}, "grad_accum_steps": 2, "eval_batch_size": 3}),
+        ("gpt2", {}, {"dtype": "bfloat16", "mixed_precision": "no"}),
+        ("mixtral", {}, {}),
+        ("gemma3_text", {"num_hidden_layers": 34}, {}),
+        ("deepseek_v3", {"first_k_dense_replace": 3}, {}),
+        ("t5", {}, {}),
+        ("t5", {}, {"gradient_checkpointing": True}),
+        ("vit", {}, {}),
+    ],
+)
+def test_the_extrapolated_log_is_the_log_of_all_layers(
+    family: str, changes: dict[str, Any], training: dict[str, Any]
+) -> None:
+    tracing = extrapolate._tracing(resolved(deep(family, 20) | changes, SHORT.replace(**training)))
+    stacks = extrapolate._find_stacks(tracing.model)
+    assert all(sum(stack.lengths) < stack.depth for stack in stacks)
+    short = extrapolate._extrapolated(tracing, stacks)
+    full = extrapolate._in_full(tracing, stacks)
+    assert short is not None
+    assert short.keys() == full.keys()
+    for name in full:
+        assert same_log(short[name], full[name]), name
+
+
+# -- against the architecture files
+
+
+@pytest.mark.parametrize("gpu", ["cpu", GPU, "T4", "H100-80GB"])
+@pytest.mark.parametrize(
+    ("family", "training"),
+    [
+        ("llama", {}),
+        ("gpt2", {"packed": False}),
+        ("falcon", {"grad_accum_steps": 2}),
+        ("t5", {"gradient_checkpointing": True, "attn": "eager"}),
+    ],
+)
+def test_a_trace_says_what_the_architecture_file_says(family: str, training: dict[str, Any], gpu: str) -> None:
+    config, asked = deep(family, 16), SHORT.replace(**training)
+    traced, written = api.estimate(config, asked, gpu, trace=True), api.estimate(config, asked, gpu)
+    assert "of 16 layers" in how(traced)
+    assert traced.model == written.model
+    assert traced.gpu.steady_allocated == pytest.approx(written.gpu.steady_allocated, rel=2e-4)
+    for name, size in phases(written).items():
+        assert phases(traced)[name] == pytest.approx(size, rel=1e-3), name
+    assert traced.gpu.peak_reserved == pytest.approx(written.gpu.peak_reserved, rel=0.02)
+    assert not any(assumption.name == "written family" for assumption in traced.assumptions)
+
+
+def test_the_8b_model_is_traced_on_a_few_layers() -> None:
+    result = api.estimate(CONFIGS["llama"]["8b"], cluster=GPU, trace=True)
+    written = api.estimate(CONFIGS["llama"]["8b"], cluster=GPU)
+    assert "at 5 and 6 of 32 layers" in how(result)
+    assert result.model.parameters == 8_030_261_248
+    assert result.gpu.steady_allocated == pytest.approx(written.gpu.steady_allocated, rel=1e-5)
+
+
+def test_every_term_of_a_trace_can_be_explained() -> None:
+    result = api.estimate(deep("llama", 16), SHORT, GPU, trace=True, explain=True)
+    assert sum(term.bytes for term in result.explanation) == result.gpu.peak_device
+    assert any(term.name == "activations: sdpa" for term in result.explanation)
+
+
+def test_without_the_replay_reserved_is_a_bound() -> None:
+    config = deep("llama", 16)
+    bound = api.estimate(config, SHORT, GPU, trace=True, replay=False).gpu.peak_reserved
+    assert bound >= api.estimate(config, SHORT, GPU, trace=True).gpu.peak_reserved
+
+
+def test_an_answer_names_the_architecture_file_that_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "DISAGREEMENT", -1.0)
+    result = api.estimate(deep("llama", 2), SHORT, "cpu", trace=True)
+    assumption = result.assumptions[-1]
+    assert assumption.name == "written family"
+    assert assumption.value == api.estimate(deep("llama", 2), SHORT, "cpu").gpu.steady_allocated
+    assert "llama.py" in assumption.source
+
+
+def test_a_family_that_is_not_written_is_traced() -> None:
+    config = deep("llama", 16) | {"model_type": "apertus", "architectures": ["ApertusForCausalLM"]}
+    with pytest.raises(UnsupportedError, match="--trace"):
+        api.estimate(config, SHORT, GPU)
+    result = api.estimate(config, SHORT, GPU, trace=True)
+    assert result.model.parameters > 10**6
+
+
+# -- modules
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, rate: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(rate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.dropout(self.down(functional.gelu(self.up(self.norm(x)))))
+
+
+class Net(nn.Module):
+    def __init__(self, depth: int = 20, width: int = 64, rate: float = 0.0) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(width, rate) for _ in range(depth)))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(self.head(self.blocks(x).mean(1)), labels)
+
+
+class Dense(Net):
+    """Every block sees the sum of all blocks before it, and the head all of them beside each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(20 * 64, 10)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen = []
+        for block in self.blocks:
+            x = block(x)
+            seen.append(x)
+        together = torch.cat([*seen, *[x] * (20 - len(seen))], dim=-1)
+        return functional.cross_entropy(self.head(together.mean(1)), labels)
+
+
+def made(batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
+    return {"x": torch.randn(batch_size, seq_len, 64), "labels": torch.zeros(batch_size, dtype=torch.int64)}
+
+
+def test_a_module_is_traced_with_its_inputs_and_left_as_it_is() -> None:
+    net = Net().eval()
+    before = {name: (tensor, tensor.data_ptr()) for name, tensor in net.state_dict(keep_vars=True).items()}
+    result = api.estimate(net, SHORT, "cpu", inputs=made)
+    assert "at 5 and 6 of 20 layers" in how(result)
+    assert result.model.parameters == sum(p.numel() for p in net.parameters())
+    assert (result.model.id, result.model.source, result.setup["dtype"]) == ("Net", "module", "float32")
+    assert len(net.blocks) == 20
+    assert not net.training
+    assert "forward" not in net.__dict__
+    assert before == {name: (tensor, tensor.data_ptr()) for name, tensor in net.state_dict(keep_vars=True).items()}
+
+
+def test_a_module_keeps_what_it_saves_for_its_backward() -> None:
+    training = TrainingSpec(micro_batch_size=64, seq_len=256, mixed_precision="no")
+    cpu = api.estimate(Net(rate=0.5), training, "cpu", inputs=made).gpu
+    tokens = 64 * 256
+    # Per block and token: the norm's input, mean, rstd and output, up's output and gelu's, and dropout's noise, which
+    # on a CPU is as wide as the block. The first norm's input is the batch, beside its labels.
+    saved = 20 * tokens * 4 * (64 + 1 + 1 + 64 + 256 + 256 + 64) + 64 * 8
+    head = 64 * 64 * 4 + 2 * 64 * 10 * 4 + 2 * 512  # the mean; logits and their logarithm; the loss and its weight
+    states = cpu.components.weights + cpu.components.optimizer
+    assert {phase.name: phase.allocated for phase in cpu.phases}["loss"] == states + saved + head
+    # CUDA's mask has a byte in place of four. By the peak, within the last block's backward, the mask of that one is
+    # gone, so the components of the peak have one less.
+    gpu = api.estimate(Net(rate=0.5), training, GPU, inputs=made, replay=False).gpu
+    assert (cpu.peak_phase, gpu.peak_phase) == ("backward", "backward")
+    assert cpu.components.activations - gpu.components.activations == 19 * tokens * 64 * 3
+    loss = {phase.name: phase.allocated for phase in gpu.phases}["loss"]
+    assert loss == states + saved + head + gpu.components.workspace - 20 * tokens * 64 * 3
+
+
+def test_a_module_that_does_not_repeat_is_traced_in_full() -> None:
+    result = api.estimate(Dense(), SHORT, "cpu", inputs=made)
+    assert "in full, since its layers do not repeat" in how(result)
+    assert result.model.parameters == sum(p.numel() for p in Dense().parameters())
+
+
+def test_a_module_too_deep_to_trace_in_full_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extrapolate, "_MOST_LAYERS", 10)
+    with pytest.raises(UnsupportedError, match="20 layers do not repeat"):
+        api.estimate(Dense(), SHORT, "cpu", inputs=made)
+
+
+def test_a_module_of_transformers_decides_dtype_and_attention() -> None:
+    import transformers
+
+    config = deep("llama", 2)
+    values = {name: value for name, value in config.items() if name not in ("model_type", "architectures")}
+    module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values, attn_implementation="eager"))
+    module = module.to(torch.bfloat16)
+    result = api.estimate(module, SHORT, GPU)
+    asked = SHORT.replace(dtype="bfloat16", attn="eager")
+    assert result.gpu == api.estimate(config, asked, GPU, trace=True).gpu
+    assert (result.setup["dtype"], result.setup["attn"]) == ("bfloat16", "eager")
+    other = api.estimate(module, SHORT.replace(dtype="float32", attn="sdpa"), GPU)
+    assert other.gpu == api.estimate(config, SHORT, GPU, trace=True).gpu
+    assert next(module.parameters()).dtype is torch.bfloat16
+    assert module.config._attn_implementation == "eager"
+
+
+def test_a_module_has_rungs_of_its_own() -> None:
+    results = api.ladder(Net(), SHORT, GPU, inputs=made)
+    assert [each.setup["micro_batch_size"] for each in results.estimates] == [2, 1]  # and no checkpointing
+
+
+# -- refusals
+
+
+class Headless(Net):
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.blocks(x)
+
+
+class Reads(Net):
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * float(x.sum()), labels)
+
+
+class Broken(Net):
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.head(x)  # as wide as blocks, not as the head's output
+
+
+@pytest.mark.parametrize(
+    ("module", "training", "reason"),
+    [
+        (Headless(), {}, "forward returns no loss"),
+        (Reads(), {}, "reads a tensor's value in forward"),
+        (Broken(), {}, "forward returns no loss"),
+        (Net(), {"gradient_checkpointing": True}, "Net has no gradient_checkpointing_enable"),
+        (Net(), {"attn": "flash_attention_2"}, "run on a GPU only. Use sdpa"),
+        (Net(), {"liger": True}, "liger True cannot be traced"),
+        (Net(), {"lora": {"rank": 8}, "quantization": "nf4"}, "the kernels of bitsandbytes"),
+        (Net(), {"vocab_size": 7}, "those of the module"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused_with_the_reason(module: Any, training: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=reason):
+        api.estimate(module, SHORT.replace(**training), GPU, inputs=made)
+
+
+def test_inputs_that_are_not_known_are_asked_for() -> None:
+    with pytest.raises(UnsupportedError, match="inputs=lambda"):
+        api.estimate(Net(), SHORT, GPU)
+    with pytest.raises(SpecError, match="trace=True"):
+        api.estimate(deep("llama", 2), SHORT, GPU, inputs=made)
+
+
+def test_a_head_without_loss_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="no loss"):
+        api.estimate(deep("llama", 2), SHORT.replace(head="base"), GPU, trace=True)
+
+
+def test_other_versions_than_the_installed_ones_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"transformers=3\.0.*is not what a trace runs"):
+        api.estimate(deep("llama", 2), SHORT, GPU, trace=True, software="transformers=3.0")
+    version = torch.__version__.partition("+")[0]
+    result = api.estimate(deep("llama", 2), SHORT, GPU, trace=True, software=f"torch={version}")
+    assert result.software["torch"] == version
+
+
+def test_remote_code_is_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = {"AutoConfig": "x.Config", "AutoModelForCausalLM": "evil/repo--x.Model"}
+    unknown = deep("llama", 2) | {"model_type": "new", "auto_map": code}
+    with pytest.raises(UnsupportedError, match="remote code is never run"):
+        api.estimate(unknown, SHORT, GPU, trace=True)
+    with pytest.raises(SpecError, match="names no model of transformers"):
+        api.estimate(deep("llama", 2) | {"architectures": ["pipeline"]}, SHORT, GPU, trace=True)
+    # A config may name code beside a model that transformers has itself: that one is built.
+    from transformers import dynamic_module_utils
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("remote code was asked for")
+
+    monkeypatch.setattr(dynamic_module_utils, "get_class_from_dynamic_module", refuse)
+    known = deep("llama", 2) | {"auto_map": code}
+    assert api.estimate(known, SHORT, GPU, trace=True).gpu == api.estimate(deep("llama", 2), SHORT, GPU, trace=True).gpu
+
+
+def test_no_weights_are_asked_for() -> None:
+    text = {"auto_map": {"a": "b"}, "layers": (1, 2)}
+    config = {"auto_map": {}, "use_pretrained_backbone": True, "text_config": text}
+    assert extrapolate._harmless(config) == {"use_pretrained_backbone": False, "text_config": {"layers": [1, 2]}}
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_without_the_extra_its_name_is_told(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    real = importlib.import_module
+
+    def import_module(name: str, *args: Any) -> Any:
+        if name.partition(".")[0] == missing:
+            raise ModuleNotFoundError(f"No module named {missing!r}")
+        return real(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    with pytest.raises(UnsupportedError, match=r"pip install 'memplan\[train\]'"):
+        api.estimate(deep("llama", 2), SHORT, GPU, trace=True)
+
+
+def test_importing_the_tracer_imports_no_torch() -> None:
+    names = "torch", "transformers", "peft", "accelerate"
+    code = f"import memplan.introspect.extrapolate, sys; print([n for n in {names} if n in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,65 @@
+"""Generation traced: the real model's prefill and decoding steps with its own cache, on fake tensors.
+
+As :func:`memplan.introspect.trace.trace_step`, of whose parts it is made, but without a loss and without gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from memplan.introspect import trace
+
+
+@dataclass(frozen=True)
+class GenerationTrace:
+    """Bytes above the weights, storages in blocks of 512."""
+
+    prefill: int
+    """Peak of the prefill, sampling included."""
+    decode: int
+    """Peak of the last step."""
+    cache: int
+    """Storages of the keys and values after it."""
+
+
+def trace_generation(
+    config: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+    attn: str = "sdpa",
+    micro_batch_size: int = 1,
+    seq_len: int = 64,
+    new_tokens: int = 3,
+    padded: bool = False,
+) -> GenerationTrace:
+    """Trace a prompt of ``seq_len`` tokens and the calls that make ``new_tokens`` more."""
+    fake_mode = trace._fake_mode()
+    with trace._quiet():
+        model = trace._build_model(config, dtype, attn, None, None, None)
+    trace._to_fake(model, fake_mode)
+    model.train(False)
+    tracker = trace._make_tracker(False)
+    quiet = trace._quiet()
+    with trace._gc_disabled(), trace._like_a_real_run(), quiet, fake_mode, tracker, torch.no_grad():
+        held = tracker.adopt(model.parameters()) + tracker.adopt(model.buffers())
+        held += tracker.adopt(trace._loose_tensors(model))
+        cache = DynamicCache(config=model.config)
+        ids = torch.zeros((micro_batch_size, seq_len), dtype=torch.int64)
+        mask = torch.zeros((micro_batch_size, seq_len), dtype=torch.int64) if padded else None
+        peaks = []
+        for _ in range(new_tokens):
+            tracker.phases = {}
+            tracker.enter("call")
+            outputs = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+            peaks.append(tracker.phases["call"] - held)
+            ids = torch.argmax(logits, dim=-1)[:, None]
+            mask = torch.cat([mask, ids], dim=1) if mask is not None else None
+            del outputs, logits
+        kept = tracker.bytes_of(tensor for keys, values, *_ in cache for tensor in (keys, values))
+    return GenerationTrace(peaks[0], peaks[-1], kept)
