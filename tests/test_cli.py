@@ -355,6 +355,18 @@ def test_what_is_not_modelled_is_refused_with_the_reason(run, arguments: list[st
     assert refused(run("estimate", "tiny", "--gpus", "2", *arguments)).startswith(reason)
 
 
+def test_a_trace_answers_as_the_architecture_file_does(run) -> None:
+    written, traced = (
+        json.loads(run("estimate", "tiny", "--gpu", "T4", "--json", *more).out) for more in ([], ["--trace"])
+    )
+    assert len(traced["estimates"]) == len(written["estimates"])
+    for mine, other in zip(traced["estimates"], written["estimates"], strict=True):
+        assert mine["gpu"]["steady_allocated"] == pytest.approx(other["gpu"]["steady_allocated"], rel=2e-3)
+        assert any(assumption["name"] == "trace" for assumption in mine["assumptions"])
+    table = run("estimate", "tiny", "--gpu", "T4", "--trace")
+    assert (table.code, table.err) == (0, "")
+
+
 def test_a_trace_without_its_extra_names_the_extra(run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
     message = refused(run("estimate", "tiny", "--trace"))

@@ -364,6 +364,16 @@ def _held(run: Run, trainable: list[tuple[Parameter, int]], strategy: Strategy) 
     return held + (ddp.bucket_bytes(trainable, strategy.ddp) if strategy.kind == "ddp" else [])
 
 
+def _inputs(tape: Tape) -> list[int]:
+    return tape.sizes[: tape.input_count]
+
+
+def _waiting(run: Run, tape: Tape) -> list[int]:
+    """The inputs of the micro-batches that the replay leaves out, like with like in one block."""
+    others = max(0, run.grad_accum_steps - 2)
+    return [size * others for size in _inputs(tape) if others]
+
+
 @lru_cache(maxsize=64)
 def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy) -> int:
     """What peak reserved cannot exceed, without running every layer."""
@@ -373,6 +383,7 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy) -> int:
     kept += [(size, 1) for size in (*run.optimizer.shared_bytes(trainable), *run.workspaces)]
     if run.grad_accum_steps > 1:
         kept += [(p.nbytes, count) for p, count in trainable]
+        kept += [(size, 1) for size in (*_inputs(micro.tape), *_waiting(run, micro.tape))]
     kept += clip_grad_norm(trainable, run.rules)
     others = [(size, count, count) for size, count in kept]
     others += [(size, *counts) for size, counts in run.optimizer.temporaries.counts.items()]
@@ -399,6 +410,7 @@ def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy) -> Replayed:
         make_optimizer(setup.training.optim, setup.rules, partial(groups_of, first.root)),
         run.workspaces,
         setup.training.alloc_conf,
+        _waiting(run, first.tape),
     )
 
 
@@ -562,7 +574,14 @@ def _gpu_memory(
         ),
         phases=tuple(Phase(name=name, allocated=size) for name, size in allocated.items()),
     )
-    return memory, [Assumption.of(c) for c in outside if c.high]
+    return memory, [*(Assumption.of(c) for c in outside if c.high), *_other_versions(software)]
+
+
+def _other_versions(software: SoftwareSpec) -> list[Assumption]:
+    return [
+        Assumption(name=f"{library} {given}", value=0, low=0, high=0, source=f"rules were read from {known}")
+        for library, (given, known) in software.others().items()
+    ]
 
 
 _STEADY = ("forward", "loss", "backward", "step", "idle")

@@ -26,6 +26,16 @@ def explain(run: Run, tape: Tape, phase: str, parts: Parts, memory: GpuMemory) -
     terms = _states(run, parts)
     if phase in ("forward", "loss", "backward"):
         terms += _tensors(tape, phase)
+        if run.waiting_inputs:
+            terms.append(
+                Term(
+                    name="activations: inputs of the other micro-batches",
+                    formula="(gradient accumulation steps - 1) x inputs",
+                    filled=f"{run.grad_accum_steps - 1} x {run.inputs:,}",
+                    bytes=run.waiting_inputs,
+                    source="transformers/trainer.py: get_batch_samples takes all of a step's micro-batches at once",
+                )
+            )
     else:
         terms += [_plain_term(name, parts) for name in ("activations", "logits", "temporaries") if parts.get(name)]
     told: Counter[str] = Counter()

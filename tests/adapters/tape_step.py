@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from memplan.architectures.nn import Build, Embedding, Inventory, Model
+from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model
 from memplan.architectures.registry import build_model
 from memplan.specs.model import ModelSpec
 from memplan.tape import tensor as dtypes
@@ -56,7 +56,7 @@ def step(
     b, root = build(config, dtype, **options)
     adapt(b, root)
     if b.gradient_checkpointing:
-        first = next(module for _, module in root.named_modules() if isinstance(module, Embedding))
+        first = next(module for _, module in root.named_modules() if isinstance(module, InputEmbeddings))
         first.require_output_grad = True
     tape = b.tape
     with tape.tagged(INPUT):

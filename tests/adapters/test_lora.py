@@ -36,6 +36,26 @@ GPT2: dict[str, Any] = {
     "n_head": 6,
     "n_positions": 256,
 }
+T5: dict[str, Any] = {
+    "model_type": "t5",
+    "architectures": ["T5ForConditionalGeneration"],
+    "vocab_size": 1000,
+    "d_model": 192,
+    "d_kv": 24,
+    "d_ff": 520,
+    "num_layers": 2,
+    "num_heads": 6,
+    "decoder_start_token_id": 0,
+}
+VIT: dict[str, Any] = {
+    "model_type": "vit",
+    "architectures": ["ViTForImageClassification"],
+    "hidden_size": 192,
+    "intermediate_size": 520,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "image_size": 64,
+}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("all linear", LLAMA, {"targets": ("all-linear",), "dropout": 0.1}, {"dtype": "bfloat16"}),
     ("all linear, autocast", LLAMA, {"targets": ("all-linear",)}, {"mixed_precision": "bf16"}),
@@ -50,6 +70,14 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("saved norm", LLAMA, {"targets": ("q_proj",), "modules_to_save": ("model.norm",)}, {"dtype": "bfloat16"}),
     ("Conv1D", GPT2, {"targets": ("c_attn", "c_proj"), "dropout": 0.1}, {"mixed_precision": "bf16"}),
     ("Conv1D, saved embedding", GPT2, {"targets": ("all-linear",), "modules_to_save": ("wte",)}, {}),
+    ("T5 asks for a weight's dtype", T5, {"targets": ("all-linear",)}, {"dtype": "bfloat16"}),
+    ("T5 asks for a saved weight's dtype", T5, {"targets": ("q",), "modules_to_save": ("wo",)}, {"dtype": "bfloat16"}),
+    (
+        "patches are ViT's input embeddings, checkpointed",
+        VIT,
+        {"targets": ("all-linear",)},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True},
+    ),
 ]
 
 

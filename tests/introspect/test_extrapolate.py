@@ -19,7 +19,7 @@ from torch.nn import functional
 from memplan import api, estimator
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import SpecError, UnsupportedError
-from memplan.introspect import extrapolate
+from memplan.introspect import extrapolate, recording
 from memplan.introspect.recording import same_log
 from memplan.results import Estimate
 from memplan.specs.hardware import ClusterSpec
@@ -55,6 +55,26 @@ def phases(result: Estimate) -> dict[str, int]:
     return {phase.name: phase.allocated for phase in result.gpu.phases}
 
 
+HYBRID: dict[str, Any] = {
+    "model_type": "qwen3_next",
+    "architectures": ["Qwen3NextForCausalLM"],
+    "num_hidden_layers": 32,
+    "hidden_size": 32,
+    "head_dim": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+
+
 # -- which layers stand for which
 
 
@@ -75,6 +95,14 @@ def test_templates_are_of_the_same_kind_as_what_they_stand_for(kinds: list[str],
             assert kinds[here + 1] == kinds[there] if here + 1 < short else there == short - 1
 
 
+def test_a_setting_that_numbers_some_of_the_layers_makes_them_no_kinds() -> None:
+    assert extrapolate._numbers_layers([0, 1, 2, 3])
+    assert extrapolate._numbers_layers([None, 1, None, 3])  # a module that only every second layer has
+    assert not extrapolate._numbers_layers([4, 4, 4, 4])
+    assert not extrapolate._numbers_layers([None, 1, None, 1])
+    assert not extrapolate._numbers_layers([True, True])
+
+
 # -- against traces of all layers
 
 
@@ -91,6 +119,8 @@ def test_templates_are_of_the_same_kind_as_what_they_stand_for(kinds: list[str],
         ("t5", {}, {}),
         ("t5", {}, {"gradient_checkpointing": True}),
         ("vit", {}, {}),
+        # Three layers in four with one kind of module, which has a number there.
+        ("llama", HYBRID, {}),
     ],
 )
 def test_the_extrapolated_log_is_the_log_of_all_layers(
@@ -118,6 +148,12 @@ def test_the_extrapolated_log_is_the_log_of_all_layers(
         ("gpt2", {"packed": False}),
         ("falcon", {"grad_accum_steps": 2}),
         ("t5", {"gradient_checkpointing": True, "attn": "eager"}),
+        # A tied weight's gradients are summed outside of any layer; a norm's statistics are float32 on a GPU only.
+        ("gpt2", {"dtype": "bfloat16", "mixed_precision": "no", "gradient_checkpointing": True}),
+        # A checkpointed attention's tensors are there until its backward has run.
+        ("cohere", {"dtype": "bfloat16", "mixed_precision": "no", "gradient_checkpointing": True}),
+        # PEFT casts an adapter's input unless CUDA's autocast is on.
+        ("llama", {"lora": {"rank": 8, "targets": ["all-linear"]}}),
     ],
 )
 def test_a_trace_says_what_the_architecture_file_says(family: str, training: dict[str, Any], gpu: str) -> None:
@@ -246,6 +282,85 @@ def test_a_module_keeps_what_it_saves_for_its_backward() -> None:
     assert loss == states + saved + head + gpu.components.workspace - 20 * tokens * 64 * 3
 
 
+class RMSNormed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.norm = nn.RMSNorm(64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_keep_what_the_kernels_of_a_gpu_keep(dtype: torch.dtype) -> None:
+    """layer_norm keeps mean and rstd in float32, rms_norm its rstd."""
+
+    def half(batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.randn(batch_size, seq_len, 64, dtype=dtype), "labels": torch.zeros(batch_size).long()}
+
+    training = TrainingSpec(micro_batch_size=64, seq_len=256, mixed_precision="no")
+    size, tokens = dtype.itemsize, 64 * 256
+    for net, statistics in ((Net(), 2), (RMSNormed(), 1)):
+        gpu = api.estimate(net.to(dtype), training, GPU, inputs=half, replay=False).gpu
+        loss = {phase.name: phase.allocated for phase in gpu.phases}["loss"]
+        states = gpu.components.weights + gpu.components.optimizer + gpu.components.workspace
+        saved = 20 * tokens * (size * (64 + 64 + 256 + 256) + 4 * statistics)
+        assert 0 <= loss - states - saved < 2**16  # the head
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.feed = Block(width, 0.1)
+        self.register_buffer("mask", torch.ones(96, 96).tril().bool())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(batch, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        return self.feed(x + self.out(y.transpose(1, 2).reshape(batch, length, width)))
+
+
+class GPT(nn.Module):
+    """A decoder that is not of transformers, with tied embeddings and a buffer in every layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(500, 64)
+        self.positions = nn.Parameter(torch.zeros(96, 64))
+        self.layers = nn.ModuleList(Attention(64) for _ in range(20))
+        self.head = nn.Linear(64, 500, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.tokens(tokens) + self.positions
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.head(x)
+        return {"logits": logits, "loss": functional.cross_entropy(logits.flatten(0, 1), targets.flatten())}
+
+
+def tokens(batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
+    ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+    return {"tokens": ids, "targets": ids.clone()}
+
+
+@pytest.mark.parametrize("gpu", ["cpu", GPU])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_decoder_of_ones_own_is_extrapolated(gpu: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, training = GPT(), SHORT.replace(mixed_precision=precision, eval_batch_size=4, grad_accum_steps=2)
+    short = api.estimate(model, training, gpu, inputs=tokens)
+    assert "at 5 and 6 of 20 layers" in how(short)
+    assert short.model.parameters == sum(p.numel() for p in model.parameters())  # the tied weight once
+    assert short.gpu.components.weights >= 4 * short.model.parameters + 20 * 96 * 96
+    monkeypatch.setattr(extrapolate, "_find_stacks", lambda model: [])
+    full = api.estimate(model, training, gpu, inputs=tokens)
+    assert how(full).startswith("the real model under FakeTensor, traced in full")
+    assert phases(short) == phases(full)
+    assert short.gpu.peak_reserved == full.gpu.peak_reserved
+
+
 def test_a_module_that_does_not_repeat_is_traced_in_full() -> None:
     result = api.estimate(Dense(), SHORT, "cpu", inputs=made)
     assert "in full, since its layers do not repeat" in how(result)
@@ -302,13 +417,15 @@ class Broken(Net):
     ("module", "training", "reason"),
     [
         (Headless(), {}, "forward returns no loss"),
-        (Reads(), {}, "reads a tensor's value in forward"),
+        (Reads(), {}, "reads a tensor's value in Reads.forward, which"),
         (Broken(), {}, "forward returns no loss"),
         (Net(), {"gradient_checkpointing": True}, "Net has no gradient_checkpointing_enable"),
         (Net(), {"attn": "flash_attention_2"}, "run on a GPU only. Use sdpa"),
         (Net(), {"liger": True}, "liger True cannot be traced"),
         (Net(), {"lora": {"rank": 8}, "quantization": "nf4"}, "the kernels of bitsandbytes"),
         (Net(), {"vocab_size": 7}, "those of the module"),
+        (Net().requires_grad_(False), {}, "the loss needs no gradient"),
+        (GPT(), {}, r"does not run on tensors without data: TypeError: GPT.forward\(\) got an unexpected"),
     ],
 )
 def test_what_cannot_be_traced_is_refused_with_the_reason(module: Any, training: dict[str, Any], reason: str) -> None:
@@ -321,6 +438,51 @@ def test_inputs_that_are_not_known_are_asked_for() -> None:
         api.estimate(Net(), SHORT, GPU)
     with pytest.raises(SpecError, match="trace=True"):
         api.estimate(deep("llama", 2), SHORT, GPU, inputs=made)
+
+
+@pytest.mark.parametrize("wrong", [lambda batch_size: {}, lambda batch_size, seq_len: 7])
+def test_inputs_that_are_no_batch_are_refused(wrong: Any) -> None:
+    with pytest.raises(SpecError, match=r"^inputs: .* makes no batch: TypeError: .* returns \{name: tensor\}"):
+        api.estimate(Net(), SHORT, GPU, inputs=wrong)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}, "takes more than text"),
+        ({"model_type": "resnet", "architectures": ["ResNetForImageClassification"]}, "has no image_size"),
+        ({"model_type": "segformer", "architectures": ["SegformerForSemanticSegmentation"]}, "takes other inputs"),
+        ({"model_type": "wav2vec2", "architectures": ["Wav2Vec2ForCTC"]}, "takes other inputs"),
+        ({"model_type": "reformer", "architectures": ["ReformerModelWithLMHead"]}, "cannot build .*is_decoder=True"),
+    ],
+)
+def test_an_architecture_that_cannot_be_traced_is_refused(config: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"^trace: .*{reason}"):
+        api.estimate(config, SHORT, GPU, trace=True)
+
+
+def test_a_loop_over_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "MOST_OPERATIONS", 1000)
+    shape = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    config = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], **shape}
+    assert api.estimate(config, SHORT.replace(seq_len=4), "cpu", trace=True).model.parameters > 10**4
+    with pytest.raises(UnsupportedError, match=r"1,000 operations, .* loops over tokens"):
+        api.estimate(config, SHORT, "cpu", trace=True)
+
+
+def test_a_lora_without_targets_says_so_as_without_a_trace() -> None:
+    config, training = deep("cohere", 2), SHORT.replace(lora={"rank": 8})
+    messages = []
+    for traced in (False, True):
+        with pytest.raises(SpecError) as error:
+            api.estimate(config, training, GPU, trace=traced)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    api.estimate(deep("llama", 16), SHORT, GPU, trace=True)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_head_without_loss_is_refused() -> None:

@@ -465,6 +465,14 @@ def test_reserved_never_exceeds_the_bound(steps) -> None:
     assert replay(events, sizes).peak_reserved <= reserved_upper_bound(summarize(events, sizes))
 
 
+def test_the_bound_counts_large_requests_that_fill_a_shared_segment() -> None:
+    """10 MiB fit into what 9 MiB leave of 20, unsplit; so a further 1 MiB opens a segment of 20 more."""
+    sizes = [9 * MiB + 1 - 512, 10 * MiB - 511, 1 * MiB + 1]
+    events = [0, 1, 2]
+    assert replay(events, sizes).peak_reserved == 40 * MiB
+    assert reserved_upper_bound(summarize(events, sizes)) >= 40 * MiB
+
+
 @given(seed=st.integers(0, 2**32), spread=st.sampled_from([1, 4, 12]), load=st.sampled_from([0.5, 0.55, 0.7]))
 @settings(max_examples=60, deadline=None)
 def test_reserved_never_exceeds_the_bound_on_long_traces(seed: int, spread: int, load: float) -> None:

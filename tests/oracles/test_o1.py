@@ -68,6 +68,18 @@ def test_a_sample_covers_strata_before_it_repeats_one() -> None:
     assert sample != o1.stratified_sample(rows, len(strata), seed=4)
 
 
+def test_a_sample_of_a_grid_is_added_to_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(o1, "run", lambda setup: (o1.Row(setup, {"phases": {"step": 1}}), {"torch": "2"}))
+    kept: set[str] = set()
+    for seed, most in ((0, 5), (0, 5), (1, 10)):
+        assert o1.main(["--family", "vit", "--out", str(tmp_path), "--sample", "5", "--seed", str(seed)]) == 0
+        found = {row.setup.key for row in o1.load_archive(tmp_path / "vit.json").rows}
+        assert kept <= found
+        assert 5 <= len(found) <= most
+        kept = found
+    assert len(kept) > 5
+
+
 def test_differences_names_what_differs() -> None:
     row, _ = o1.run(SETUPS[0])
     assert row.result is not None

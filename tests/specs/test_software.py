@@ -16,7 +16,7 @@ def test_parse_keeps_the_defaults_of_the_rest() -> None:
     [
         ("4.46.0", "4.46", True),
         ("4.46", "4.46.0", True),
-        ("4.9", "4.46", False),
+        ("5.9", "5.23", False),
         ("5.0.0.dev0", "5.0", True),
         ("4.46.1", "4.46.2", False),
         ("10.0", "9.9", True),
@@ -44,3 +44,12 @@ def test_a_wrong_text_is_named(text: str, message: str) -> None:
 def test_at_least_refuses_an_unknown_library() -> None:
     with pytest.raises(SpecError, match="Did you mean torch"):
         SoftwareSpec().at_least("torhc", "2")
+
+
+def test_versions_too_old_are_refused_and_others_are_named() -> None:
+    with pytest.raises(SpecError, match=r"^transformers: '3' is older than memplan's rules reach. Use 4.30 or later."):
+        SoftwareSpec.parse("transformers=3")
+    assert SoftwareSpec.parse("transformers=4.46,torch=2.13.1,peft=0.21").others() == {
+        "transformers": ("4.46", SoftwareSpec().transformers)
+    }
+    assert SoftwareSpec().others() == {}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from memplan.memory.optimizers import Optimizer, clip_grad_norm, rounded
 from memplan.memory.timeline import COMPONENTS, Moment, StepProfile
 from memplan.tape.dispatch import DeviceRules
+from memplan.tape.tape import GRADIENT, INPUT
 from memplan.tape.tensor import Parameter
 
 Parts = dict[str, int]
@@ -49,6 +50,18 @@ class Run:
         """The parameters that get a gradient."""
         return [(p, count) for p, count in self.parameters if p.node is not None]
 
+    @property
+    def inputs(self) -> int:
+        """Bytes of one micro-batch's inputs."""
+        return self.profile.end.parts[INPUT]
+
+    @property
+    def waiting_inputs(self) -> int:
+        """Bytes of the inputs of the step's other micro-batches: all are on the GPU before the first runs, and stay
+        until the next step's are (get_batch_samples).
+        """
+        return (self.grad_accum_steps - 1) * self.inputs
+
 
 @dataclass(frozen=True, slots=True)
 class States:
@@ -63,7 +76,11 @@ class States:
 
 
 def states(run: Run) -> States:
-    """Bytes of weights, gradients and optimizer states of one whole copy, every tensor rounded up to a block."""
+    """Bytes of weights, gradients and optimizer states of one whole copy, every tensor rounded up to a block.
+
+    A gradient is taken to be as large as its weight. One that torch keeps as a view of something larger is not: a
+    ViT's class token at micro-batch 1 has a view of all positions' gradient.
+    """
     weights = sum(rounded(p.nbytes) * count for p, count in run.parameters) + run.buffer_bytes
     trainable = run.trainable
     gradients = sum(rounded(p.nbytes) * count for p, count in trainable)
@@ -82,10 +99,12 @@ def phases(run: Run, communication: int = 0, ranks: int = 1) -> dict[str, Parts]
         "weights": held.weights,
         "workspace": sum(rounded(size) for size in run.workspaces),
         "communication": communication,
+        "activations": run.waiting_inputs,
     }
     accumulating = run.grad_accum_steps > 1
     resting = base | {"optimizer": held.optimizer}
-    inputs = run.profile.end.total - run.profile.end.parts[3]
+    end = run.profile.end
+    between = resting | {"activations": end.total - end.parts[GRADIENT] + run.waiting_inputs}
 
     def during(parts: Parts, moment: Moment, gradients: int) -> Parts:
         result = dict(parts)
@@ -96,11 +115,7 @@ def phases(run: Run, communication: int = 0, ranks: int = 1) -> dict[str, Parts]
 
     old = held.gradients if accumulating else 0
     result = {"load": {"weights": held.weights, "communication": communication}}
-    stepping = resting | {
-        "gradients": held.gradients,
-        "temporaries": held.step_temporaries,
-        "activations": inputs,
-    }
+    stepping = between | {"gradients": held.gradients, "temporaries": held.step_temporaries}
     before_step = resting if run.optimizer.made_at_construction else base
     first: list[Parts] = [during(before_step, moment, old) for moment in run.profile.peaks.values()]
     fullest: Parts = max([*first, stepping], key=total)
@@ -108,10 +123,10 @@ def phases(run: Run, communication: int = 0, ranks: int = 1) -> dict[str, Parts]
     for name, moment in run.profile.peaks.items():
         result[name] = during(resting, moment, old)
     result["step"] = stepping
-    result["idle"] = resting | {"activations": inputs}
+    result["idle"] = between
     if run.evaluation is not None:
-        result["eval"] = _evaluating(run.evaluation, ranks, during(resting, run.evaluation.fullest, 0), resting)
-    result["save"] = dict(resting)
+        result["eval"] = _evaluating(run.evaluation, ranks, during(between, run.evaluation.fullest, 0), between)
+    result["save"] = dict(between)
     return result
 
 

@@ -109,21 +109,14 @@ def _kernels(rules: DeviceRules, kernel: Kernel) -> Any:
             dropout=dropout_p,
             requires_grad=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
         )
+        if attn_mask is not None and attn_mask.dtype is torch.bool:  # convert_boolean_attn_mask
+            attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
         # No kernel broadcasts heads unasked (check_batch_size_and_num_heads_dense), or takes less than four dimensions.
         if backend == "math" or query.dim() != 4 or (query.size(1) != key.size(1) and not enable_gqa):
-            return cuda_math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
         if attn_mask is not None:
-            shape = (*query.shape[:3], key.size(-2))
-            attn_mask = _bias(attn_mask, shape, query.dtype, aligned=backend == "efficient")
+            attn_mask = _expanded(attn_mask, (*query.shape[:3], key.size(-2)), aligned=backend == "efficient")
         return fused.apply(query, key, value, attn_mask, backend, dropout_p)
-
-    def cuda_math_attention(
-        query: Any, key: Any, value: Any, mask: Any, dropout_p: float, is_causal: bool, scale: Any, enable_gqa: bool
-    ) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            return torch.ops.aten._scaled_dot_product_attention_math(
-                query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )[0]
 
     def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
         if p == 0.0 or not training or inplace:
@@ -149,19 +142,45 @@ def _autocast(x: Any) -> Any:
     return x.to(torch.get_autocast_dtype("cpu"))
 
 
-def _bias(mask: Any, shape: tuple[int, ...], dtype: Any, *, aligned: bool) -> Any:
-    """A mask as the kernels take it: added to the scores, its rows aligned to 16 elements where they must be.
+def _expanded(mask: Any, shape: tuple[int, ...], *, aligned: bool) -> Any:
+    """A mask as the kernels take it: one for every head, its rows aligned to 16 elements where they must be.
 
-    Source: convert_boolean_attn_mask and pad_bias in aten/src/ATen/native/transformers/attention.cpp.
+    Source: preprocess_mask and pad_bias in aten/src/ATen/native/transformers/attention.cpp.
     """
     import torch
 
-    if mask.dtype == torch.bool:
-        mask = torch.empty_like(mask, dtype=dtype)
     length = mask.size(-1)
     if aligned and length % 16:
         mask = torch.nn.functional.pad(mask, (0, -length % 16))[..., :length]
     return mask.expand(shape)
+
+
+def _math_attention(
+    query: Any, key: Any, value: Any, mask: Any, dropout_p: float, is_causal: bool, enable_gqa: bool
+) -> Any:
+    """_scaled_dot_product_attention_math as a GPU runs it: the mask is added in place, dropout is CUDA's."""
+    import torch
+
+    dtype = query.dtype
+    with torch.autocast("cpu", enabled=False):
+        query, key, value = (x.float() if x.dtype in _half() else x for x in (query, key, value))
+        query = query * 0.5  # by the root of the scale
+        if is_causal:
+            mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
+            mask = torch.empty_like(mask, dtype=query.dtype)
+        if enable_gqa:
+            repeats = query.size(-3) // key.size(-3)
+            key, value = (x.repeat_interleave(repeats, -3) if repeats > 1 else x for x in (key, value))
+        scores = query @ (key.transpose(-2, -1) * 0.5)
+        if mask is not None:
+            scores.add_(mask)
+        scores = torch.ops.aten._safe_softmax(scores, -1)
+        if dropout_p > 0.0:
+            scores = torch.native_dropout(scores, dropout_p, True)[0]
+        weights = scores.to(dtype)  # the second result, which nobody takes
+        out = (scores @ value).to(dtype)
+        del weights
+        return out
 
 
 def _fused_rms_norm() -> Any:

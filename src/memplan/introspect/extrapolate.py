@@ -72,7 +72,7 @@ def module_spec(module: Any) -> ModelSpec:
     """Return what an ``nn.Module`` is. Its dtype is that of its first floating parameter."""
     config = getattr(module, "config", None)
     values = _json(config.to_dict()) if config is not None and hasattr(config, "to_dict") else {}
-    dtype = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), None)
+    dtype = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), "float32")
     name = type(module).__name__
     return ModelSpec(
         id=str(values.get("_name_or_path") or name),
@@ -397,8 +397,9 @@ def _kinds(layers: Sequence[Any], lists: Sequence[Sequence[Any]]) -> list[Hashab
 
 
 def _numbers_layers(values: Sequence[Any]) -> bool:
-    """Whether a setting is only the layer's number."""
-    return all(type(value) is int and value - values[0] == i for i, value in enumerate(values))
+    """Whether a setting is only the layer's number, in those layers that have it."""
+    offsets = {value - i if type(value) is int else None for i, value in enumerate(values) if value is not None}
+    return len(offsets) == 1 and None not in offsets
 
 
 def _described(layer: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -535,9 +536,17 @@ class _Tracing:
     def _batch(self, batch_size: int) -> dict[str, Any]:
         training = self.setup.training
         if self.inputs is not None:
-            return dict(self.inputs(batch_size, training.seq_len))
+            return _made_inputs(self.inputs, batch_size, training.seq_len)
         _check_inputs(self.model)
         return trace._make_inputs(self.model, batch_size, training.seq_len, padded=not training.packed)
+
+
+def _made_inputs(inputs: Inputs, batch_size: int, seq_len: int) -> dict[str, Any]:
+    try:
+        return dict(inputs(batch_size, seq_len))
+    except Exception as error:  # whatever a caller's function may do
+        remedy = "Give a function of (batch_size, seq_len) that returns {name: tensor}, forward's arguments."
+        raise SpecError.at("inputs", inputs, f"makes no batch: {_said(error).rstrip('.')}", remedy) from error
 
 
 def _check_inputs(model: Any) -> None:
@@ -623,7 +632,7 @@ def _in_full(tracing: _Tracing, stacks: Sequence[_Stack]) -> dict[str, Recording
     except MemplanError:
         raise
     except Exception as error:
-        raise UnsupportedError(f"trace: the model does not run without data: {_said(error)}") from error
+        raise UnsupportedError(f"trace: the model does not run on tensors without data: {_said(error)}") from error
 
 
 # -- as the estimator's modules --------------------------------------------------------------------------------------

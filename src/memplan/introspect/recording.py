@@ -340,17 +340,15 @@ def _is_add(func: Any) -> bool:
 
 
 def _is_in_place_without_subclasses(into: Any) -> bool:
-    """Whether the addition is one that torch makes in place where ``into`` is no subclass of a tensor.
+    """Whether autograd's engine, which adds, would do so in place if ``into`` were no subclass of a tensor.
 
-    Those are autograd's, of gradients of which no view is known (a view holds its base, so that the storage has two
-    owners: can_accumulate_inplace in autograd/input_buffer.cpp), and that of a mask, in an attention without a fused
-    kernel (_scaled_dot_product_attention_math).
+    It would not where a view of it is known: that one holds its base, so that the storage has two owners
+    (can_accumulate_inplace in autograd/input_buffer.cpp).
     """
     frame: Any = sys._getframe(3)
     while frame is not None and frame.f_code.co_filename.endswith(_BETWEEN):
         frame = frame.f_back
-    name = "" if frame is None else frame.f_code.co_name
-    return name == "cuda_math_attention" or (name == "_engine_run_backward" and not into._is_view())
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward" and not into._is_view()
 
 
 _BETWEEN = ("/torch/_compile.py", "/torch/_dynamo/eval_frame.py", "/torch/_ops.py")

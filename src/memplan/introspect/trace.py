@@ -449,7 +449,7 @@ def _make_tracker(
     return Tracker()
 
 
-_BETWEEN = ("/torch/", "/memplan/introspect/")
+_BETWEEN = ("/torch/", "/accelerate/", "/memplan/")
 """Folders of what stands between a library's question and a dispatch mode."""
 
 
@@ -549,6 +549,8 @@ class _Step:
         self.tracker.enter("forward")
         before = self.tracker.live
         loss = self._compute_loss(inputs)
+        if not loss.requires_grad:
+            raise UnsupportedError("trace: the loss needs no gradient: no parameter that it depends on is trained.")
         if self.num_items is None:
             loss = loss / self.grad_accum_steps
         self.saved_bytes = self.tracker.live - before
@@ -877,10 +879,15 @@ def _add_lora(model: Any, lora: Mapping[str, Any]) -> Any:
         return peft.get_peft_model(model, config)
     except ValueError as error:
         if targets is None:
+            from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
             kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+            why = (
+                f"cannot apply its default ({str(error).strip().rstrip('.')})" if kind in DEFAULTS else "has no default"
+            )
             raise SpecError(
-                f"lora_targets: PEFT has no default for model_type {kind!r}. Name the modules, as in q_proj,v_proj, or "
-                "use all-linear."
+                f"lora_targets: PEFT {why} for model_type {kind!r}. Name the modules, as in q_proj,v_proj, or use "
+                "all-linear."
             ) from error
         problem = f"cannot be applied: {str(error).rstrip('.')}"
         raise SpecError.at("lora", targets, problem, "Name modules of the model.") from error

@@ -630,7 +630,8 @@ def reserved_upper_bound(summary: TraceSummary, *, large_segment_size: int = LAR
 
     1. *Prefix.* As long as nothing is freed, a shared segment (2 MiB, or 20 MiB for 1 to 10 MiB) has one gap, its end.
        When the next one is opened that gap is smaller than the largest request c, so all but one of n segments of S
-       bytes hold more than S - c: n <= 1 + bytes // (S - c + 512). Larger requests have a segment each.
+       bytes hold more than S - c: n <= 1 + bytes // (S - c + 512). Larger requests have a segment each, or lie in such
+       a gap (with up to 1 MiB that is not split off), whichever comes to more.
     2. *Count.* The segments that requests of one size c opened are at most its allocations. And when the last of them
        is opened, each of the others holds a live block, which is no larger than the segment: they are at most the
        tensors that are live together and fit into one.
@@ -664,17 +665,37 @@ def _prefix_bound(prefix: Mapping[int, int], large_segment_size: int) -> int:
     """Point 1 of the proof."""
     bound = 0
     shared: dict[int, list[tuple[int, int]]] = {}
+    own: list[tuple[int, int]] = []
     for size, count in prefix.items():
         rounded = round_size(size)
-        segment = segment_size(rounded, large_segment_size)
         if rounded < MIN_LARGE_ALLOC:
-            shared.setdefault(segment, []).append((rounded, count))
+            shared.setdefault(segment_size(rounded, large_segment_size), []).append((rounded, count))
+        else:
+            own.append((rounded, count))
+    guests: dict[int, int] = {}  # shared segment -> bytes of larger requests that may lie in it
+    for size, count in own:
+        segment = segment_size(size, large_segment_size)
+        host = shared.get(large_segment_size, ())
+        taken = min(size + SMALL_SIZE, large_segment_size)
+        if host and size <= large_segment_size - min(size for size, _ in host) and (
+            taken * large_segment_size > segment * _filled(host, large_segment_size)
+        ):
+            guests[large_segment_size] = guests.get(large_segment_size, 0) + taken * count
         else:
             bound += segment * count
     for segment, tensors in shared.items():
-        filled = segment - max(size for size, _ in tensors) + MIN_BLOCK
-        bound += segment * (1 + sum(size * count for size, count in tensors) // filled)
+        used = sum(size * count for size, count in tensors) + guests.get(segment, 0)
+        filled = _filled(tensors, segment)
+        # Without guests whole segments can be counted; with them the choice above is right for the quotient alone.
+        exact = segment != large_segment_size or not own
+        whole = used // filled * segment if exact else -(-used * segment // filled)
+        bound += segment + whole
     return bound
+
+
+def _filled(tensors: Iterable[tuple[int, int]], segment: int) -> int:
+    """Bytes that every segment but one holds at least: what is left is smaller than the largest request."""
+    return segment - max(size for size, _ in tensors) + MIN_BLOCK
 
 
 def _pool_bound(classes: Sequence[SizeClass], slack: int, large_segment_size: int) -> int:

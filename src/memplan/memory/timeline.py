@@ -42,7 +42,9 @@ class StepProfile:
 
 
 @dataclass(slots=True)
-class _Segment:
+class Segment:
+    """A part of the tape's log between two marks: a layer, or what lies between layers."""
+
     phase: str
     layer: LayerKey | None
     start: int
@@ -64,7 +66,7 @@ class Unrolled:
     """The log of the whole model: the tape's segments, in the order and as often as every layer makes them."""
 
     tape: Tape
-    runs: list[tuple[_Segment, int]]
+    runs: list[tuple[Segment, int]]
     """Segments, each with how often it repeats."""
     repeated: dict[int, int]
     """Storage made in a repeated layer -> how many storages of the whole model it stands for."""
@@ -72,7 +74,7 @@ class Unrolled:
     def profile(self) -> StepProfile:
         """Compute the peaks of the whole model. A tape without marks has one segment per phase."""
         peaks: dict[str, Moment] = {}
-        best: dict[str, tuple[int, _Segment, list[int]]] = {}
+        best: dict[str, tuple[int, Segment, list[int]]] = {}
         total = 0
         parts = [0] * len(COMPONENTS)
         saved = Moment()
@@ -124,7 +126,7 @@ class Unrolled:
                 live[number] = before + repeats * net
         return {size: (most[number], allocated[number]) for size, number in numbers.items()}
 
-    def _count(self, segment: _Segment, number_of: list[int], sizes: int) -> list[tuple[int, int, int, int]]:
+    def _count(self, segment: Segment, number_of: list[int], sizes: int) -> list[tuple[int, int, int, int]]:
         """Of every size in a segment: its number, growth, peak and allocations."""
         net, peak, allocations = ([0] * sizes for _ in range(3))
         outside = segment.layer is None
@@ -154,25 +156,25 @@ def _multiplicities(stacks: Stacks) -> dict[LayerKey, int]:
     return {(stack, made): sequence.count(made) for stack, sequence in stacks.items() for made in set(sequence)}
 
 
-def _segments(tape: Tape) -> list[_Segment]:
+def _segments(tape: Tape) -> list[Segment]:
     """Cut the log at the marks; a backward mark names the layer that it ends."""
-    segments: list[_Segment] = []
+    segments: list[Segment] = []
     phase = "forward"
     start = flops = 0
     layer: LayerKey | None = None
     for mark in tape.marks:
         ended = mark.layer if mark.name == "layer_backward_end" else layer
         if mark.position > start or mark.flops > flops or ended is not None:
-            segments.append(_Segment(phase, ended, start, mark.position, mark.flops - flops))
+            segments.append(Segment(phase, ended, start, mark.position, mark.flops - flops))
         start, flops = mark.position, mark.flops
         layer = mark.layer if mark.name == "layer" else None
         if mark.name in PHASES:
             phase = mark.name
-    segments.append(_Segment(phase, None, start, len(tape.log), tape.flops - flops))
+    segments.append(Segment(phase, None, start, len(tape.log), tape.flops - flops))
     return segments
 
 
-def _measure(tape: Tape, segments: list[_Segment], multiplicity: dict[LayerKey, int]) -> dict[int, int]:
+def _measure(tape: Tape, segments: list[Segment], multiplicity: dict[LayerKey, int]) -> dict[int, int]:
     """Fill in each segment's net growth and its peak above its start.
 
     Returns, for each storage made in a repeated layer, how many storages of the whole model it stands for.
@@ -209,7 +211,7 @@ def _measure(tape: Tape, segments: list[_Segment], multiplicity: dict[LayerKey, 
     return repeated
 
 
-def _at_peak(tape: Tape, segment: _Segment, before: list[int], repeated: dict[int, int]) -> list[int]:
+def _at_peak(tape: Tape, segment: Segment, before: list[int], repeated: dict[int, int]) -> list[int]:
     """The composition at the segment's peak."""
     parts = list(before)
     total = 0
@@ -230,11 +232,11 @@ def _at_peak(tape: Tape, segment: _Segment, before: list[int], repeated: dict[in
     return parts
 
 
-def _runs(segments: list[_Segment], stacks: Stacks) -> list[tuple[_Segment, int]]:
+def _runs(segments: list[Segment], stacks: Stacks) -> list[tuple[Segment, int]]:
     """The segments of the whole model, each with how often it repeats: every run of a stack's layers is replaced by
     all of them.
     """
-    result: list[tuple[_Segment, int]] = []
+    result: list[tuple[Segment, int]] = []
     i = 0
     while i < len(segments):
         layer = segments[i].layer
@@ -243,7 +245,7 @@ def _runs(segments: list[_Segment], stacks: Stacks) -> list[tuple[_Segment, int]
             i += 1
             continue
         stack = layer[0]
-        made: dict[int, _Segment] = {}
+        made: dict[int, Segment] = {}
         while i < len(segments) and (layer := segments[i].layer) is not None and layer[0] == stack:
             made[layer[1]] = segments[i]
             i += 1

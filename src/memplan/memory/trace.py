@@ -118,11 +118,13 @@ def replay_steps(
     optimizer: Optimizer,
     workspaces: Sequence[int],
     conf: AllocatorSpec | None = None,
+    waiting: Sequence[int] = (),
 ) -> Replayed:
     """Load the weights, run two steps and report the peaks.
 
     ``held`` are further sizes held throughout (buffers, DDP's buckets); ``micro_batches`` are the tapes of a step's
-    micro-batches; ``workspaces`` are cuBLAS's, the first taken in forward, the others in backward.
+    micro-batches; ``workspaces`` are cuBLAS's, the first taken in forward, the others in backward; ``waiting``
+    are inputs of further micro-batches, which a step has from its start.
     """
     replay = _Replay(conf or AllocatorSpec())
     replay.allocate("load", [*(p.nbytes for p in parameters), *held])
@@ -134,7 +136,7 @@ def replay_steps(
     left = [_left_alive(tape.log) for tape in micro_batches]
     for step in range(STEPS):
         gradients: list[int] = []
-        inputs: list[int] = []
+        inputs = replay.allocate("forward" if step else "first_step", waiting)
         for number, tape in enumerate(micro_batches):
             addresses: list[int] | None = None
             places = cuts(tape)

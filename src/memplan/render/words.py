@@ -122,7 +122,10 @@ def batch(estimate: Estimate) -> str:
     """Sequences, their length, and the micro-batches that make a step."""
     steps = option(estimate, "grad_accum_steps") or 1
     accumulated = f" x {steps} micro-batches" if steps > 1 else ""
-    return f"{option(estimate, 'micro_batch_size')} x {option(estimate, 'seq_len')} tokens{accumulated}"
+    sequences = option(estimate, "micro_batch_size")
+    if estimate.model.architecture.endswith("ForImageClassification"):
+        return f"{sequences} images{accumulated}"
+    return f"{sequences} x {option(estimate, 'seq_len')} tokens{accumulated}"
 
 
 def strategy(estimate: Estimate) -> str:
@@ -250,6 +253,8 @@ def _device_map(device_map: Mapping[str, int | str]) -> str:
 def assumed(assumption: Assumption) -> tuple[str, str]:
     """An assumption's value with its range, and its source; bytes are shown in GiB."""
     # Assumption.of names the unit of everything but bytes.
+    if assumption.low == assumption.high == assumption.value == 0:
+        return "", assumption.source  # a statement without a number
     in_bytes = isinstance(assumption.value, int) and not assumption.name.endswith(")") and assumption.high >= KiB
     show = (lambda number: gib(int(number))) if in_bytes else "{:g}".format
     value, low, high = (show(number) for number in (assumption.value, assumption.low, assumption.high))

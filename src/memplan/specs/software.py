@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 
-from pydantic import field_validator
+from pydantic import ValidationInfo, field_validator
 
 from memplan.errors import SpecError, did_you_mean
 from memplan.specs._base import Spec
 
 __all__ = ["SoftwareSpec"]
+
+OLDEST = {"transformers": "4.30", "torch": "1.10", "deepspeed": "0.10", "cuda": "10.2"}
+"""Before these too much was different: such a version is refused."""
 
 _NUMBER = re.compile(r"\d{1,9}(?:\.\d{1,9})*")
 
@@ -41,9 +44,12 @@ class SoftwareSpec(Spec):
 
     @field_validator("*")
     @classmethod
-    def _starts_with_numbers(cls, version: str) -> str:
+    def _version(cls, version: str, info: ValidationInfo) -> str:
         if _NUMBER.match(version) is None:
             raise SpecError.at("", version, "is not a version", "Write numbers with dots, as in 5.23.0.")
+        oldest = OLDEST.get(info.field_name or "", "0")
+        if _numbers(version) < _numbers(oldest):
+            raise SpecError.at("", version, "is older than memplan's rules reach", f"Use {oldest} or later.")
         return version
 
     @classmethod
@@ -64,6 +70,16 @@ class SoftwareSpec(Spec):
                 raise SpecError.at("software", name, "is not a library memplan knows", remedy)
             versions[field] = version.strip("= ")
         return cls(**versions)
+
+    def others(self) -> dict[str, tuple[str, str]]:
+        """Libraries whose major or minor version is another one than memplan's rules were read from: (this, that)."""
+        read_from = {name: field.default for name, field in type(self).model_fields.items()}
+        versions = {name: (getattr(self, name), read_from[name]) for name in self.model_fields_set}
+        return {
+            name: (given, known)
+            for name, (given, known) in versions.items()
+            if (*_numbers(given), 0, 0)[:2] != (*_numbers(known), 0, 0)[:2]
+        }
 
     def at_least(self, library: str, version: str) -> bool:
         """Tell whether ``library`` is at ``version`` or later, comparing the numbers in front.

@@ -60,9 +60,10 @@ class Node:
 class AccumulateGrad:
     """The sink of a leaf's gradient: ``grad`` once it has one."""
 
-    __slots__ = ("accumulated", "grad", "grads", "pending", "shape", "strides")
+    __slots__ = ("accumulated", "grad", "grads", "leaf", "pending", "shape", "strides")
 
     def __init__(self, leaf: Tensor) -> None:
+        self.leaf = id(leaf)
         self.shape = leaf.shape
         self.strides = leaf.strides
         self.grads: list[Tensor | None] | None = None
@@ -157,6 +158,10 @@ class Tape:
         """How many of the first storages are the batch."""
         self.assumptions: dict[str, Constant] = {}
         """What the step takes for granted, by name; an estimate reports them."""
+        self.engine_takes_gradients = False
+        """An engine that shards takes each weight's gradient as it comes, and says itself how long it is kept."""
+        self.taken: list[tuple[int, int]] = []
+        """Where in the log it does so, and the weight's id()."""
 
     # -- storage -----------------------------------------------------------------------------------------------
 
@@ -479,13 +484,21 @@ class Tape:
         sink.grads = None
         sink.pending = 0
         if sink.accumulated:
+            self._hand_over(sink)
             return  # added in place to the gradient that is there
         grad = buffer[0]
         # A view is kept too, and with it all of the storage it looks at.
         if _owners(buffer, 0, 1)[0] != _SOLE_OWNER[0] or not _obeys_layout(grad, sink):
             grad = self.new(sink.shape, grad.dtype, "clone_grad")
         self.components[grad.storage.id] = GRADIENT
-        sink.grad = grad
+        if not self._hand_over(sink):
+            sink.grad = grad
+
+    def _hand_over(self, sink: AccumulateGrad) -> bool:
+        """A post-accumulate-grad hook: whether an engine has taken the gradient, which then dies here."""
+        if self.engine_takes_gradients:
+            self.taken.append((len(self.log), sink.leaf))
+        return self.engine_takes_gradients
 
 
 def _obeys_layout(grad: Tensor, sink: AccumulateGrad) -> bool:
