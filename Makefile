@@ -10,6 +10,8 @@ PIP_FLAGS ?=
 VENV    := $(ROOT)/.venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(ROOT)/constraints.txt $(PIP_FLAGS)
+# DeepSpeed is a source distribution: nothing of it is compiled before it is used.
+export DS_BUILD_OPS := 0
 INPUTS  := $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
 
 .DELETE_ON_ERROR:

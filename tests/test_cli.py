@@ -345,8 +345,8 @@ def test_bad_values_are_told_all_at_once(run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--strategy", "zero3"], "--strategy: 'zero3'"),
-        (["--strategy", "zero2", "--offload-optimizer", "cpu"], "--strategy: 'zero2'"),
+        (["--strategy", "fsdp"], "--strategy: 'fsdp'"),
+        (["--strategy", "zero2", "--offload-optimizer", "cpu"], "--offload-optimizer: 'cpu'"),
         (["--strategy", "fsdp", "--offload-param", "cpu"], "--strategy: 'fsdp'"),
         (["--engine-config", "ds_config.json"], "--engine-config: 'ds_config.json'"),
     ],

@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 from memplan.adapters.liger import apply_liger_kernel
 from memplan.adapters.lora import apply_lora
 from memplan.adapters.quantization import default_dtype, prepare_for_kbit_training, quantize
 from memplan.architectures.cache import DynamicCache
-from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, Module
+from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, Module, watch
 from memplan.architectures.registry import attention_implementations, build_model, head_of
 from memplan.catalog.gpus import find_gpu
 from memplan.constants import Constant
-from memplan.engines import ddp, plain
+from memplan.engines import ddp, plain, zero, zero0, zero3
+from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, layout, play
 from memplan.engines.plain import Evaluation, Parts, Run
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory import loading
+from memplan.memory.course import Ledger, ReplayLedger, course
 from memplan.memory.inference import Machine, infer
 from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
 from memplan.memory.timeline import Unrolled, unroll
-from memplan.memory.trace import Replayed, replay_steps, reserved_bound
+from memplan.memory.trace import Replayed, configured, engines_bound, replay_steps, reserved_bound
 from memplan.results import (
     Assumption,
     Components,
@@ -34,8 +36,7 @@ from memplan.results import (
     NvmeMemory,
     Phase,
     Term,
-    Verdict,
-    verdict_for,
+    verdict_by_place,
     worst_verdict,
 )
 from memplan.specs.hardware import ClusterSpec, GPUSpec
@@ -43,7 +44,7 @@ from memplan.specs.model import ModelSpec
 from memplan.specs.precision import Precision, resolve_precision
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
-from memplan.specs.training import TrainingSpec
+from memplan.specs.training import AllocatorSpec, TrainingSpec
 from memplan.tape import tensor as dtypes
 from memplan.tape.dispatch import CPU, DeviceRules, cuda
 from memplan.tape.tape import INPUT, AccumulateGrad, Tape
@@ -83,7 +84,21 @@ class Setup:
     precision: Precision
     rules: DeviceRules
     software: SoftwareSpec
+    engine: Literal["torch", "zero12", "zero3"] = "torch"
+    """Who makes the precision 16 bit: autocast, or DeepSpeed, which casts the model. DeepSpeed also takes each gradient
+    as it comes."""
     traced: Traced | None = None
+
+    @property
+    def dtype(self) -> DType:
+        """The model's, when it is trained."""
+        mixed = _AUTOCAST[self.precision.mixed_precision]
+        return mixed if mixed is not None and self.engine != "torch" else dtypes.dtype_named(self.precision.dtype)
+
+    @property
+    def autocast(self) -> DType | None:
+        """autocast's lower precision, if it is on."""
+        return _AUTOCAST[self.precision.mixed_precision] if self.engine == "torch" else None
 
 
 @dataclass
@@ -123,26 +138,33 @@ def estimate(
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
     if training.task != "train":
         return _infer(model, training, cluster, strategy, software, gpu)
-    if strategy.kind not in ("single", "ddp"):
-        raise UnsupportedError(f"strategy: {strategy.kind!r} is not modelled yet. Use single or ddp.")
+    if strategy.kind == "fsdp":
+        raise UnsupportedError("strategy: 'fsdp' is not modelled yet. Use ddp, or zero1, zero2 or zero3.")
     if strategy.kind == "single" and cluster.gpus != 1:
         raise SpecError.at(
             "gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1."
         )
     setup = replace(resolve(model, training, cluster, strategy, software), traced=traced)
     run, micro = _run(setup, gpu)
-    placed = ddp.phases(run, strategy.ddp, cluster.gpus) if strategy.kind == "ddp" else plain.phases(run)
+    if strategy.is_deepspeed:
+        placed, bound, rank = _sharded(setup, gpu, strategy, cluster.gpus)
+    elif strategy.kind == "ddp":
+        placed = ddp.phases(run, strategy.ddp, cluster.gpus)
+    else:
+        placed = plain.phases(run)
     if training.quantization is not None:
         placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
     replayed = None
     if setup.rules.kind != "cpu":
         # No bound is known for other settings of the allocator.
         exact = replay or training.alloc_conf is not None
-        replayed = _replay(setup, gpu, strategy) if exact else Replayed({}, _bound(setup, gpu, strategy))
+        if strategy.is_deepspeed:
+            replayed = _replay_sharded(setup, gpu, strategy, cluster.gpus, rank) if exact else Replayed({}, bound)
+        else:
+            replayed = _replay(setup, gpu, strategy) if exact else Replayed({}, _bound(setup, gpu, strategy))
     memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
     host = _host_memory(run, cluster)
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
-    verdicts: list[Verdict] = [verdict_for(memory.low, memory.high, memory.capacity)]
     return Estimate(
         model=_model_info(model, run),
         setup=_setup_dict(setup.training, setup.precision, strategy, cluster, gpu),
@@ -151,7 +173,7 @@ def estimate(
         gpu=memory,
         host=host,
         nvme=nvme,
-        verdict=worst_verdict(verdicts),
+        verdict=worst_verdict(verdict_by_place(memory, host, nvme).values()),
         assumptions=(
             *assumptions,
             *(Assumption.of(constant) for constant in micro.assumptions),
@@ -178,7 +200,13 @@ def resolve(
             raise SpecError.at("attn", training.attn, f"does not exist for {model.model_type} in transformers", remedy)
         training = training.replace(attn="eager")  # as transformers does
     _check_attention(training, precision, rules)
-    return Setup(model, training, precision, rules, software)
+    if strategy.kind in ("zero0", "zero1", "zero2") and training.lora is not None:
+        # DeepSpeedEngine casts all parameters to the 16-bit type; of ZeRO-3's, zero.Init those that were there before.
+        training = training.replace(lora=training.lora.replace(autocast_adapter_dtype=False))
+    engine: Literal["torch", "zero12", "zero3"] = "torch"
+    if strategy.is_deepspeed:
+        engine = "zero3" if strategy.kind == "zero3" else "zero12"
+    return Setup(model, training, precision, rules, software, engine)
 
 
 def _explanation(setup: Setup, run: Run, placed: dict[str, Parts], memory: GpuMemory) -> tuple[Term, ...]:
@@ -232,7 +260,10 @@ def _micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluatio
         return setup.traced.micro_batch(accumulated=accumulated, evaluation=evaluation)
     training = setup.training
     tape = Tape(setup.rules)
+    tape.engine_takes_gradients = setup.engine != "torch"
     root = _model(setup, tape, full_depth=full_depth)
+    if setup.engine == "zero3":
+        watch(root, tape)
     if not isinstance(root, Model):
         raise SpecError.at("head", "base", "has no loss to train", "Use --head causal-lm, or --task load.")
     inventory = Inventory(root)
@@ -247,8 +278,7 @@ def _micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluatio
     with tape.tagged(INPUT):
         inputs = root.inputs(batch, training.seq_len)
     tape.input_count = len(tape.sizes)
-    autocast = _AUTOCAST[setup.precision.mixed_precision]
-    loss, outputs = _forward(tape, root, inputs, autocast)
+    loss, outputs = _forward(tape, root, inputs, setup.autocast)
     predictions = [x.nbytes for x in (outputs, *inputs[1:])] if isinstance(outputs, Tensor) else []
     del outputs  # compute_loss returns the loss alone
     if not evaluation:
@@ -268,7 +298,7 @@ def _model(
     training, model = setup.training, setup.model
     b = Build(
         tape,
-        dtypes.dtype_named(setup.precision.dtype),
+        setup.dtype,
         attn=training.attn,
         gradient_checkpointing=training.gradient_checkpointing,
         padded=not training.packed,
@@ -414,6 +444,78 @@ def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy) -> Replayed:
     )
 
 
+# -- engines that shard ----------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _sharded(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> tuple[dict[str, Parts], int, int]:
+    """The fullest moments of the fullest rank, what its peak reserved cannot exceed, and which rank it is."""
+    best: tuple[int, dict[str, Parts], Ledger, int] | None = None
+    run, micro = _run(setup, gpu)
+    for rank in _ranks(strategy, layout(micro.root), ranks):
+        ledger = Ledger()
+        _play(setup, gpu, strategy, ranks, rank, ledger, full_depth=False)
+        placed = {phase: ledger.fullest(phase) for phase in ("load", "first_step", *_STEADY)}
+        placed["save"] = dict(placed["idle"])
+        height = max(map(plain.total, placed.values()))
+        if best is None or height > best[0]:
+            best = height, placed, ledger, rank
+    assert best is not None
+    _, placed, ledger, rank = best
+    micro_batches = min(run.grad_accum_steps, MICRO_BATCHES) * STEPS
+    return placed, engines_bound(ledger.sizes, micro.unrolled.size_counts(), micro_batches), rank
+
+
+@lru_cache(maxsize=64)
+def _replay_sharded(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int) -> Replayed:
+    """The allocator under the engine, two steps long."""
+    ledger = ReplayLedger(configured(setup.training.alloc_conf or AllocatorSpec()))
+    _play(setup, gpu, strategy, ranks, rank, ledger, full_depth=True)
+    return Replayed(ledger.peaks, ledger.allocator.peak_reserved)
+
+
+def _play(
+    setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int, ledger: Ledger, *, full_depth: bool
+) -> None:
+    run, closed = _run(setup, gpu)
+    accumulates = run.grad_accum_steps > 1
+    fresh = accumulates or full_depth
+    first = _micro_batch(setup, full_depth=full_depth, accumulated=False) if fresh else closed
+    later = first
+    if accumulates and strategy.kind in ("zero0", "zero1"):  # gradients stay where autograd put them
+        later = _micro_batch(setup, full_depth=True, accumulated=True) if full_depth else closed
+    model = layout(first.root)
+    played = Played(
+        held=first.inventory.buffer_blocks,
+        workspaces=run.workspaces,
+        first=course(first.unrolled, model.numbers),
+        later=course(later.unrolled, layout(later.root).numbers),
+        grad_accum_steps=run.grad_accum_steps,
+    )
+    play(_engine(setup, strategy, model, ranks, rank, ledger), ledger, played)
+
+
+def _engine(setup: Setup, strategy: Strategy, model: Layout, ranks: int, rank: int, ledger: Ledger) -> Engine:
+    hidden_size, optim = setup.model.config.get("hidden_size"), setup.training.optim
+    if strategy.kind == "zero3":
+        sharded = zero3.zero3_setup(strategy, model, ranks, setup.dtype, hidden_size, optim, setup.rules)
+        return zero3.Zero3(sharded, ledger)
+    frozen = [p.numel for p in model.parameters.values() if p.node is None]
+    if strategy.kind == "zero0":
+        return zero0.Zero0(zero0.zero0_setup(model, frozen, setup.dtype, optim, setup.rules), ledger)
+    groups = zero.parameter_groups(model, ranks, strategy.zero.round_robin_gradients)
+    return zero.Zero12(
+        zero.zero_setup(strategy, groups, frozen, rank, setup.dtype, hidden_size, optim, setup.rules), ledger
+    )
+
+
+def _ranks(strategy: Strategy, model: Layout, ranks: int) -> list[int]:
+    """Those among which the fullest is. Stage 3 cuts every weight alike, and the first has no padding."""
+    if strategy.kind in ("zero0", "zero3"):
+        return [0]
+    return zero.fullest_ranks(zero.parameter_groups(model, ranks, strategy.zero.round_robin_gradients))
+
+
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
@@ -464,11 +566,15 @@ def _infer(
     found = infer(root, partial(_model, setup, full_depth=True), training, machine)
     memory, assumptions = _gpu_memory(found.placed, found.replayed, process, gpu, software)
     on_host, on_disk = found.on_host, found.on_disk
-    verdicts = [verdict_for(memory.low, memory.high, memory.capacity)]
-    if on_host:
-        verdicts.append(verdict_for(on_host, on_host, cluster.host_memory))
-    if found.refused:
-        verdicts.append("does-not-fit")
+    host = HostMemory(
+        capacity=cluster.host_memory,
+        peak=on_host,
+        pinned=0,
+        ranks=1,
+        components={"weights": on_host} if on_host else {},
+    )
+    nvme = NvmeMemory(capacity=cluster.nvme, bytes=on_disk, components={"weights": on_disk} if on_disk else {})
+    verdict = worst_verdict(verdict_by_place(memory, host, nvme).values())
     return Estimate(
         model=ModelInfo(
             id=model.id,
@@ -481,15 +587,9 @@ def _infer(
         cluster=_cluster_dict(cluster, gpu),
         software=software.to_dict(),
         gpu=memory,
-        host=HostMemory(
-            capacity=cluster.host_memory,
-            peak=on_host,
-            pinned=0,
-            ranks=1,
-            components={"weights": on_host} if on_host else {},
-        ),
-        nvme=NvmeMemory(capacity=cluster.nvme, bytes=on_disk, components={"weights": on_disk} if on_disk else {}),
-        verdict=worst_verdict(verdicts),
+        host=host,
+        nvme=nvme,
+        verdict="does-not-fit" if found.refused else verdict,
         assumptions=tuple(assumptions),
         footprint=loading.footprint(found.held),
         device_map=found.device_map,

@@ -37,6 +37,7 @@ __all__ = [
     "Term",
     "Verdict",
     "best_verdict",
+    "verdict_by_place",
     "verdict_for",
     "worst_verdict",
 ]
@@ -404,6 +405,15 @@ def verdict_for(low: int, high: int, capacity: int | None) -> Verdict:
     if high <= capacity:
         return "fits"
     return "tight" if low <= capacity else "does-not-fit"
+
+
+def verdict_by_place(gpu: GpuMemory, host: HostMemory, nvme: NvmeMemory) -> dict[str, Verdict]:
+    """Judge every place that holds something: ``gpu`` always, ``host`` and ``nvme`` where they are used."""
+    verdicts = {"gpu": verdict_for(gpu.low, gpu.high, gpu.capacity)}
+    for name, used, capacity in (("host", host.peak, host.capacity), ("nvme", nvme.bytes, nvme.capacity)):
+        if used:
+            verdicts[name] = verdict_for(used, used, capacity)
+    return verdicts
 
 
 def worst_verdict(verdicts: Iterable[Verdict]) -> Verdict:

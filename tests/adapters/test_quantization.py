@@ -22,6 +22,7 @@ from memplan.adapters.quantization import (
 )
 from memplan.architectures.nn import Build, Conv1D, Inventory, Linear, Model, Module
 from memplan.architectures.registry import FAMILIES
+from memplan.memory.timeline import unroll
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.training import LoraSpec, QuantizationSpec
 from memplan.tape import tensor as dtypes
@@ -125,7 +126,7 @@ def test_repeated_layers_give_the_peak_of_all_layers() -> None:
     for full_depth in (True, False):
         adapt = partial(qlora, case={**quantized.MODEL, "kind": "int8"})
         run = step(config, "bfloat16", adapt, full_depth=full_depth)
-        profile = run.unrolled.profile()
+        profile = unroll(run.tape, run.inventory.stacks).profile()
         peaks.append((profile.peaks["backward"].total, profile.saved.total, profile.end.total))
     assert peaks[0] == peaks[1]
 

@@ -152,6 +152,8 @@ def test_the_extrapolated_log_is_the_log_of_all_layers(
         ("gpt2", {"dtype": "bfloat16", "mixed_precision": "no", "gradient_checkpointing": True}),
         # A checkpointed attention's tensors are there until its backward has run.
         ("cohere", {"dtype": "bfloat16", "mixed_precision": "no", "gradient_checkpointing": True}),
+        # The layout of the gradient decides what attention's backward copies.
+        ("gpt_neox", {"dtype": "bfloat16", "mixed_precision": "no", "gradient_checkpointing": True}),
         # PEFT casts an adapter's input unless CUDA's autocast is on.
         ("llama", {"lora": {"rank": 8, "targets": ["all-linear"]}}),
     ],
@@ -361,6 +363,28 @@ def test_a_decoder_of_ones_own_is_extrapolated(gpu: str, precision: str, monkeyp
     assert short.gpu.peak_reserved == full.gpu.peak_reserved
 
 
+class Remembers(Block):
+    """Leaves a tensor on itself, as recurrent models do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.state = x.detach().sum(1)
+        return super().forward(x)
+
+
+class Recurrent(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Remembers(64) for _ in range(20)))
+
+
+def test_what_a_forward_leaves_on_its_module_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = api.estimate(Recurrent(), SHORT, "cpu", inputs=made)
+    assert "at 5 and 6 of 20 layers" in how(short)
+    assert short.gpu.components.weights == api.estimate(Net(), SHORT, "cpu", inputs=made).gpu.components.weights
+    monkeypatch.setattr(extrapolate, "_find_stacks", lambda model: [])
+    assert phases(short) == phases(api.estimate(Recurrent(), SHORT, "cpu", inputs=made))
+
+
 def test_a_module_that_does_not_repeat_is_traced_in_full() -> None:
     result = api.estimate(Dense(), SHORT, "cpu", inputs=made)
     assert "in full, since its layers do not repeat" in how(result)
@@ -491,8 +515,8 @@ def test_a_head_without_loss_is_refused() -> None:
 
 
 def test_other_versions_than_the_installed_ones_are_refused() -> None:
-    with pytest.raises(SpecError, match=r"transformers=3\.0.*is not what a trace runs"):
-        api.estimate(deep("llama", 2), SHORT, GPU, trace=True, software="transformers=3.0")
+    with pytest.raises(SpecError, match=r"transformers=4\.40.*is not what a trace runs"):
+        api.estimate(deep("llama", 2), SHORT, GPU, trace=True, software="transformers=4.40")
     version = torch.__version__.partition("+")[0]
     result = api.estimate(deep("llama", 2), SHORT, GPU, trace=True, software=f"torch={version}")
     assert result.software["torch"] == version

@@ -134,6 +134,19 @@ class Module:
         setattr(self, name, module)
 
 
+def watch(root: Module, tape: Tape) -> None:
+    """Note on the tape where every module begins and ends: an engine that shards weights hooks in there."""
+    tape.watches = True
+    for _, module in root.named_modules():
+        if not hasattr(module, "forward"):  # a list of modules, which is never called
+            continue
+        module.forward = partial(_watched, tape, module, module.forward)
+
+
+def _watched(tape: Tape, module: Module, forward: Callable[..., Any], *args: Any) -> Any:
+    return tape.watch(module, forward, args)
+
+
 class ModuleList(Module):
     """torch.nn.ModuleList: children named by their place."""
 

@@ -164,21 +164,20 @@ def _math_attention(
     dtype = query.dtype
     with torch.autocast("cpu", enabled=False):
         query, key, value = (x.float() if x.dtype in _half() else x for x in (query, key, value))
-        query = query * 0.5  # by the root of the scale
+        scaled = query * 0.5  # by the root of the scale; all that is named lives until the end, as in C++
         if is_causal:
             mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
             mask = torch.empty_like(mask, dtype=query.dtype)
-        if enable_gqa:
-            repeats = query.size(-3) // key.size(-3)
-            key, value = (x.repeat_interleave(repeats, -3) if repeats > 1 else x for x in (key, value))
-        scores = query @ (key.transpose(-2, -1) * 0.5)
+        repeats = query.size(-3) // key.size(-3) if enable_gqa else 1
+        keys, values = (x.repeat_interleave(repeats, -3) if repeats > 1 else x for x in (key, value))
+        scores = scaled @ (keys.transpose(-2, -1) * 0.5)
         if mask is not None:
             scores.add_(mask)
         scores = torch.ops.aten._safe_softmax(scores, -1)
         if dropout_p > 0.0:
             scores = torch.native_dropout(scores, dropout_p, True)[0]
         weights = scores.to(dtype)  # the second result, which nobody takes
-        out = (scores @ value).to(dtype)
+        out = (scores @ values).to(dtype)
         del weights
         return out
 
@@ -233,9 +232,10 @@ def _fused_function(rules: DeviceRules, kernel: Kernel) -> Any:
             saved = ctx.saved_tensors  # all of them are there until the kernel has run, checkpointed or not
             q = saved[0]
             out = _fused(tape, ctx.backend, *_symbols(tape, *saved[:4]), ctx.dropout_p)  # type: ignore[arg-type, call-arg]
+            (symbol,) = _symbols(tape, grad)
             start, flops = len(tape.sizes), tape.flops
             node: Any = out.node
-            grads = node.fn(tape, node, out, node.saved)
+            grads = node.fn(tape, node, symbol, node.saved)
             with kernel("sdpa_backward") as count:
                 count(tape.flops - flops)
                 made = _allocated(tape, start, q, grads)

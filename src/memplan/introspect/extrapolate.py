@@ -114,7 +114,7 @@ def trace_model(setup: Setup, module: Any = None, inputs: Inputs | None = None) 
         recordings, stacks = _in_full(tracing, stacks), []
     tapes = {name: to_tape(recording, setup.rules) for name, recording in recordings.items()}
     return Traced(
-        root=_mirror(tracing.model, stacks, tapes["first"]),
+        root=_mirror(tracing, stacks, tapes["first"]),
         first=tapes["first"],
         later=tapes.get("later"),
         evaluation=tapes.get("evaluation"),
@@ -455,6 +455,8 @@ class _Tracing:
         self.inputs = inputs
         self.fake_mode = trace._fake_mode()
         trace._to_fake(model, self.fake_mode)
+        self.loose = list(trace._loose_tensors(model))
+        """Tensors that modules hold as plain attributes before anything has run; a forward may leave more there."""
         self.forward = trace._prepared_forward(model, setup.precision.mixed_precision)
 
     def record(self, stacks: Sequence[_Stack]) -> dict[str, Recording]:
@@ -638,7 +640,7 @@ def _in_full(tracing: _Tracing, stacks: Sequence[_Stack]) -> dict[str, Recording
 # -- as the estimator's modules --------------------------------------------------------------------------------------
 
 
-def _mirror(model: Any, stacks: Sequence[_Stack], tape: Tape) -> Module:
+def _mirror(tracing: _Tracing, stacks: Sequence[_Stack], tape: Tape) -> Module:
     """The model's modules and parameters in the estimator's vocabulary, under the same names."""
     import torch
 
@@ -648,6 +650,7 @@ def _mirror(model: Any, stacks: Sequence[_Stack], tape: Tape) -> Module:
         torch.nn.Linear: Linear,
     }
     numbers = {id(stack.container): n for n, stack in enumerate(stacks)}
+    loose = {id(tensor) for tensor in tracing.loose}
     parameters: dict[int, Parameter] = {}
 
     def parameter(tensor: Any, name: str) -> Parameter:
@@ -664,7 +667,7 @@ def _mirror(model: Any, stacks: Sequence[_Stack], tape: Tape) -> Module:
         for name, tensor in module._parameters.items():
             made.__dict__[name] = None if tensor is None else parameter(tensor, f"{path}{name}")
         for name, tensor in (*module._buffers.items(), *module.__dict__.items()):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and (name in module._buffers or id(tensor) in loose):
                 made.__dict__[name] = tape.buffer(tuple(tensor.shape), _dtype(tensor), name in module._buffers)
         for name, child in module._modules.items():
             if child is not None:
@@ -680,7 +683,7 @@ def _mirror(model: Any, stacks: Sequence[_Stack], tape: Tape) -> Module:
         made._kinds = list(range(len(module)))
         return made
 
-    return visit(model, "")
+    return visit(tracing.model, "")
 
 
 def _dtype(tensor: Any) -> DType:

@@ -433,7 +433,7 @@ def _make_tracker(
         def _answer(self) -> Any:
             frame = sys._getframe(2)
             names: list[str] = []
-            while frame is not None and len(names) < 12:
+            while frame is not None and len(names) < 12 and frame.f_code.co_name not in _FORWARDS:
                 name = frame.f_code.co_name
                 if name in _VALUE_ANSWERS:
                     self.questions[name] = self.questions.get(name, 0) + 1
@@ -449,6 +449,8 @@ def _make_tracker(
     return Tracker()
 
 
+_FORWARDS = ("_compute_loss", "evaluate")
+"""Functions of :class:`_Step` that call a model."""
 _BETWEEN = ("/torch/", "/accelerate/", "/memplan/")
 """Folders of what stands between a library's question and a dispatch mode."""
 

@@ -677,8 +677,10 @@ def _prefix_bound(prefix: Mapping[int, int], large_segment_size: int) -> int:
         segment = segment_size(size, large_segment_size)
         host = shared.get(large_segment_size, ())
         taken = min(size + SMALL_SIZE, large_segment_size)
-        if host and size <= large_segment_size - min(size for size, _ in host) and (
-            taken * large_segment_size > segment * _filled(host, large_segment_size)
+        if (
+            host
+            and size <= large_segment_size - min(size for size, _ in host)
+            and (taken * large_segment_size > segment * _filled(host, large_segment_size))
         ):
             guests[large_segment_size] = guests.get(large_segment_size, 0) + taken * count
         else:

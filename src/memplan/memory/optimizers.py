@@ -45,6 +45,8 @@ class Groups:
 
     parameters: list[Parameter] = field(default_factory=list)
     """In the model's order; those of a layer that stands for several as often as the model has it."""
+    layers: list[int] = field(default_factory=list)
+    """For each of them its layer, or OUTSIDE."""
     undecayed: set[int] = field(default_factory=set)
     """Ids of those without weight decay: biases and the weights of norms."""
     embeddings: set[int] = field(default_factory=set)
@@ -67,6 +69,10 @@ _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 """Trainer.get_decay_parameter_names: names, in lower case, that get no weight decay."""
 
 
+OUTSIDE = -1
+"""The layer of a weight that is in none."""
+
+
 def groups_of(root: Module) -> Groups:
     """Walk a model in the order of torch's ``named_parameters()``: shared parameters stand where they come first."""
     groups = Groups()
@@ -74,7 +80,7 @@ def groups_of(root: Module) -> Groups:
     linear: list[Parameter] = []
     vocabulary = 0
 
-    def visit(module: Module, path: str) -> list[Parameter]:
+    def visit(module: Module, path: str) -> list[tuple[Parameter, int]]:
         nonlocal vocabulary
         if isinstance(module, Embedding):
             groups.embeddings.add(id(module.weight))
@@ -85,15 +91,19 @@ def groups_of(root: Module) -> Groups:
         for name, p in module.parameters():
             if p.node is not None and id(p) not in seen:
                 seen.add(id(p))
-                found.append(p)
+                found.append((p, OUTSIDE))
                 if isinstance(module, LayerNorm) or _NO_DECAY.search(f"{path}{name}".lower()):
                     groups.undecayed.add(id(p))
         parts = {name: visit(child, f"{path}{name}.") for name, child in module.children()}
-        for name in map(str, module.sequence()) if isinstance(module, Layers) else parts:
-            found += parts[name]
+        if isinstance(module, Layers):
+            return [(p, layer) for layer, made in enumerate(module.sequence()) for p, _ in parts[str(made)]]
+        for part in parts.values():
+            found += part
         return found
 
-    groups.parameters = visit(root, "")
+    for p, layer in visit(root, ""):
+        groups.parameters.append(p)
+        groups.layers.append(layer)
     groups.outputs.update(id(p) for p in linear if p.shape[0] == vocabulary)
     return groups
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
 from memplan.tape.tape import LayerKey, Tape
@@ -50,6 +51,8 @@ class Segment:
     start: int
     end: int
     flops: int
+    events: slice
+    """Of the tape's, those that lie in it."""
     net: int = 0
     peak: int = 0
     parts: list[int] = field(default_factory=lambda: [0] * len(COMPONENTS))
@@ -61,7 +64,7 @@ Stacks = Mapping[int, Sequence[int]]
 """Stack number -> for every layer of the model in order, the made layer that stands for it."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Unrolled:
     """The log of the whole model: the tape's segments, in the order and as often as every layer makes them."""
 
@@ -70,6 +73,12 @@ class Unrolled:
     """Segments, each with how often it repeats."""
     repeated: dict[int, int]
     """Storage made in a repeated layer -> how many storages of the whole model it stands for."""
+    stacks: Stacks
+
+    @cached_property
+    def taken(self) -> frozenset[int]:
+        """Storages of gradients that an engine takes, and frees."""
+        return frozenset(event.storage for event in self.tape.events)
 
     def profile(self) -> StepProfile:
         """Compute the peaks of the whole model. A tape without marks has one segment per phase."""
@@ -149,7 +158,7 @@ def unroll(tape: Tape, stacks: Stacks) -> Unrolled:
     """Lay out the whole model's log, from a tape on which each kind of layer ran once."""
     segments = _segments(tape)
     repeated = _measure(tape, segments, _multiplicities(stacks))
-    return Unrolled(tape, _runs(segments, stacks), repeated)
+    return Unrolled(tape, _runs(segments, stacks), repeated, stacks)
 
 
 def _multiplicities(stacks: Stacks) -> dict[LayerKey, int]:
@@ -160,17 +169,18 @@ def _segments(tape: Tape) -> list[Segment]:
     """Cut the log at the marks; a backward mark names the layer that it ends."""
     segments: list[Segment] = []
     phase = "forward"
-    start = flops = 0
+    start = flops = events = 0
     layer: LayerKey | None = None
     for mark in tape.marks:
         ended = mark.layer if mark.name == "layer_backward_end" else layer
-        if mark.position > start or mark.flops > flops or ended is not None:
-            segments.append(Segment(phase, ended, start, mark.position, mark.flops - flops))
+        if mark.position > start or mark.flops > flops or mark.events > events or ended is not None:
+            segments.append(Segment(phase, ended, start, mark.position, mark.flops - flops, slice(events, mark.events)))
+            events = mark.events
         start, flops = mark.position, mark.flops
         layer = mark.layer if mark.name == "layer" else None
         if mark.name in PHASES:
             phase = mark.name
-    segments.append(Segment(phase, None, start, len(tape.log), tape.flops - flops))
+    segments.append(Segment(phase, None, start, len(tape.log), tape.flops - flops, slice(events, len(tape.events))))
     return segments
 
 

@@ -94,12 +94,28 @@ def reserved_bound(
     prefix: Counter[int] = Counter(held)
     for p, count in parameters:
         prefix[p.nbytes] += count
+    return _upper_bound(prefix, counts, micro_batches * STEPS, [(s, n, m * STEPS) for s, n, m in others])
+
+
+def engines_bound(
+    blocks: Mapping[int, Sequence[int]], counts: Mapping[int, tuple[int, int]], micro_batches: int
+) -> int:
+    """The same under an engine that shards, whose ``blocks`` a ledger has counted over all steps."""
+    return _upper_bound({}, counts, micro_batches, [(size, most, number) for size, (_, most, number) in blocks.items()])
+
+
+def _upper_bound(
+    prefix: Mapping[int, int],
+    counts: Mapping[int, tuple[int, int]],
+    micro_batches: int,
+    others: Iterable[tuple[int, int, int]],
+) -> int:
     live: dict[int, tuple[int, int]] = {
-        size: (peak, number * micro_batches * STEPS) for size, (peak, number) in counts.items()
+        size: (peak, number * micro_batches) for size, (peak, number) in counts.items()
     }
     for size, alive, allocated in others:
         peak, number = live.get(size, (0, 0))
-        live[size] = (peak + alive, number + allocated * STEPS)
+        live[size] = (peak + alive, number + allocated)
     classes = [SizeClass(size, peak, number) for size, (peak, number) in live.items() if size]
     return reserved_upper_bound(TraceSummary(prefix, classes))
 

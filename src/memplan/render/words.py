@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memplan.results import Assumption, Estimate, EstimateList, Verdict, verdict_for
+from memplan.results import Assumption, Estimate, EstimateList, Verdict, verdict_by_place
 from memplan.units import GiB, KiB
 
 __all__ = [
@@ -36,6 +36,7 @@ VERDICTS: dict[Verdict, str] = {
 """Verdicts as people read them."""
 
 _PRECISION = {"no": "", "bf16": " + bf16 autocast", "fp16": " + fp16 autocast"}
+_PLACES = {"host": "--host-memory", "nvme": "--nvme"}
 _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
@@ -107,6 +108,8 @@ def precision_facts(estimate: Estimate) -> str:
     training = _task(estimate) == "train"
     dtype = str(option(estimate, "dtype"))
     mixed = _PRECISION.get(str(option(estimate, "mixed_precision")), "") if training else ""
+    if str(option(estimate, "strategy")).startswith("zero"):  # no autocast: the engine casts the model
+        mixed = " with float32 masters" if training else ""
     quantization = option(estimate, "quantization")
     parts = [dtype + mixed, quantization if quantization != "none" else None, option(estimate, "attn")]
     if training:
@@ -187,15 +190,19 @@ def best_of(estimates: EstimateList) -> Estimate:
 def verdict(estimate: Estimate) -> str:
     """The verdict, with the place that decides it and the numbers behind it."""
     gpu, host, nvme = estimate.gpu, estimate.host, estimate.nvme
-    places = (
-        ("", gpu.low, gpu.high, gpu.capacity),
-        ("host memory, ", host.peak, host.peak, host.capacity),
-        ("NVMe, ", nvme.bytes, nvme.bytes, nvme.capacity),
-    )
-    for place, low, high, capacity in places:
-        if verdict_for(low, high, capacity) == estimate.verdict:
-            return f"{VERDICTS[estimate.verdict]}: {place}{_margin(low, high, capacity)}"
-    return VERDICTS[estimate.verdict]
+    margins = {
+        "gpu": _margin(gpu.low, gpu.high, gpu.capacity),
+        "host": f"host memory, {_margin(host.peak, host.peak, host.capacity)}",
+        "nvme": f"NVMe, {_margin(nvme.bytes, nvme.bytes, nvme.capacity)}",
+    }
+    place = _deciding(estimate)
+    return VERDICTS[estimate.verdict] + (f": {margins[place]}" if place else "")
+
+
+def _deciding(estimate: Estimate) -> str | None:
+    """The first place with the estimate's verdict; none where the verdict has another reason."""
+    places = verdict_by_place(estimate.gpu, estimate.host, estimate.nvme)
+    return next((place for place, found in places.items() if found == estimate.verdict), None)
 
 
 def _margin(low: int, high: int, capacity: int | None) -> str:
@@ -215,6 +222,13 @@ def next_steps(estimate: Estimate, gpus: Sequence[str] = (), options: Sequence[s
     """
     if estimate.verdict == "fits":
         return ""
+    place = _deciding(estimate)
+    if place in _PLACES:
+        option, used = _PLACES[place], estimate.host.peak if place == "host" else estimate.nvme.bytes
+        if estimate.verdict == "unknown":
+            return f"give its size with {option}"
+        if not options:
+            return f"it needs {gib(used)} GiB of {option.removeprefix('--').replace('-', ' ')} in each node"
     if estimate.verdict == "unknown" and gpu_name(estimate) is not None:
         return "give its size with --gpu-memory"
     if estimate.verdict == "unknown":

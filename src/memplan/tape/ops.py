@@ -672,6 +672,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     contiguous); with bias an addmm.
     """
     t = x.storage.tape
+    if t.watches:
+        return _zero3_linear(t, x, weight, bias)
     if t.autocast is not None:  # C++ evaluates the casts from the last argument to the first
         if bias is not None:
             bias = _lower(t, bias)
@@ -686,6 +688,40 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if t.autocast is not None:
         weight, x, bias = _lower(t, weight), _lower(t, x), _lower(t, bias)
     return _matmul_weight(t, x, weight, bias, weight.shape[1], weight.shape[0], "addmm")
+
+
+def _zero3_linear(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """LinearFunctionForZeroStage3 of deepspeed/runtime/zero/linear.py (memory_efficient_linear), which ZeRO-3 puts in
+    F.linear's place: it saves all it gets, even where a weight is frozen, once the result is there.
+    """
+    n_out, n_in = weight.shape
+    node = t.node(_zero3_linear_backward, (x, weight, bias), (), (x.shape, weight.shape, x.dtype))
+    t.flops += 2 * x.numel * n_out
+    folded = reshape(x, -1, n_in) if not is_contiguous(x.shape, x.strides) else None
+    out = t.new((*x.shape[:-1], n_out), x.dtype, "linear")
+    del folded
+    t.save(node, x, weight, bias)
+    out.node = node
+    return out
+
+
+def _zero3_linear_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    x_shape, weight_shape, dtype = node.ctx
+    rows = grad.numel // weight_shape[0]
+    gx = gw = gb = None
+    if node.edges[0] is not None:
+        t.flops += 2 * grad.numel * weight_shape[1]
+        gx = t.new(x_shape, dtype, "linear_grad_input")
+    if node.edges[1] is not None:
+        t.flops += 2 * grad.numel * weight_shape[1]
+        folded = (
+            _reshape_nograd(t, grad, (rows, weight_shape[0])) if not is_contiguous(grad.shape, grad.strides) else None
+        )
+        gw = t.new(weight_shape, dtype, "linear_grad_weight")
+        del folded
+    if node.edges[2] is not None:
+        gb = t.new((weight_shape[0],), dtype, "linear_grad_bias")
+    return gx, gw, gb
 
 
 def _matmul_weight(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, n_out: int, n_in: int, name: str) -> Tensor:

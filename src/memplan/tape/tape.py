@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import heappop, heappush
 from sys import getrefcount
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from memplan.constants import Constant
 from memplan.tape.dispatch import CPU, DeviceRules
@@ -36,6 +36,19 @@ LayerKey = tuple[int, int]
 """(stack, index): a model may have several stacks of layers, as an encoder and a decoder."""
 
 BackwardFn = Callable[["Tape", "Node", Any, Any], Sequence["Tensor | None"]]
+
+
+class Event(NamedTuple):
+    """A moment at which an engine acts."""
+
+    position: int
+    """In the log."""
+    kind: Literal["gradient", "pre_forward", "post_forward", "pre_backward", "post_backward", "hold", "drop"]
+    """hold and drop: a recomputation saves a weight as it is then, for one node."""
+    subject: int
+    """id() of the weight or the module."""
+    storage: int = -1
+    """The gradient's; -1 is one that was added to the gradient there."""
 
 
 class StopRecompute(Exception):
@@ -104,11 +117,12 @@ class Recomputed(list["Tensor | None"]):
 
 
 class Mark:
-    """A position in the log, with the FLOPs counted so far."""
+    """A position in the log, with the FLOPs and the events counted so far."""
 
-    __slots__ = ("flops", "layer", "name", "position")
+    __slots__ = ("events", "flops", "layer", "name", "position")
 
-    def __init__(self, name: str, layer: LayerKey | None, position: int, flops: int) -> None:
+    def __init__(self, name: str, layer: LayerKey | None, position: int, flops: int, events: int = 0) -> None:
+        self.events = events
         self.name = name
         self.layer = layer
         self.position = position
@@ -160,8 +174,12 @@ class Tape:
         """What the step takes for granted, by name; an estimate reports them."""
         self.engine_takes_gradients = False
         """An engine that shards takes each weight's gradient as it comes, and says itself how long it is kept."""
-        self.taken: list[tuple[int, int]] = []
-        """Where in the log it does so, and the weight's id()."""
+        self.events: list[Event] = []
+        """What an engine hooks into, in order: gradients that are ready, and modules that are watched."""
+        self.watches = False
+        """Modules are watched."""
+        self._watched: list[tuple[int, int, int]] = []
+        """Watched modules with a backward: the number before their first node, that of their last one, their id()."""
 
     # -- storage -----------------------------------------------------------------------------------------------
 
@@ -257,6 +275,10 @@ class Tape:
     def _save(self, node: Node, tensors: tuple[Tensor | None, ...]) -> None:
         if self._recording is not None:
             for x in tensors:
+                if x.__class__ is Parameter and self.watches:
+                    self.events.append(Event(len(self.log), "hold", id(x)))
+                    self._recording.append(x)
+                    continue
                 self._recording.append(None if x is None else _detached(x))
                 self._mark_saved(x)
                 if len(self._recording) == self._record_limit:
@@ -315,7 +337,17 @@ class Tape:
 
     def mark(self, name: str, layer: LayerKey | None = None) -> None:
         """Remember the present position in the log."""
-        self.marks.append(Mark(name, layer, len(self.log), self.flops))
+        self.marks.append(Mark(name, layer, len(self.log), self.flops, len(self.events)))
+
+    def watch(self, module: object, forward: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Run a module's forward and note where it begins and ends, and where its backward will."""
+        self.events.append(Event(len(self.log), "pre_forward", id(module)))
+        before = self._seq
+        out = forward(*args)
+        self.events.append(Event(len(self.log), "post_forward", id(module)))
+        if self.grad_enabled and self._recording is None and self._seq > before:
+            self._watched.append((before, self._seq, id(module)))
+        return out
 
     def layer_boundary(self, layer: LayerKey | None) -> None:
         """Forward enters ``layer`` (None: what follows the last one) here; backward leaves it at an older node."""
@@ -406,13 +438,23 @@ class Tape:
         heap: list[tuple[int, Node]] = [(-root.seq, root)]
         boundaries = self._boundaries
         waiting: list[AccumulateGrad] = []
+        # Taken from the end: the last first, and of those that end together the outermost.
+        modules = sorted(self._watched, key=lambda each: (each[1], -each[0]))
+        running: list[tuple[int, int, int]] = []
         del loss, root
         while heap:
             node = heappop(heap)[1]
+            while running and node.seq <= running[-1][0]:
+                self.events.append(Event(len(self.log), "post_backward", running.pop()[2]))
             if boundaries and node.seq <= boundaries[-1][0]:
                 self._gradients_flow([node, *(entry[1] for entry in heap), *waiting])
                 while boundaries and node.seq <= boundaries[-1][0]:
                     self.mark("layer_backward_end", boundaries.pop()[1])
+            while modules and node.seq <= modules[-1][1]:
+                begin, _, module = entered = modules.pop()
+                if node.seq > begin:
+                    self.events.append(Event(len(self.log), "pre_backward", module))
+                    running.append(entered)
             grads: Any = node.grads
             node.grads = None
             saved = node.saved
@@ -422,6 +464,9 @@ class Tape:
             if node.outputs == 1:
                 grads = grads[0]
             results = list(node.fn(self, node, grads, saved))
+            if self.watches and saved.__class__ is Recomputed:
+                dropped = (id(x) for x in saved if x.__class__ is Parameter)
+                self.events += [Event(len(self.log), "drop", subject) for subject in dropped]
             del grads, saved
             edges = node.edges
             node.edges = []
@@ -448,6 +493,7 @@ class Tape:
                         waiting.append(target)
             target = buffer = None  # a gradient that was added to another one dies here
             del results, edges, node
+        self.events += [Event(len(self.log), "post_backward", module) for _, _, module in reversed(running)]
         for sink in waiting:  # a weight used where the loss does not reach
             if sink.grads is not None:
                 self._sink(sink)
@@ -484,20 +530,20 @@ class Tape:
         sink.grads = None
         sink.pending = 0
         if sink.accumulated:
-            self._hand_over(sink)
+            self._hand_over(sink, -1)
             return  # added in place to the gradient that is there
         grad = buffer[0]
         # A view is kept too, and with it all of the storage it looks at.
         if _owners(buffer, 0, 1)[0] != _SOLE_OWNER[0] or not _obeys_layout(grad, sink):
             grad = self.new(sink.shape, grad.dtype, "clone_grad")
         self.components[grad.storage.id] = GRADIENT
-        if not self._hand_over(sink):
+        if not self._hand_over(sink, grad.storage.id):
             sink.grad = grad
 
-    def _hand_over(self, sink: AccumulateGrad) -> bool:
-        """A post-accumulate-grad hook: whether an engine has taken the gradient, which then dies here."""
+    def _hand_over(self, sink: AccumulateGrad, storage: int) -> bool:
+        """A post-accumulate-grad hook: whether an engine has taken the gradient."""
         if self.engine_takes_gradients:
-            self.taken.append((len(self.log), sink.leaf))
+            self.events.append(Event(len(self.log), "gradient", sink.leaf, storage))
         return self.engine_takes_gradients
 
 

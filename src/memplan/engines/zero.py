@@ -1,0 +1,407 @@
+"""DeepSpeed's ZeRO stages 1 and 2: optimizer states, and gradients, in partitions over the ranks.
+
+Source: deepspeed/runtime/zero/stage_1_and_2.py (``DeepSpeedZeroOptimizer``), 0.19.8, whose names are kept. The engine
+is played over a micro-batch (:mod:`memplan.memory.course`): it allocates and frees here in the order of there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import groupby
+
+from memplan.engines.layout import Layout
+from memplan.errors import SpecError, UnsupportedError
+from memplan.memory.course import Block, Key, Ledger
+from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
+from memplan.specs.strategy import Strategy, ZeroSpec
+from memplan.tape.dispatch import DeviceRules
+from memplan.tape.tape import Tape
+from memplan.tape.tensor import DType, Parameter, bfloat16, float16, float32
+
+NCCL_START_ALIGNMENT = 2
+"""Elements: partitions are padded to multiples of twice the number of ranks (nccl_start_alignment_factor)."""
+NORM_ITEMSIZE = 8
+"""Bytes: norms are computed in float64 (get_norm_dtype)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A trained weight of the whole model."""
+
+    key: Key
+    elements: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """An optimizer's parameter group, flattened and cut into one partition per rank."""
+
+    weights: Sequence[Weight]
+    ranks: int
+
+    @cached_property
+    def elements(self) -> int:
+        """Of the flat buffer, padding included."""
+        alignment = NCCL_START_ALIGNMENT * self.ranks
+        return -(-sum(weight.elements for weight in self.weights) // alignment) * alignment
+
+    @property
+    def partition(self) -> int:
+        """Elements of one rank's partition."""
+        return self.elements // self.ranks
+
+    @cached_property
+    def starts(self) -> dict[Key, int]:
+        """Where each weight begins in the flat buffer."""
+        starts, at = {}, 0
+        for weight in self.weights:
+            starts[weight.key] = at
+            at += weight.elements
+        return starts
+
+    def slices(self, weight: Weight) -> list[tuple[int, int]]:
+        """The ranks that own a piece of the weight, each with the piece's elements (param_to_partition_ids)."""
+        at = self.starts[weight.key]
+        end = at + weight.elements
+        found = []
+        while at < end:
+            rank = at // self.partition
+            piece = min(end, (rank + 1) * self.partition) - at
+            found.append((rank, piece))
+            at += piece
+        return found
+
+    def in_partition(self, rank: int) -> list[tuple[Weight, int]]:
+        """Weights with a piece in a rank's partition, and the elements of that piece (params_in_partition)."""
+        begin, end = rank * self.partition, (rank + 1) * self.partition
+        found = []
+        for weight in self.weights:
+            at = self.starts[weight.key]
+            piece = min(end, at + weight.elements) - max(begin, at)
+            if piece > 0:
+                found.append((weight, piece))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroSetup:
+    """What stages 1 and 2 place."""
+
+    stage: int
+    groups: Sequence[Group]
+    frozen: Sequence[int]
+    """Elements of each weight that is not trained."""
+    rank: int
+    dtype: DType
+    """Of the model's weights and gradients."""
+    accumulation_dtype: DType
+    """``grad_accum_dtype``."""
+    communication_dtype: DType
+    reduce_bucket_size: int
+    overlap_comm: bool
+    contiguous_gradients: bool
+    reduce_scatter: bool
+    optimizers: Sequence[Optimizer]
+    """For each group one, of its partition alone."""
+    partitions: Sequence[Parameter]
+    """For each group its partition: one flat weight in float32."""
+
+
+class Zero12:
+    """Rank ``setup.rank`` of ``DeepSpeedZeroOptimizer``."""
+
+    def __init__(self, setup: ZeroSetup, ledger: Ledger) -> None:
+        self.setup = setup
+        self.ledger = ledger
+        self._weights = {weight.key: weight for group in setup.groups for weight in group.weights}
+        self._group = {weight.key: group for group in setup.groups for weight in group.weights}
+        self._owned = {w.key for group in setup.groups for w, _ in group.in_partition(setup.rank)}
+        self._bucket: list[Weight] = []
+        self._bucket_elements = 0
+        self._extra_large: Weight | None = None
+        self._buffers: list[Block] = []
+        self._grads: dict[Key, Block] = {}
+        """Gradients that keep memory of their own: ``param.grad``."""
+        self._grads_in_partition: Block | None = None
+        self._all_grad_tensors: list[tuple[int, Block]] = []
+        """This rank's gradients, each with the last group whose step needs it."""
+        self._compact: list[Block] = []
+        """With gradients accumulated in float32, each group's flat partition of them (GradPartitionBufferGroup)."""
+        self._boundary = True
+        self._stepped = False
+
+    # -- __init__ ------------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        """Load, flatten every group, clone this rank's partition as master."""
+        setup, ledger = self.setup, self.ledger
+        size = setup.dtype.itemsize
+        for elements in setup.frozen:
+            ledger.allocate("weights", elements * size)
+        loaded = [ledger.allocate("weights", w.elements * size) for group in setup.groups for w in group.weights]
+        for group in setup.groups:
+            ledger.empty_cache()
+            ledger.allocate("weights", group.elements * size)
+            ledger.free(*(loaded.pop(0) for _ in group.weights))
+            cloned = ledger.allocate("temporaries", group.partition * size)
+            ledger.allocate("optimizer", group.partition * float32.itemsize)
+            ledger.free(cloned)
+        # initialize_optimizer_states: gradients of zeros, which only offloading keeps.
+        ledger.free(*[ledger.allocate("temporaries", group.partition * float32.itemsize) for group in setup.groups])
+        for i, optimizer in enumerate(setup.optimizers):
+            if optimizer.made_at_construction:
+                self._make_states(i)
+
+    # -- backward ------------------------------------------------------------------------------------------------------
+
+    def process_gradients(self, key: Key, gradient: Block | None) -> None:
+        """A gradient is ready: the hook after its accumulation. None is one that was added to the one there."""
+        self._setup_buckets()
+        weight = self._weights[key]
+        if gradient is not None:
+            self._grads[key] = gradient
+        if self.setup.stage == 2 or (self.setup.overlap_comm and self._boundary):
+            self._reduce_independent(weight)
+
+    def module_event(self, kind: str, module: Key) -> None:
+        """Weights are whole: no module needs anything."""
+
+    def begin_micro_batch(self, boundary: bool) -> None:
+        """The next one begins; after the one at the ``boundary`` comes the step."""
+        self._boundary = boundary
+
+    def finish_micro_batch(self) -> None:
+        """reduce_gradients, which in stage 1 waits for the boundary."""
+        if self.setup.stage == 1 and not self._boundary:
+            return
+        if self.setup.stage == 1 and not self.setup.overlap_comm:
+            for weight in self._weights.values():
+                self._reduce_independent(weight)
+        self._epilogue()
+
+    def _setup_buckets(self) -> None:
+        if not self._buffers and self.setup.contiguous_gradients:
+            nbytes = self.setup.reduce_bucket_size * self.setup.dtype.itemsize
+            count = 2 if self.setup.overlap_comm else 1
+            self._buffers = [self.ledger.allocate("communication", nbytes) for _ in range(count)]
+
+    def _reduce_independent(self, weight: Weight) -> None:
+        """reduce_independent_p_g_buckets_and_remove_grads."""
+        setup = self.setup
+        if self._bucket_elements + weight.elements > setup.reduce_bucket_size:
+            self._reduce_ipg_grads()
+        if setup.contiguous_gradients:
+            if weight.elements > setup.reduce_bucket_size:
+                self._extra_large = weight
+            else:  # copied into the bucket
+                self.ledger.free(self._grads.pop(weight.key, None))
+        self._bucket_elements += weight.elements
+        self._bucket.append(weight)
+
+    def _reduce_ipg_grads(self) -> None:
+        setup = self.setup
+        self._average()
+        for weight in self._bucket:
+            if weight.key in self._owned:
+                if setup.contiguous_gradients:
+                    self._copy_grads_in_partition(weight)
+            elif setup.stage == 2:
+                self.ledger.free(self._grads.pop(weight.key, None))
+        self._bucket, self._bucket_elements, self._extra_large = [], 0, None
+
+    def _average(self) -> None:
+        """average_tensor: slices are reduced in runs of one owner, and copied together unless there is only one."""
+        setup = self.setup
+        size = setup.dtype.itemsize
+        if not setup.contiguous_gradients:  # buffered_reduce_fallback: all of the bucket in one copy
+            if len(self._bucket) > 1:
+                self.ledger.briefly("communication", self._bucket_elements * size)
+            return
+        if not setup.reduce_scatter:
+            if setup.communication_dtype is not setup.dtype:
+                self.ledger.briefly("communication", self._bucket_elements * setup.communication_dtype.itemsize)
+            return
+        pieces = [piece for weight in self._bucket for piece in self._group[weight.key].slices(weight)]
+        if self.compact and not self._compact and any(rank == setup.rank for rank, _ in pieces):
+            nbytes = setup.accumulation_dtype.itemsize
+            self._compact = [self.ledger.allocate("gradients", group.partition * nbytes) for group in setup.groups]
+        for batch in _batches(list(self._merged(pieces)), setup.reduce_bucket_size):
+            elements = sum(n for _, n in batch)
+            flat = self.ledger.allocate("communication", elements * size) if len(batch) > 1 else None
+            if setup.communication_dtype is not setup.dtype:
+                self.ledger.briefly("communication", elements * setup.communication_dtype.itemsize)
+            for rank, n in batch if self.compact else ():
+                if rank == setup.rank:  # _add_to_grad_partition_buffer
+                    self.ledger.briefly("temporaries", n * setup.accumulation_dtype.itemsize)
+            self.ledger.free(flat)
+
+    def _merged(self, pieces: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """Neighbours of one rank as one; what goes to a buffer of this rank's own stays apart."""
+        for rank, run in groupby(pieces, key=lambda piece: piece[0]):
+            if self.compact and rank == self.setup.rank:
+                yield from run
+            else:
+                yield rank, sum(n for _, n in run)
+
+    @property
+    def compact(self) -> bool:
+        """Gradients are accumulated in float32, in a flat partition (_use_compact_grad_partition_buffer)."""
+        return self.setup.accumulation_dtype is float32 and self.setup.dtype is not float32
+
+    def _copy_grads_in_partition(self, weight: Weight) -> None:
+        if self.compact:
+            return
+        if self._grads_in_partition is None:
+            elements = sum(w.elements for group in self.setup.groups for w, _ in group.in_partition(self.setup.rank))
+            self._grads_in_partition = self.ledger.allocate("gradients", elements * self.setup.dtype.itemsize)
+        self.ledger.free(self._grads.pop(weight.key, None))
+
+    def _epilogue(self) -> None:
+        """independent_gradient_partition_epilogue."""
+        self._reduce_ipg_grads()
+        groups = self.setup.groups
+        new = [(len(groups) - 1, self._grads_in_partition)] if self._grads_in_partition is not None else []
+        if not self.setup.contiguous_gradients and not self.compact:
+            owned = [key for key in self._grads if key in self._owned]
+            new = [(groups.index(self._group[key]), self._grads.pop(key)) for key in owned]
+        if self._all_grad_tensors:  # added to those of the micro-batches before
+            self.ledger.free(*(block for _, block in new))
+        else:
+            self._all_grad_tensors = new
+        self._grads_in_partition = None
+        self.ledger.free(*self._buffers, *self._grads.values())
+        self._buffers = []
+        self._grads.clear()
+
+    # -- step ----------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """The norm, then group by group: the flat gradient in float32, the optimizer, the new weights."""
+        setup, ledger = self.setup, self.ledger
+        size = setup.accumulation_dtype.itemsize
+        padding: list[Block] = []
+        owned = [group.in_partition(setup.rank) for group in setup.groups]
+        for group, pieces in zip(setup.groups, owned, strict=True):
+            missing = group.partition - sum(n for _, n in pieces)
+            if missing and not self.compact:
+                padding.append(ledger.allocate("gradients", missing * size))
+        for pieces in owned:
+            for _, elements in pieces:
+                ledger.briefly("temporaries", elements * NORM_ITEMSIZE)
+        first, self._stepped = not self._stepped, True
+        for i, (group, pieces) in enumerate(zip(setup.groups, owned, strict=True)):
+            several = len(pieces) + (group.partition > sum(n for _, n in pieces)) > 1
+            flat = ledger.allocate("temporaries", group.partition * size) if several and not self.compact else None
+            gradient = flat
+            if setup.accumulation_dtype is not float32:
+                gradient = ledger.allocate("gradients", group.partition * float32.itemsize)
+                ledger.free(flat)
+            ledger.free(*(block for last, block in self._all_grad_tensors if last == i))
+            if i == len(setup.groups) - 1:
+                ledger.free(*padding)
+                self._all_grad_tensors = []
+            self._step_group(i, first)
+            ledger.free(gradient)
+        ledger.free(*self._compact)
+        self._compact = []
+
+    def _step_group(self, index: int, first: bool) -> None:
+        optimizer = self.setup.optimizers[index]
+        if first and not optimizer.made_at_construction:
+            self._make_states(index)
+        self.ledger.briefly("temporaries", optimizer.temporaries.peak)
+
+    def _make_states(self, index: int) -> None:
+        for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
+            self.ledger.allocate("optimizer", nbytes)
+
+
+def _batches(pieces: Sequence[tuple[int, int]], limit: int) -> list[list[tuple[int, int]]]:
+    """allreduce_and_scatter: a batch ends when it is above the limit."""
+    batches: list[list[tuple[int, int]]] = [[]]
+    for piece in pieces:
+        batches[-1].append(piece)
+        if sum(n for _, n in batches[-1]) > limit:
+            batches.append([])
+    return [batch for batch in batches if batch]
+
+
+def parameter_groups(model: Layout, ranks: int, round_robin_gradients: bool = False) -> list[Group]:
+    """The groups with their partitions."""
+    groups = [[Weight(key, model.parameters[key].numel) for key in group] for group in model.groups]
+    if round_robin_gradients:  # _round_robin_reorder
+        groups = [[weight for i in range(ranks) for weight in group[i::ranks]] for group in groups]
+    return [Group(weights, ranks) for weights in groups]
+
+
+def zero_setup(
+    strategy: Strategy,
+    groups: Sequence[Group],
+    frozen: Sequence[int],
+    rank: int,
+    dtype: DType,
+    hidden_size: int | None,
+    optim: str,
+    rules: DeviceRules,
+) -> ZeroSetup:
+    """The engine's settings as DeepSpeed and the Trainer resolve them. Raises UnsupportedError for unmodelled ones."""
+    keys = strategy.zero
+    stage = strategy.zero_stage
+    assert stage is not None
+    accumulation = ACCUMULATION[keys.grad_accum_dtype] if keys.grad_accum_dtype is not None else dtype
+    reasons = {
+        "offload_optimizer": strategy.offload_optimizer != "none" and strategy.offload_optimizer,
+        "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
+        "grad_accum_dtype": stage == 1 and accumulation is not dtype and keys.grad_accum_dtype,
+        "optim": optim == "muon" and optim,
+    }
+    for key, value in reasons.items():
+        if value:
+            raise UnsupportedError(f"{key}: {value!r} is not modelled yet under {strategy.kind}. Leave it out.")
+    tape = Tape(rules)
+    partitions = [tape.parameter("flat partition", (group.partition,), float32) for group in groups]
+    return ZeroSetup(
+        stage=stage,
+        groups=groups,
+        frozen=frozen,
+        rank=rank,
+        dtype=dtype,
+        accumulation_dtype=accumulation,
+        communication_dtype=dtype,
+        reduce_bucket_size=resolved(keys, "reduce_bucket_size", hidden_size),
+        overlap_comm=bool(keys.overlap_comm),
+        contiguous_gradients=keys.contiguous_gradients,
+        reduce_scatter=keys.reduce_scatter,
+        optimizers=[make_optimizer(optim, rules, partial(Groups, [partition])) for partition in partitions],
+        partitions=partitions,
+    )
+
+
+ACCUMULATION = {"fp32": float32, "bf16": bfloat16, "fp16": float16}
+
+
+AUTO: dict[str, Callable[[int], int]] = {
+    "reduce_bucket_size": lambda h: h * h,
+    "stage3_prefetch_bucket_size": lambda h: int(0.9 * h * h),
+    "stage3_param_persistence_threshold": lambda h: 10 * h,
+}
+"""What HfTrainerDeepSpeedConfig makes of ``auto``, from the hidden size."""
+
+
+def resolved(zero: ZeroSpec, key: str, hidden_size: int | None) -> int:
+    """The number of a key that may be ``auto``. Raises SpecError where the config has no hidden size."""
+    value: int | str = getattr(zero, key)
+    if isinstance(value, int):
+        return value
+    if hidden_size is None:
+        raise SpecError.at(key, value, "needs a hidden_size, which the config does not have", "Give a number.")
+    return AUTO[key](hidden_size)
+
+
+def fullest_ranks(groups: Sequence[Group]) -> list[int]:
+    """The ranks one of which holds most: the first, the last (padding), the one with most of straddling weights."""
+    ranks = groups[0].ranks
+    touched = [sum(w.elements for group in groups for w, _ in group.in_partition(rank)) for rank in range(ranks)]
+    return sorted({0, ranks - 1, touched.index(max(touched))})

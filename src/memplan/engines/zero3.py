@@ -1,0 +1,455 @@
+"""DeepSpeed's ZeRO stage 3: weights in partitions too, gathered for the modules that use them.
+
+Sources: deepspeed/runtime/zero/{stage3,partition_parameters,partitioned_param_coordinator,parameter_offload}.py and
+runtime/comm/coalesced_collectives.py, 0.19.8, whose names are kept. The engine is played over a micro-batch whose
+modules are watched (:mod:`memplan.memory.course`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+
+from memplan.engines.layout import Layout
+from memplan.engines.zero import ACCUMULATION, NORM_ITEMSIZE, resolved
+from memplan.errors import UnsupportedError
+from memplan.memory.course import Block, Key, Ledger
+from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
+from memplan.specs.strategy import Strategy
+from memplan.tape.dispatch import DeviceRules
+from memplan.tape.tape import Tape
+from memplan.tape.tensor import DType, Parameter, float32
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A weight, trained or frozen, of which every rank keeps a partition."""
+
+    key: Key
+    elements: int
+    itemsize: int
+    """Bytes of an element: adapters stay in float32, since zero.Init has done the cast before them."""
+    ranks: int
+    persistent: bool
+    """Small enough to stay gathered between steps (ds_persist)."""
+
+    @property
+    def partition(self) -> int:
+        """Elements of one rank's partition, padding included."""
+        return -(-self.elements // self.ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class Zero3Setup:
+    """What stage 3 places."""
+
+    sub_groups: Sequence[Sequence[Shard]]
+    """Trained weights, as they are stepped together."""
+    frozen: Sequence[Shard]
+    modules: Mapping[Key, Sequence[Shard]]
+    """Every module's own weights, in the model's order."""
+    ranks: int
+    dtype: DType
+    accumulation_dtype: DType
+    reduce_bucket_size: int
+    prefetch_bucket_size: int
+    max_live_parameters: int
+    max_reuse_distance: int
+    allgather_sequential: bool
+    optimizers: Sequence[Optimizer]
+    """For each sub-group one, of its partition alone."""
+    partitions: Sequence[Parameter]
+    """For each sub-group its partition: one flat weight in float32."""
+
+
+@dataclass(slots=True)
+class _Gather:
+    """AllGatherCoalescedHandle."""
+
+    shards: Sequence[Shard]
+    flat: Block | None
+    """What several weights are gathered into together, until the last of them is fetched."""
+    waited: bool = False
+    left: int = 0
+
+
+_NEVER = -(10**10)
+
+
+@dataclass(slots=True)
+class _Trace:
+    """The modules of one forward and backward, in order: recorded once, then known ahead."""
+
+    modules: list[Key] = field(default_factory=list)
+    uses: dict[Key, list[int]] = field(default_factory=dict)
+    """Weight -> the steps that use it."""
+    passed: list[int] = field(default_factory=list)
+    """Elements of all weights used before each step."""
+
+    def complete(self, setup: Zero3Setup) -> None:
+        for step, module in enumerate(self.modules):
+            for shard in setup.modules[module]:
+                self.uses.setdefault(shard.key, []).append(step)
+        elements = (sum(shard.elements for shard in setup.modules[module]) for module in self.modules)
+        self.passed = [0, *accumulate(elements)]
+
+    def next_use(self, shard: Shard, step: int) -> int | None:
+        """The first step from ``step`` on that uses the weight."""
+        uses = self.uses.get(shard.key, [])
+        at = bisect_left(uses, step)
+        return uses[at] if at < len(uses) else None
+
+
+class Coordinator:
+    """PartitionedParameterCoordinator: fetches, prefetches and releases weights."""
+
+    def __init__(self, setup: Zero3Setup, ledger: Ledger) -> None:
+        self.setup = setup
+        self.ledger = ledger
+        self.available: dict[Key, Block | None] = {}
+        self._inflight: dict[Key, _Gather] = {}
+        self._active: dict[Key, set[Key]] = {}
+        self._n_available = 0
+        self._recorded: _Trace | None = None
+        self._trace: _Trace | None = None
+        self._queue: deque[tuple[Shard, int]] = deque()
+        self._fetched_for: dict[Key, int] = {}
+        self._step = 0
+        self._running: dict[Key, None] = {}
+        """Modules whose backward has begun."""
+        self._holds: dict[Key, deque[Block | None]] = {}
+        self._held: Counter[Block] = Counter()
+        """How many nodes a gathered weight is saved for by a recomputation."""
+
+    def reset_step(self) -> None:
+        """A forward begins."""
+        for key, gather in list(self._inflight.items()):
+            self._wait(gather)
+            self._drop(gather)
+            self._release(next(shard for shard in gather.shards if shard.key == key))
+        self._inflight.clear()
+        if self._trace is None:
+            if self._recorded is None:
+                self._recorded = _Trace()
+            else:
+                self._recorded.complete(self.setup)
+                self._trace = self._recorded
+        if self._trace is not None:
+            self._queue = deque(
+                (shard, step) for step, module in enumerate(self._trace.modules) for shard in self.setup.modules[module]
+            )
+        self._fetched_for.clear()
+        self._step = 0
+        self._n_available = 0
+
+    def fetch_sub_module(self, module: Key, forward: bool) -> None:
+        """What a module needs, and some of what comes after it."""
+        if self._trace is None and self._recorded is not None:
+            self._recorded.modules.append(module)
+        if not forward:
+            self._running[module] = None
+        wanted = self.setup.modules[module]
+        self._all_gather([shard for shard in wanted if self._is_away(shard)])
+        for shard in wanted:
+            self._active.setdefault(shard.key, set()).add(module)
+            gather = self._inflight.pop(shard.key, None)
+            if gather is not None:
+                self._wait(gather)
+                self._drop(gather)
+        if self._trace is not None:
+            self._prefetch(wanted)
+        self._step += 1
+
+    def release_sub_module(self, module: Key, forward: bool) -> None:
+        """A module has done its forward, or its backward."""
+        wanted = self.setup.modules[module]
+        released = [shard for shard in wanted if self._trace is None or self._may_go(shard)]
+        if not forward:
+            self._running.pop(module, None)
+        for shard in wanted:
+            self._active.get(shard.key, set()).discard(module)
+        for shard in released:
+            self._release(shard)
+
+    def release_backward_leftovers(self) -> None:
+        """Modules whose inputs need no gradient have no hook after their backward."""
+        while self._running:
+            module, _ = self._running.popitem()
+            for shard in self.setup.modules[module]:
+                self._active.get(shard.key, set()).discard(module)
+                if not shard.persistent:
+                    self._release(shard)
+
+    def release_and_reset_all(self, shards: Iterable[Shard]) -> None:
+        """All weights go before the step."""
+        for gather in self._inflight.values():
+            self._wait(gather)
+            self._drop(gather)
+        self._inflight.clear()
+        self._active.clear()
+        for shard in shards:
+            self._release(shard)
+
+    def gather_persistent(self, shards: Iterable[Shard]) -> None:
+        """_post_step: the small ones are gathered again at once."""
+        for shard in shards:
+            if shard.persistent and self._is_away(shard):
+                self.available[shard.key] = self._allocate(shard.partition * shard.ranks * shard.itemsize)
+
+    def _is_away(self, shard: Shard) -> bool:
+        return shard.key not in self.available and shard.key not in self._inflight
+
+    def _allocate(self, nbytes: int) -> Block | None:
+        """On one rank a gathered weight is the partition itself."""
+        return self.ledger.allocate("communication", nbytes) if self.setup.ranks > 1 else None
+
+    def _all_gather(self, shards: Sequence[Shard]) -> None:
+        if not shards:
+            return
+        self._n_available += sum(shard.elements for shard in shards)
+        alone = len(shards) == 1 or self.setup.allgather_sequential
+        gather = _Gather(shards, None, left=len(shards))
+        if alone:
+            for shard in shards:
+                self.available[shard.key] = self._allocate(shard.partition * shard.ranks * shard.itemsize)
+            gather.waited = True
+        else:
+            gather.flat = self._allocate(sum(shard.partition * shard.ranks * shard.itemsize for shard in shards))
+        for shard in shards:
+            self._inflight[shard.key] = gather
+
+    def _wait(self, gather: _Gather) -> None:
+        if not gather.waited:
+            for shard in gather.shards:
+                self.available[shard.key] = self._allocate(shard.elements * shard.itemsize)
+            gather.waited = True
+
+    def _drop(self, gather: _Gather) -> None:
+        gather.left -= 1
+        if not gather.left:
+            self.ledger.free(gather.flat)
+
+    def _release(self, shard: Shard) -> None:
+        if shard.key in self.available and not self._active.get(shard.key):
+            block = self.available.pop(shard.key)
+            if block is not None and not self._held[block]:
+                self.ledger.free(block)
+            self._n_available -= shard.elements
+
+    def hold(self, key: Key) -> None:
+        """A recomputation saves a weight as it is gathered now: torch.utils.checkpoint keeps ``x.detach()``."""
+        block = self.available.get(key)
+        self._holds.setdefault(key, deque()).append(block)
+        if block is not None:
+            self._held[block] += 1
+
+    def drop(self, key: Key) -> None:
+        """The node that it was saved for has run."""
+        block = self._holds[key].popleft()
+        if block is not None:
+            self._held[block] -= 1
+            if not self._held[block] and self.available.get(key) is not block:
+                self.ledger.free(block)
+
+    def _prefetch(self, wanted: Sequence[Shard]) -> None:
+        waiting = {s.key for s in wanted if self._fetched_for.get(s.key, _NEVER) < self._step}
+        seen: set[Key] = set()
+        while self._queue and len(seen) < len(waiting):
+            shard, step = self._queue.popleft()
+            self._fetched_for[shard.key] = step
+            seen.add(shard.key)
+        if not self.setup.prefetch_bucket_size:
+            return
+        limit = min(self.setup.max_live_parameters - self._n_available, self.setup.prefetch_bucket_size)
+        ahead: dict[Key, Shard] = {}
+        elements = 0
+        while self._queue and elements < limit:
+            shard, step = self._queue.popleft()
+            self._fetched_for[shard.key] = max(self._fetched_for.get(shard.key, _NEVER), step)
+            if self._is_away(shard) and shard.key not in ahead:
+                ahead[shard.key] = shard
+                elements += shard.elements
+        self._all_gather(list(ahead.values()))
+
+    def _may_go(self, shard: Shard) -> bool:
+        """__params_to_release: not what stays, what a prefetch passed over, or what is used again soon."""
+        trace = self._trace
+        assert trace is not None
+        if shard.persistent or self._fetched_for.get(shard.key, _NEVER) > self._step:
+            return False
+        again = trace.next_use(shard, self._step)
+        if again is None or self._step >= len(trace.modules):
+            return True
+        # Modules are looked at as long as those before them have fewer elements than the distance.
+        return trace.passed[again] - trace.passed[self._step] >= self.setup.max_reuse_distance
+
+
+class Zero3:
+    """One rank of ``DeepSpeedZeroOptimizer_Stage3``."""
+
+    def __init__(self, setup: Zero3Setup, ledger: Ledger) -> None:
+        self.setup = setup
+        self.ledger = ledger
+        self.coordinator = Coordinator(setup, ledger)
+        self._trained = {shard.key: shard for group in setup.sub_groups for shard in group}
+        self._all = [*self._trained.values(), *setup.frozen]
+        self._bucket: list[Shard] = []
+        self._bucket_elements = 0
+        self._grads: dict[Key, Block] = {}
+        self._stepped = False
+
+    def initialize(self) -> None:
+        """zero.Init has partitioned the weights; masters, the bucket and the gradients' partitions are made."""
+        setup, ledger, size = self.setup, self.ledger, self.setup.dtype.itemsize
+        for shard in setup.frozen:
+            ledger.allocate("weights", shard.partition * shard.itemsize)
+        ledger.allocate("weights", sum(shard.partition * shard.itemsize for shard in self._trained.values()))
+        for partition in setup.partitions:
+            cast = ledger.allocate("temporaries", partition.nbytes)  # .to(float32).clone()
+            ledger.allocate("optimizer", partition.nbytes)
+            ledger.free(cast)
+        largest = max((partition.nbytes for partition in setup.partitions), default=0)
+        ledger.briefly("temporaries", largest)  # initialize_optimizer_states: a gradient of zeros
+        for i, optimizer in enumerate(setup.optimizers):
+            if optimizer.made_at_construction:
+                self._make_states(i)
+        ledger.allocate("communication", setup.reduce_bucket_size * size)
+        elements = sum(shard.partition for shard in self._trained.values())
+        ledger.allocate("gradients", elements * setup.accumulation_dtype.itemsize)
+        for shard in self._trained.values():  # create_reduce_and_remove_grad_hooks gathers each once
+            if setup.ranks > 1:
+                ledger.briefly("communication", shard.partition * shard.ranks * shard.itemsize)
+
+    # -- hooks -----------------------------------------------------------------------------------------------------
+
+    def begin_micro_batch(self, boundary: bool) -> None:
+        self.coordinator.reset_step()
+
+    def module_event(self, kind: str, module: Key) -> None:
+        """A hook of a module."""
+        if kind == "hold":
+            self.coordinator.hold(module)
+        elif kind == "drop":
+            self.coordinator.drop(module)
+        elif kind.startswith("pre"):
+            self.coordinator.fetch_sub_module(module, forward=kind == "pre_forward")
+        else:
+            self.coordinator.release_sub_module(module, forward=kind == "post_forward")
+
+    def process_gradients(self, key: Key, gradient: Block | None) -> None:
+        """reduce_independent_p_g_buckets_and_remove_grads."""
+        shard = self._trained[key]
+        if gradient is not None:
+            self._grads[key] = gradient
+        if self._bucket and self._bucket_elements + shard.elements > self.setup.reduce_bucket_size:
+            self._reduce_and_partition()
+        if self._bucket_elements + shard.elements <= self.setup.reduce_bucket_size:
+            self.ledger.free(self._grads.pop(key, None))  # copied into the bucket
+        self._bucket.append(shard)
+        self._bucket_elements += shard.elements
+
+    def finish_micro_batch(self) -> None:
+        self._reduce_and_partition()
+        self.coordinator.release_backward_leftovers()
+
+    def _reduce_and_partition(self) -> None:
+        """__avg_scatter_grads by reduce_scatter_coalesced, and partition_grads."""
+        if not self._bucket:
+            return
+        size, ranks = self.setup.dtype.itemsize, self.setup.ranks
+        if len(self._bucket) > 1 or self._bucket[0].elements % ranks:
+            self.ledger.briefly("communication", sum(shard.partition * ranks for shard in self._bucket) * size)
+        self.ledger.free(*(self._grads.pop(shard.key, None) for shard in self._bucket))
+        self._bucket, self._bucket_elements = [], 0
+
+    # -- step ------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Weights go, the norm, then sub-group by sub-group; the small weights come back."""
+        setup, ledger = self.setup, self.ledger
+        self.coordinator.release_and_reset_all(self._all)
+        for shard in self._trained.values():
+            ledger.briefly("temporaries", shard.partition * NORM_ITEMSIZE)
+        for i, (group, partition) in enumerate(zip(setup.sub_groups, setup.partitions, strict=True)):
+            nbytes = partition.numel * setup.accumulation_dtype.itemsize
+            flat = ledger.allocate("temporaries", nbytes) if len(group) > 1 else None
+            gradient = flat
+            if setup.accumulation_dtype is not float32:
+                gradient = ledger.allocate("gradients", partition.nbytes)
+                ledger.free(flat)
+            if not self._stepped and not setup.optimizers[i].made_at_construction:
+                self._make_states(i)
+            ledger.briefly("temporaries", setup.optimizers[i].temporaries.peak)
+            ledger.free(gradient)
+        self._stepped = True
+        self.coordinator.gather_persistent(self._all)
+
+    def _make_states(self, index: int) -> None:
+        for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
+            self.ledger.allocate("optimizer", nbytes)
+
+
+def zero3_setup(
+    strategy: Strategy,
+    model: Layout,
+    ranks: int,
+    dtype: DType,
+    hidden_size: int | None,
+    optim: str,
+    rules: DeviceRules,
+) -> Zero3Setup:
+    """The engine's settings as DeepSpeed and the Trainer resolve them. Raises UnsupportedError for unmodelled ones."""
+    keys = strategy.zero
+    reasons = {
+        "offload_optimizer": strategy.offload_optimizer != "none" and strategy.offload_optimizer,
+        "offload_param": strategy.offload_param != "none" and strategy.offload_param,
+        "zero_hpz_partition_size": keys.zero_hpz_partition_size > 1 and keys.zero_hpz_partition_size,
+        "zero_quantized_weights": keys.zero_quantized_weights and "true",
+        "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
+        "contiguous_gradients": not keys.contiguous_gradients and "false",
+        "reduce_scatter": not keys.reduce_scatter and "false",
+        "optim": optim == "muon" and optim,
+    }
+    for key, value in reasons.items():
+        if value:
+            raise UnsupportedError(f"{key}: {value!r} is not modelled yet under {strategy.kind}. Leave it out.")
+    threshold = resolved(keys, "stage3_param_persistence_threshold", hidden_size)
+    shards = {
+        key: Shard(key, p.numel, p.dtype.itemsize, ranks, p.numel <= threshold) for key, p in model.parameters.items()
+    }
+    trained = {key for group in model.groups for key in group}
+    groups = [[shards[key] for key in group] for group in model.groups]
+    sub_groups = [part for group in groups for part in _sub_groups(group, keys.sub_group_size)]
+    tape = Tape(rules)
+    partitions = [
+        tape.parameter("flat partition", (sum(shard.partition for shard in part),), float32) for part in sub_groups
+    ]
+    return Zero3Setup(
+        sub_groups=sub_groups,
+        frozen=[shard for key, shard in shards.items() if key not in trained],
+        modules={module: [shards[key] for key in own] for module, own in model.modules.items()},
+        ranks=ranks,
+        dtype=dtype,
+        accumulation_dtype=ACCUMULATION[keys.grad_accum_dtype] if keys.grad_accum_dtype is not None else dtype,
+        reduce_bucket_size=resolved(keys, "reduce_bucket_size", hidden_size),
+        prefetch_bucket_size=resolved(keys, "stage3_prefetch_bucket_size", hidden_size),
+        max_live_parameters=keys.stage3_max_live_parameters,
+        max_reuse_distance=keys.stage3_max_reuse_distance,
+        allgather_sequential=keys.stage3_allgather_sequential,
+        optimizers=[make_optimizer(optim, rules, partial(Groups, [partition])) for partition in partitions],
+        partitions=partitions,
+    )
+
+
+def _sub_groups(shards: Sequence[Shard], size: int) -> list[list[Shard]]:
+    """_create_fp16_sub_groups: a sub-group ends once it has reached its size, in elements of partitions."""
+    groups: list[list[Shard]] = [[]]
+    for shard in shards:
+        if groups[-1] and sum(each.partition for each in groups[-1]) >= size:
+            groups.append([])
+        groups[-1].append(shard)
+    return groups

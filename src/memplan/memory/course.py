@@ -1,0 +1,308 @@
+"""A micro-batch as an engine sees it: stretches of a tape's log between the moments at which it acts.
+
+Forward and backward are the same under every engine; what differs is what the engine holds at each moment. So the tape
+runs once, and an engine is played over it: at each event it allocates and frees on a :class:`Ledger`, which knows
+what is alive on the tape at that moment.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from memplan.memory.allocator import CachingAllocator
+from memplan.memory.optimizers import OUTSIDE
+from memplan.memory.timeline import COMPONENTS, Segment, Unrolled
+from memplan.tape.tape import Event
+
+Key = tuple[int, int]
+"""A weight or a module of the whole model: the number of the made one that stands for it, and the layer, or OUTSIDE."""
+
+Parts = dict[str, int]
+"""Component -> bytes alive."""
+
+
+@dataclass(slots=True)
+class Leg:
+    """A stretch of the log that ends where an engine acts, or where its segment ends."""
+
+    segment: Segment
+    start: int
+    end: int
+    net: list[int]
+    """Bytes by which it grows, by the tape's component."""
+    total: int
+    """The sum of ``net``."""
+    peak: int
+    """The most above its start."""
+    event: Event | None = None
+    """What an engine hooks into at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """The legs of the whole model, in the order in which they run, each with the weight or module of its event."""
+
+    unrolled: Unrolled
+    legs: list[tuple[Leg, Key | None]]
+
+
+def course(unrolled: Unrolled, numbers: Mapping[int, Key]) -> Course:
+    """Cut the whole model's log at the tape's events.
+
+    ``numbers`` gives, by id(), the key of every made weight and module: OUTSIDE for one that is in no layer.
+    """
+    cut: dict[int, list[Leg]] = {}
+    found: list[tuple[Leg, Key | None]] = []
+    final = {id(segment): i for i, (segment, _) in enumerate(unrolled.runs) if segment.last}
+    passed: Counter[tuple[int, str]] = Counter()
+    for position, (segment, count) in enumerate(unrolled.runs):
+        legs = cut.get(id(segment))
+        if legs is None:
+            legs = cut[id(segment)] = list(_legs(unrolled, segment))
+        for _ in range(count):
+            layer = OUTSIDE
+            if segment.layer is not None:
+                stack = segment.layer[0]
+                depth = len(unrolled.stacks[stack])
+                layer = passed[stack, segment.phase] % depth
+                passed[stack, segment.phase] += 1
+                if segment.phase == "backward":
+                    layer = depth - 1 - layer
+            for leg in legs:
+                key = None if leg.event is None else numbers[leg.event.subject]
+                found.append((leg, key if key is None or key[1] == OUTSIDE else (key[0], layer)))
+        if final.get(id(segment)) == position:
+            found.append((_dying(unrolled, segment), None))
+    return Course(unrolled, found)
+
+
+def _legs(unrolled: Unrolled, segment: Segment) -> Iterator[Leg]:
+    ends: list[tuple[int, Event | None]] = [(event.position, event) for event in unrolled.tape.events[segment.events]]
+    start = segment.start
+    for end, event in [*ends, (segment.end, None)]:
+        leg = Leg(segment, start, end, [0] * len(COMPONENTS), 0, 0, event)
+        for component, size in _changes(unrolled, leg):
+            leg.net[component] += size
+            leg.total += size
+            leg.peak = max(leg.peak, leg.total)
+        yield leg
+        start = end
+
+
+def _changes(unrolled: Unrolled, leg: Leg) -> Iterator[tuple[int, int]]:
+    """Every allocation and free of a leg: its component, and the bytes. What an engine takes, it frees itself."""
+    tape, segment = unrolled.tape, leg.segment
+    taken = unrolled.taken
+    for event in tape.log[leg.start : leg.end]:
+        if event >= 0:
+            yield tape.components[event], tape.sizes[event]
+        elif ~event in taken:
+            continue
+        elif segment.layer is None:
+            yield tape.components[~event], -tape.sizes[~event] * unrolled.repeated.get(~event, 1)
+        elif ~event not in segment.last:
+            yield tape.components[~event], -tape.sizes[~event]
+
+
+def _dying(unrolled: Unrolled, segment: Segment) -> Leg:
+    """What dies with a segment's last repetition."""
+    leg = Leg(segment, segment.end, segment.end, [0] * len(COMPONENTS), 0, 0)
+    for storage in segment.last:
+        leg.net[unrolled.tape.components[storage]] -= unrolled.tape.sizes[storage]
+        leg.total -= unrolled.tape.sizes[storage]
+    return leg
+
+
+class Block:
+    """Bytes that an engine holds in one place."""
+
+    __slots__ = ("address", "component", "nbytes", "place")
+
+    def __init__(self, place: str, component: str, nbytes: int) -> None:
+        self.address = 0
+        self.place = place
+        self.component = component
+        self.nbytes = nbytes
+
+
+class Ledger:
+    """What is alive on GPU, host and NVMe while an engine is played, and the fullest moment of each phase.
+
+    Places are ``gpu``, ``host`` (pageable), ``pinned`` (host, page-locked) and ``nvme``. On the GPU blocks are
+    multiples of 512 bytes; pinned ones are powers of two (CachingHostAllocator.h).
+    """
+
+    def __init__(self) -> None:
+        self.phase = "load"
+        self._engine: dict[str, Parts] = {place: {} for place in ("gpu", "host", "pinned", "nvme")}
+        self._totals: dict[str, int] = dict.fromkeys(self._engine, 0)
+        self._tape = [0] * len(COMPONENTS)
+        self._tape_total = 0
+        self._highest: dict[tuple[str, str], int] = {}
+        self._fullest: dict[tuple[str, str], Parts] = {}
+        self.sizes: dict[int, list[int]] = {}
+        """Of the GPU's blocks that are the engine's, by size: how many are alive, the most, how many were allocated."""
+
+    # -- what engines do ---------------------------------------------------------------------------------------------
+
+    def allocate(self, component: str, nbytes: int, place: str = "gpu") -> Block:
+        """A block of ``nbytes``, rounded up as the place's allocator does."""
+        if place == "gpu":
+            nbytes = (nbytes + 511) & -512
+        elif place == "pinned" and nbytes:
+            nbytes = 1 << (nbytes - 1).bit_length()
+        parts = self._engine[place]
+        parts[component] = parts.get(component, 0) + nbytes
+        self._totals[place] += nbytes
+        self._look(place)
+        if place == "gpu":
+            self._count(nbytes)
+        return Block(place, component, nbytes)
+
+    def _count(self, nbytes: int) -> None:
+        counts = self.sizes.setdefault(nbytes, [0, 0, 0])
+        counts[0] += 1
+        counts[1] = max(counts[1], counts[0])
+        counts[2] += 1
+
+    def free(self, *blocks: Block | None) -> None:
+        """Give blocks back; None is none."""
+        for block in blocks:
+            if block is not None:
+                if block.place == "gpu":
+                    self.sizes[block.nbytes][0] -= 1
+                self._engine[block.place][block.component] -= block.nbytes
+                self._totals[block.place] -= block.nbytes
+                block.nbytes = 0
+
+    def briefly(self, component: str, nbytes: int, place: str = "gpu") -> None:
+        """A block that lives for one call."""
+        self.free(self.allocate(component, nbytes, place))
+
+    def take(self, unrolled: Unrolled, leg: Leg) -> Block | None:
+        """The gradient at a leg's end passes from the tape to the engine; None is one that was added to another."""
+        if leg.event is None or leg.event.storage < 0:
+            return None
+        nbytes = unrolled.tape.sizes[leg.event.storage]
+        self._tape[unrolled.tape.components[leg.event.storage]] -= nbytes
+        self._tape_total -= nbytes
+        parts = self._engine["gpu"]
+        parts["gradients"] = parts.get("gradients", 0) + nbytes
+        self._totals["gpu"] += nbytes
+        self._count(nbytes)
+        return Block("gpu", "gradients", nbytes)
+
+    def empty_cache(self) -> None:
+        """``torch.cuda.empty_cache()``: here nothing is cached."""
+
+    # -- what the tape does ------------------------------------------------------------------------------------------
+
+    def run(self, unrolled: Unrolled, leg: Leg) -> None:
+        """The next stretch of the micro-batch, beside what the engine holds."""
+        key = self.phase, "gpu"
+        before = self._tape_total
+        height = before + leg.peak + self._totals["gpu"]
+        if leg.peak and height > self._highest.get(key, 0):
+            self._highest[key] = height
+            tape, total = list(self._tape), 0
+            for component, size in _changes(unrolled, leg):
+                tape[component] += size
+                total += size
+                if total == leg.peak:
+                    break
+            self._fullest[key] = self._sum(tape)
+        for component, size in enumerate(leg.net):
+            self._tape[component] += size
+        self._tape_total = before + leg.total
+
+    def rewind(self) -> None:
+        """Another micro-batch: what the last one left on the tape is gone."""
+        self._tape = [0] * len(COMPONENTS)
+        self._tape_total = 0
+
+    # -- what came of it -----------------------------------------------------------------------------------------------
+
+    def fullest(self, phase: str, place: str = "gpu") -> Parts:
+        """The fullest moment of a phase, by component."""
+        return self._fullest.get((phase, place), {})
+
+    def begin(self, phase: str) -> None:
+        """Further moments belong to ``phase``, the present one too."""
+        self.phase = phase
+        for place in self._engine:
+            self._look(place)
+
+    def _look(self, place: str) -> None:
+        key = self.phase, place
+        height = self._totals[place] + (self._tape_total if place == "gpu" else 0)
+        if height > self._highest.get(key, -1):
+            self._highest[key] = height
+            self._fullest[key] = self._sum(self._tape) if place == "gpu" else dict(self._engine[place])
+
+    def _sum(self, tape: list[int]) -> Parts:
+        parts = dict(self._engine["gpu"])
+        for name, size in zip(COMPONENTS, tape, strict=True):
+            if size:
+                parts[name] = parts.get(name, 0) + size
+        return parts
+
+
+class ReplayLedger(Ledger):
+    """A ledger whose GPU is a caching allocator: blocks of engine and tape in the order in which they come.
+
+    It takes courses over tapes of all layers.
+    """
+
+    def __init__(self, allocator: CachingAllocator) -> None:
+        super().__init__()
+        self.allocator = allocator
+        self.peaks: dict[str, int] = {}
+        self._addresses: dict[int, int] = {}
+        """Storage of the running tape -> where it lies."""
+
+    def allocate(self, component: str, nbytes: int, place: str = "gpu") -> Block:
+        block = super().allocate(component, nbytes, place)
+        if place == "gpu":
+            block.address = self.allocator.malloc(block.nbytes)
+            self._see()
+        return block
+
+    def free(self, *blocks: Block | None) -> None:
+        for block in blocks:
+            if block is not None and block.place == "gpu" and block.nbytes:
+                self.allocator.free(block.address)
+        super().free(*blocks)
+
+    def empty_cache(self) -> None:
+        self.allocator.empty_cache()
+
+    def run(self, unrolled: Unrolled, leg: Leg) -> None:
+        super().run(unrolled, leg)
+        self.allocator.reset_peak()
+        tape, addresses = unrolled.tape, self._addresses
+        malloc, free = self.allocator.malloc, self.allocator.free
+        for event in tape.log[leg.start : leg.end]:
+            if event >= 0:
+                addresses[event] = malloc(tape.sizes[event])
+            elif ~event not in unrolled.taken:
+                free(addresses.pop(~event))
+        self._see(self.allocator.peak_allocated)
+
+    def take(self, unrolled: Unrolled, leg: Leg) -> Block | None:
+        block = super().take(unrolled, leg)
+        if block is not None:
+            assert leg.event is not None
+            block.address = self._addresses.pop(leg.event.storage)
+        return block
+
+    def rewind(self) -> None:
+        super().rewind()
+        for address in self._addresses.values():
+            self.allocator.free(address)
+        self._addresses.clear()
+
+    def _see(self, allocated: int | None = None) -> None:
+        allocated = self.allocator.allocated if allocated is None else allocated
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), allocated)

@@ -1,0 +1,1036 @@
+"""O2: the real engines, DeepSpeed and FSDP2, as rank 0 of N in one process on CPU, and what they hold in every phase.
+
+A row trains a small transformers model for two optimizer steps by ``transformers.Trainer``, which configures DeepSpeed
+or accelerate's FSDP2 itself. ``torch.distributed`` runs on the backend "fake", whose collectives return at once
+without moving data, so any N fits in one process. What is alive is the running sum of the allocator's events in
+``torch.profiler(profile_memory=True)``; its Python stacks tell which line allocated a block.
+
+    python -m tests.oracles.o2 --all                   measures what the archives under benchmarks/measurements/o2 lack
+    python -m tests.oracles.o2 --group zero2           one group of rows
+    python -m tests.oracles.o2 --check 12 --seed 3     measures a stratified sample again and compares
+    python -m tests.oracles.o2 --show KEY              prints the ledger of the rows whose key contains KEY
+
+Host and device are one memory on CPU. Rows with offload therefore run under :class:`TwoSides`, which gives every
+tensor a side: the accelerator answers to "cpu:0", the host to "cpu", and what crosses is copied, as on a GPU.
+
+What the instrument does not see: buffers of a real communication library (NCCL's channels, gloo's staging), the memory
+that streams keep alive (``record_stream``), pinned blocks' rounding to powers of two, and the CUDA context.
+Kernels are CPU's: attention and the loss keep what they keep on CPU, as in O1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+import unittest.mock
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.oracles.families import CONFIGS, LORA_TARGETS
+from tests.oracles.o1 import Archive, Row, Setup, same_versions, sampled
+
+ARCHIVE = Path(__file__).parents[2] / "benchmarks" / "measurements" / "o2"
+SCHEMA = 1
+BLOCK = 512
+"""Bytes that CUDA's caching allocator rounds a block up to."""
+LARGEST = 30
+"""Blocks listed at a peak."""
+LIBRARIES = ("deepspeed/", "transformers/", "accelerate/", "peft/", "torch/distributed/", "torch/optim/")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ledger: allocator events, phases and the frames behind them
+
+
+@dataclass
+class Block:
+    """One allocation: its size as asked for, where it came from, and on which side it lives."""
+
+    nbytes: int
+    site: str
+    born: int
+    address: int
+    died: int | None = None
+    side: str = "device"
+
+    @property
+    def rounded(self) -> int:
+        """Its bytes as CUDA's allocator counts them."""
+        return -(-self.nbytes // BLOCK) * BLOCK
+
+
+@dataclass
+class Level:
+    """Bytes alive, rounded to blocks and as asked for."""
+
+    rounded: int = 0
+    raw: int = 0
+
+    def to_list(self) -> list[int]:
+        """``[rounded, raw]``."""
+        return [self.rounded, self.raw]
+
+
+@dataclass
+class Phase:
+    """One stretch between two marks, on one side.
+
+    Attributes:
+        start, peak, end: levels; the peak includes the level at the start.
+        blocks: what is alive at the peak: ``(bytes, count, site)``, the largest sums first.
+    """
+
+    name: str
+    start: Level
+    peak: Level
+    end: Level
+    blocks: list[tuple[int, int, str]] = field(default_factory=list)
+
+
+def phases_of(blocks: Sequence[Block], marks: Sequence[tuple[int, str]], side: str) -> list[Phase]:
+    """Replay the blocks of one side; ``marks`` are ``(ns, name)``, each the start of a phase, the last one the end."""
+    mine = [block for block in blocks if block.side == side]
+    changes = sorted(
+        [(block.born, 1, block) for block in mine]
+        + [(block.died, -1, block) for block in mine if block.died is not None],
+        key=lambda change: (change[0], change[1]),
+    )
+    found: list[tuple[Phase, int]] = []  # with the moment of the peak
+    level, position = Level(), 0
+    for (_, name), (until, _) in itertools.pairwise(marks):
+        phase = Phase(name, dataclasses.replace(level), dataclasses.replace(level), level)
+        moment = marks[len(found)][0]
+        while position < len(changes) and changes[position][0] < until:
+            at, sign, block = changes[position]
+            level = Level(level.rounded + sign * block.rounded, level.raw + sign * block.nbytes)
+            if level.rounded > phase.peak.rounded:
+                phase.peak, moment = level, at
+            position += 1
+        phase.end = level
+        found.append((phase, moment))
+    for phase, moment in found:
+        alive = Counter(
+            (block.nbytes, block.site)
+            for block in mine
+            if block.born <= moment and (block.died is None or block.died > moment)
+        )
+        listed = [(nbytes, count, site) for (nbytes, site), count in alive.items()]
+        phase.blocks = sorted(listed, key=lambda item: (-item[0] * item[1], item[2]))[:LARGEST]
+    return [phase for phase, _ in found]
+
+
+def read_profile(profiler: Any) -> tuple[list[Block], list[tuple[int, str]]]:
+    """Return the blocks and the marks of a finished ``torch.profiler.profile``."""
+    from torch._C._profiler import _EventType
+
+    events: list[Any] = []
+    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while pending:
+        event = pending.pop()
+        pending.extend(event.children)
+        if event.tag == _EventType.Allocation or (event.tag == _EventType.TorchOp and event.name.startswith("o2:")):
+            events.append(event)
+    events.sort(key=lambda event: event.start_time_ns)
+    blocks: list[Block] = []
+    alive: dict[int, Block] = {}
+    marks: list[tuple[int, str]] = []
+    for event in events:
+        if event.tag == _EventType.TorchOp:
+            marks.append((event.start_time_ns, event.name.removeprefix("o2:")))
+            continue
+        size, address = event.extra_fields.alloc_size, event.extra_fields.ptr
+        if size > 0:
+            alive[address] = Block(size, _site(event), event.start_time_ns, address)
+            blocks.append(alive[address])
+        elif address in alive:
+            alive.pop(address).died = event.start_time_ns
+    return blocks, marks
+
+
+def _site(event: Any) -> str:
+    """``operator | innermost frames of the libraries | module``: where an allocation comes from."""
+    from torch._C._profiler import _EventType
+
+    operators: list[str] = []
+    frames: list[str] = []
+    module = ""
+    at = event.parent
+    while at is not None:
+        if at.tag == _EventType.TorchOp:
+            operators.append(at.name)
+        elif at.tag in (_EventType.PyCall, _EventType.PyCCall):
+            frame = _frame(at.extra_fields.caller)
+            if frame and len(frames) < 3 and frame not in frames:
+                frames.append(frame)
+            called = getattr(at.extra_fields, "module", None)
+            module = module or (called.cls_name if called is not None else "")
+        at = at.parent
+    autograd = [name.split(": ")[-1] for name in operators if name.startswith("autograd::")]
+    kernel = operators[0] if operators else "-"
+    return " | ".join([" < ".join([kernel, *autograd[:1]]), " < ".join(frames), module])
+
+
+def _frame(state: Any) -> str:
+    """``stage3.py:123 name`` for a frame of the libraries, "" for others."""
+    path = state.file_name.replace("\\", "/").split("site-packages/")[-1]
+    if not path.startswith(LIBRARIES):
+        return ""
+    return f"{path}:{state.line_number} {state.function_name}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One row: a run of the real engine
+
+
+def engine_config(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the DeepSpeed JSON that a user of the Trainer writes, with its "auto" values; knobs win."""
+    stage = int(options["strategy"][-1])
+    zero: dict[str, Any] = {"stage": stage}
+    if stage:
+        zero["reduce_bucket_size"] = "auto"
+    if stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
+    for part in ("optimizer", "param"):
+        device = options.get(f"offload_{part}", "none")
+        if device != "none":
+            zero[f"offload_{part}"] = {"device": device}
+    knobs = dict(options.get("zero", {}))
+    config: dict[str, Any] = {
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": zero,
+        # DeepSpeedCPUAdam is compiled by the first run that wants it. Its states are AdamW's, made where AdamW's are.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if "grad_accum_dtype" in knobs:
+        config["data_types"] = {"grad_accum_dtype": knobs.pop("grad_accum_dtype")}
+    for name, value in knobs.items():
+        zero[name] = {**zero.get(name, {}), **value} if isinstance(value, dict) else value
+    return config
+
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
+
+
+def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Train two steps as rank 0 of N and return the row's result; the process is spent afterwards.
+
+    Args:
+        values: of config.json.
+        options: see :func:`groups`; names are the command line's.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.manual_seed(0)
+    import_libraries()
+    offloads = any(options.get(name, "none") != "none" for name in ("offload_optimizer", "offload_param"))
+    sides = TwoSides() if offloads or options.get("two_sides") else None
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu" if sides is None else "cpu:0"
+    _become_rank_zero(options["gpus"])
+    recorder = Recorder()
+    warnings.simplefilter("ignore")
+    gc.collect()
+    gc.disable()
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        _quiet(),
+    ):
+        arguments = _arguments(options, Path(directory))
+        with (
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True, with_stack=True) as profiler,
+            sides or contextlib.nullcontext(),
+        ):
+            facts = _train(values, options, arguments, recorder)
+            recorder.mark("end")
+    blocks, marks = read_profile(profiler)
+    if sides is not None:
+        sides.assign(blocks)
+    found = {side: phases_of(blocks, marks, side) for side in ("device", "host")}
+    return {
+        **facts,
+        "idle_scan": recorder.scans,
+        "phases": {
+            side: {
+                phase.name: {
+                    "start": phase.start.to_list(),
+                    "peak": phase.peak.to_list(),
+                    "end": phase.end.to_list(),
+                    "blocks": [list(block) for block in phase.blocks],
+                }
+                for phase in phases
+            }
+            for side, phases in found.items()
+            if side == "device" or sides is not None
+        },
+    }
+
+
+class Recorder:
+    """Marks in the profile, and scans of the storages that Python can reach between steps."""
+
+    def __init__(self) -> None:
+        self.step = 1
+        self.micro = 0
+        self.scans: dict[str, int] = {}
+
+    def mark(self, name: str) -> None:
+        """Start a phase."""
+        import torch
+
+        with torch.profiler.record_function(f"o2:{name}"):
+            pass
+
+    def in_step(self, name: str) -> None:
+        """Start a phase of the current step: ``2.backward1`` is the first micro-batch's of step 2."""
+        numbered = f"{name}{self.micro}" if name in ("forward", "backward", "between") else name
+        self.mark(f"{self.step}.{numbered}")
+
+    def scan(self) -> int:
+        """Bytes of all storages under Python's tensors, rounded to blocks."""
+        import torch
+
+        gc.collect()
+        kinds = {torch.Tensor}
+        while more := {child for kind in kinds for child in kind.__subclasses__()} - kinds:
+            kinds |= more
+        storages: dict[int, int] = {}
+        # Calls of builtin functions, such as isinstance of a million objects, would all be in the profile.
+        for tensor in [thing for thing in gc.get_objects() if type(thing) in kinds]:
+            with contextlib.suppress(Exception):
+                _add_storages(tensor, storages)
+        return sum(-(-nbytes // BLOCK) * BLOCK for nbytes in storages.values())
+
+
+def _add_storages(tensor: Any, storages: dict[int, int]) -> None:
+    for each in (tensor, tensor.grad if tensor.is_leaf else None):
+        if each is not None:
+            local = getattr(each, "_local_tensor", each)
+            storage = local.untyped_storage()
+            if storage.nbytes():
+                storages[storage.data_ptr()] = storage.nbytes()
+
+
+def _become_rank_zero(gpus: int) -> None:
+    import torch
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ |= {
+        "DS_ACCELERATOR": "cpu",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(gpus),
+        "LOCAL_WORLD_SIZE": str(gpus),
+        "LOCAL_SIZE": str(gpus),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29511",
+    }
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+    from accelerate import DistributedType, PartialState
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda _: True  # oneDNN's answer, for speed; PyTorch computes it anyway
+
+    # Without it accelerate takes CPU ranks for plain data parallelism and ignores FSDP.
+    PartialState._prepare_backend = lambda *_, **__: ("fake", DistributedType.MULTI_GPU)
+    # DeepSpeed's own collectives through shared memory would wait for the other ranks; a GPU has none of them.
+    # (`import deepspeed.comm.torch` as a name would give the torch that deepspeed.comm imports.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    importlib.import_module("deepspeed").init_distributed()  # as TrainingArguments does, but with use_cpu it does not
+
+
+def import_libraries() -> None:
+    """Import what a row needs, so that neither the profile nor every forked row does it again."""
+    for name in (
+        "torch.profiler",
+        "torch.distributed.fsdp",
+        "torch.testing._internal.distributed.fake_pg",
+        "transformers.trainer",
+        "transformers.models.llama.modeling_llama",
+        "transformers.integrations.deepspeed",
+        "accelerate.utils.deepspeed",
+        "accelerate.utils.fsdp_utils",
+        "deepspeed",
+        "peft",
+        # imported by the first initialize() or step(), at the cost of a million profiled calls
+        "torch._inductor.compile_fx",
+        "torch.export",
+        "torch.utils.flop_counter",
+        "torch.distributed._tools",
+    ):
+        importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress lines of the libraries among a report's."""
+    import logging
+
+    logging.disable(logging.WARNING)
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):  # noqa: PTH123
+        yield
+
+
+def _train(values: dict[str, Any], options: dict[str, Any], arguments: Any, recorder: Recorder) -> dict[str, Any]:
+    import torch
+
+    class Rows(torch.utils.data.Dataset[dict[str, Any]]):
+        def __len__(self) -> int:
+            return 4 * options["gpus"] * options["micro_batch_size"] * options.get("grad_accum_steps", 1)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            tokens = torch.randint(5, values["vocab_size"], (options["seq_len"],))
+            return {"input_ids": tokens, "labels": tokens.clone()}
+
+    recorder.mark("load")
+    model = _model(values, options)
+    recorder.mark("init")
+    trainer = _trainer_class(recorder)(
+        model=model, args=arguments, train_dataset=Rows(), callbacks=[_idle_marks(recorder)]
+    )
+    del model
+    trainer.train()
+    return _facts(trainer)
+
+
+def _arguments(options: dict[str, Any], directory: Path) -> Any:
+    import transformers
+
+    mixed = options["mixed_precision"]
+    arguments: dict[str, Any] = {
+        "output_dir": str(directory),
+        "use_cpu": True,
+        "bf16": mixed == "bf16",
+        "fp16": mixed == "fp16",
+        "per_device_train_batch_size": options["micro_batch_size"],
+        "gradient_accumulation_steps": options.get("grad_accum_steps", 1),
+        "gradient_checkpointing": options.get("gradient_checkpointing", False),
+        "optim": options.get("optim", "adamw_torch_fused"),
+        "max_steps": 2,
+        "logging_steps": 1000,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    if options["strategy"] == "fsdp":
+        knobs = dict(options.get("fsdp", {}))
+        if options.get("offload_param", "none") != "none":
+            knobs["cpu_offload"] = True
+        return transformers.TrainingArguments(**arguments, fsdp=True, fsdp_config=knobs)
+    return transformers.TrainingArguments(**arguments, deepspeed=engine_config(options))
+
+
+def _model(values: dict[str, Any], options: dict[str, Any]) -> Any:
+    import torch
+    import transformers
+
+    values = dict(values)
+    if "num_layers" in options:
+        values["num_hidden_layers"] = options["num_layers"]
+    config = transformers.AutoConfig.for_model(**values)
+    config.use_cache = False
+    make = getattr(transformers, values["architectures"][0])._from_config
+    with _without_zero_init() if not options.get("zero_init", True) else contextlib.nullcontext():
+        model = make(config, dtype=getattr(torch, options["dtype"]), attn_implementation=options.get("attn", "sdpa"))
+    if "lora" not in options:
+        return model
+    import peft
+
+    lora = options["lora"]
+    targets = lora.get("targets", LORA_TARGETS.get(values["model_type"], ["q_proj", "v_proj"]))
+    return peft.get_peft_model(model, peft.LoraConfig(r=lora["rank"], lora_alpha=16, target_modules=targets))
+
+
+@contextlib.contextmanager
+def _without_zero_init() -> Iterator[None]:
+    """As if the model had been made before TrainingArguments: transformers does not see ZeRO-3."""
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+def _trainer_class(recorder: Recorder) -> Any:
+    import transformers
+
+    class MarkedTrainer(transformers.Trainer):  # type: ignore[misc]
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            recorder.micro += 1
+            if self.is_deepspeed_enabled and "step" not in vars(self.deepspeed):
+                step = self.deepspeed.step
+
+                def marked(*step_args: Any, **step_kwargs: Any) -> Any:
+                    recorder.in_step("step")
+                    return step(*step_args, **step_kwargs)
+
+                self.deepspeed.step = marked
+            recorder.in_step("forward")
+            loss = super().training_step(*args, **kwargs)
+            if not self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+                recorder.in_step("step")
+            elif not self.accelerator.sync_gradients:
+                recorder.in_step("between")
+            return loss
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            recorder.in_step("backward")
+            return loss
+
+    return MarkedTrainer
+
+
+def _idle_marks(recorder: Recorder) -> Any:
+    import transformers
+
+    class IdleMarks(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            gc.collect()
+            recorder.scans["0.idle"] = recorder.scan()
+            recorder.mark("0.idle")
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            recorder.scans[f"{recorder.step}.idle"] = recorder.scan()
+            recorder.in_step("idle")
+            recorder.step, recorder.micro = recorder.step + 1, 0
+
+    return IdleMarks()
+
+
+def _facts(trainer: Any) -> dict[str, Any]:
+    """What the engine made of the setup: classes, resolved knobs, numbers of elements."""
+    engine = trainer.model_wrapped
+    if not trainer.is_deepspeed_enabled:
+        return {"engine": type(engine).__name__, "optimizer": type(trainer.optimizer.optimizer).__name__}
+    knobs = engine._config.zero_config
+    names = (
+        "reduce_bucket_size",
+        "allgather_bucket_size",
+        "prefetch_bucket_size",
+        "param_persistence_threshold",
+        "max_live_parameters",
+        "max_reuse_distance",
+        "sub_group_size",
+        "overlap_comm",
+    )
+    inner = engine.optimizer
+    return {
+        "engine": type(inner).__name__,
+        "optimizer": type(getattr(inner, "optimizer", inner)).__name__,
+        "resolved": {name: getattr(knobs, name) for name in names},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Host and device on one memory
+
+
+class TwoSides:
+    """Gives every tensor a side, so that a CPU run tells the host from the device as a GPU run does.
+
+    While it is entered, DeepSpeed's accelerator calls itself "cpu:0" and the host is "cpu". A factory's or a
+    ``.to``'s device decides the side of what it makes; what crosses is copied, where CPU would return the same tensor;
+    other results live where their arguments do. Pinning a tensor copies it, as on a GPU, and ``tensor.device`` tells
+    the side, since DeepSpeed decides by comparing devices.
+    """
+
+    def __init__(self) -> None:
+        self._sides: dict[int, str] = {}
+        self._log: dict[int, list[tuple[int, str]]] = {}
+        self._stack = contextlib.ExitStack()
+
+    # ---- what is where
+
+    def side_of(self, tensor: Any) -> str:
+        """``"host"`` or ``"device"``; what was never told is the device's."""
+        return self._sides.get(_address(tensor), "device")
+
+    def put(self, tensor: Any, side: str) -> None:
+        """Note the side of a tensor's storage from now on."""
+        address = _address(tensor)
+        if address:
+            self._sides[address] = side
+            self._log.setdefault(address, []).append((time.time_ns(), side))
+
+    def pinned(self, tensor: Any) -> Any:
+        """A copy in page-locked memory, were there any."""
+        copy = tensor.clone()
+        self.put(copy, "host")
+        return copy
+
+    def assign(self, blocks: Sequence[Block]) -> None:
+        """Set the side of every block of the profile from the notes made while it was alive."""
+        for block in blocks:
+            for moment, side in self._log.get(block.address, ()):
+                if block.born <= moment and (block.died is None or moment <= block.died):
+                    block.side = side
+
+    # ---- being entered
+
+    def __enter__(self) -> TwoSides:
+        import torch
+        from deepspeed.accelerator import get_accelerator
+
+        answers = {
+            "current_device_name": lambda _: "cpu:0",
+            "device_name": lambda *_: "cpu:0",
+            "pin_memory": lambda _, tensor, *args, **kwargs: self.pinned(tensor),
+            "is_pinned": lambda _, tensor: self.side_of(tensor) == "host",
+            "on_accelerator": lambda _, tensor: self.side_of(tensor) == "device",
+        }
+        self._stack.enter_context(unittest.mock.patch.multiple(type(get_accelerator()), **answers))
+        fully_shard = importlib.import_module("torch.distributed.fsdp._fully_shard._fully_shard")
+        mesh_device = {"_get_device_from_mesh": lambda mesh: torch.device("cpu:0")}
+        self._stack.enter_context(unittest.mock.patch.multiple(fully_shard, **mesh_device))
+        parameters = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
+        allocate = parameters.alloc_storage
+
+        def alloc_storage(tensor: Any) -> None:  # resize_ of a storage is no operation that a mode sees
+            allocate(tensor)
+            self.put(tensor, "device")
+
+        self._stack.enter_context(unittest.mock.patch.object(parameters, "alloc_storage", alloc_storage))
+        dispatch, functions = _side_modes(self)
+        self._stack.enter_context(functions)
+        run_backward = torch.autograd._engine_run_backward
+
+        def with_functions(*args: Any, **kwargs: Any) -> Any:  # a mode is off while it handles a call: backward()
+            with functions:
+                return run_backward(*args, **kwargs)
+
+        self._stack.enter_context(unittest.mock.patch.object(torch.autograd, "_engine_run_backward", with_functions))
+        self._stack.enter_context(dispatch)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
+def _address(tensor: Any) -> int:
+    try:
+        return int(tensor.untyped_storage().data_ptr())
+    except Exception:
+        return 0
+
+
+def _side_modes(sides: TwoSides) -> tuple[Any, Any]:
+    """The modes that see every operation: one its results, one the devices that Python names."""
+    import torch
+    from torch.distributed.tensor import DTensor
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    def named(device: Any) -> str | None:
+        if device is None:
+            return None
+        device = torch.device(device)
+        return None if device.type != "cpu" else ("device" if device.index == 0 else "host")
+
+    wanted: list[str | None] = [None]
+    device_of, host, device = torch.Tensor.device.__get__, torch.device("cpu"), torch.device("cpu:0")  # type: ignore[attr-defined]
+
+    class Results(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if DTensor in types:
+                return NotImplemented  # its shards pass by here
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            before = {_address(tensor) for tensor in given}
+            out = func(*args, **(kwargs or {}))
+            made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+            # Without a device and without arguments it is PyTorch's default device, the host; scalars may be there too.
+            on_device = any(sides.side_of(tensor) == "device" for tensor in given if _address(tensor))
+            side = wanted[-1] or ("device" if on_device else "host")
+            for tensor in made:
+                if _address(tensor) not in before:
+                    sides.put(tensor, side)
+            return out
+
+    class Devices(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func == device_of:
+                return device if sides.side_of(args[0]) == "device" and func(*args) == host else func(*args)
+            name = getattr(func, "__name__", "")
+            if name == "pin_memory":
+                return sides.pinned(args[0])
+            if name == "is_pinned":
+                return sides.side_of(args[0]) == "host"
+            target = kwargs.get("device")
+            if name == "to" and target is None:
+                target = next((arg for arg in args[1:] if isinstance(arg, str | torch.device)), None)
+                other = next((arg for arg in args[1:] if isinstance(arg, torch.Tensor)), None)
+                side = named(target) if other is None else sides.side_of(other)
+            elif name == "cpu":
+                side = "host"
+            else:
+                side = named(target)
+            if side is None and name in ("tensor", "from_numpy"):
+                side = "host"
+            if side is None:
+                return func(*args, **kwargs)
+            if name == "to":  # PyTorch would copy from "cpu" to "cpu:0"
+                args = tuple(host if arg is target else arg for arg in args)
+                kwargs = {key: host if key == "device" else value for key, value in kwargs.items()}
+            wanted.append(side)
+            try:
+                out = func(*args, **kwargs)
+                crossing = name in ("to", "cpu") and sides.side_of(args[0]) != side
+                if crossing and _address(out) == _address(args[0]) and out.numel():
+                    out = out.clone()
+                if isinstance(out, torch.Tensor):  # torch.tensor(...) fills its memory where no mode looks
+                    sides.put(out, side)
+                return out
+            finally:
+                wanted.pop()
+
+    return Results(), Devices()  # type: ignore[no-untyped-call]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The grid
+
+BASE: dict[str, Any] = {
+    "gpus": 4,
+    "dtype": "bfloat16",
+    "mixed_precision": "bf16",
+    "micro_batch_size": 1,
+    "seq_len": 16,
+    "num_layers": 2,
+}
+FP32 = {"dtype": "float32", "mixed_precision": "no"}
+FP16 = {"dtype": "float16", "mixed_precision": "fp16"}
+LORA = {"lora": {"rank": 8}}
+WORLDS = (1, 2, 4, 8, 64)
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+
+
+def groups() -> dict[str, list[Setup]]:
+    """Return the rows to measure by group, each group one file; the first rows of a group matter most.
+
+    An option is the command line's of that name. ``zero`` and ``fsdp`` hold the engine's own keys, as the JSON does;
+    ``zero_init`` false makes the model before the engine's config is known.
+    """
+    made: dict[str, list[Setup]] = {}
+    for stage in STAGES:
+        made[stage] = [_setup("small", stage, **variant) for variant in _variants(stage)]
+        made[stage] += [_setup("wide", stage, **variant) for variant in _wide_variants(stage)]
+    made["offload"] = [_setup("small", **variant) for variant in _offload_variants()]
+    made["fsdp"] = [_setup("small", "fsdp", **variant) for variant in _fsdp_variants()]
+    made["fsdp"] += [_setup("wide", "fsdp", **variant) for variant in ({}, {"gpus": 64}, {"grad_accum_steps": 3})]
+    return made
+
+
+def _setup(config: str, strategy: str, **options: Any) -> Setup:
+    if strategy == "fsdp":
+        options = {"dtype": "float32"} | options
+    return Setup("llama", config, {**BASE, "strategy": strategy, **options})
+
+
+def _variants(stage: str) -> list[dict[str, Any]]:
+    large = {"zero": {"reduce_bucket_size": 500_000_000 // 100}}
+    rows: list[dict[str, Any]] = [
+        {},
+        {"grad_accum_steps": 3},
+        {"gpus": 1},
+        {"gpus": 64},
+        LORA,
+        {"gradient_checkpointing": True, "micro_batch_size": 2, "seq_len": 200},
+        {"micro_batch_size": 2, "seq_len": 200},
+        FP32,
+        FP16,
+        {"gpus": 2},
+        {"gpus": 8},
+        {**LORA, "grad_accum_steps": 3},
+    ]
+    if stage != "zero0":
+        rows += [
+            large,
+            {**large, "grad_accum_steps": 3},
+            {"zero": {"reduce_bucket_size": 1000}},
+            {"zero": {"overlap_comm": stage != "zero3"}},
+            {"zero": {"contiguous_gradients": False}},
+            {"zero": {"grad_accum_dtype": "fp32"}, "grad_accum_steps": 3},
+            {"zero": {"grad_accum_dtype": "fp32"}},
+            {"zero": {"reduce_scatter": False}},
+        ]
+    if stage in ("zero1", "zero2"):
+        rows += [
+            {"zero": {"overlap_comm": True}, "grad_accum_steps": 3},
+            {"zero": {"round_robin_gradients": True}},
+            {"zero": {"allgather_bucket_size": 1000}},
+        ]
+    if stage == "zero3":
+        rows += [{"zero": knobs} for knobs in _ZERO3_KNOBS] + [{"zero_init": False}, {"num_layers": 4}]
+    return rows
+
+
+_ZERO3_KNOBS: list[dict[str, Any]] = [
+    {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0},
+    {"stage3_prefetch_bucket_size": 0},
+    {"stage3_max_reuse_distance": 0},
+    {"stage3_max_live_parameters": 600_000},
+    {"stage3_max_live_parameters": 600_000, "stage3_max_reuse_distance": 0},
+    {"stage3_param_persistence_threshold": 0},
+    {"stage3_param_persistence_threshold": 100_000},
+    {"sub_group_size": 500_000},
+    {"sub_group_size": 10_000},
+    {"stage3_prefetch_bucket_size": 50_000_000},
+    {"stage3_allgather_sequential": True},
+]
+
+
+def _wide_variants(stage: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{}, {"gpus": 64}, {"grad_accum_steps": 3}]
+    if stage == "zero3":
+        rows += [{"zero": {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}}]
+    return rows
+
+
+def _offload_variants() -> list[dict[str, Any]]:
+    optimizer = {"offload_optimizer": "cpu"}
+    both = {**optimizer, "offload_param": "cpu"}
+    engines: list[dict[str, Any]] = [
+        {"strategy": "zero2", **optimizer},
+        {"strategy": "zero3", **both},
+        {"strategy": "zero3", **optimizer},
+        {"strategy": "fsdp", "offload_param": "cpu"},
+        {"strategy": "zero1", **optimizer},
+    ]
+    fp32 = {"zero": {"grad_accum_dtype": "fp32"}}
+    return [
+        *engines,
+        *({"strategy": stage, "two_sides": True} for stage in ("zero2", "zero3")),
+        *({**engine, "grad_accum_steps": 3} for engine in engines),
+        {"strategy": "zero3", "offload_param": "cpu"},
+        *({"strategy": stage, **optimizer, **fp32} for stage in ("zero2", "zero3")),
+        *({**engine, **more} for more in (LORA, {"gpus": 64}, {"gpus": 1}) for engine in engines),
+    ]
+
+
+def _fsdp_variants() -> list[dict[str, Any]]:
+    return [
+        {},
+        {"grad_accum_steps": 3},
+        {"gpus": 1},
+        {"gpus": 64},
+        {"fsdp": {"reshard_after_forward": False}},
+        LORA,
+        {"dtype": "bfloat16"},
+        FP32,
+        {"dtype": "bfloat16", "mixed_precision": "no"},
+        {"num_layers": 4},
+        {"gpus": 2},
+        {"gpus": 8},
+        {"micro_batch_size": 2, "seq_len": 200},
+        {"gradient_checkpointing": True, "micro_batch_size": 2, "seq_len": 200},
+        {"fsdp": {"activation_checkpointing": True}, "micro_batch_size": 2, "seq_len": 200},
+        {**LORA, "grad_accum_steps": 3},
+        {"fsdp": {"auto_wrap_policy": "NO_WRAP"}},
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running and archiving
+
+
+def run(setup: Setup) -> Row:
+    """Measure one setup in a process of its own, since an engine leaves its state behind; return its row."""
+    import_libraries()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_measure_into, args=(sender, setup))
+    child.start()
+    sender.close()
+    try:
+        result, refusal = receiver.recv()
+    except EOFError:
+        result, refusal = None, "the process died"
+    child.join()
+    return Row(setup, result, refusal)
+
+
+def _measure_into(sender: Any, setup: Setup) -> None:
+    try:
+        sender.send((measure(setup.values, setup.options), None))
+    except Exception as error:  # a library's refusal is a fact about the setup; it must not end a long run
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = place.filename.split("site-packages/")[-1]
+        sender.send((None, f"{type(error).__name__}: {str(error)[:200]} ({where}:{place.lineno})"))
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that a row depends on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed", "peft")}
+
+
+def run_group(setups: Sequence[Setup], path: Path, group: str) -> Archive:
+    """Measure the setups that ``path`` lacks, and those that were refused, again.
+
+    The file is written after each row, so that an interrupted run is taken up where it stopped.
+    """
+    known = load_archive(path) if path.exists() else Archive(group)
+    rows: dict[str, Row] = {}
+    if same_versions(known.versions, versions()):
+        rows = {row.setup.key: row for row in known.rows if row.result is not None}
+    for setup in setups:
+        if setup.key not in rows:
+            started = time.perf_counter()
+            rows[setup.key] = run(setup)
+            write_archive(Archive(group, versions(), list(rows.values())), path)
+            note = rows[setup.key].unsupported or "measured"
+            sys.stdout.write(f"{time.perf_counter() - started:4.0f} s {setup.key}: {note}\n")
+            sys.stdout.flush()
+    wanted = {setup.key for setup in [*setups, *groups().get(group, [])]}
+    archive = Archive(group, versions(), [row for key, row in rows.items() if key in wanted])
+    write_archive(archive, path)
+    return archive
+
+
+def write_archive(archive: Archive, path: Path) -> None:
+    """Write an archive as JSON with one row per line; sites are numbered once per file."""
+    sites: dict[str, int] = {}
+    lines = []
+    for row in archive.rows:
+        head = {"family": row.setup.family, "config": row.setup.config, "options": row.setup.options}
+        if row.result is None:
+            body: dict[str, Any] = {"unsupported": row.unsupported}
+        else:
+            body = {"result": _with_sites(row.result, lambda site: sites.setdefault(site, len(sites)))}
+        lines.append(json.dumps(head | body, separators=(",", ":")))
+    configs = {f"{row.setup.family} {row.setup.config}": row.setup.values for row in archive.rows}
+    top = {"schema": SCHEMA, "group": archive.family, "versions": archive.versions, "configs": configs}
+    text = json.dumps(top)[:-1] + ', "rows": [\n' + ",\n".join(lines) + '\n], "sites": '
+    text += json.dumps(list(sites), indent=0) + "}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def load_archive(path: Path) -> Archive:
+    """Read an archive; rows whose config has changed since are left out."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for row in stored["rows"]:
+        setup = Setup(row["family"], row["config"], row["options"])
+        if CONFIGS[setup.family].get(setup.config) != stored["configs"][f"{setup.family} {setup.config}"]:
+            continue
+        result = row.get("result")
+        rows.append(Row(setup, result and _with_sites(result, stored["sites"].__getitem__), row.get("unsupported")))
+    return Archive(stored["group"], stored["versions"], rows)
+
+
+def load_archives(directory: Path = ARCHIVE) -> dict[str, Archive]:
+    """Read every group's archive."""
+    return {path.stem: load_archive(path) for path in sorted(directory.glob("*.json"))}
+
+
+def _with_sites(result: dict[str, Any], replace: Callable[[Any], Any]) -> dict[str, Any]:
+    phases = {
+        side: {
+            name: {**phase, "blocks": [[size, count, replace(site)] for size, count, site in phase["blocks"]]}
+            for name, phase in named.items()
+        }
+        for side, named in result["phases"].items()
+    }
+    return {**result, "phases": phases}
+
+
+def differences(row: Row) -> dict[str, tuple[Any, Any]]:
+    """Measure a row again; return the levels that differ as ``side phase -> (archived, now)``."""
+    again = run(row.setup)
+    old, new = (levels(each.result) for each in (row, again))
+    return {name: (old.get(name), new.get(name)) for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+
+
+def levels(result: dict[str, Any] | None) -> dict[str, tuple[list[int], ...]]:
+    """``side phase -> (start, peak, end)``, each ``[rounded, raw]``."""
+    return {
+        f"{side} {name}": (phase["start"], phase["peak"], phase["end"])
+        for side, named in (result or {"phases": {}})["phases"].items()
+        for name, phase in named.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure groups, show or check the archive; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.oracles.o2", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--group", action="append", choices=sorted(groups()), help="may be given several times")
+    parser.add_argument("--all", action="store_true", help="every group")
+    parser.add_argument("--first", type=int, metavar="N", help="only the first N rows of each group")
+    parser.add_argument("--out", type=Path, default=ARCHIVE, help="directory of the archive")
+    parser.add_argument("--show", metavar="TEXT", help="print the ledgers of rows whose key contains TEXT")
+    parser.add_argument("--blocks", type=int, default=0, metavar="N", help="of --show: the N largest at each peak")
+    parser.add_argument("--check", type=int, metavar="N", help="measure N archived rows again and compare")
+    parser.add_argument("--seed", type=int, default=0, help="of --check")
+    options = parser.parse_args(arguments)
+    if options.show is not None:
+        return _show(options.out, options.show, options.blocks)
+    if options.check is not None:
+        return _check(options.out, options.check, options.seed)
+    names = list(groups()) if options.all else options.group
+    if not names:
+        parser.error("give --group or --all")
+    for name in names:
+        run_group(groups()[name][: options.first], options.out / f"{name}.json", name)
+    return 0
+
+
+def _show(directory: Path, text: str, count: int) -> int:
+    for archive in load_archives(directory).values():
+        for row in archive.rows:
+            if text in row.setup.key and row.result is not None:
+                sys.stdout.write(f"{row.setup.key}\n  {row.result['engine']} scans {row.result['idle_scan']}\n")
+                for side, phases in row.result["phases"].items():
+                    for name, phase in phases.items():
+                        start, peak, end = (phase[each][0] for each in ("start", "peak", "end"))
+                        sys.stdout.write(f"  {side:6} {name:12} {start:>12,} {peak:>12,} {end:>12,}\n")
+                        for size, times, site in phase["blocks"][:count]:
+                            sys.stdout.write(f"      {size:>10} x{times:<3} {site}\n")
+    return 0
+
+
+def _check(directory: Path, count: int, seed: int) -> int:
+    rows = {row.setup.key: row for archive in load_archives(directory).values() for row in archive.rows if row.result}
+    wrong = 0
+    for setup in sampled([row.setup for row in rows.values()], count, seed):
+        found = differences(rows[setup.key])
+        wrong += bool(found)
+        if found:
+            sys.stdout.write(f"{setup.key}\n  {found}\n")
+    sys.stdout.write(f"{min(count, len(rows))} rows measured again, {wrong} differ\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Estimates of the engines that shard, beside the real DeepSpeed as rank 0 of N (O2)."""
+
+from __future__ import annotations
+
+import pytest
+from tests.oracles import o2
+from tests.oracles.families import CONFIGS
+
+from memplan import estimator
+from memplan.api import _model
+from memplan.catalog.gpus import find_gpu
+from memplan.errors import UnsupportedError
+from memplan.memory.course import Ledger
+from memplan.specs.hardware import ClusterSpec
+from memplan.specs.software import SoftwareSpec
+from memplan.specs.strategy import Strategy, ZeroSpec
+from memplan.specs.training import TrainingSpec
+
+GROUPS = ("zero0", "zero1", "zero2", "zero3")
+ROWS = [row for name in GROUPS for row in o2.load_archives()[name].rows if row.result is not None]
+AUTO = {
+    "zero0": (),
+    "zero1": ("reduce_bucket_size",),
+    "zero2": ("reduce_bucket_size",),
+    "zero3": ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+}
+"""What o2.engine_config leaves to the Trainer."""
+IDLE = 0.005
+PEAK = 0.01
+CPU_KERNEL = "zero/linear.py:12"
+"""Where oneDNN's bfloat16 products take a workspace of their own, on CPU only: not an ATen tensor."""
+KNOWN_MISS = {"stage3_max_live_parameters": 600000, "stage3_max_reuse_distance": 0}
+"""Modules without weights (SiLU, the rotary tables) prefetch too, which shows where little may be live: -2.8 %."""
+
+
+def played(row: o2.Row) -> Ledger:
+    """The engine of a row, as its rank 0."""
+    options = {name: value for name, value in row.setup.options.items() if name != "zero_init"}
+    config = dict(CONFIGS[row.setup.family][row.setup.config])
+    if "num_layers" in options:
+        config["num_hidden_layers"] = options.pop("num_layers")
+    kind, gpus = options.pop("strategy"), options.pop("gpus")
+    keys = {**dict.fromkeys(AUTO[kind], "auto"), **options.pop("zero", {})}
+    strategy = Strategy(kind=kind, zero=ZeroSpec(**keys))
+    cpu = find_gpu("cpu")
+    cluster = ClusterSpec(gpu=cpu, gpus=gpus)
+    setup = estimator.resolve(_model(config), TrainingSpec(**options), cluster, strategy, SoftwareSpec())
+    ledger = Ledger()
+    estimator._play(setup, cpu, strategy, gpus, 0, ledger, full_depth=False)
+    return ledger
+
+
+def measured(row: o2.Row) -> dict[str, int]:
+    """The row's peaks by phase, without what a CPU kernel takes for itself, and the level between steps."""
+    assert row.result is not None
+    phases = row.result["phases"]["device"]
+
+    def peak(*beginnings: str) -> int:
+        found = [phase for name, phase in phases.items() if name.startswith(beginnings)]
+        return max(phase["peak"][0] for phase in found)
+
+    return {
+        "first_step": peak("1.forward", "1.backward", "1.between", "1.step"),
+        "forward": peak("2.forward"),
+        "backward": peak("2.backward"),
+        "step": peak("2.step"),
+        "idle": phases["2.idle"]["start"][0],
+    }
+
+
+def estimated(ledger: Ledger) -> dict[str, int]:
+    totals = {name: sum(ledger.fullest(name).values()) for name in ("first_step", "backward", "step", "idle")}
+    return totals | {"forward": max(sum(ledger.fullest(name).values()) for name in ("forward", "loss"))}
+
+
+def scratch(row: o2.Row) -> int:
+    """Bytes of oneDNN's workspaces at the fullest moment of a backward."""
+    assert row.result is not None
+    config, options = CONFIGS[row.setup.family][row.setup.config], row.setup.options
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    widths = {
+        config["vocab_size"],
+        config["intermediate_size"],
+        hidden,
+        hidden // heads * config["num_key_value_heads"],
+    }
+    tokens = options["micro_batch_size"] * options["seq_len"]
+    results = {2 * rows * width for rows in (hidden, tokens) for width in widths}
+    backwards = [phase for name, phase in row.result["phases"]["device"].items() if ".backward" in name]
+    return max(
+        sum(n * count for n, count, site in phase["blocks"] if CPU_KERNEL in site and n not in results)
+        for phase in backwards
+    )
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.setup.key)
+def test_an_engine_holds_what_deepspeed_holds(row: o2.Row, request: pytest.FixtureRequest) -> None:
+    if row.setup.options.get("zero") == KNOWN_MISS:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="modules without weights prefetch too"))
+    try:
+        found = estimated(played(row))
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    truth = measured(row)
+    assert found["idle"] == pytest.approx(truth["idle"], rel=IDLE)
+    slack = scratch(row)
+    for phase in ("first_step", "forward", "backward", "step"):
+        low = truth[phase] - (slack if phase in ("backward", "first_step") else 0)
+        assert low * (1 - PEAK) <= found[phase] <= truth[phase] * (1 + PEAK), phase
+
+
+def test_most_rows_are_modelled() -> None:
+    refused = 0
+    for row in ROWS:
+        try:
+            played(row)
+        except UnsupportedError:
+            refused += 1
+    assert len(ROWS) >= 60
+    assert refused <= 6
