@@ -39,6 +39,18 @@ def test_a_device_map_places_every_layer_and_needs_a_capacity() -> None:
         memplan.estimate("meta-llama/Llama-2-7b", spec, None)
 
 
+@pytest.mark.parametrize(
+    ("host_memory", "nvme", "verdict"),
+    [("2GiB", "4GiB", "fits"), ("2GiB", "512MiB", "does-not-fit"), ("2GiB", None, "unknown"), ("64GiB", None, "fits")],
+)
+def test_what_a_device_map_leaves_to_host_and_disk_must_fit_there(host_memory, nvme, verdict: str) -> None:
+    cluster = memplan.ClusterSpec(gpu="RTX3090", gpu_memory="1.5GiB", host_memory=host_memory, nvme=nvme)
+    spec = memplan.TrainingSpec(task="load", device_map="auto")
+    result = memplan.estimate("TinyLlama/TinyLlama-1.1B-Chat-v1.0", spec, cluster)
+    assert result.host.peak > 0
+    assert result.verdict == verdict
+
+
 def test_quantized_training_holds_packed_weights() -> None:
     spec = memplan.TrainingSpec(lora=16, quantization="nf4", gradient_checkpointing=True)
     result = memplan.estimate("meta-llama/Llama-2-7b", spec, "RTX3090")

@@ -21,6 +21,7 @@ from memplan.results import (
     StepTime,
     Term,
     best_verdict,
+    verdict_by_place,
     verdict_for,
     worst_verdict,
 )
@@ -181,6 +182,18 @@ def test_verdicts() -> None:
     assert worst_verdict(["fits", "does-not-fit", "unknown"]) == "does-not-fit"
     assert worst_verdict(["fits", "unknown"]) == "unknown"
     assert best_verdict(["tight", "does-not-fit"]) == "tight"
+
+
+def test_every_place_that_holds_something_has_a_verdict() -> None:
+    host = HostMemory(capacity=9, peak=10, pinned=0, ranks=1, components={"optimizer": 10})
+    nvme = NvmeMemory(capacity=None, bytes=0, components={})
+    gpu = gpu_memory()
+    assert verdict_by_place(gpu, host, nvme)["host"] == "does-not-fit"
+    assert "nvme" not in verdict_by_place(gpu, host, nvme)
+    full = NvmeMemory(capacity=10, bytes=10, components={"weights": 10})
+    empty = HostMemory(capacity=None, peak=0, pinned=0, ranks=1, components={})
+    assert list(verdict_by_place(gpu, empty, full)) == ["gpu", "nvme"]
+    assert verdict_by_place(gpu, empty, full)["nvme"] == "fits"
 
 
 def test_a_constant_becomes_an_assumption_with_its_unit() -> None:

@@ -212,7 +212,9 @@ def _with_liger(setup: Setup) -> Setup | None:
 
 
 def _with_8bit_adam(setup: Setup) -> Setup | None:
-    return _changed(setup, optim="adamw_8bit") if setup.training.optim.startswith("adamw_torch") else None
+    if setup.training.task != "train" or not setup.training.optim.startswith("adamw_torch"):
+        return None
+    return _changed(setup, optim="adamw_8bit")
 
 
 def _with_lora(setup: Setup) -> Setup | None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from memplan.adapters.liger import apply_liger_kernel
 from memplan.adapters.lora import apply_lora
+from memplan.adapters.prequantized import DEQUANTIZED_SOURCE, checkpoint_quantization, is_dequantized
 from memplan.adapters.quantization import default_dtype, prepare_for_kbit_training, quantize
 from memplan.architectures.cache import DynamicCache
 from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, Module, watch
@@ -21,7 +22,7 @@ from memplan.engines.plain import Evaluation, Parts, Run
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory import loading
 from memplan.memory.course import Ledger, ReplayLedger, course
-from memplan.memory.inference import Machine, infer
+from memplan.memory.inference import Inference, Machine, infer
 from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
 from memplan.memory.timeline import Unrolled, unroll
@@ -137,7 +138,7 @@ def estimate(
     """
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
     if training.task != "train":
-        return _infer(model, training, cluster, strategy, software, gpu)
+        return _infer(model, training, cluster, strategy, software, gpu, explain=explain)
     if strategy.kind == "fsdp":
         raise UnsupportedError("strategy: 'fsdp' is not modelled yet. Use ddp, or zero1, zero2 or zero3.")
     if strategy.kind == "single" and cluster.gpus != 1:
@@ -147,7 +148,8 @@ def estimate(
     setup = replace(resolve(model, training, cluster, strategy, software), traced=traced)
     run, micro = _run(setup, gpu)
     if strategy.is_deepspeed:
-        placed, bound, rank = _sharded(setup, gpu, strategy, cluster.gpus)
+        sharded = _sharded(setup, gpu, strategy, cluster.gpus)
+        placed = {phase: dict(parts) for phase, parts in sharded.gpu.items()}
     elif strategy.kind == "ddp":
         placed = ddp.phases(run, strategy.ddp, cluster.gpus)
     else:
@@ -159,11 +161,12 @@ def estimate(
         # No bound is known for other settings of the allocator.
         exact = replay or training.alloc_conf is not None
         if strategy.is_deepspeed:
-            replayed = _replay_sharded(setup, gpu, strategy, cluster.gpus, rank) if exact else Replayed({}, bound)
+            ranks, bound = cluster.gpus, Replayed({}, sharded.bound)
+            replayed = _replay_sharded(setup, gpu, strategy, ranks, sharded.rank) if exact else bound
         else:
             replayed = _replay(setup, gpu, strategy) if exact else Replayed({}, _bound(setup, gpu, strategy))
     memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
-    host = _host_memory(run, cluster)
+    host = _sharded_host(sharded, cluster) if strategy.is_deepspeed else _host_memory(run, cluster)
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
     return Estimate(
         model=_model_info(model, run),
@@ -176,6 +179,7 @@ def estimate(
         verdict=worst_verdict(verdict_by_place(memory, host, nvme).values()),
         assumptions=(
             *assumptions,
+            *_of_checkpoint(model),
             *(Assumption.of(constant) for constant in micro.assumptions),
             *(traced.assumptions if traced is not None else ()),
         ),
@@ -188,6 +192,9 @@ def resolve(
 ) -> Setup:
     """Return what decides the tape, with the defaults that strategy and GPU decide. Raises as :func:`estimate`."""
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
+    quantization = checkpoint_quantization(model, training.quantization)
+    if quantization != training.quantization:
+        training = training.replace(quantization=quantization)
     if training.quantization is not None and training.dtype is None:
         dtype = default_dtype(software, _checkpoint_dtype(model))
         training = training if dtype is None else training.replace(dtype=dtype)
@@ -304,6 +311,7 @@ def _model(
         padded=not training.packed,
         software=setup.software,
         full_depth=full_depth,
+        last_layer_apart=training.quantization is not None,  # the model's last parameter stays, wherever it is
         cache=cache,
     )
     if training.vocab_size is not None:
@@ -447,23 +455,42 @@ def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy) -> Replayed:
 # -- engines that shard ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Sharded:
+    """The fullest moments of the fullest rank."""
+
+    gpu: dict[str, Parts]
+    host: dict[str, Parts]
+    """By phase and component; one rank's."""
+    pinned: dict[str, int]
+    """The part of ``host`` that is page-locked."""
+    bound: int
+    """What its peak reserved cannot exceed."""
+    rank: int
+
+    @property
+    def peak(self) -> int:
+        return max(map(plain.total, self.gpu.values()))
+
+
 @lru_cache(maxsize=64)
-def _sharded(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> tuple[dict[str, Parts], int, int]:
-    """The fullest moments of the fullest rank, what its peak reserved cannot exceed, and which rank it is."""
-    best: tuple[int, dict[str, Parts], Ledger, int] | None = None
+def _sharded(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> _Sharded:
+    """Play the engine on the ranks one of which is the fullest."""
     run, micro = _run(setup, gpu)
+    micro_batches = min(run.grad_accum_steps, MICRO_BATCHES) * STEPS
+    counts = micro.unrolled.size_counts()
+    found: list[_Sharded] = []
     for rank in _ranks(strategy, layout(micro.root), ranks):
         ledger = Ledger()
         _play(setup, gpu, strategy, ranks, rank, ledger, full_depth=False)
-        placed = {phase: ledger.fullest(phase) for phase in ("load", "first_step", *_STEADY)}
-        placed["save"] = dict(placed["idle"])
-        height = max(map(plain.total, placed.values()))
-        if best is None or height > best[0]:
-            best = height, placed, ledger, rank
-    assert best is not None
-    _, placed, ledger, rank = best
-    micro_batches = min(run.grad_accum_steps, MICRO_BATCHES) * STEPS
-    return placed, engines_bound(ledger.sizes, micro.unrolled.size_counts(), micro_batches), rank
+        names = ("load", "first_step", *_STEADY)
+        placed = {phase: ledger.fullest(phase) for phase in names}
+        host = {phase: ledger.fullest(phase, "host") for phase in names}
+        pinned = {phase: plain.total(ledger.fullest(phase, "pinned")) for phase in names}
+        for parts in (placed, host, pinned):
+            parts["save"] = parts["idle"]  # type: ignore[index]
+        found.append(_Sharded(placed, host, pinned, engines_bound(ledger.sizes, counts, micro_batches), rank))
+    return max(found, key=lambda each: each.peak)
 
 
 @lru_cache(maxsize=64)
@@ -540,8 +567,16 @@ def _infer(
     strategy: Strategy,
     software: SoftwareSpec,
     gpu: GPUSpec | None,
+    *,
+    explain: bool,
 ) -> Estimate:
     """Tasks load and generate: one copy of the model, in one process."""
+    if strategy.kind != "single":
+        remedy = "Leave it out, or use --task train; --device-map spreads one copy over several GPUs."
+        raise SpecError.at("strategy", strategy.kind, f"has no use in task {training.task}", remedy)
+    if cluster.nodes != 1:
+        problem = f"is more than task {training.task} uses: one process on one machine holds the model"
+        raise SpecError.at("nodes", cluster.nodes, problem, "Use --nodes 1, or leave it out.")
     head = training.head or head_of(model.architecture)
     if training.task == "generate" and head not in ("causal-lm", "seq2seq-lm"):
         raise SpecError.at("head", head, "does not generate text", "Use --head causal-lm.")
@@ -590,11 +625,18 @@ def _infer(
         host=host,
         nvme=nvme,
         verdict="does-not-fit" if found.refused else verdict,
-        assumptions=tuple(assumptions),
+        assumptions=(*assumptions, *_of_checkpoint(model)),
         footprint=loading.footprint(found.held),
         device_map=found.device_map,
         kv_cache=found.kv_cache,
+        explanation=_explanation_of_inference(found, memory) if explain else (),
     )
+
+
+def _explanation_of_inference(found: Inference, memory: GpuMemory) -> tuple[Term, ...]:
+    from memplan.explanation import explain_inference
+
+    return explain_inference(found, memory)
 
 
 # -- the hardware ----------------------------------------------------------------------------------------------------
@@ -631,6 +673,21 @@ def _host_memory(run: Run, cluster: ClusterSpec) -> HostMemory:
         pinned=0,
         ranks=cluster.gpus_per_node,
         components={"optimizer": paged} if paged else {},
+    )
+
+
+def _sharded_host(sharded: _Sharded, cluster: ClusterSpec) -> HostMemory:
+    """What the ranks of one node hold together, each as much as the fullest."""
+    ranks = cluster.gpus_per_node
+    totals = {phase: plain.total(parts) * ranks for phase, parts in sharded.host.items()}
+    fullest = max(totals, key=lambda phase: totals[phase])
+    return HostMemory(
+        capacity=cluster.host_memory,
+        peak=totals[fullest],
+        pinned=sharded.pinned[fullest] * ranks,
+        ranks=ranks,
+        components={name: size * ranks for name, size in sharded.host[fullest].items() if size},
+        phases=tuple(Phase(name=phase, allocated=size) for phase, size in totals.items()),
     )
 
 
@@ -675,6 +732,12 @@ def _gpu_memory(
         phases=tuple(Phase(name=name, allocated=size) for name, size in allocated.items()),
     )
     return memory, [*(Assumption.of(c) for c in outside if c.high), *_other_versions(software)]
+
+
+def _of_checkpoint(model: ModelSpec) -> list[Assumption]:
+    if not is_dequantized(model):
+        return []
+    return [Assumption(name="fp8 checkpoint", value=0, low=0, high=0, source=DEQUANTIZED_SOURCE)]
 
 
 def _other_versions(software: SoftwareSpec) -> list[Assumption]:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from memplan.engines.plain import Parts, Run
+from memplan.memory.inference import Inference
+from memplan.memory.loading import Held
 from memplan.memory.optimizers import rounded
 from memplan.memory.timeline import COMPONENTS
 from memplan.results import GpuMemory, Term
 from memplan.tape.tape import Tape
+from memplan.tape.tensor import Buffer
 
 SOURCES = {
+    "weights": "config.json; transformers from_pretrained(dtype=...)",
+    "blocks": "CUDACachingAllocator::should_split: remainders up to 1 MiB stay with the block",
+    "load": "transformers/modeling_utils.py: caching_allocator_warmup; integrations/bitsandbytes.py",
+    "passing": "alive within a forward pass without gradients: transformers/generation/utils.py",
     "activations": "torch autograd (derivatives.yaml): what {name} saves for its backward",
     "logits": "transformers/loss/loss_utils.py, torch cross_entropy",
     "temporaries": "alive within an operation: torch/csrc/autograd",
@@ -25,7 +33,7 @@ def explain(run: Run, tape: Tape, phase: str, parts: Parts, memory: GpuMemory) -
     """
     terms = _states(run, parts)
     if phase in ("forward", "loss", "backward"):
-        terms += _tensors(tape, phase)
+        terms += _tensors(tape, _alive_at_peak(tape, phase))
         if run.waiting_inputs:
             terms.append(
                 Term(
@@ -38,22 +46,41 @@ def explain(run: Run, tape: Tape, phase: str, parts: Parts, memory: GpuMemory) -
             )
     else:
         terms += [_plain_term(name, parts) for name in ("activations", "logits", "temporaries") if parts.get(name)]
+    what = "what a block is larger than its tensor"
+    return (*terms, *_remaining(terms, memory, what, SOURCES["blocks"]))
+
+
+def explain_inference(found: Inference, memory: GpuMemory) -> tuple[Term, ...]:
+    """The terms of the peak of loading or of generation, on the fullest GPU. They sum to ``peak_device``."""
+    phase = memory.peak_phase
+    parts = found.placed[phase]
+    terms = _loaded(found.on_gpu, parts.get("weights", 0))
+    if parts.get("workspace"):
+        terms.append(_workspace(parts))
+    if found.generation is not None and phase in found.generation.calls:
+        generation, cached = found.generation, found.generation.calls[phase].cached
+        alive = found.alive[phase]
+        terms += _keys_and_values(generation.tape, alive & cached)
+        terms += _tensors(generation.tape, alive - cached, SOURCES["passing"])
+    if phase == "load":
+        what, source = "on the way: weights before they are quantized, blocks of the warm-up", SOURCES["load"]
+    else:
+        what, source = "what a block is larger than its tensor", SOURCES["blocks"]
+    return (*terms, *_remaining(terms, memory, what, source))
+
+
+def _remaining(terms: list[Term], memory: GpuMemory, rest_is: str, rest_source: str) -> list[Term]:
+    """What is left of the allocator's and the device's memory once ``terms`` are told."""
+    found: list[Term] = []
     told: Counter[str] = Counter()
     for term in terms:
         told[term.name.split(":")[0]] += term.bytes
     components = memory.components
     rest = components.allocated - sum(told.values())
     if rest:
-        terms.append(
-            Term(
-                name="temporaries: not split off",
-                formula="what a block is larger than its tensor",
-                filled=f"{rest:,}",
-                bytes=rest,
-                source="CUDACachingAllocator::should_split: remainders up to 1 MiB stay with the block",
-            )
-        )
-    terms += [
+        name = "temporaries: on top of the tensors"
+        found.append(Term(name=name, formula=rest_is, filled=f"{rest:,}", bytes=rest, source=rest_source))
+    found += [
         Term(name=name, formula=formula, filled=f"{size:,}", bytes=size, source=source)
         for name, formula, size, source in (
             (
@@ -72,7 +99,65 @@ def explain(run: Run, tape: Tape, phase: str, parts: Parts, memory: GpuMemory) -
         )
         if size
     ]
-    return tuple(terms)
+    return found
+
+
+def _loaded(held: Sequence[Held], weights: int) -> list[Term]:
+    """Weights of each dtype, and buffers."""
+    parameters: Counter[tuple[str, int]] = Counter()
+    buffers = 0
+    for each in held:
+        if isinstance(each.tensor, Buffer):
+            buffers += each.tensor.nbytes
+        else:
+            parameters[each.tensor.dtype.name, each.tensor.dtype.itemsize] += each.tensor.numel
+    terms = [
+        Term(
+            name=f"weights: {dtype}",
+            formula="elements x bytes",
+            filled=f"{elements:,} x {itemsize}",
+            bytes=elements * itemsize,
+            source=SOURCES["weights"],
+        )
+        for (dtype, itemsize), elements in parameters.items()
+    ]
+    rest = weights - sum(term.bytes for term in terms)
+    return [*terms, _rounding(buffers, rest)] if rest else terms
+
+
+def _rounding(buffers: int, rest: int) -> Term:
+    return Term(
+        name="weights: buffers and rounding",
+        formula="buffers + rounding of each tensor up to 512 bytes",
+        filled=f"{buffers:,} + {rest - buffers:,}",
+        bytes=rest,
+        source="kMinBlockSize of CUDACachingAllocator",
+    )
+
+
+def _workspace(parts: Parts) -> Term:
+    return Term(
+        name="workspace",
+        formula="cuBLAS, one per thread that runs GEMMs",
+        filled=f"{parts['workspace']:,}",
+        bytes=parts["workspace"],
+        source="aten/src/ATen/cuda/CublasHandlePool.cpp",
+    )
+
+
+def _keys_and_values(tape: Tape, alive: set[int]) -> list[Term]:
+    """The cache as it is at the peak: where a layer's is just being extended, the old one and the new."""
+    groups = Counter((*tape.shapes[i], tape.sizes[i]) for i in alive)
+    return [
+        Term(
+            name="activations: keys and values",
+            formula="tensors (2 per layer) x sequences x heads x positions x head size x bytes",
+            filled=f"{count} x {' x '.join(map(str, shape))} x {dtype.itemsize}",
+            bytes=size * count,
+            source="transformers/cache_utils.py: DynamicCache",
+        )
+        for (shape, dtype, size), count in sorted(groups.items(), key=lambda group: -group[0][2] * group[1])
+    ]
 
 
 def _states(run: Run, parts: Parts) -> list[Term]:
@@ -90,20 +175,12 @@ def _states(run: Run, parts: Parts) -> list[Term]:
                 formula="elements x bytes",
                 filled=f"{elements:,} x {itemsize}",
                 bytes=elements * itemsize,
-                source="config.json; transformers from_pretrained(dtype=...)",
+                source=SOURCES["weights"],
             )
         )
     rest = parts.get("weights", 0) - weights
     if rest:
-        terms.append(
-            Term(
-                name="weights: buffers and rounding",
-                formula="buffers + rounding of each tensor up to 512 bytes",
-                filled=f"{run.buffer_bytes:,} + {rest - run.buffer_bytes:,}",
-                bytes=rest,
-                source="kMinBlockSize of CUDACachingAllocator",
-            )
-        )
+        terms.append(_rounding(run.buffer_bytes, rest))
     trainable = run.trainable
     kept = sum(rounded(p.nbytes) * count for p, count in trainable)
     if parts.get("gradients") == kept:
@@ -119,11 +196,10 @@ def _states(run: Run, parts: Parts) -> list[Term]:
     for name, formula, source in (
         ("optimizer", f"states of {type(run.optimizer).__name__} for each trained weight", "memory/optimizers.py"),
         ("communication", "DDP buckets: one more copy of the gradients", "torch/csrc/distributed/c10d/reducer.cpp"),
-        ("workspace", "cuBLAS, one per thread that runs GEMMs", "aten/src/ATen/cuda/CublasHandlePool.cpp"),
     ):
         if parts.get(name):
             terms.append(Term(name=name, formula=formula, filled=f"{parts[name]:,}", bytes=parts[name], source=source))
-    return terms
+    return [*terms, _workspace(parts)] if parts.get("workspace") else terms
 
 
 def _plain_term(name: str, parts: Parts) -> Term:
@@ -132,9 +208,8 @@ def _plain_term(name: str, parts: Parts) -> Term:
     )
 
 
-def _tensors(tape: Tape, phase: str) -> list[Term]:
-    """The tape's tensors that are alive at the phase's fullest moment, like with like."""
-    alive = _alive_at_peak(tape, phase)
+def _tensors(tape: Tape, alive: set[int], source: str = "") -> list[Term]:
+    """The tape's tensors that are alive, like with like; ``source`` if it is not by component."""
     groups: Counter[tuple[str, str, tuple[int, ...], str, int]] = Counter()
     for i in alive:
         shape, dtype = tape.shapes[i]
@@ -147,7 +222,7 @@ def _tensors(tape: Tape, phase: str) -> list[Term]:
                 formula="tensors x shape x bytes",
                 filled=f"{count} x {' x '.join(map(str, shape)) or 1} ({type_name})",
                 bytes=size * count,
-                source=SOURCES[component].format(name=name),
+                source=source or SOURCES[component].format(name=name),
             )
         )
     return terms

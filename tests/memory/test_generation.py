@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tests.oracles.families import CONFIGS
-from tests.oracles.generation import trace_generation
+from tests.oracles.generation import kept_by_generate, trace_generation
 
 from memplan.architectures.cache import DynamicCache
 from memplan.architectures.nn import Build
@@ -81,7 +81,26 @@ def test_prefill_and_last_step_are_the_real_models(config: dict[str, Any], optio
 def test_the_cache_is_two_tensors_of_every_layer() -> None:
     layers, heads, head_dim = LLAMA["num_hidden_layers"], LLAMA["num_key_value_heads"], 64
     generation = run(LLAMA, micro_batch_size=3, seq_len=100, new_tokens=28)
-    assert generation.kv_cache == 2 * layers * 3 * (100 + 28) * heads * head_dim * 2
+    assert generation.kv_cache == 2 * layers * 3 * (100 + 27) * heads * head_dim * 2
+
+
+@pytest.mark.parametrize(
+    ("config", "seq_len", "new_tokens"),
+    [
+        (LLAMA, 50, 5),
+        (LLAMA, 50, 1),
+        (WINDOW, 20, 3),
+        (WINDOW, 20, 4),
+        (WINDOW, 20, 5),
+        (WINDOW, 20, 9),
+        (WINDOW, 40, 1),
+        (CONFIGS["gemma3_text"]["variant window"], 60, 7),
+        (CONFIGS["gpt2"]["small"], 30, 4),
+    ],
+)
+def test_the_cache_holds_what_the_real_generate_leaves(config: dict[str, Any], seq_len: int, new_tokens: int) -> None:
+    shape = {"micro_batch_size": 2, "seq_len": seq_len, "new_tokens": new_tokens}
+    assert run(config, dtype="float32", **shape).kv_cache == kept_by_generate(config, **shape)
 
 
 def test_a_sliding_layer_caches_no_more_than_its_window() -> None:
@@ -91,7 +110,7 @@ def test_a_sliding_layer_caches_no_more_than_its_window() -> None:
 
 def test_latent_attention_caches_its_latents() -> None:
     config = CONFIGS["deepseek_v2"]["small"]
-    generation = run(config, micro_batch_size=1, seq_len=50, new_tokens=14)
+    generation = run(config, micro_batch_size=1, seq_len=50, new_tokens=15)
     per_token = config["kv_lora_rank"] + config["qk_rope_head_dim"]
     assert generation.kv_cache == config["num_hidden_layers"] * 64 * per_token * 2
 
@@ -115,7 +134,7 @@ def test_layers_on_two_devices_share_the_cache() -> None:
     by_device = fullest(generation, generation.prefill, spread)
     one = peaks(generation)[0]
     assert all(0 < moment.total < one for moment in by_device.values())
-    assert sum(moment.total for moment in by_device.values()) >= generation.kv_cache * 200 // 203
+    assert sum(moment.total for moment in by_device.values()) >= generation.kv_cache * 200 // 202
 
 
 def test_the_replay_reserves_at_least_what_is_allocated() -> None:

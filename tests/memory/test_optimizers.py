@@ -277,6 +277,16 @@ def test_paged_states_count_as_host_memory() -> None:
     assert paged.gpu.components.optimizer < plain.gpu.components.optimizer - 20_000_000
 
 
+def test_host_memory_that_paged_states_do_not_fit_in_decides_the_verdict() -> None:
+    def setup(host_memory: str | None) -> Any:
+        cluster = ClusterSpec(gpu=find_gpu("A100-80GB"), host_memory=host_memory)
+        training = TrainingSpec(optim="paged_adamw_32bit", seq_len=16, mixed_precision="no", dtype="float32")
+        return estimate(model_spec(LLAMA), training, cluster, Strategy(), SoftwareSpec(), replay=False)
+
+    verdicts = {room: setup(room).verdict for room in ("8GiB", "19MiB", None)}
+    assert verdicts == {"8GiB": "fits", "19MiB": "does-not-fit", None: "unknown"}
+
+
 # -- the whole model ---------------------------------------------------------------------------------------------------
 
 

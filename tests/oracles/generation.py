@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from transformers import DynamicCache
 
 from memplan.introspect import trace
@@ -63,3 +64,17 @@ def trace_generation(
             del outputs, logits
         kept = tracker.bytes_of(tensor for keys, values, *_ in cache for tensor in (keys, values))
     return GenerationTrace(peaks[0], peaks[-1], kept)
+
+
+def kept_by_generate(config: Mapping[str, Any], *, micro_batch_size: int, seq_len: int, new_tokens: int) -> int:
+    """Bytes of keys and values in the cache that the real ``generate`` returns, in float32."""
+    fields = {name: value for name, value in config.items() if name not in ("model_type", "architectures")}
+    with trace._quiet():
+        parsed = transformers.AutoConfig.for_model(config["model_type"], **fields)
+        model = getattr(transformers, config["architectures"][0])._from_config(parsed)
+        model.generation_config.eos_token_id = None  # no answer ends early
+        model.generation_config.pad_token_id = 0
+        prompt = torch.zeros((micro_batch_size, seq_len), dtype=torch.int64)
+        made = model.generate(prompt, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
+    assert made.sequences.shape == (micro_batch_size, seq_len + new_tokens)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in made.past_key_values.layers)

@@ -359,24 +359,26 @@ def _become_rank_zero(gpus: int) -> None:
 
 def import_libraries() -> None:
     """Import what a row needs, so that neither the profile nor every forked row does it again."""
-    for name in (
-        "torch.profiler",
-        "torch.distributed.fsdp",
-        "torch.testing._internal.distributed.fake_pg",
-        "transformers.trainer",
-        "transformers.models.llama.modeling_llama",
-        "transformers.integrations.deepspeed",
-        "accelerate.utils.deepspeed",
-        "accelerate.utils.fsdp_utils",
-        "deepspeed",
-        "peft",
-        # imported by the first initialize() or step(), at the cost of a million profiled calls
-        "torch._inductor.compile_fx",
-        "torch.export",
-        "torch.utils.flop_counter",
-        "torch.distributed._tools",
-    ):
-        importlib.import_module(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in (
+            "torch.profiler",
+            "torch.distributed.fsdp",
+            "torch.testing._internal.distributed.fake_pg",
+            "transformers.trainer",
+            "transformers.models.llama.modeling_llama",
+            "transformers.integrations.deepspeed",
+            "accelerate.utils.deepspeed",
+            "accelerate.utils.fsdp_utils",
+            "deepspeed",
+            "peft",
+            # imported by the first initialize() or step(), at the cost of a million profiled calls
+            "torch._inductor.compile_fx",
+            "torch.export",
+            "torch.utils.flop_counter",
+            "torch.distributed._tools",
+        ):
+            importlib.import_module(name)
 
 
 @contextlib.contextmanager
@@ -874,6 +876,7 @@ def run(setup: Setup) -> Row:
 
 
 def _measure_into(sender: Any, setup: Setup) -> None:
+    warnings.simplefilter("ignore")
     try:
         sender.send((measure(setup.values, setup.options), None))
     except Exception as error:  # a library's refusal is a fact about the setup; it must not end a long run

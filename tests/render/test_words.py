@@ -32,9 +32,9 @@ def test_the_verdict_names_the_place_that_decides() -> None:
     host = HostMemory(capacity=10 * GiB, peak=12 * GiB, pinned=0, ranks=2, components={"optimizer": 12 * GiB})
     nvme = NvmeMemory(capacity=GiB, bytes=3 * GiB, components={"optimizer": 3 * GiB})
     assert words.verdict(estimate(host=host)) == (
-        "does not fit: host memory, even the lower end is 2.00 GiB more than there is"
+        "does not fit: host memory, 2.00 GiB more than there is"
     )
-    assert words.verdict(estimate(nvme=nvme)).startswith("does not fit: NVMe, even the lower end is 2.00 GiB more")
+    assert words.verdict(estimate(nvme=nvme)).startswith("does not fit: NVMe, 2.00 GiB more")
 
 
 def test_next_steps() -> None:
@@ -56,6 +56,20 @@ def test_what_is_trained() -> None:
     assert words.model_facts(whole) == "LlamaForCausalLM, 6.74 B parameters, all trained"
     assert words.model_facts(adapters) == "LlamaForCausalLM, 6.74 B parameters, 4.19 M trained"
     assert words.model_facts(loaded) == "LlamaForCausalLM, 6.74 B parameters"
+
+
+def test_the_place_that_decides_is_named_with_what_it_needs() -> None:
+    def host(capacity: int | None) -> HostMemory:
+        return HostMemory(capacity=capacity, peak=8 * GiB, pinned=0, ranks=2, components={"optimizer": 8 * GiB})
+
+    full, unknown = estimate(host=host(GiB)), estimate(host=host(None))
+    assert words.verdict(full) == "does not fit: host memory, 7.00 GiB more than there is"
+    assert words.next_steps(full) == "it needs 8.00 GiB of host memory in each node"
+    assert words.next_steps(full, options=["--lora-rank 8"]) == "add --lora-rank 8"
+    assert words.verdict(unknown) == "unknown: host memory, the capacity is not known"
+    assert words.next_steps(unknown) == "give its size with --host-memory"
+    nvme = NvmeMemory(capacity=GiB, bytes=2 * GiB, components={"weights": 2 * GiB})
+    assert words.next_steps(estimate(nvme=nvme)) == "it needs 2.00 GiB of NVMe in each node"
 
 
 @pytest.mark.parametrize(

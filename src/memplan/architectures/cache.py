@@ -69,8 +69,16 @@ class DynamicCache:
         return found
 
     def nbytes(self, length: int) -> int:
-        """Bytes of all of :meth:`blocks`."""
-        return sum(keys + values for keys, values in self.blocks(length))
+        """Bytes of the keys and values that are held once ``length`` positions have been seen.
+
+        A sliding layer holds its last window - 1 positions, though the storage of that view has one more.
+        """
+        total = 0
+        for index, pair in enumerate(self.layers):
+            window = self._window(index)
+            positions = length if window is None else min(length, window - 1)
+            total += sum(x.nbytes // x.shape[2] * positions for x in pair)
+        return total
 
     def _window(self, index: int) -> int | None:
         return self.windows[index] if index < len(self.windows) else None

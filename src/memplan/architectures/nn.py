@@ -76,6 +76,8 @@ class Build:
     software: SoftwareSpec = SoftwareSpec()
     full_depth: bool = True
     """Make every layer; otherwise the first and one of each kind, which stand for the rest."""
+    last_layer_apart: bool = False
+    """The last layer stands for no other: what is done to the modules later may spare one of its own."""
     cache: DynamicCache | None = None
     """``past_key_values``, in generation: then the model gives the logits of the last position, and no loss."""
 
@@ -270,7 +272,9 @@ class Layers(Module):
         self._build = b
         self.stack = stack
         self._kinds = list(kinds)
-        indices = range(len(kinds)) if b.full_depth else representatives(kinds)
+        if b.last_layer_apart:
+            self._kinds[-1] = (self._kinds[-1], "last")
+        indices = range(len(kinds)) if b.full_depth else representatives(self._kinds)
         self._layers = [(i, make(i)) for i in indices]
         for _, layer in self._layers:
             layer._build = b

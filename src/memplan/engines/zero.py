@@ -103,6 +103,10 @@ class ZeroSetup:
     overlap_comm: bool
     contiguous_gradients: bool
     reduce_scatter: bool
+    offload: bool
+    """Masters, gradients and optimizer states are on the host."""
+    host: str
+    """The ledger's place for what the GPU copies to and from: pinned, or host."""
     optimizers: Sequence[Optimizer]
     """For each group one, of its partition alone."""
     partitions: Sequence[Parameter]
@@ -120,7 +124,6 @@ class Zero12:
         self._owned = {w.key for group in setup.groups for w, _ in group.in_partition(setup.rank)}
         self._bucket: list[Weight] = []
         self._bucket_elements = 0
-        self._extra_large: Weight | None = None
         self._buffers: list[Block] = []
         self._grads: dict[Key, Block] = {}
         """Gradients that keep memory of their own: ``param.grad``."""
@@ -131,6 +134,10 @@ class Zero12:
         """With gradients accumulated in float32, each group's flat partition of them (GradPartitionBufferGroup)."""
         self._boundary = True
         self._stepped = False
+        self._micro_step = -1
+        """Backwards since the last step that have found buckets, from 0 (micro_step_id)."""
+        self._accumulated: set[Key] = set()
+        """Weights with a buffer for their gradient on the host (accumulated_grads_in_cpu)."""
 
     # -- __init__ ------------------------------------------------------------------------------------------------------
 
@@ -146,13 +153,35 @@ class Zero12:
             ledger.allocate("weights", group.elements * size)
             ledger.free(*(loaded.pop(0) for _ in group.weights))
             cloned = ledger.allocate("temporaries", group.partition * size)
-            ledger.allocate("optimizer", group.partition * float32.itemsize)
+            if setup.offload:
+                self._on_host("optimizer", group.partition * float32.itemsize)
+                self._on_host("weights", group.partition * size)
+            else:
+                ledger.allocate("optimizer", group.partition * float32.itemsize)
             ledger.free(cloned)
+        if setup.offload:
+            largest = max(weight.elements for weight in self._weights.values()) * size
+            self._on_host("gradients", largest)
+            ledger.allocate("gradients", largest)  # temp_grad_buffer_for_gpu_offload
         # initialize_optimizer_states: gradients of zeros, which only offloading keeps.
-        ledger.free(*[ledger.allocate("temporaries", group.partition * float32.itemsize) for group in setup.groups])
+        zeros = [group.partition * float32.itemsize for group in setup.groups]
+        if setup.offload:
+            for nbytes in zeros:
+                self._on_host("gradients", nbytes)
+        else:
+            ledger.free(*[ledger.allocate("temporaries", nbytes) for nbytes in zeros])
         for i, optimizer in enumerate(setup.optimizers):
             if optimizer.made_at_construction:
                 self._make_states(i)
+
+    def _on_host(self, component: str, nbytes: int) -> Block:
+        """Made in pageable memory and, if it is to be pinned, copied."""
+        made = self.ledger.allocate(component, nbytes, "host")
+        if self.setup.host == "host":
+            return made
+        pinned = self.ledger.allocate(component, nbytes, self.setup.host)
+        self.ledger.free(made)
+        return pinned
 
     # -- backward ------------------------------------------------------------------------------------------------------
 
@@ -182,7 +211,10 @@ class Zero12:
         self._epilogue()
 
     def _setup_buckets(self) -> None:
-        if not self._buffers and self.setup.contiguous_gradients:
+        if self._buffers:
+            return
+        self._micro_step += 1
+        if self.setup.contiguous_gradients:
             nbytes = self.setup.reduce_bucket_size * self.setup.dtype.itemsize
             count = 2 if self.setup.overlap_comm else 1
             self._buffers = [self.ledger.allocate("communication", nbytes) for _ in range(count)]
@@ -194,7 +226,10 @@ class Zero12:
             self._reduce_ipg_grads()
         if setup.contiguous_gradients:
             if weight.elements > setup.reduce_bucket_size:
-                self._extra_large = weight
+                if setup.offload and weight.key in self._grads:  # cloned, so that nothing else holds its storage
+                    clone = self.ledger.allocate("gradients", weight.elements * setup.dtype.itemsize)
+                    self.ledger.free(self._grads[weight.key])
+                    self._grads[weight.key] = clone
             else:  # copied into the bucket
                 self.ledger.free(self._grads.pop(weight.key, None))
         self._bucket_elements += weight.elements
@@ -209,7 +244,7 @@ class Zero12:
                     self._copy_grads_in_partition(weight)
             elif setup.stage == 2:
                 self.ledger.free(self._grads.pop(weight.key, None))
-        self._bucket, self._bucket_elements, self._extra_large = [], 0, None
+        self._bucket, self._bucket_elements = [], 0
 
     def _average(self) -> None:
         """average_tensor: slices are reduced in runs of one owner, and copied together unless there is only one."""
@@ -251,12 +286,29 @@ class Zero12:
         return self.setup.accumulation_dtype is float32 and self.setup.dtype is not float32
 
     def _copy_grads_in_partition(self, weight: Weight) -> None:
+        if self.setup.offload:
+            self._offload_gradient(weight)
+            return
         if self.compact:
             return
         if self._grads_in_partition is None:
             elements = sum(w.elements for group in self.setup.groups for w, _ in group.in_partition(self.setup.rank))
             self._grads_in_partition = self.ledger.allocate("gradients", elements * self.setup.dtype.itemsize)
         self.ledger.free(self._grads.pop(weight.key, None))
+
+    def _offload_gradient(self, weight: Weight) -> None:
+        """copy_grads_in_partition: added up on the host by way of the GPU; at the boundary to the float32 gradients."""
+        ledger, size = self.ledger, self.setup.dtype.itemsize
+        piece = sum(n for rank, n in self._group[weight.key].slices(weight) if rank == self.setup.rank)
+        if not self.compact and (self._micro_step > 0 or not self._boundary) and weight.key not in self._accumulated:
+            self._accumulated.add(weight.key)
+            self._on_host("gradients", weight.elements * size)
+        if not self._boundary:
+            return
+        ledger.briefly("temporaries", piece * NORM_ITEMSIZE)
+        if self.setup.accumulation_dtype is not float32:
+            ledger.briefly("temporaries", piece * float32.itemsize)
+        ledger.free(self._grads.pop(weight.key, None))
 
     def _epilogue(self) -> None:
         """independent_gradient_partition_epilogue."""
@@ -280,6 +332,14 @@ class Zero12:
     def step(self) -> None:
         """The norm, then group by group: the flat gradient in float32, the optimizer, the new weights."""
         setup, ledger = self.setup, self.ledger
+        self._micro_step = -1
+        first, self._stepped = not self._stepped, True
+        if setup.offload:
+            for i in range(len(setup.groups)):
+                self._step_group(i, first)
+            ledger.free(*self._compact)
+            self._compact = []
+            return
         size = setup.accumulation_dtype.itemsize
         padding: list[Block] = []
         owned = [group.in_partition(setup.rank) for group in setup.groups]
@@ -290,7 +350,6 @@ class Zero12:
         for pieces in owned:
             for _, elements in pieces:
                 ledger.briefly("temporaries", elements * NORM_ITEMSIZE)
-        first, self._stepped = not self._stepped, True
         for i, (group, pieces) in enumerate(zip(setup.groups, owned, strict=True)):
             several = len(pieces) + (group.partition > sum(n for _, n in pieces)) > 1
             flat = ledger.allocate("temporaries", group.partition * size) if several and not self.compact else None
@@ -311,11 +370,16 @@ class Zero12:
         optimizer = self.setup.optimizers[index]
         if first and not optimizer.made_at_construction:
             self._make_states(index)
-        self.ledger.briefly("temporaries", optimizer.temporaries.peak)
+        self.ledger.briefly("temporaries", optimizer.temporaries.peak, self._place)
+
+    @property
+    def _place(self) -> str:
+        """Where the optimizer works: DeepSpeedCPUAdam's states are pageable."""
+        return "host" if self.setup.offload else "gpu"
 
     def _make_states(self, index: int) -> None:
         for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
-            self.ledger.allocate("optimizer", nbytes)
+            self.ledger.allocate("optimizer", nbytes, self._place)
 
 
 def _batches(pieces: Sequence[tuple[int, int]], limit: int) -> list[list[tuple[int, int]]]:
@@ -352,14 +416,18 @@ def zero_setup(
     assert stage is not None
     accumulation = ACCUMULATION[keys.grad_accum_dtype] if keys.grad_accum_dtype is not None else dtype
     reasons = {
-        "offload_optimizer": strategy.offload_optimizer != "none" and strategy.offload_optimizer,
+        "offload_optimizer": strategy.offload_optimizer == "nvme" and "nvme",
+        "optim": strategy.offload_optimizer != "none" and not optim.startswith("adamw_torch") and optim,
         "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
         "grad_accum_dtype": stage == 1 and accumulation is not dtype and keys.grad_accum_dtype,
-        "optim": optim == "muon" and optim,
     }
+    if optim == "muon":
+        raise UnsupportedError("optim: 'muon' is not modelled yet under a ZeRO stage. Use another, or ddp.")
     for key, value in reasons.items():
         if value:
             raise UnsupportedError(f"{key}: {value!r} is not modelled yet under {strategy.kind}. Leave it out.")
+    # accelerate puts DeepSpeedCPUAdam in AdamW's place, which has the same states and no temporaries.
+    stepping = "adamw_torch_fused" if strategy.offload_optimizer != "none" else optim
     tape = Tape(rules)
     partitions = [tape.parameter("flat partition", (group.partition,), float32) for group in groups]
     return ZeroSetup(
@@ -374,7 +442,9 @@ def zero_setup(
         overlap_comm=bool(keys.overlap_comm),
         contiguous_gradients=keys.contiguous_gradients,
         reduce_scatter=keys.reduce_scatter,
-        optimizers=[make_optimizer(optim, rules, partial(Groups, [partition])) for partition in partitions],
+        offload=strategy.offload_optimizer != "none",
+        host="pinned" if keys.offload_optimizer.pin_memory else "host",
+        optimizers=[make_optimizer(stepping, rules, partial(Groups, [partition])) for partition in partitions],
         partitions=partitions,
     )
 

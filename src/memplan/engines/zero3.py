@@ -49,6 +49,8 @@ class Zero3Setup:
 
     sub_groups: Sequence[Sequence[Shard]]
     """Trained weights, as they are stepped together."""
+    groups: Sequence[Sequence[Shard]]
+    """The optimizer's parameter groups."""
     frozen: Sequence[Shard]
     modules: Mapping[Key, Sequence[Shard]]
     """Every module's own weights, in the model's order."""
@@ -60,6 +62,13 @@ class Zero3Setup:
     max_live_parameters: int
     max_reuse_distance: int
     allgather_sequential: bool
+    offload_optimizer: bool
+    """Masters, gradients and optimizer states are on the host."""
+    offload_param: bool
+    """So are the partitions of the weights."""
+    gradients_place: str
+    weights_place: str
+    """The ledger's places for what the GPU copies to and from: pinned, or host."""
     optimizers: Sequence[Optimizer]
     """For each sub-group one, of its partition alone."""
     partitions: Sequence[Parameter]
@@ -204,8 +213,16 @@ class Coordinator:
         return shard.key not in self.available and shard.key not in self._inflight
 
     def _allocate(self, nbytes: int) -> Block | None:
-        """On one rank a gathered weight is the partition itself."""
-        return self.ledger.allocate("communication", nbytes) if self.setup.ranks > 1 else None
+        """On one rank a gathered weight is the partition itself, if that is on the GPU."""
+        if self.setup.ranks == 1 and not self.setup.offload_param:
+            return None
+        return self.ledger.allocate("communication", nbytes)
+
+    def _stage(self, shards: Sequence[Shard]) -> None:
+        """Partitions come from the host before they are gathered."""
+        if self.setup.offload_param and self.setup.ranks > 1:
+            sizes = [shard.partition * shard.itemsize for shard in shards]
+            self.ledger.free(*[self.ledger.allocate("communication", nbytes) for nbytes in sizes])
 
     def _all_gather(self, shards: Sequence[Shard]) -> None:
         if not shards:
@@ -213,12 +230,14 @@ class Coordinator:
         self._n_available += sum(shard.elements for shard in shards)
         alone = len(shards) == 1 or self.setup.allgather_sequential
         gather = _Gather(shards, None, left=len(shards))
-        if alone:
+        if alone or self.setup.ranks == 1:
             for shard in shards:
                 self.available[shard.key] = self._allocate(shard.partition * shard.ranks * shard.itemsize)
+                self._stage([shard])
             gather.waited = True
         else:
             gather.flat = self._allocate(sum(shard.partition * shard.ranks * shard.itemsize for shard in shards))
+            self._stage(shards)
         for shard in shards:
             self._inflight[shard.key] = gather
 
@@ -300,33 +319,68 @@ class Zero3:
         self._bucket: list[Shard] = []
         self._bucket_elements = 0
         self._grads: dict[Key, Block] = {}
+        self._boundary = True
         self._stepped = False
 
     def initialize(self) -> None:
         """zero.Init has partitioned the weights; masters, the bucket and the gradients' partitions are made."""
-        setup, ledger, size = self.setup, self.ledger, self.setup.dtype.itemsize
-        for shard in setup.frozen:
-            ledger.allocate("weights", shard.partition * shard.itemsize)
-        ledger.allocate("weights", sum(shard.partition * shard.itemsize for shard in self._trained.values()))
+        setup, ledger = self.setup, self.ledger
+        self._place_partitions()
         for partition in setup.partitions:
-            cast = ledger.allocate("temporaries", partition.nbytes)  # .to(float32).clone()
-            ledger.allocate("optimizer", partition.nbytes)
-            ledger.free(cast)
+            if setup.offload_optimizer:
+                ledger.allocate("optimizer", partition.nbytes, "host")
+            else:
+                cast = ledger.allocate("temporaries", partition.nbytes)  # .to(float32).clone()
+                ledger.allocate("optimizer", partition.nbytes)
+                ledger.free(cast)
+        # initialize_optimizer_states: a gradient of zeros, and the gradients that offloading keeps.
         largest = max((partition.nbytes for partition in setup.partitions), default=0)
-        ledger.briefly("temporaries", largest)  # initialize_optimizer_states: a gradient of zeros
+        zeros = ledger.allocate("temporaries", largest, self._optimizer_place)
+        for partition in setup.partitions if setup.offload_optimizer else ():
+            self._on_host("gradients", partition.nbytes, setup.gradients_place)
+        ledger.free(zeros)
         for i, optimizer in enumerate(setup.optimizers):
             if optimizer.made_at_construction:
                 self._make_states(i)
-        ledger.allocate("communication", setup.reduce_bucket_size * size)
-        elements = sum(shard.partition for shard in self._trained.values())
-        ledger.allocate("gradients", elements * setup.accumulation_dtype.itemsize)
+        ledger.allocate("communication", setup.reduce_bucket_size * setup.dtype.itemsize)
+        nbytes = sum(shard.partition for shard in self._trained.values()) * setup.accumulation_dtype.itemsize
+        if setup.offload_optimizer:
+            self._on_host("gradients", nbytes, setup.gradients_place)
+        else:
+            ledger.allocate("gradients", nbytes)
         for shard in self._trained.values():  # create_reduce_and_remove_grad_hooks gathers each once
             if setup.ranks > 1:
                 ledger.briefly("communication", shard.partition * shard.ranks * shard.itemsize)
 
+    def _place_partitions(self) -> None:
+        setup, ledger = self.setup, self.ledger
+        for shard in setup.frozen:
+            stays = not setup.offload_param or shard.persistent
+            place = "gpu" if stays else setup.weights_place
+            ledger.allocate("weights", shard.partition * shard.itemsize, place)
+        if setup.offload_param:
+            for group in setup.groups:
+                nbytes = sum(shard.partition * shard.itemsize for shard in group)
+                self._on_host("weights", nbytes, setup.weights_place)
+        else:
+            ledger.allocate("weights", sum(shard.partition * shard.itemsize for shard in self._trained.values()))
+
+    def _on_host(self, component: str, nbytes: int, place: str) -> None:
+        """Made in pageable memory and, if it is to be pinned, copied."""
+        made = self.ledger.allocate(component, nbytes, "host")
+        if place != "host":
+            self.ledger.allocate(component, nbytes, place)
+            self.ledger.free(made)
+
+    @property
+    def _optimizer_place(self) -> str:
+        """Where the optimizer works: DeepSpeedCPUAdam's states are pageable."""
+        return "host" if self.setup.offload_optimizer else "gpu"
+
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     def begin_micro_batch(self, boundary: bool) -> None:
+        self._boundary = boundary
         self.coordinator.reset_step()
 
     def module_event(self, kind: str, module: Key) -> None:
@@ -360,11 +414,30 @@ class Zero3:
         """__avg_scatter_grads by reduce_scatter_coalesced, and partition_grads."""
         if not self._bucket:
             return
-        size, ranks = self.setup.dtype.itemsize, self.setup.ranks
+        size, ranks, flat = self.setup.dtype.itemsize, self.setup.ranks, None
         if len(self._bucket) > 1 or self._bucket[0].elements % ranks:
-            self.ledger.briefly("communication", sum(shard.partition * ranks for shard in self._bucket) * size)
-        self.ledger.free(*(self._grads.pop(shard.key, None) for shard in self._bucket))
+            nbytes = sum(shard.partition * ranks for shard in self._bucket) * size
+            flat = self.ledger.allocate("communication", nbytes)
+        casts: list[Block] = []
+        if self.setup.accumulation_dtype is not self.setup.dtype:
+            sizes = [shard.partition * self.setup.accumulation_dtype.itemsize for shard in self._bucket]
+            casts = [self.ledger.allocate("temporaries", nbytes) for nbytes in sizes]
+        for shard in self._bucket:
+            if self.setup.offload_optimizer:
+                self._offload_gradient(shard)
+            self.ledger.free(self._grads.pop(shard.key, None))
+        self.ledger.free(flat, *casts)
         self._bucket, self._bucket_elements = [], 0
+
+    def _offload_gradient(self, shard: Shard) -> None:
+        """partition_grads: the sum is on the GPU for its norm, and in float32 on its way to the host."""
+        setup, ledger = self.setup, self.ledger
+        copy = ledger.allocate("temporaries", shard.partition * setup.accumulation_dtype.itemsize)
+        if self._boundary:
+            ledger.briefly("temporaries", min(shard.partition, NORM_PART) * NORM_ITEMSIZE)
+            if setup.accumulation_dtype is not float32:
+                ledger.briefly("temporaries", shard.partition * float32.itemsize)
+        ledger.free(copy)
 
     # -- step ------------------------------------------------------------------------------------------------------
 
@@ -372,6 +445,13 @@ class Zero3:
         """Weights go, the norm, then sub-group by sub-group; the small weights come back."""
         setup, ledger = self.setup, self.ledger
         self.coordinator.release_and_reset_all(self._all)
+        if setup.offload_optimizer:
+            for i, optimizer in enumerate(setup.optimizers):
+                if not self._stepped and not optimizer.made_at_construction:
+                    self._make_states(i)
+            self._stepped = True
+            self.coordinator.gather_persistent(self._all)
+            return
         for shard in self._trained.values():
             ledger.briefly("temporaries", shard.partition * NORM_ITEMSIZE)
         for i, (group, partition) in enumerate(zip(setup.sub_groups, setup.partitions, strict=True)):
@@ -390,7 +470,11 @@ class Zero3:
 
     def _make_states(self, index: int) -> None:
         for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
-            self.ledger.allocate("optimizer", nbytes)
+            self.ledger.allocate("optimizer", nbytes, self._optimizer_place)
+
+
+NORM_PART = 250_000_000
+"""Elements whose norm is taken at once (_constant_buffered_norm2)."""
 
 
 def zero3_setup(
@@ -405,15 +489,17 @@ def zero3_setup(
     """The engine's settings as DeepSpeed and the Trainer resolve them. Raises UnsupportedError for unmodelled ones."""
     keys = strategy.zero
     reasons = {
-        "offload_optimizer": strategy.offload_optimizer != "none" and strategy.offload_optimizer,
-        "offload_param": strategy.offload_param != "none" and strategy.offload_param,
+        "offload_optimizer": strategy.offload_optimizer == "nvme" and "nvme",
+        "offload_param": strategy.offload_param == "nvme" and "nvme",
+        "optim": strategy.offload_optimizer != "none" and not optim.startswith("adamw_torch") and optim,
         "zero_hpz_partition_size": keys.zero_hpz_partition_size > 1 and keys.zero_hpz_partition_size,
         "zero_quantized_weights": keys.zero_quantized_weights and "true",
         "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
         "contiguous_gradients": not keys.contiguous_gradients and "false",
         "reduce_scatter": not keys.reduce_scatter and "false",
-        "optim": optim == "muon" and optim,
     }
+    if optim == "muon":
+        raise UnsupportedError("optim: 'muon' is not modelled yet under a ZeRO stage. Use another, or ddp.")
     for key, value in reasons.items():
         if value:
             raise UnsupportedError(f"{key}: {value!r} is not modelled yet under {strategy.kind}. Leave it out.")
@@ -424,6 +510,8 @@ def zero3_setup(
     trained = {key for group in model.groups for key in group}
     groups = [[shards[key] for key in group] for group in model.groups]
     sub_groups = [part for group in groups for part in _sub_groups(group, keys.sub_group_size)]
+    # accelerate puts DeepSpeedCPUAdam in AdamW's place, which has the same states and no temporaries.
+    stepping = "adamw_torch_fused" if strategy.offload_optimizer != "none" else optim
     tape = Tape(rules)
     partitions = [
         tape.parameter("flat partition", (sum(shard.partition for shard in part),), float32) for part in sub_groups
@@ -440,7 +528,12 @@ def zero3_setup(
         max_live_parameters=keys.stage3_max_live_parameters,
         max_reuse_distance=keys.stage3_max_reuse_distance,
         allgather_sequential=keys.stage3_allgather_sequential,
-        optimizers=[make_optimizer(optim, rules, partial(Groups, [partition])) for partition in partitions],
+        offload_optimizer=strategy.offload_optimizer != "none",
+        offload_param=strategy.offload_param != "none",
+        gradients_place="pinned" if keys.offload_optimizer.pin_memory else "host",
+        weights_place="pinned" if keys.offload_param.pin_memory else "host",
+        groups=groups,
+        optimizers=[make_optimizer(stepping, rules, partial(Groups, [partition])) for partition in partitions],
         partitions=partitions,
     )
 

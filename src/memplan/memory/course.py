@@ -134,7 +134,8 @@ class Ledger:
     multiples of 512 bytes; pinned ones are powers of two (CachingHostAllocator.h).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pinned_in_powers_of_two: bool = True) -> None:
+        self.pinned_in_powers_of_two = pinned_in_powers_of_two
         self.phase = "load"
         self._engine: dict[str, Parts] = {place: {} for place in ("gpu", "host", "pinned", "nvme")}
         self._totals: dict[str, int] = dict.fromkeys(self._engine, 0)
@@ -151,7 +152,7 @@ class Ledger:
         """A block of ``nbytes``, rounded up as the place's allocator does."""
         if place == "gpu":
             nbytes = (nbytes + 511) & -512
-        elif place == "pinned" and nbytes:
+        elif place == "pinned" and nbytes and self.pinned_in_powers_of_two:
             nbytes = 1 << (nbytes - 1).bit_length()
         parts = self._engine[place]
         parts[component] = parts.get(component, 0) + nbytes
@@ -225,7 +226,7 @@ class Ledger:
     # -- what came of it -----------------------------------------------------------------------------------------------
 
     def fullest(self, phase: str, place: str = "gpu") -> Parts:
-        """The fullest moment of a phase, by component."""
+        """The fullest moment of a phase, by component; ``host`` is all of it, ``pinned`` what of it is pinned."""
         return self._fullest.get((phase, place), {})
 
     def begin(self, phase: str) -> None:
@@ -235,11 +236,21 @@ class Ledger:
             self._look(place)
 
     def _look(self, place: str) -> None:
+        if place in ("host", "pinned"):  # one memory: the fullest moment of both together
+            height, key = self._totals["host"] + self._totals["pinned"], (self.phase, "host")
+            if height > self._highest.get(key, -1):
+                self._highest[key] = height
+                self._fullest[key] = self._added(self._engine["host"], self._engine["pinned"])
+                self._fullest[self.phase, "pinned"] = dict(self._engine["pinned"])
+            return
         key = self.phase, place
         height = self._totals[place] + (self._tape_total if place == "gpu" else 0)
         if height > self._highest.get(key, -1):
             self._highest[key] = height
             self._fullest[key] = self._sum(self._tape) if place == "gpu" else dict(self._engine[place])
+
+    def _added(self, one: Parts, other: Parts) -> Parts:
+        return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
 
     def _sum(self, tape: list[int]) -> Parts:
         parts = dict(self._engine["gpu"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from memplan.architectures.nn import Build, Layers, Model, Module
@@ -15,7 +16,7 @@ from memplan.errors import UnsupportedError
 from memplan.memory.allocator import CachingAllocator
 from memplan.memory.timeline import Moment
 from memplan.memory.trace import Replayed
-from memplan.tape.tape import ACTIVATION, INPUT
+from memplan.tape.tape import ACTIVATION, INPUT, Tape
 from memplan.tape.tensor import Tensor, float32, int64
 
 MOST_REPLAYED = 40_000
@@ -32,21 +33,28 @@ class Call:
     """Storage ids, as on the tape; what was alive before the call is allocated first."""
     layer: dict[int, int]
     """Storage -> the layer it belongs to: -1 before the first, one more than the last after it."""
+    cached: frozenset[int]
+    """Storages of keys and values that the cache has before or after the call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
     """The two calls that can need most, on one tape."""
 
-    sizes: Sequence[int]
-    components: Sequence[int]
+    tape: Tape
     prefill: Call
     decode: Call | None
     """The last step; None where the prefill gives the only token."""
     kv_cache: int
-    """Bytes of keys and values of all tokens, prompt and new ones."""
+    """Bytes of the keys and values that the cache holds at the end: of the prompt and of every new token but the last,
+    which no call has seen. transformers/generation/utils.py: _sample."""
     growth: list[list[tuple[int, int]]]
     """For each step between prefill and ``decode``, bytes of every layer's keys and values after it."""
+
+    @property
+    def calls(self) -> dict[str, Call]:
+        """Phase -> the call that it consists of."""
+        return {"forward": self.prefill} | ({"step": self.decode} if self.decode is not None else {})
 
 
 def generate(b: Build, root: Model, batch: int, prompt: int, new_tokens: int) -> Generation:
@@ -68,7 +76,7 @@ def generate(b: Build, root: Model, batch: int, prompt: int, new_tokens: int) ->
     prefill = _call(b, root, input_ids, layers)
     if len(cache.layers) != layers:
         raise UnsupportedError("task: generation is not modelled for this architecture: it keeps no key-value cache.")
-    kv_cache = cache.nbytes(prompt + new_tokens)
+    kv_cache = cache.nbytes(prompt + new_tokens - 1)
     growth = [cache.blocks(length) for length in _lengths(prompt, new_tokens, layers)]
     decode = None
     if new_tokens > 1:
@@ -78,7 +86,7 @@ def generate(b: Build, root: Model, batch: int, prompt: int, new_tokens: int) ->
             input_ids = tape.new((batch, prompt + new_tokens - 1), int64, "input_ids")
             next_token = tape.new((batch, 1), int64, "next_token")
         decode = _call(b, root, next_token, layers)
-    return Generation(tape.sizes, tape.components, prefill, decode, kv_cache, growth)
+    return Generation(tape, prefill, decode, kv_cache, growth)
 
 
 def _lengths(prompt: int, new_tokens: int, layers: int) -> range:
@@ -103,17 +111,19 @@ def _call(b: Build, root: Model, input_ids: Tensor, layers: int) -> Call:
     log = [event for event in tape.log if event >= 0 and event not in freed]
     layer = dict.fromkeys(log, -1)
     layer.update((x.storage.id, index) for index, pair in enumerate(cache.layers) for x in pair)
+    cached = {x.storage.id for pair in cache.layers for x in pair}
     begun, first_mark = len(tape.log), len(tape.marks)
     _, logits = root(input_ids, None)
     next_token_logits = tape.new((logits.shape[0], logits.shape[-1]), float32, "next_token_logits")
     del logits, next_token_logits
     cache.step(input_ids.shape[1])
+    cached |= {x.storage.id for pair in cache.layers for x in pair}
     marks = [mark for mark in tape.marks[first_mark:] if mark.name == "layer"]
     starts = [begun, *(mark.position for mark in marks)]
     indices = [-1, *(layers if mark.layer is None else mark.layer[1] for mark in marks)]
     for start, end, index in zip(starts, [*starts[1:], len(tape.log)], indices, strict=True):
         layer.update((event, index) for event in tape.log[start:end] if event >= 0)
-    return Call(log + tape.log[begun:], layer)
+    return Call(log + tape.log[begun:], layer, frozenset(cached))
 
 
 def fullest(generation: Generation, call: Call, devices: Sequence[object]) -> dict[object, Moment]:
@@ -127,13 +137,23 @@ def fullest(generation: Generation, call: Call, devices: Sequence[object]) -> di
     for event in call.log:
         storage = event if event >= 0 else ~event
         now = moments[devices[call.layer[storage] + 1]]
-        size = generation.sizes[storage] if event >= 0 else -generation.sizes[storage]
+        size = generation.tape.sizes[storage] if event >= 0 else -generation.tape.sizes[storage]
         now.total += size
-        now.parts[generation.components[storage]] += size
+        now.parts[generation.tape.components[storage]] += size
         highest = best[devices[call.layer[storage] + 1]]
         if now.total > highest.total:
             highest.total, highest.parts = now.total, list(now.parts)
     return best
+
+
+def alive_at_peak(generation: Generation, call: Call, devices: Sequence[object], device: object) -> set[int]:
+    """The storages of :func:`fullest`'s moment on one device."""
+    sizes = generation.tape.sizes
+    mine = [event for event in call.log if devices[call.layer[event if event >= 0 else ~event] + 1] == device]
+    heights = list(accumulate(sizes[event] if event >= 0 else -sizes[~event] for event in mine))
+    until = heights.index(max(heights)) + 1 if heights else 0
+    made = {event for event in mine[:until] if event >= 0}
+    return made - {~event for event in mine[:until] if event < 0}
 
 
 def replay(generation: Generation, allocator: CachingAllocator, devices: Sequence[object], device: object) -> Replayed:
@@ -174,10 +194,10 @@ def _replay_call(
     addresses = dict(held)
     for event in call.log:
         storage = event if event >= 0 else ~event
-        if devices[call.layer[storage] + 1] != device or not generation.sizes[storage]:
+        if devices[call.layer[storage] + 1] != device or not generation.tape.sizes[storage]:
             continue
         if event < 0:
             allocator.free(addresses.pop(storage))
         elif storage not in held:
-            addresses[storage] = allocator.malloc(generation.sizes[storage])
+            addresses[storage] = allocator.malloc(generation.tape.sizes[storage])
     return addresses

@@ -12,7 +12,7 @@ from memplan.errors import SpecError, UnsupportedError
 from memplan.memory import loading
 from memplan.memory.allocator import OutOfMemoryError
 from memplan.memory.device_map import Device, device_map
-from memplan.memory.generation import DEFAULT_NEW_TOKENS, Call, Generation, fullest, generate, replay
+from memplan.memory.generation import DEFAULT_NEW_TOKENS, Call, Generation, alive_at_peak, fullest, generate, replay
 from memplan.memory.loading import Held
 from memplan.memory.timeline import COMPONENTS, Moment
 from memplan.memory.trace import Replayed, configured
@@ -52,6 +52,12 @@ class Inference:
     """The allocator of the fullest GPU, weights, prefill and every further token; None on a CPU."""
     held: list[Held]
     """Every tensor of the model."""
+    on_gpu: list[Held]
+    """Those of them that the fullest GPU holds."""
+    generation: Generation | None
+    """The calls, for task generate."""
+    alive: dict[str, set[int]]
+    """Storages on that GPU at the fullest moment of phases forward and step."""
     device_map: dict[str, Device] | None
     on_host: int
     on_disk: int
@@ -67,7 +73,7 @@ def infer(root: Module, generating: MakeGenerating, training: TrainingSpec, mach
     placement = _device_map(root, training, machine)
     groups = loading.by_device(held, placement or {"": 0})
     generation, devices = _generation(generating, training, machine, placement)
-    best: tuple[int, dict[str, Parts], Replayed] | None = None
+    best: tuple[int, int, dict[str, Parts], Replayed] | None = None
     for gpu in [device for device in groups if isinstance(device, int)] or [0]:
         on_gpu = groups.get(gpu, [])
         direct = quantized or placement is not None
@@ -76,13 +82,17 @@ def infer(root: Module, generating: MakeGenerating, training: TrainingSpec, mach
         replayed = _replay(on_gpu, direct, generation, devices, gpu, machine, conf)
         height = max(total(parts) for parts in placed.values())
         if best is None or height > best[0]:
-            best = (height, placed, replayed)
+            best = (height, gpu, placed, replayed)
     assert best is not None
+    _, fullest_gpu, placed, replayed = best
     on_host, on_disk = (sum(each.tensor.nbytes for each in groups.get(place, [])) for place in ("cpu", "disk"))
     return Inference(
-        placed=best[1],
-        replayed=best[2] if machine.rules.kind != "cpu" else None,
+        placed=placed,
+        replayed=replayed if machine.rules.kind != "cpu" else None,
         held=held,
+        on_gpu=groups.get(fullest_gpu, []),
+        generation=generation,
+        alive=_alive(generation, devices, fullest_gpu),
         device_map=placement,
         on_host=on_host,
         on_disk=on_disk,
@@ -157,6 +167,12 @@ def _layer_devices(root: Module, placement: Mapping[str, Device]) -> list[Device
     return [loading.device_of(outside[0], placement), *blocks, loading.device_of(outside[-1], placement)]
 
 
+def _alive(generation: Generation | None, devices: Sequence[Device], gpu: int) -> dict[str, set[int]]:
+    if generation is None:
+        return {}
+    return {name: alive_at_peak(generation, call, devices, gpu) for name, call in generation.calls.items()}
+
+
 def _phases(
     nbytes: int, generation: Generation | None, devices: Sequence[Device], gpu: int, machine: Machine
 ) -> dict[str, Parts]:
@@ -173,8 +189,6 @@ def _phases(
             parts[name] = parts.get(name, 0) + nbytes
         return parts
 
-    placed["forward"] = during(generation.prefill)
-    if generation.decode is not None:
-        placed["step"] = during(generation.decode)
+    placed.update((name, during(call)) for name, call in generation.calls.items())
     placed["idle"] = dict(resting)
     return placed

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 
-from memplan.tape.tape import LayerKey, Tape
+from memplan.tape.tape import GRADIENT, LayerKey, Tape
 
 COMPONENTS = ("temporaries", "activations", "logits", "gradients", "workspace", "activations")
 """The result's component for each of the tape's (TEMPORARY, ACTIVATION, LOGITS, GRADIENT, WORKSPACE, INPUT)."""
@@ -114,6 +114,9 @@ class Unrolled:
             peaks[phase] = Moment(height, _at_peak(self.tape, segment, before, self.repeated))
         if not saved.total:
             saved = Moment(total, list(parts))
+        for storage in self.tape.passed_gradients:
+            parts[self.tape.components[storage]] -= self.tape.sizes[storage]
+            parts[GRADIENT] += self.tape.sizes[storage]
         return StepProfile(peaks, saved, Moment(total, parts), forward_flops, backward_flops)
 
     def size_counts(self) -> dict[int, tuple[int, int]]:
@@ -204,9 +207,13 @@ def _measure(tape: Tape, segments: list[Segment], multiplicity: dict[LayerKey, i
                 total += size
                 if total > peak:
                     peak = total
-                if segment.layer is not None and (event not in flowing or event in tape.held):
-                    repeated[event] = count
-                    owner[event] = segment.layer
+                if segment.layer is not None:
+                    if event not in flowing or event in tape.held:
+                        repeated[event] = count
+                        owner[event] = segment.layer
+                    elif (keeper := tape.kept.get(event)) is not None and keeper[0] == segment.layer[0]:
+                        # What a layer is given and keeps: as many as there are layers to keep it.
+                        repeated[event] = multiplicity[keeper]
                 continue
             event = ~event
             size = sizes[event]

@@ -36,7 +36,7 @@ VERDICTS: dict[Verdict, str] = {
 """Verdicts as people read them."""
 
 _PRECISION = {"no": "", "bf16": " + bf16 autocast", "fp16": " + fp16 autocast"}
-_PLACES = {"host": "--host-memory", "nvme": "--nvme"}
+_PLACES = {"host": ("--host-memory", "host memory"), "nvme": ("--nvme", "NVMe")}
 _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
@@ -209,7 +209,9 @@ def _margin(low: int, high: int, capacity: int | None) -> str:
     if capacity is None:
         return "the capacity is not known"
     if high <= capacity:
-        return f"{gib(capacity - high)} GiB to spare at the upper end"
+        return f"{gib(capacity - high)} GiB to spare" + (" at the upper end" if low < high else "")
+    if low == high:
+        return f"{gib(low - capacity)} GiB more than there is"
     if low <= capacity:
         return f"the upper end is {gib(high - capacity)} GiB more than there is"
     return f"even the lower end is {gib(low - capacity)} GiB more than there is"
@@ -224,11 +226,11 @@ def next_steps(estimate: Estimate, gpus: Sequence[str] = (), options: Sequence[s
         return ""
     place = _deciding(estimate)
     if place in _PLACES:
-        option, used = _PLACES[place], estimate.host.peak if place == "host" else estimate.nvme.bytes
+        (option, name), used = _PLACES[place], estimate.host.peak if place == "host" else estimate.nvme.bytes
         if estimate.verdict == "unknown":
             return f"give its size with {option}"
         if not options:
-            return f"it needs {gib(used)} GiB of {option.removeprefix('--').replace('-', ' ')} in each node"
+            return f"it needs {gib(used)} GiB of {name} in each node"
     if estimate.verdict == "unknown" and gpu_name(estimate) is not None:
         return "give its size with --gpu-memory"
     if estimate.verdict == "unknown":

@@ -291,6 +291,8 @@ class TrainingSpec(Spec):
     def _combinations(self) -> TrainingSpec:
         if self.max_new_tokens is not None and self.task != "generate":
             raise SpecError.at("max_new_tokens", self.max_new_tokens, f"has no use in task {self.task}", _TASK)
+        if self.task != "train":
+            self._without_training()
         if self.eval_accumulation_steps is not None and self.eval_batch_size is None:
             problem, remedy = "has no evaluation to accumulate over", "Give eval_batch_size too."
             raise SpecError.at("eval_accumulation_steps", self.eval_accumulation_steps, problem, remedy)
@@ -307,5 +309,17 @@ class TrainingSpec(Spec):
             raise SpecError.at("quantization", self.quantization.kind, "has no trainable weights", remedy)
         return self
 
+    def _without_training(self) -> None:
+        """Adapters may be loaded and run with; what only a training step has may not be given."""
+        for name in _STEPS_ONLY:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default or (name == "optim" and name in self.model_fields_set):
+                remedy = "Leave it out, or use --task train."
+                raise SpecError.at(name, value, f"has no use in task {self.task}", remedy)
 
+
+_STEPS_ONLY = (
+    "grad_accum_steps", "optim", "gradient_checkpointing", "liger", "eval_batch_size", "eval_accumulation_steps",
+)  # fmt: skip
+"""Fields of a training step, which loading and generation do not have."""
 _TASK = "Use task generate, or leave it out."

@@ -73,10 +73,11 @@ class Node:
 class AccumulateGrad:
     """The sink of a leaf's gradient: ``grad`` once it has one."""
 
-    __slots__ = ("accumulated", "grad", "grads", "leaf", "pending", "shape", "strides")
+    __slots__ = ("accumulated", "grad", "grads", "is_weight", "leaf", "pending", "shape", "strides")
 
     def __init__(self, leaf: Tensor) -> None:
         self.leaf = id(leaf)
+        self.is_weight = leaf.__class__ is Parameter
         self.shape = leaf.shape
         self.strides = leaf.strides
         self.grads: list[Tensor | None] | None = None
@@ -162,10 +163,14 @@ class Tape:
         self._boundaries: list[tuple[int, LayerKey | None]] = []
         self._context: list[Tensor] = []
         self.kept: dict[int, LayerKey | None] = {}
-        """Storages that lie in a node's ctx until the graph dies -> the layer that put them there."""
+        """Storages that lie in a node's ctx until the graph dies -> the first layer that put them there."""
         self.flowing: set[int] = set()
         self.held: set[int] = set()
         """Those of ``flowing`` that the model holds until all layers have run."""
+        self.passed: set[int] = set()
+        """Those of ``flowing`` that are gradients which a layer made: each stands for those of other layers too."""
+        self.passed_gradients: set[int] = set()
+        """Those of ``passed`` that are a weight's gradient once backward is over; on their way they are temporary."""
         self._leaves: list[Tensor] = []
         """Leaves that are not weights: the graph holds them and their gradients until it is freed after backward."""
         self.input_count = 0
@@ -178,8 +183,9 @@ class Tape:
         """What an engine hooks into, in order: gradients that are ready, and modules that are watched."""
         self.watches = False
         """Modules are watched."""
-        self._watched: list[tuple[int, int, int]] = []
-        """Watched modules with a backward: the number before their first node, that of their last one, their id()."""
+        self._watched: list[tuple[int, int, int, bool]] = []
+        """Watched modules with a backward: the number before their first node, that of their last one, their id(), and
+        whether an input needs a gradient: the hook after a backward sits there."""
 
     # -- storage -----------------------------------------------------------------------------------------------
 
@@ -302,7 +308,7 @@ class Tape:
         self._context.append(_detached(x))
         self._mark_saved(x)
         if self._recording is None:
-            self.kept[x.storage.id] = self._boundaries[-1][1] if self._boundaries else None
+            self.kept.setdefault(x.storage.id, self._boundaries[-1][1] if self._boundaries else None)
 
     def _mark_saved(self, x: Tensor | None) -> None:
         if x is not None:
@@ -346,7 +352,8 @@ class Tape:
         out = forward(*args)
         self.events.append(Event(len(self.log), "post_forward", id(module)))
         if self.grad_enabled and self._recording is None and self._seq > before:
-            self._watched.append((before, self._seq, id(module)))
+            hooked = any(isinstance(x, Tensor) and x.node is not None for x in args)
+            self._watched.append((before, self._seq, id(module), hooked))
         return out
 
     def layer_boundary(self, layer: LayerKey | None) -> None:
@@ -440,20 +447,20 @@ class Tape:
         waiting: list[AccumulateGrad] = []
         # Taken from the end: the last first, and of those that end together the outermost.
         modules = sorted(self._watched, key=lambda each: (each[1], -each[0]))
-        running: list[tuple[int, int, int]] = []
+        running: list[tuple[int, int, int, bool]] = []
         del loss, root
         while heap:
             node = heappop(heap)[1]
             while running and node.seq <= running[-1][0]:
-                self.events.append(Event(len(self.log), "post_backward", running.pop()[2]))
+                self._leave(running.pop())
             if boundaries and node.seq <= boundaries[-1][0]:
-                self._gradients_flow([node, *(entry[1] for entry in heap), *waiting])
+                self._gradients_flow([node, *(entry[1] for entry in heap), *waiting], boundaries[-1][1])
                 while boundaries and node.seq <= boundaries[-1][0]:
                     self.mark("layer_backward_end", boundaries.pop()[1])
             while modules and node.seq <= modules[-1][1]:
-                begin, _, module = entered = modules.pop()
-                if node.seq > begin:
-                    self.events.append(Event(len(self.log), "pre_backward", module))
+                entered = modules.pop()
+                if node.seq > entered[0]:
+                    self.events.append(Event(len(self.log), "pre_backward", entered[2]))
                     running.append(entered)
             grads: Any = node.grads
             node.grads = None
@@ -493,7 +500,8 @@ class Tape:
                         waiting.append(target)
             target = buffer = None  # a gradient that was added to another one dies here
             del results, edges, node
-        self.events += [Event(len(self.log), "post_backward", module) for _, _, module in reversed(running)]
+        while running:
+            self._leave(running.pop())
         for sink in waiting:  # a weight used where the loss does not reach
             if sink.grads is not None:
                 self._sink(sink)
@@ -503,11 +511,18 @@ class Tape:
         self._context.clear()
         self.grad_enabled = True
 
-    def _gradients_flow(self, targets: Sequence[Node | AccumulateGrad]) -> None:
-        """At a layer's border: the gradients on their way pass from one layer to the next."""
+    def _leave(self, watched: tuple[int, int, int, bool]) -> None:
+        """The backward of a watched module is done."""
+        if watched[3]:
+            self.events.append(Event(len(self.log), "post_backward", watched[2]))
+
+    def _gradients_flow(self, targets: Sequence[Node | AccumulateGrad], left: LayerKey | None) -> None:
+        """At the border of the layer that is left: the gradients on their way pass from one layer to the next."""
         for target in targets:
             for grad in target.grads or ():
                 if grad is not None:
+                    if left is not None and grad.storage.id not in self.flowing:
+                        self.passed.add(grad.storage.id)
                     self.flowing.add(grad.storage.id)
                     if self.components[grad.storage.id] == ACTIVATION:
                         # Written over what was saved, but it stands for the gradients of layers where that is not so.
@@ -536,7 +551,13 @@ class Tape:
         # A view is kept too, and with it all of the storage it looks at.
         if _owners(buffer, 0, 1)[0] != _SOLE_OWNER[0] or not _obeys_layout(grad, sink):
             grad = self.new(sink.shape, grad.dtype, "clone_grad")
-        self.components[grad.storage.id] = GRADIENT
+        if not sink.is_weight:
+            sink.grad = grad
+            return
+        if grad.storage.id in self.passed:
+            self.passed_gradients.add(grad.storage.id)
+        else:
+            self.components[grad.storage.id] = GRADIENT
         if not self._hand_over(sink, grad.storage.id):
             sink.grad = grad
 
