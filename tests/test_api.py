@@ -100,7 +100,7 @@ def test_a_cluster_may_be_text_or_a_spec() -> None:
 def test_an_unknown_gpu_or_cluster_is_refused() -> None:
     with pytest.raises(ResolutionError, match="gpu: 'B20'"):
         api.estimate(TINY, cluster="2xB20")
-    with pytest.raises(SpecError, match="cluster: 4 is not a cluster"):
+    with pytest.raises(SpecError, match="cluster: 4 is not a spec. Write it as 2xA100-80GB"):
         api.estimate(TINY, cluster=4)  # type: ignore[arg-type]
 
 
@@ -141,8 +141,8 @@ def test_the_disk_of_this_machine_is_measured(tmp_path: Path) -> None:
 def test_the_strategy_defaults_to_the_number_of_gpus() -> None:
     assert api.estimate(TINY, cluster="T4").setup["strategy"] == "single"
     assert api.estimate(TINY, cluster="2xT4").setup["strategy"] == "ddp"
-    with pytest.raises(UnsupportedError, match="fsdp"):
-        api.estimate(TINY, None, "2xT4", Strategy(kind="fsdp"))
+    with pytest.raises(UnsupportedError, match="offload_param"):
+        api.estimate(TINY, None, "2xT4", Strategy(kind="fsdp", offload_param="cpu"))
 
 
 def test_software_may_be_text() -> None:
@@ -154,6 +154,67 @@ def test_software_may_be_text() -> None:
 def test_without_the_replay_reserved_is_an_upper_bound() -> None:
     replayed, bound = (api.estimate(TINY, cluster="T4", replay=replay) for replay in (True, False))
     assert replayed.gpu.peak_allocated <= replayed.gpu.peak_reserved <= bound.gpu.peak_reserved
+
+
+def test_specs_may_be_mappings_or_short_for_one() -> None:
+    spelled = api.estimate(
+        TINY, TrainingSpec(seq_len=64, lora=LoraSpec(rank=4)), ClusterSpec(gpu="T4", gpus=2), Strategy(kind="ddp"),
+        software=SoftwareSpec(torch="2.5"),
+    )  # fmt: skip
+    training = {"seq_len": 64, "lora": {"rank": 4}}
+    short = api.estimate(TINY, training, {"gpu": "T4", "gpus": 2}, "ddp", software={"torch": "2.5"})
+    assert short == spelled
+    assert api.estimate(TINY, training, "2xT4", {"kind": "ddp"}, software="torch=2.5") == spelled
+    assert api.ladder(TINY, training, "2xT4", software={"torch": "2.5"}).estimates[0] == spelled
+    assert api.advise(short, TINY, training, "2xT4", "ddp") == api.Advice()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"training": {"seq_length": 64}}, "^seq_length: 64 is given to a field that TrainingSpec does not have. Did"),
+        ({"training": "fast"}, "^training: 'fast' is not a spec. Give a TrainingSpec, or its fields as a mapping.$"),
+        ({"strategy": "zero9"}, "^kind: 'zero9' is not a choice. Use 'single', 'ddp'"),
+        ({"strategy": 3}, "^strategy: 3 is not a spec. Give a kind, as in ddp"),
+        ({"software": {"torhc": "2"}}, "^torhc: '2' is given to a field that SoftwareSpec does not have. Did you mean"),
+        ({"software": {"torch": 2.5}}, "^torch: 2.5 is refused"),
+        ({"software": 5}, "^software: 5 is not a spec. Write it as torch=2.13"),
+        ({"cluster": {"gpu": "T4", "gpus": 0}}, "^gpus: 0 is not a positive integer"),
+    ],
+)
+def test_what_is_no_spec_is_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        api.estimate(TINY, **arguments)
+
+
+# -- the setup
+
+
+def test_the_setup_has_every_option_that_decides_the_estimate() -> None:
+    from memplan import cli
+
+    aside = {"software", "explain", "json"}  # its own field; two that change the page only
+    for task in ("train", "load", "generate"):
+        result = api.estimate(TINY, TrainingSpec(task=task), "T4")
+        assert set(result.setup) == {option.name for option in cli.OPTIONS} - aside
+
+
+def test_the_setup_is_resolved() -> None:
+    lora = LoraSpec(rank=4, bias="none", modules_to_save=("lm_head",))
+    asked = TrainingSpec(lora=lora, quantization="nf4", gradient_checkpointing=True, seq_len=64)
+    setup = api.estimate(TINY | {"torch_dtype": "float16"}, asked, "2xA100-80GB", replay=False).setup
+    expected = {
+        "dtype": "float16", "mixed_precision": "bf16", "head": "causal-lm", "vocab_size": 512,
+        "lora_targets": ("q_proj", "v_proj"), "lora_bias": "none", "lora_modules_to_save": ("lm_head",),
+        "lora_autocast_adapter_dtype": True, "prepare_for_kbit_training": True, "bnb_4bit_compute_dtype": "bfloat16",
+        "trace": False, "no_replay": True, "strategy": "ddp",
+    }  # fmt: skip
+    assert {name: setup[name] for name in expected} == expected
+    assert setup["engine_config"]["bucket_cap_mb"] == 25
+    resized = api.estimate(TINY, TrainingSpec(vocab_size=600), "T4").setup
+    assert (resized["vocab_size"], resized["engine_config"], resized["no_replay"]) == (600, None, False)
+    generated = api.estimate(TINY, TrainingSpec(task="generate"), "T4").setup
+    assert (generated["max_new_tokens"], generated["optim"], generated["liger"]) == (20, None, None)
 
 
 # -- the ladder

@@ -345,8 +345,8 @@ def test_bad_values_are_told_all_at_once(run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--strategy", "fsdp"], "--strategy: 'fsdp'"),
-        (["--strategy", "zero2", "--offload-optimizer", "cpu"], "--offload-optimizer: 'cpu'"),
+        (["--strategy", "fsdp", "--offload-param", "cpu"], "--offload-param: 'cpu'"),
+        (["--strategy", "zero3", "--offload-optimizer", "nvme"], "--offload-optimizer: 'nvme'"),
         (["--strategy", "fsdp", "--offload-param", "cpu"], "--strategy: 'fsdp'"),
         (["--engine-config", "ds_config.json"], "--engine-config: 'ds_config.json'"),
     ],

@@ -196,6 +196,15 @@ def test_every_place_that_holds_something_has_a_verdict() -> None:
     assert verdict_by_place(gpu, empty, full)["nvme"] == "fits"
 
 
+def test_results_can_be_keys() -> None:
+    one = estimate(device_map={"": 0}, host=HostMemory(capacity=9, peak=2, pinned=0, ranks=1, components={"a": 2}))
+    same = Estimate.from_json(one.to_json(explain=True))
+    assert {one: "found"}[same] == "found"
+    assert len({one, same, estimate()}) == 2
+    with pytest.raises(TypeError, match="frozen"):
+        one.host.components["a"] = 3
+
+
 def test_a_constant_becomes_an_assumption_with_its_unit() -> None:
     constant = Constant("context", 500, 400, 600, "MiB", "nvidia-smi")
     assert Assumption.of(constant) == Assumption(

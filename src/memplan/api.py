@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar, Union
 
 from memplan import estimator
 from memplan.architectures.registry import FAMILIES
@@ -20,6 +20,7 @@ from memplan.catalog.detect import detect_cluster, free_disk
 from memplan.catalog.gpus import all_gpus, find_gpu, parse_cluster
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.results import Assumption, Estimate, EstimateList
+from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
@@ -36,6 +37,12 @@ __all__ = ["LADDER", "REMEDIES", "Advice", "Setup", "advise", "estimate", "ladde
 ModelLike: TypeAlias = Union[str, os.PathLike[str], ModelSpec, Mapping[str, Any], "nn.Module"]
 """A hub id, a path, a ModelSpec, the values of a config.json, or a module of torch."""
 
+TrainingLike: TypeAlias = TrainingSpec | Mapping[str, Any] | None
+ClusterLike: TypeAlias = str | ClusterSpec | Mapping[str, Any] | None
+StrategyLike: TypeAlias = str | Strategy | Mapping[str, Any] | None
+SoftwareLike: TypeAlias = str | SoftwareSpec | Mapping[str, Any] | None
+"""A spec, its fields as a mapping, or the text that is short for it; None is its defaults."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -51,11 +58,11 @@ Change: TypeAlias = Callable[[Setup], "Setup | None"]
 
 def estimate(
     model: ModelLike,
-    training: TrainingSpec | None = None,
-    cluster: str | ClusterSpec | None = None,
-    strategy: Strategy | None = None,
+    training: TrainingLike = None,
+    cluster: ClusterLike = None,
+    strategy: StrategyLike = None,
     *,
-    software: str | SoftwareSpec | None = None,
+    software: SoftwareLike = None,
     replay: bool = True,
     explain: bool = False,
     trace: bool = False,
@@ -65,11 +72,12 @@ def estimate(
 
     Args:
         model: a hub id, a folder, a ``config.json``, its values as a mapping, a ModelSpec, or an ``nn.Module``.
-        training: the run; None is TrainingSpec's defaults (full fine-tuning, 1 x 2048 tokens).
-        cluster: ``"2xA100-80GB"``, ``"2x8xH100-80GB"`` (2 nodes of 8) or a ClusterSpec; without a GPU this
-            machine's are used, and where there is none the capacity and the verdict are unknown.
-        strategy: None is plain training on one GPU and DDP on several.
-        software: versions, as text (``"transformers=4.46"``) or as a SoftwareSpec.
+        training: the run, a TrainingSpec or its fields as a mapping; None is the defaults (full fine-tuning,
+            1 x 2048 tokens).
+        cluster: ``"2xA100-80GB"``, ``"2x8xH100-80GB"`` (2 nodes of 8), a ClusterSpec or its fields; without a GPU
+            this machine's are used, and where there is none the capacity and the verdict are unknown.
+        strategy: a Strategy, its fields, or its kind as text; None is plain training on one GPU and DDP on several.
+        software: versions, as text (``"transformers=4.46"``), a SoftwareSpec or its fields.
         replay: simulate the caching allocator; without it ``peak_reserved`` is an upper bound.
         explain: fill ``Estimate.explanation``.
         trace: trace the real model, with the ``train`` extra, instead of running its architecture file. An
@@ -84,18 +92,16 @@ def estimate(
         UnsupportedError: memplan does not model it.
     """
     case = _resolved(model, cluster, software, trace=trace, inputs=inputs)
-    training = case.decided(training or TrainingSpec())
-    return case.estimate(
-        Setup(training, strategy or _default_strategy(training, case.cluster)), replay=replay, explain=explain
-    )
+    asked = _asked(case, case.decided(_training(training)), strategy)
+    return case.estimate(asked, replay=replay, explain=explain)
 
 
 def ladder(
     model: ModelLike,
-    training: TrainingSpec | None = None,
-    cluster: str | ClusterSpec | None = None,
+    training: TrainingLike = None,
+    cluster: ClusterLike = None,
     *,
-    software: str | SoftwareSpec | None = None,
+    software: SoftwareLike = None,
     replay: bool = True,
     explain: bool = False,
     trace: bool = False,
@@ -107,8 +113,7 @@ def ladder(
     have, as gradient checkpointing, is left out.
     """
     case = _resolved(model, cluster, software, trace=trace, inputs=inputs)
-    training = case.decided(training or TrainingSpec())
-    first, *others = rungs(Setup(training, _default_strategy(training, case.cluster)))
+    first, *others = rungs(_asked(case, case.decided(_training(training)), None))
     estimates = [case.estimate(first, replay=replay, explain=explain)]
     for setup in others:
         with suppress(*([UnsupportedError] if case.tracer is not None else [])):
@@ -130,11 +135,11 @@ class Advice:
 def advise(
     result: Estimate | EstimateList,
     model: ModelLike,
-    training: TrainingSpec | None = None,
-    cluster: str | ClusterSpec | None = None,
-    strategy: Strategy | None = None,
+    training: TrainingLike = None,
+    cluster: ClusterLike = None,
+    strategy: StrategyLike = None,
     *,
-    software: str | SoftwareSpec | None = None,
+    software: SoftwareLike = None,
 ) -> Advice:
     """Return what to do next about ``result``, which the other arguments gave; nothing if it fits.
 
@@ -143,8 +148,7 @@ def advise(
     if result.verdict == "fits":
         return Advice()
     case = _resolved(model, cluster, software)
-    training = training or TrainingSpec()
-    asked = Setup(training, strategy or _default_strategy(training, case.cluster))
+    asked = _asked(case, _training(training), strategy)
     first = result.estimates[0] if isinstance(result, EstimateList) else result
     if result.verdict != "unknown":
         return Advice(gpus=(_fitting_gpus(case, asked, first),), options=_remedies(case, asked))
@@ -155,6 +159,10 @@ def advise(
         further = zip(rungs(asked)[1:], result.estimates[1:], strict=True)
         gpus += [_fitting_gpus(case, setup, estimated, limit=1) for setup, estimated in further]
     return Advice(gpus=tuple(gpus))
+
+
+def _asked(case: _Case, training: TrainingSpec, strategy: StrategyLike) -> Setup:
+    return Setup(training, _default_strategy(training, case.cluster) if strategy is None else _strategy(strategy))
 
 
 def _default_strategy(training: TrainingSpec, cluster: ClusterSpec) -> Strategy:
@@ -408,13 +416,13 @@ DISAGREEMENT = 0.03
 
 def _resolved(
     model: ModelLike,
-    cluster: str | ClusterSpec | None,
-    software: str | SoftwareSpec | None,
+    cluster: ClusterLike,
+    software: SoftwareLike,
     *,
     trace: bool = False,
     inputs: Inputs | None = None,
 ) -> _Case:
-    versions = SoftwareSpec.parse(software) if isinstance(software, str) else software or SoftwareSpec()
+    versions = _software(software)
     if not trace and not _is_module(model):
         if inputs is not None:
             raise SpecError.at("inputs", inputs, "are for a trace", "Use trace=True, or leave them out.")
@@ -445,12 +453,40 @@ def _model(model: ModelLike, known_model_types: Container[str] = FAMILIES) -> Mo
     raise SpecError.at("model", model, "is not a model", remedy)
 
 
-def _cluster(cluster: str | ClusterSpec | None) -> ClusterSpec:
+def _training(training: TrainingLike) -> TrainingSpec:
+    remedy = "Give a TrainingSpec, or its fields as a mapping."
+    return _spec(TrainingSpec, training, "training", remedy)
+
+
+def _strategy(strategy: StrategyLike) -> Strategy:
+    if isinstance(strategy, str):
+        strategy = {"kind": strategy}
+    return _spec(Strategy, strategy, "strategy", "Give a kind, as in ddp, a Strategy, or its fields as a mapping.")
+
+
+def _software(software: SoftwareLike) -> SoftwareSpec:
+    if isinstance(software, str):
+        return SoftwareSpec.parse(software)
+    remedy = "Write it as torch=2.13, or give a SoftwareSpec, or its fields as a mapping."
+    return _spec(SoftwareSpec, software, "software", remedy)
+
+
+S = TypeVar("S", bound=Spec)
+
+
+def _spec(cls: type[S], value: object, field: str, remedy: str) -> S:
+    if isinstance(value, cls):
+        return value
+    if value is not None and not isinstance(value, Mapping):
+        raise SpecError.at(field, value, "is not a spec", remedy)
+    return cls.from_dict(value or {})
+
+
+def _cluster(cluster: ClusterLike) -> ClusterSpec:
     if isinstance(cluster, str):
         return parse_cluster(cluster)
-    spec = ClusterSpec() if cluster is None else cluster
-    if not isinstance(spec, ClusterSpec):
-        raise SpecError.at("cluster", cluster, "is not a cluster", "Write it as 2xA100-80GB, or give a ClusterSpec.")
+    remedy = "Write it as 2xA100-80GB, or give a ClusterSpec, or its fields as a mapping."
+    spec = _spec(ClusterSpec, cluster, "cluster", remedy)
     if isinstance(spec.gpu, str):
         return spec.replace(gpu=find_gpu(spec.gpu))
     return _on_this_machine(spec) if spec.gpu is None else spec

@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
 from memplan.adapters.liger import apply_liger_kernel
-from memplan.adapters.lora import apply_lora
+from memplan.adapters.lora import DEFAULT_TARGETS, apply_lora, tells_layers_apart
 from memplan.adapters.prequantized import DEQUANTIZED_SOURCE, checkpoint_quantization, is_dequantized
 from memplan.adapters.quantization import default_dtype, prepare_for_kbit_training, quantize
 from memplan.architectures.cache import DynamicCache
@@ -16,17 +16,18 @@ from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, M
 from memplan.architectures.registry import attention_implementations, build_model, head_of
 from memplan.catalog.gpus import find_gpu
 from memplan.constants import Constant
-from memplan.engines import ddp, plain, zero, zero0, zero3
+from memplan.engines import ddp, fsdp, plain, zero, zero0, zero3
 from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, layout, play
 from memplan.engines.plain import Evaluation, Parts, Run
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory import loading
 from memplan.memory.course import Ledger, ReplayLedger, course
+from memplan.memory.generation import DEFAULT_NEW_TOKENS
 from memplan.memory.inference import Inference, Machine, infer
 from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
 from memplan.memory.timeline import Unrolled, unroll
-from memplan.memory.trace import Replayed, configured, engines_bound, replay_steps, reserved_bound
+from memplan.memory.trace import EvaluationLoop, Replayed, configured, engines_bound, replay_steps, reserved_bound
 from memplan.results import (
     Assumption,
     Components,
@@ -45,7 +46,7 @@ from memplan.specs.model import ModelSpec
 from memplan.specs.precision import Precision, resolve_precision
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
-from memplan.specs.training import AllocatorSpec, TrainingSpec
+from memplan.specs.training import STEPS_ONLY, AllocatorSpec, TrainingSpec
 from memplan.tape import tensor as dtypes
 from memplan.tape.dispatch import CPU, DeviceRules, cuda
 from memplan.tape.tape import INPUT, AccumulateGrad, Tape
@@ -85,9 +86,11 @@ class Setup:
     precision: Precision
     rules: DeviceRules
     software: SoftwareSpec
-    engine: Literal["torch", "zero12", "zero3"] = "torch"
+    engine: Literal["torch", "zero12", "zero3", "fsdp"] = "torch"
     """Who makes the precision 16 bit: autocast, or DeepSpeed, which casts the model. DeepSpeed also takes each gradient
     as it comes."""
+    copies_gradients: bool = False
+    """DDP copies each gradient into its bucket as it comes, and frees it."""
     traced: Traced | None = None
 
     @property
@@ -99,7 +102,7 @@ class Setup:
     @property
     def autocast(self) -> DType | None:
         """autocast's lower precision, if it is on."""
-        return _AUTOCAST[self.precision.mixed_precision] if self.engine == "torch" else None
+        return _AUTOCAST[self.precision.mixed_precision] if self.engine in ("torch", "fsdp") else None
 
 
 @dataclass
@@ -139,15 +142,15 @@ def estimate(
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
     if training.task != "train":
         return _infer(model, training, cluster, strategy, software, gpu, explain=explain)
-    if strategy.kind == "fsdp":
-        raise UnsupportedError("strategy: 'fsdp' is not modelled yet. Use ddp, or zero1, zero2 or zero3.")
+    if strategy.shards:
+        _check_sharded(training, strategy, traced)
     if strategy.kind == "single" and cluster.gpus != 1:
         raise SpecError.at(
             "gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1."
         )
     setup = replace(resolve(model, training, cluster, strategy, software), traced=traced)
     run, micro = _run(setup, gpu)
-    if strategy.is_deepspeed:
+    if strategy.shards:
         sharded = _sharded(setup, gpu, strategy, cluster.gpus)
         placed = {phase: dict(parts) for phase, parts in sharded.gpu.items()}
     elif strategy.kind == "ddp":
@@ -160,17 +163,21 @@ def estimate(
     if setup.rules.kind != "cpu":
         # No bound is known for other settings of the allocator.
         exact = replay or training.alloc_conf is not None
-        if strategy.is_deepspeed:
+        if strategy.shards:
             ranks, bound = cluster.gpus, Replayed({}, sharded.bound)
             replayed = _replay_sharded(setup, gpu, strategy, ranks, sharded.rank) if exact else bound
         else:
-            replayed = _replay(setup, gpu, strategy) if exact else Replayed({}, _bound(setup, gpu, strategy))
+            limit = _limit(cluster, gpu, software) if run.evaluation is not None else None
+            if exact:
+                replayed = _replay(setup, gpu, strategy, cluster.gpus, limit)
+            else:
+                replayed = Replayed({}, _bound(setup, gpu, strategy, cluster.gpus))
     memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
-    host = _sharded_host(sharded, cluster) if strategy.is_deepspeed else _host_memory(run, cluster)
+    host = _sharded_host(sharded, cluster) if strategy.shards else _host_memory(run, cluster)
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
     return Estimate(
         model=_model_info(model, run),
-        setup=_setup_dict(setup.training, setup.precision, strategy, cluster, gpu),
+        setup=_setup_dict(setup, strategy, cluster, gpu, replay=replay),
         cluster=_cluster_dict(cluster, gpu),
         software=software.to_dict(),
         gpu=memory,
@@ -183,7 +190,7 @@ def estimate(
             *(Assumption.of(constant) for constant in micro.assumptions),
             *(traced.assumptions if traced is not None else ()),
         ),
-        explanation=_explanation(setup, run, placed, memory) if explain else (),
+        explanation=_explanation(setup, run, placed, memory, strategy.kind) if explain else (),
     )
 
 
@@ -207,21 +214,43 @@ def resolve(
             raise SpecError.at("attn", training.attn, f"does not exist for {model.model_type} in transformers", remedy)
         training = training.replace(attn="eager")  # as transformers does
     _check_attention(training, precision, rules)
-    if strategy.kind in ("zero0", "zero1", "zero2") and training.lora is not None:
+    if strategy.kind in ("zero0", "zero1", "zero2", "fsdp") and training.lora is not None:
         # DeepSpeedEngine casts all parameters to the 16-bit type; of ZeRO-3's, zero.Init those that were there before.
+        # FSDP gathers all of them in it.
         training = training.replace(lora=training.lora.replace(autocast_adapter_dtype=False))
-    engine: Literal["torch", "zero12", "zero3"] = "torch"
+    engine: Literal["torch", "zero12", "zero3", "fsdp"] = "torch"
     if strategy.is_deepspeed:
         engine = "zero3" if strategy.kind == "zero3" else "zero12"
-    return Setup(model, training, precision, rules, software, engine)
+    elif strategy.kind == "fsdp":
+        engine = "fsdp"
+    copies = strategy.kind == "ddp" and strategy.ddp.gradient_as_bucket_view and training.grad_accum_steps == 1
+    return Setup(model, training, precision, rules, software, engine, copies)
 
 
-def _explanation(setup: Setup, run: Run, placed: dict[str, Parts], memory: GpuMemory) -> tuple[Term, ...]:
+def _check_sharded(training: TrainingSpec, strategy: Strategy, traced: Traced | None) -> None:
+    """What is not modelled under the engines that shard yet."""
+    reasons = {
+        "trace": traced is not None and "a trace has no hooks for an engine",
+        "quantization": training.quantization is not None and "quantized weights in partitions are not modelled",
+        "liger": training.liger
+        and strategy.kind in ("zero3", "fsdp")
+        and "its fused loss uses a weight that is not gathered",
+        "eval_batch_size": training.eval_batch_size is not None and "evaluation is not modelled",
+    }
+    for option, reason in reasons.items():
+        if reason:
+            raise UnsupportedError(f"{option}: under {strategy.kind} {reason}. Leave it out, or use ddp.")
+
+
+def _explanation(setup: Setup, run: Run, placed: dict[str, Parts], memory: GpuMemory, kind: str) -> tuple[Term, ...]:
     """Run every layer once more and name what is alive at the peak."""
-    from memplan.explanation import explain
+    from memplan.explanation import explain, explain_sharded
+
+    if setup.engine != "torch":
+        return explain_sharded(kind, placed[memory.peak_phase], memory)
 
     accumulated = run.grad_accum_steps > 1
-    tape = _micro_batch(setup, full_depth=True, accumulated=accumulated).tape
+    tape = _all_layers(setup, accumulated).tape
     return explain(run, tape, memory.peak_phase, placed[memory.peak_phase], memory)
 
 
@@ -264,13 +293,16 @@ def _check_attention(training: TrainingSpec, precision: Precision, rules: Device
 def _micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation: bool = False) -> _Micro:
     """Run one micro-batch (or one evaluation batch) on a fresh tape, or take the one that was traced."""
     if setup.traced is not None:
+        if setup.copies_gradients:
+            raise UnsupportedError("gradient_as_bucket_view: of a traced model it is not modelled. Leave it out.")
         return setup.traced.micro_batch(accumulated=accumulated, evaluation=evaluation)
     training = setup.training
     tape = Tape(setup.rules)
-    tape.engine_takes_gradients = setup.engine != "torch"
+    tape.engine_takes_gradients = setup.engine != "torch" or setup.copies_gradients
     root = _model(setup, tape, full_depth=full_depth)
-    if setup.engine == "zero3":
+    if setup.engine in ("zero3", "fsdp"):
         watch(root, tape)
+        tape.zero3_linear = setup.engine == "zero3"
     if not isinstance(root, Model):
         raise SpecError.at("head", "base", "has no loss to train", "Use --head causal-lm, or --task load.")
     inventory = Inventory(root)
@@ -310,7 +342,7 @@ def _model(
         gradient_checkpointing=training.gradient_checkpointing,
         padded=not training.packed,
         software=setup.software,
-        full_depth=full_depth,
+        full_depth=full_depth or (training.lora is not None and tells_layers_apart(training.lora)),
         last_layer_apart=training.quantization is not None,  # the model's last parameter stays, wherever it is
         cache=cache,
     )
@@ -319,10 +351,7 @@ def _model(
     root = build_model(b, model, training.head)
     quantization = training.quantization
     if quantization is not None:
-        compute = _AUTOCAST[setup.precision.mixed_precision] or b.dtype
-        if quantization.compute_dtype is not None:
-            compute = dtypes.dtype_named(quantization.compute_dtype)
-        quantize(b, root, quantization, compute)
+        quantize(b, root, quantization, _compute_dtype(setup))
     if as_loaded:
         return root
     if _prepares(training):
@@ -337,6 +366,14 @@ def _model(
                     module.require_output_grad = True
                     break
     return root
+
+
+def _compute_dtype(setup: Setup) -> DType:
+    """What 4-bit layers compute in: bnb_4bit_compute_dtype."""
+    quantization = setup.training.quantization
+    if quantization is not None and quantization.compute_dtype is not None:
+        return dtypes.dtype_named(quantization.compute_dtype)
+    return _AUTOCAST[setup.precision.mixed_precision] or setup.dtype
 
 
 def _prepares(training: TrainingSpec) -> bool:
@@ -412,8 +449,20 @@ def _waiting(run: Run, tape: Tape) -> list[int]:
     return [size * others for size in _inputs(tape) if others]
 
 
+@lru_cache(maxsize=8)
+def _all_layers(setup: Setup, accumulated: bool) -> _Micro:
+    """A micro-batch with every layer on the tape, which several engines are replayed over."""
+    return _micro_batch(setup, full_depth=True, accumulated=accumulated)
+
+
+def _evaluation_loop(run: Run, tape: Tape, ranks: int, limit: int | None) -> EvaluationLoop:
+    """Batches on ``tape``; ``limit`` is what CUDA has to give."""
+    assert run.evaluation is not None
+    return EvaluationLoop(tape, run.evaluation.predictions, run.evaluation.steps, ranks, limit)
+
+
 @lru_cache(maxsize=64)
-def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy) -> int:
+def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> int:
     """What peak reserved cannot exceed, without running every layer."""
     run, micro = _run(setup, gpu)
     trainable = run.trainable
@@ -427,20 +476,29 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy) -> int:
     others += [(size, *counts) for size, counts in run.optimizer.temporaries.counts.items()]
     counts = micro.unrolled.size_counts()
     micro_batches = min(run.grad_accum_steps, 2)
-    return reserved_bound(run.parameters, _held(run, trainable, strategy), counts, micro_batches, others)
+    held = _held(run, trainable, strategy)
+    bound = reserved_bound(run.parameters, held, counts, micro_batches, others)
+    if run.evaluation is not None:
+        batch = _micro_batch(setup, full_depth=False, accumulated=False, evaluation=True)
+        bound += _evaluation_loop(run, batch.tape, ranks, None).bound(batch.unrolled.size_counts())
+    return bound
 
 
 @lru_cache(maxsize=64)
-def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy) -> Replayed:
-    """The allocator on every layer's allocations, two steps long."""
+def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, limit: int | None) -> Replayed:
+    """The allocator on every layer's allocations: two steps, and evaluation in what CUDA has to give."""
     run, _ = _run(setup, gpu)
-    first = _micro_batch(setup, full_depth=True, accumulated=False)
+    first = _all_layers(setup, False)
     batches = [first.tape]
     if run.grad_accum_steps > 1:
-        later = _micro_batch(setup, full_depth=True, accumulated=True)
+        later = _all_layers(setup, True)
         batches.append(later.tape)
     parameters = [p for p, _ in first.inventory.parameters]
     trainable = [(p, 1) for p in parameters if p.node is not None]
+    evaluation = None
+    if run.evaluation is not None:
+        batch = _micro_batch(setup, full_depth=True, accumulated=False, evaluation=True)
+        evaluation = _evaluation_loop(run, batch.tape, ranks, limit)
     return replay_steps(
         parameters,
         _held(run, trainable, strategy),
@@ -449,6 +507,8 @@ def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy) -> Replayed:
         run.workspaces,
         setup.training.alloc_conf,
         _waiting(run, first.tape),
+        evaluation,
+        gradients_in_buckets=strategy.kind == "ddp" and strategy.ddp.gradient_as_bucket_view,
     )
 
 
@@ -506,24 +566,32 @@ def _play(
 ) -> None:
     run, closed = _run(setup, gpu)
     accumulates = run.grad_accum_steps > 1
-    fresh = accumulates or full_depth
-    first = _micro_batch(setup, full_depth=full_depth, accumulated=False) if fresh else closed
+    first = _all_layers(setup, False) if full_depth else closed
+    if accumulates and not full_depth:
+        first = _micro_batch(setup, full_depth=False, accumulated=False)
     later = first
-    if accumulates and strategy.kind in ("zero0", "zero1"):  # gradients stay where autograd put them
-        later = _micro_batch(setup, full_depth=True, accumulated=True) if full_depth else closed
+    if accumulates and strategy.kind in ("zero0", "zero1", "fsdp"):  # gradients stay where autograd put them
+        later = _all_layers(setup, True) if full_depth else closed
     model = layout(first.root)
     played = Played(
         held=first.inventory.buffer_blocks,
         workspaces=run.workspaces,
-        first=course(first.unrolled, model.numbers),
-        later=course(later.unrolled, layout(later.root).numbers),
+        first=course(first.unrolled, model.numbers, measured=not full_depth),
+        later=course(later.unrolled, layout(later.root).numbers, measured=not full_depth),
         grad_accum_steps=run.grad_accum_steps,
     )
-    play(_engine(setup, strategy, model, ranks, rank, ledger), ledger, played)
+    play(_engine(setup, strategy, first.root, model, ranks, rank, ledger), ledger, played)
 
 
-def _engine(setup: Setup, strategy: Strategy, model: Layout, ranks: int, rank: int, ledger: Ledger) -> Engine:
+def _engine(
+    setup: Setup, strategy: Strategy, root: Module, model: Layout, ranks: int, rank: int, ledger: Ledger
+) -> Engine:
     hidden_size, optim = setup.model.config.get("hidden_size"), setup.training.optim
+    if strategy.kind == "fsdp":
+        loaded, mixed = dtypes.dtype_named(setup.precision.dtype), setup.autocast is not None
+        return fsdp.Fsdp(
+            fsdp.fsdp_setup(strategy, root, model, ranks, setup.dtype, loaded, mixed, optim, setup.rules), ledger
+        )
     if strategy.kind == "zero3":
         sharded = zero3.zero3_setup(strategy, model, ranks, setup.dtype, hidden_size, optim, setup.rules)
         return zero3.Zero3(sharded, ledger)
@@ -538,7 +606,7 @@ def _engine(setup: Setup, strategy: Strategy, model: Layout, ranks: int, rank: i
 
 def _ranks(strategy: Strategy, model: Layout, ranks: int) -> list[int]:
     """Those among which the fullest is. Stage 3 cuts every weight alike, and the first has no padding."""
-    if strategy.kind in ("zero0", "zero3"):
+    if strategy.kind in ("zero0", "zero3", "fsdp"):
         return [0]
     return zero.fullest_ranks(zero.parameter_groups(model, ranks, strategy.zero.round_robin_gradients))
 
@@ -549,6 +617,14 @@ def _ranks(strategy: Strategy, model: Layout, ranks: int) -> list[int]:
 def _capacity(cluster: ClusterSpec, gpu: GPUSpec | None) -> int | None:
     """Bytes that torch sees on each GPU; None is unknown."""
     return cluster.gpu_memory or (gpu.memory_bytes if gpu is not None and not gpu.is_cpu else None)
+
+
+def _limit(cluster: ClusterSpec, gpu: GPUSpec | None, software: SoftwareSpec) -> int | None:
+    """Of them, those that the process leaves to torch's allocator for certain."""
+    capacity = _capacity(cluster, gpu)
+    if capacity is None:
+        return None
+    return max(0, capacity - sum(int(each.high) for each in _outside(gpu, cluster, software)))
 
 
 def _loading(setup: Setup, gpu: GPUSpec | None, cluster: ClusterSpec, weights: int) -> Parts:
@@ -618,7 +694,7 @@ def _infer(
             trainable_parameters=sum(p.elements * count for p, count in inventory.parameters if p.node is not None),
             source=model.source,
         ),
-        setup=_setup_dict(setup.training, setup.precision, strategy, cluster, gpu),
+        setup=_setup_dict(setup, strategy, cluster, gpu, replay=True),
         cluster=_cluster_dict(cluster, gpu),
         software=software.to_dict(),
         gpu=memory,
@@ -761,11 +837,12 @@ def _model_info(model: ModelSpec, run: Run) -> ModelInfo:
 
 
 def _setup_dict(
-    training: TrainingSpec, precision: Precision, strategy: Strategy, cluster: ClusterSpec, gpu: GPUSpec | None
+    setup: Setup, strategy: Strategy, cluster: ClusterSpec, gpu: GPUSpec | None, *, replay: bool
 ) -> dict[str, Any]:
-    """Every option by its name on the command line, resolved."""
+    """Every option that decides the estimate by its name on the command line, resolved; then what only specs have."""
+    training, precision, model = setup.training, setup.precision, setup.model
     lora, quantization = training.lora, training.quantization
-    return {
+    data: dict[str, Any] = {
         "gpus": cluster.gpus,
         "nodes": cluster.nodes,
         "gpu": gpu.name if gpu is not None else None,
@@ -776,6 +853,7 @@ def _setup_dict(
         "strategy": strategy.kind,
         "offload_optimizer": strategy.offload_optimizer,
         "offload_param": strategy.offload_param,
+        "engine_config": _engine_settings(strategy),
         "dtype": precision.dtype,
         "mixed_precision": precision.mixed_precision,
         "micro_batch_size": training.micro_batch_size,
@@ -786,10 +864,10 @@ def _setup_dict(
         "attn": training.attn,
         "gradient_checkpointing": training.gradient_checkpointing,
         "liger": training.liger,
-        "head": training.head,
-        "vocab_size": training.vocab_size,
+        "head": training.head or _head(model),
+        "vocab_size": training.vocab_size or model.config.get("vocab_size"),
         "lora_rank": lora.rank if lora is not None else None,
-        "lora_targets": list(lora.targets) if lora is not None else None,
+        "lora_targets": list(lora.targets or DEFAULT_TARGETS[model.model_type]) if lora is not None else None,
         "lora_dropout": lora.dropout if lora is not None else None,
         "quantization": quantization.kind if quantization is not None else "none",
         "eval_batch_size": training.eval_batch_size,
@@ -798,8 +876,37 @@ def _setup_dict(
         "peft_type": "lora" if lora is not None else None,
         "task": training.task,
         "device_map": training.device_map,
-        "max_new_tokens": training.max_new_tokens,
+        "max_new_tokens": training.max_new_tokens or (DEFAULT_NEW_TOKENS if training.task == "generate" else None),
+        "trace": setup.traced is not None,
+        "no_replay": not replay,
     }
+    if training.task != "train":
+        data |= dict.fromkeys(STEPS_ONLY)
+    if lora is not None:
+        data["lora_bias"] = lora.bias
+        data["lora_modules_to_save"] = list(lora.modules_to_save)
+        data["lora_autocast_adapter_dtype"] = lora.autocast_adapter_dtype
+    if quantization is not None:
+        data["prepare_for_kbit_training"] = _prepares(training)
+        data["bnb_4bit_compute_dtype"] = _compute_dtype(setup).name if quantization.kind != "int8" else None
+    return data
+
+
+def _engine_settings(strategy: Strategy) -> dict[str, Any] | None:
+    """The engine's own keys, as its library names them."""
+    if strategy.kind == "single":
+        return None
+    engine = "zero" if strategy.is_deepspeed else strategy.kind
+    settings: dict[str, Any] = getattr(strategy, engine).to_dict()
+    return settings
+
+
+def _head(model: ModelSpec) -> str | None:
+    """What the config's architecture says; a traced class may have a name of its own."""
+    try:
+        return head_of(model.architecture)
+    except UnsupportedError:
+        return None
 
 
 def _alloc_conf(training: TrainingSpec) -> str | None:

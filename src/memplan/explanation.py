@@ -50,6 +50,38 @@ def explain(run: Run, tape: Tape, phase: str, parts: Parts, memory: GpuMemory) -
     return (*terms, *_remaining(terms, memory, what, SOURCES["blocks"]))
 
 
+ENGINES = {
+    "zero0": "deepspeed/runtime/fp16/unfused_optimizer.py",
+    "zero1": "deepspeed/runtime/zero/stage_1_and_2.py",
+    "zero2": "deepspeed/runtime/zero/stage_1_and_2.py",
+    "zero3": "deepspeed/runtime/zero/stage3.py, partitioned_param_coordinator.py",
+    "fsdp": "torch/distributed/fsdp/_fully_shard",
+}
+
+
+def explain_sharded(kind: str, parts: Parts, memory: GpuMemory) -> tuple[Term, ...]:
+    """The components of the peak under an engine that shards. They sum to ``peak_device``."""
+    what = {
+        "weights": "this rank's weights or partitions of them",
+        "gradients": "gradients that wait to be reduced, and this rank's partition of them",
+        "optimizer": "masters and moments of this rank's partition",
+        "communication": "buckets, flat copies and gathered weights",
+        "workspace": "cuBLAS, one per thread that runs GEMMs",
+    }
+    terms = [
+        Term(
+            name=name,
+            formula=what.get(name, "what forward and backward hold, as without the engine"),
+            filled=f"{size:,}",
+            bytes=size,
+            source=ENGINES[kind] if name in what else "torch autograd",
+        )
+        for name, size in parts.items()
+        if size
+    ]
+    return (*terms, *_remaining(terms, memory, "what a block is larger than its tensor", SOURCES["blocks"]))
+
+
 def explain_inference(found: Inference, memory: GpuMemory) -> tuple[Term, ...]:
     """The terms of the peak of loading or of generation, on the fullest GPU. They sum to ``peak_device``."""
     phase = memory.peak_phase

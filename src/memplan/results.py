@@ -49,6 +49,8 @@ Verdict: TypeAlias = Literal["fits", "tight", "does-not-fit", "unknown"]
 PhaseName: TypeAlias = Literal["load", "first_step", "forward", "loss", "backward", "step", "idle", "eval", "save"]
 Bytes: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
 JsonObject: TypeAlias = Annotated[dict[str, Any], AfterValidator(freeze)]
+Parts: TypeAlias = Annotated[dict[str, Bytes], AfterValidator(freeze)]
+"""Bytes by name. Frozen, as every mapping here, so that a result can be hashed."""
 T = TypeVar("T", bound=BaseModel)
 
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
@@ -171,7 +173,7 @@ class HostMemory(Result):
     """The part of ``peak`` that is page-locked."""
     ranks: int = Field(ge=1)
     """Ranks on the node."""
-    components: dict[str, Bytes]
+    components: Parts
     """What is alive at the peak."""
     phases: tuple[Phase, ...] = ()
     """The maximum within each phase, in order."""
@@ -191,7 +193,7 @@ class NvmeMemory(Result):
     """Free bytes of the node's NVMe; None is unknown."""
     bytes: Bytes
     """What the files take, all ranks of the node together."""
-    components: dict[str, Bytes]
+    components: Parts
     """What the files hold."""
 
     @model_validator(mode="after")
@@ -263,7 +265,7 @@ class Estimate(Result):
     """Every option, resolved; JSON values under the options' names."""
     cluster: JsonObject
     """The hardware, resolved; JSON values."""
-    software: dict[str, str]
+    software: Annotated[dict[str, str], AfterValidator(freeze)]
     """Versions of the libraries."""
     gpu: GpuMemory
     host: HostMemory
@@ -275,10 +277,10 @@ class Estimate(Result):
     assumptions: tuple[Assumption, ...] = ()
     footprint: Bytes | None = None
     """Task load: what ``model.get_memory_footprint()`` returns."""
-    device_map: dict[str, int | str] | None = None
+    device_map: Annotated[dict[str, int | str] | None, AfterValidator(freeze)] = None
     """Task load: module name -> GPU index, ``cpu`` or ``disk``."""
     kv_cache: Bytes | None = None
-    """Task generate: keys and values at the last token."""
+    """Task generate: keys and values that the cache holds at the end: of all tokens but the last."""
     explanation: tuple[Term, ...] = Field(default=(), repr=False)
     """Every term; left out of JSON unless asked for."""
 

@@ -67,6 +67,18 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {"targets": ("v_proj",), "modules_to_save": ("lm_head", "embed_tokens")},
         {"mixed_precision": "bf16", "gradient_checkpointing": True},
     ),
+    (
+        "saved once, under three names",
+        LLAMA,
+        {"targets": ("q_proj",), "modules_to_save": ("lm_head", "head", "lm_head")},
+        {"dtype": "bfloat16"},
+    ),
+    (
+        "saved under a longer and a shorter name",
+        LLAMA,
+        {"targets": ("q_proj",), "modules_to_save": ("layers.1.mlp", "mlp", "model.norm", "norm")},
+        {"dtype": "bfloat16"},
+    ),
     ("saved norm", LLAMA, {"targets": ("q_proj",), "modules_to_save": ("model.norm",)}, {"dtype": "bfloat16"}),
     ("Conv1D", GPT2, {"targets": ("c_attn", "c_proj"), "dropout": 0.1}, {"mixed_precision": "bf16"}),
     ("Conv1D, saved embedding", GPT2, {"targets": ("all-linear",), "modules_to_save": ("wte",)}, {}),
@@ -130,6 +142,21 @@ def test_adapters_of_16_bit_models_are_float32_unless_asked_otherwise() -> None:
     assert dtypes == {True: {"float32"}, False: {"bfloat16"}}
 
 
+def test_a_layer_that_is_named_by_its_index_is_adapted_alone() -> None:
+    import memplan
+
+    def estimate(**lora: Any) -> memplan.Estimate:
+        spec = memplan.TrainingSpec(seq_len=48, lora=LoraSpec(rank=4, **lora))
+        return memplan.estimate({**LLAMA, "num_hidden_layers": 5}, spec, "T4", replay=False)
+
+    every = estimate(targets=("q_proj",)).model.trainable_parameters
+    for index in (0, 1, 3):
+        assert estimate(targets=(f"layers.{index}.self_attn.q_proj",)).model.trainable_parameters == every // 5
+    mlp = 3 * LLAMA["hidden_size"] * LLAMA["intermediate_size"]
+    saved = estimate(targets=("q_proj",), modules_to_save=("layers.2.mlp",)).model.trainable_parameters
+    assert saved == every + mlp
+
+
 def test_default_targets_are_pefts_mapping() -> None:
     pefts = {family: tuple(names) for family, names in PEFT_TARGETS.items() if family in FAMILIES}
     assert {family: DEFAULT_TARGETS.get(family) for family in pefts} == pefts
@@ -168,6 +195,7 @@ def test_a_name_that_matches_nothing_is_refused(lora: dict[str, Any], message: s
         ({"bias": "all"}, "lora bias: 'all' is not modelled"),
         ({"targets": ("embed_tokens",)}, "only linear layers are modelled"),
         ({"targets": ("lm_head",), "modules_to_save": ("layers",)}, "a Layers, which is not copied"),
+        ({"targets": ("q_proj",), "modules_to_save": ("up_proj", "mlp")}, "up_proj is matched, inside model.layers.0.mlp, which"),
     ],
 )
 def test_what_is_not_modelled_is_refused(lora: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ from memplan.architectures.nn import Build, Inventory
 from memplan.architectures.registry import FAMILIES, attention_implementations, build_model
 from memplan.catalog.hub import resolve_config
 from memplan.catalog.models import CatalogModel, all_models
+from memplan.errors import SpecError
 from memplan.specs.model import ModelSpec
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import float32
@@ -41,3 +42,17 @@ def test_config_has_the_parameters_of_transformers(family: str) -> None:
             id=name, model_type=family, architecture=config["architectures"][0], config=config, source="test"
         )
         assert count(model) == _count_parameters(dict(config)), name
+
+
+@pytest.mark.parametrize("family", sorted(set(CONFIGS) & set(FAMILIES)))
+def test_more_layers_than_any_model_has_are_refused_at_once(family: str) -> None:
+    config = CONFIGS[family]["small"]
+    names = {"num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"} & set(config)
+    assert names
+    for name in names:
+        many = {**config, name: 2**40}
+        model = ModelSpec(
+            id="deep", model_type=family, architecture=config["architectures"][0], config=many, source="test"
+        )
+        with pytest.raises(SpecError, match=f"deep: {name}: 1099511627776 is out of range. Use an integer from 1 to 4096"):
+            count(model)

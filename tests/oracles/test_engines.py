@@ -1,4 +1,4 @@
-"""Estimates of the engines that shard, beside the real DeepSpeed as rank 0 of N (O2)."""
+"""Estimates of the engines that shard, beside the real DeepSpeed and FSDP2 as rank 0 of N (O2)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,12 @@ from memplan.errors import UnsupportedError
 from memplan.memory.course import Ledger
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.software import SoftwareSpec
-from memplan.specs.strategy import Strategy, ZeroSpec
+from memplan.specs.strategy import FsdpSpec, Strategy, ZeroSpec
 from memplan.specs.training import TrainingSpec
 
-GROUPS = ("zero0", "zero1", "zero2", "zero3", "offload")
-ROWS = [
-    row
-    for name in GROUPS
-    for row in o2.load_archives()[name].rows
-    if row.result is not None and row.setup.options["strategy"] != "fsdp"
-]
+ROWS = [row for archive in o2.load_archives().values() for row in archive.rows if row.result is not None]
 AUTO = {
+    "fsdp": (),
     "zero0": (),
     "zero1": ("reduce_bucket_size",),
     "zero2": ("reduce_bucket_size",),
@@ -36,6 +31,8 @@ SCALARS = 16 * 1024
 """Bytes of step counts, losses and norms, 512 for each: nothing, but for the small rest that offloading leaves."""
 CPU_KERNEL = "zero/linear.py:12"
 """Where oneDNN's bfloat16 products take a workspace of their own, on CPU only: not an ATen tensor."""
+CPU_CHUNK_CAT = "_fsdp_collectives.py:321 chunk_cat"
+"""torch._chunk_cat pads into a tensor of its own on CPU; CUDA has one kernel for it (TensorShape.cu)."""
 KNOWN_MISS = {"stage3_max_live_parameters": 600000, "stage3_max_reuse_distance": 0}
 """Modules without weights (SiLU, the rotary tables) prefetch too, which shows where little may be live: -2.8 %."""
 
@@ -49,7 +46,7 @@ def played(row: o2.Row) -> Ledger:
     kind, gpus = options.pop("strategy"), options.pop("gpus")
     keys = {**dict.fromkeys(AUTO[kind], "auto"), **options.pop("zero", {})}
     places = {name: options.pop(name) for name in ("offload_optimizer", "offload_param") if name in options}
-    strategy = Strategy(kind=kind, zero=ZeroSpec(**keys), **places)
+    strategy = Strategy(kind=kind, zero=ZeroSpec(**keys), fsdp=FsdpSpec(**options.pop("fsdp", {})), **places)
     cpu = find_gpu("cpu")
     cluster = ClusterSpec(gpu=cpu, gpus=gpus)
     setup = estimator.resolve(_model(config), TrainingSpec(**options), cluster, strategy, SoftwareSpec())
@@ -83,7 +80,7 @@ def estimated(ledger: Ledger, place: str = "gpu") -> dict[str, int]:
 
 
 def scratch(row: o2.Row) -> int:
-    """Bytes of oneDNN's workspaces at the fullest moment of a backward."""
+    """Bytes of CPU kernels' own at the fullest moment of a backward."""
     assert row.result is not None
     config, options = CONFIGS[row.setup.family][row.setup.config], row.setup.options
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -97,7 +94,11 @@ def scratch(row: o2.Row) -> int:
     results = {2 * rows * width for rows in (hidden, tokens) for width in widths}
     backwards = [phase for name, phase in row.result["phases"]["device"].items() if ".backward" in name]
     return max(
-        sum(n * count for n, count, site in phase["blocks"] if CPU_KERNEL in site and n not in results)
+        sum(
+            n * count
+            for n, count, site in phase["blocks"]
+            if CPU_CHUNK_CAT in site or (CPU_KERNEL in site and n not in results)
+        )
         for phase in backwards
     )
 
@@ -118,7 +119,10 @@ def test_an_engine_holds_what_deepspeed_holds(row: o2.Row, request: pytest.Fixtu
         assert low * (1 - PEAK) - SCALARS <= found[phase] <= truth[phase] * (1 + PEAK) + SCALARS, phase
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if "host" in row.result["phases"]], ids=lambda row: row.setup.key)
+OFFLOADED = [row for row in ROWS if "host" in row.result["phases"] and row.setup.options["strategy"] != "fsdp"]
+
+
+@pytest.mark.parametrize("row", OFFLOADED, ids=lambda row: row.setup.key)
 def test_the_host_holds_what_deepspeed_leaves_there(row: o2.Row) -> None:
     found, truth = estimated(played(row), "host"), measured(row, "host")
     for phase, nbytes in truth.items():
@@ -132,5 +136,5 @@ def test_most_rows_are_modelled() -> None:
             played(row)
         except UnsupportedError:
             refused += 1
-    assert len(ROWS) >= 80
-    assert refused <= 6
+    assert len(ROWS) >= 150
+    assert refused <= 15

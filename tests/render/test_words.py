@@ -133,7 +133,7 @@ def test_extras_of_other_tasks() -> None:
     assert words.extras(result) == [
         ("step", "1.25 s, 6,554 tokens/s, bound by compute"),
         ("footprint", "1.00 GiB, as get_memory_footprint() counts"),
-        ("kv cache", "2.00 GiB at the last token"),
+        ("kv cache", "2.00 GiB at the end"),
         ("device map", "GPU 0: 2 modules, cpu: 1 module"),
     ]
     assert words.extras(estimate()) == []

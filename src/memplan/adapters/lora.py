@@ -124,6 +124,11 @@ class ModulesToSave(Module):
         return result
 
 
+def tells_layers_apart(lora: LoraSpec) -> bool:
+    """Whether a name holds a layer's index, as in ``layers.3.mlp``: then no layer can stand for another."""
+    return any(part.isdigit() for name in (*lora.targets, *lora.modules_to_save) for part in name.split("."))
+
+
 def freeze(root: Module) -> None:
     """No gradients for anything that is there now."""
     for _, module in root.named_modules():
@@ -158,8 +163,7 @@ def apply_lora(b: Build, root: Module, lora: LoraSpec, model_type: str) -> None:
         names = {name for _, name, _, module in places if isinstance(module, LINEAR)}
         wrong = missing[0] if missing else ",".join(targets)
         raise SpecError.at("lora_targets", wrong, "matches no module", did_you_mean(wrong, sorted(names)))
-    for name in lora.modules_to_save:
-        _save_modules(b, root, name)
+    _save_modules(b, root, lora.modules_to_save)
 
 
 def _targets(root: Module, lora: LoraSpec, model_type: str) -> Sequence[str]:
@@ -205,17 +209,28 @@ def _adapted(b: Build, module: AnyLinear, path: str, lora: LoraSpec) -> LoraLine
     return adapter
 
 
-def _save_modules(b: Build, root: Module, name: str) -> None:
-    """peft's _set_trainable: every module whose name ends so."""
-    places = [place for place in root.places() if place[2].endswith(name)]
-    if not places:
-        known = sorted({child for _, child, _, _ in root.places()})
-        raise SpecError.at("modules_to_save", name, "matches no module", did_you_mean(name, known))
+def _save_modules(b: Build, root: Module, names: Sequence[str]) -> None:
+    """peft's _set_trainable: every module whose path ends in one of the names, once."""
+    places = list(root.places())
+    for name in names:
+        if not any(path.endswith(name) for _, _, path, _ in places):
+            known = sorted({child for _, child, _, _ in places})
+            raise SpecError.at("modules_to_save", name, "matches no module", did_you_mean(name, known))
+    saved: list[str] = []
     for parent, child, path, module in places:
+        if not path.endswith(tuple(names)):
+            continue
         if isinstance(module, (Layers, ModuleList, *LINEAR[2:])):
             raise UnsupportedError(
-                f"modules_to_save: {name!r} matches {path}, a {type(module).__name__}, which is not copied and trained."
+                f"modules_to_save: {path} is matched, a {type(module).__name__}, which is not copied and trained."
             )
+        around = next((each for each in saved if path.startswith(f"{each}.")), None)
+        if around is not None:
+            raise UnsupportedError(
+                f"modules_to_save: {path} is matched, inside {around}, which is saved too. PEFT freezes what runs "
+                "there and trains a copy that never runs. Leave the inner name out."
+            )
+        saved.append(path)
         parent.replace_child(child, ModulesToSave(b, module))
 
 

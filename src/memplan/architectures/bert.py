@@ -45,7 +45,7 @@ class BertConfig:
         defaults = self.defaults
         self.vocab_size = fields.int("vocab_size", defaults["vocab_size"])
         self.hidden_size = fields.int("hidden_size", defaults["hidden_size"])
-        self.num_hidden_layers = fields.int("num_hidden_layers", defaults["num_hidden_layers"])
+        self.num_hidden_layers = fields.layers("num_hidden_layers", defaults["num_hidden_layers"])
         self.num_attention_heads = fields.int("num_attention_heads", defaults["num_attention_heads"])
         check_heads(fields, self.hidden_size, self.num_attention_heads)
         self.head_dim = self.hidden_size // self.num_attention_heads

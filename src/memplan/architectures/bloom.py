@@ -34,7 +34,7 @@ class BloomConfig:
     def __init__(self, fields: Fields) -> None:
         self.vocab_size = fields.int("vocab_size", 250880)
         self.hidden_size = fields.int("n_embed", fields.int("hidden_size", 64))
-        self.num_hidden_layers = fields.int("n_layer", 2, alias="num_hidden_layers")
+        self.num_hidden_layers = fields.layers("n_layer", 2, alias="num_hidden_layers")
         self.num_attention_heads = fields.int("n_head", 8, alias="num_attention_heads")
         check_heads(fields, self.hidden_size, self.num_attention_heads)
         self.apply_residual_connection_post_layernorm = fields.bool("apply_residual_connection_post_layernorm", False)

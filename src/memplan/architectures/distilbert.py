@@ -33,7 +33,7 @@ class DistilBertConfig:
     def __init__(self, fields: Fields) -> None:
         self.vocab_size = fields.int("vocab_size", 30522)
         self.max_position_embeddings = fields.int("max_position_embeddings", 512)
-        self.n_layers = fields.int("n_layers", 6, alias="num_hidden_layers")
+        self.n_layers = fields.layers("n_layers", 6, alias="num_hidden_layers")
         self.n_heads = fields.int("n_heads", 12, alias="num_attention_heads")
         self.dim = fields.int("dim", 768, alias="hidden_size")
         check_heads(fields, self.dim, self.n_heads)

@@ -32,7 +32,7 @@ class FalconConfig:
     def __init__(self, fields: Fields) -> None:
         self.vocab_size = fields.int("vocab_size", 65024)
         self.hidden_size = fields.int("hidden_size", 4544) if not fields.has("n_embed") else fields.int("n_embed")
-        self.num_hidden_layers = fields.int("num_hidden_layers", 32)
+        self.num_hidden_layers = fields.layers("num_hidden_layers", 32)
         self.num_attention_heads = fields.int("num_attention_heads", 71)
         check_heads(fields, self.hidden_size, self.num_attention_heads)
         self.head_dim = self.hidden_size // self.num_attention_heads

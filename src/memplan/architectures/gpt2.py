@@ -37,7 +37,7 @@ class GPT2Config:
         self.vocab_size = fields.int("vocab_size", 50257)
         self.max_position_embeddings = fields.int("n_positions", 1024, alias="max_position_embeddings")
         self.hidden_size = fields.int("n_embd", 768, alias="hidden_size")
-        self.num_hidden_layers = fields.int("n_layer", 12, alias="num_hidden_layers")
+        self.num_hidden_layers = fields.layers("n_layer", 12, alias="num_hidden_layers")
         self.num_attention_heads = fields.int("n_head", 12, alias="num_attention_heads")
         check_heads(fields, self.hidden_size, self.num_attention_heads)
         self.intermediate_size = fields.int("n_inner", 4 * self.hidden_size)

@@ -34,7 +34,7 @@ class GPTNeoConfig:
         self.vocab_size = fields.int("vocab_size", 50257)
         self.max_position_embeddings = fields.int("max_position_embeddings", 2048)
         self.hidden_size = fields.int("hidden_size", 2048)
-        self.num_layers = fields.int("num_layers", 24, alias="num_hidden_layers")
+        self.num_layers = fields.layers("num_layers", 24, alias="num_hidden_layers")
         self.num_heads = fields.int("num_heads", 16, alias="num_attention_heads")
         check_heads(fields, self.hidden_size, self.num_heads)
         self.intermediate_size = fields.int("intermediate_size", 4 * self.hidden_size)

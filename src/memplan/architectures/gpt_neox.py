@@ -32,7 +32,7 @@ class GPTNeoXConfig:
     def __init__(self, fields: Fields) -> None:
         self.vocab_size = fields.int("vocab_size", 50432)
         self.hidden_size = fields.int("hidden_size", 6144)
-        self.num_hidden_layers = fields.int("num_hidden_layers", 44)
+        self.num_hidden_layers = fields.layers("num_hidden_layers", 44)
         self.num_attention_heads = fields.int("num_attention_heads", 64)
         check_heads(fields, self.hidden_size, self.num_attention_heads)
         self.head_size = self.hidden_size // self.num_attention_heads

@@ -35,7 +35,7 @@ class GPTJConfig:
         self.vocab_size = fields.int("vocab_size", 50400)
         self.max_position_embeddings = fields.int("n_positions", 2048, alias="max_position_embeddings")
         self.hidden_size = fields.int("n_embd", 4096, alias="hidden_size")
-        self.num_hidden_layers = fields.int("n_layer", 28, alias="num_hidden_layers")
+        self.num_hidden_layers = fields.layers("n_layer", 28, alias="num_hidden_layers")
         self.num_attention_heads = fields.int("n_head", 16, alias="num_attention_heads")
         check_heads(fields, self.hidden_size, self.num_attention_heads)
         self.head_dim = self.hidden_size // self.num_attention_heads

@@ -53,7 +53,7 @@ class LlamaConfig:
         self.vocab_size = fields.int("vocab_size", self.vocab_size)
         self.hidden_size = fields.int("hidden_size", self.hidden_size)
         self.intermediate_size = fields.int("intermediate_size", self.intermediate_size)
-        self.num_hidden_layers = fields.int("num_hidden_layers", self.num_hidden_layers)
+        self.num_hidden_layers = fields.layers("num_hidden_layers", self.num_hidden_layers)
         self.num_attention_heads = fields.int("num_attention_heads", self.num_attention_heads)
         kv_heads = fields.nullable_int("num_key_value_heads", self.default_kv_heads)
         self.num_key_value_heads = kv_heads or self.num_attention_heads

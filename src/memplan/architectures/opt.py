@@ -31,7 +31,7 @@ class OPTConfig:
         self.vocab_size = fields.int("vocab_size", 50272)
         self.hidden_size = fields.int("hidden_size", 768)
         self.word_embed_proj_dim = fields.int("word_embed_proj_dim", self.hidden_size)
-        self.num_hidden_layers = fields.int("num_hidden_layers", 12)
+        self.num_hidden_layers = fields.layers("num_hidden_layers", 12)
         self.ffn_dim = fields.int("ffn_dim", 3072)
         self.max_position_embeddings = fields.int("max_position_embeddings", 2048)
         self.num_attention_heads = fields.int("num_attention_heads", 12)

@@ -30,7 +30,7 @@ class ViTConfig:
 
     def __init__(self, fields: Fields) -> None:
         self.hidden_size = fields.int("hidden_size", 768)
-        self.num_hidden_layers = fields.int("num_hidden_layers", 12)
+        self.num_hidden_layers = fields.layers("num_hidden_layers", 12)
         self.num_attention_heads = fields.int("num_attention_heads", 12)
         check_heads(fields, self.hidden_size, self.num_attention_heads)
         self.head_dim = self.hidden_size // self.num_attention_heads

@@ -21,14 +21,13 @@ FIRST_BUCKET = 1 * MiB
 def phases(run: Run, ddp: DdpSpec, ranks: int) -> dict[str, Parts]:
     """Plain training's phases with the buckets, which live from construction on.
 
-    With gradient_as_bucket_view the gradients live in the buckets, so they exist between steps too.
+    With gradient_as_bucket_view each gradient is autograd's own at first, since zero_grad has taken away the view of
+    its bucket; the hook copies it there and leaves a view (mark_variable_ready_dense). The hooks sleep until a step's
+    last micro-batch (no_sync), so accumulated gradients are autograd's own until then. That they go one by one in the
+    last backward is not counted: it matters for two micro-batches alone, of which the peak is an upper bound.
     """
     buckets = sum(bucket_bytes(((p, count) for p, count in run.trainable), ddp))
-    result = plain.phases(run, communication=buckets, ranks=ranks)
-    if ddp.gradient_as_bucket_view:
-        for parts in result.values():
-            parts["gradients"] = 0
-    return result
+    return plain.phases(run, buckets, ranks, gradients_in_buckets=ddp.gradient_as_bucket_view)
 
 
 def bucket_bytes(parameters: Iterable[tuple[Parameter, int]], ddp: DdpSpec) -> list[int]:

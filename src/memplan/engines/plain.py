@@ -90,9 +90,9 @@ def states(run: Run) -> States:
     return States(weights, gradients, optimizer, max(clipping, run.optimizer.temporaries.peak))
 
 
-def phases(run: Run, communication: int = 0, ranks: int = 1) -> dict[str, Parts]:
+def phases(run: Run, communication: int = 0, ranks: int = 1, *, gradients_in_buckets: bool = False) -> dict[str, Parts]:
     """The fullest moment of every phase, by component. ``communication`` bytes are held throughout, and predictions
-    are gathered from ``ranks``.
+    are gathered from ``ranks``. With ``gradients_in_buckets`` they have no memory of their own once backward is over.
     """
     held = states(run)
     base = {
@@ -115,7 +115,9 @@ def phases(run: Run, communication: int = 0, ranks: int = 1) -> dict[str, Parts]
 
     old = held.gradients if accumulating else 0
     result = {"load": {"weights": held.weights, "communication": communication}}
-    stepping = between | {"gradients": held.gradients, "temporaries": held.step_temporaries}
+    stepping = between | {"temporaries": held.step_temporaries}
+    if not gradients_in_buckets:
+        stepping["gradients"] = held.gradients
     before_step = resting if run.optimizer.made_at_construction else base
     first: list[Parts] = [during(before_step, moment, old) for moment in run.profile.peaks.values()]
     fullest: Parts = max([*first, stepping], key=total)

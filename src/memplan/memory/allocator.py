@@ -164,6 +164,15 @@ class CachingAllocator:
         self.retries = 0
         """How often a segment failed and cached segments were returned (``num_alloc_retries``)."""
 
+    @property
+    def limit(self) -> int | None:
+        """Bytes of segments that CUDA has to give from now on; what is held beyond it stays."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, nbytes: int | None) -> None:
+        self._limit = nbytes
+
     # -- torch's counters -------------------------------------------------------------------------------------------
 
     @property

@@ -48,8 +48,8 @@ class Course:
     legs: list[tuple[Leg, Key | None]]
 
 
-def course(unrolled: Unrolled, numbers: Mapping[int, Key]) -> Course:
-    """Cut the whole model's log at the tape's events.
+def course(unrolled: Unrolled, numbers: Mapping[int, Key], *, measured: bool = True) -> Course:
+    """Cut the whole model's log at the tape's events; a replay needs no legs that are ``measured``.
 
     ``numbers`` gives, by id(), the key of every made weight and module: OUTSIDE for one that is in no layer.
     """
@@ -60,7 +60,7 @@ def course(unrolled: Unrolled, numbers: Mapping[int, Key]) -> Course:
     for position, (segment, count) in enumerate(unrolled.runs):
         legs = cut.get(id(segment))
         if legs is None:
-            legs = cut[id(segment)] = list(_legs(unrolled, segment))
+            legs = cut[id(segment)] = list(_legs(unrolled, segment, measured))
         for _ in range(count):
             layer = OUTSIDE
             if segment.layer is not None:
@@ -78,12 +78,12 @@ def course(unrolled: Unrolled, numbers: Mapping[int, Key]) -> Course:
     return Course(unrolled, found)
 
 
-def _legs(unrolled: Unrolled, segment: Segment) -> Iterator[Leg]:
+def _legs(unrolled: Unrolled, segment: Segment, measured: bool) -> Iterator[Leg]:
     ends: list[tuple[int, Event | None]] = [(event.position, event) for event in unrolled.tape.events[segment.events]]
     start = segment.start
     for end, event in [*ends, (segment.end, None)]:
         leg = Leg(segment, start, end, [0] * len(COMPONENTS), 0, 0, event)
-        for component, size in _changes(unrolled, leg):
+        for component, size in _changes(unrolled, leg) if measured else ():
             leg.net[component] += size
             leg.total += size
             leg.peak = max(leg.peak, leg.total)
@@ -263,57 +263,60 @@ class Ledger:
 class ReplayLedger(Ledger):
     """A ledger whose GPU is a caching allocator: blocks of engine and tape in the order in which they come.
 
-    It takes courses over tapes of all layers.
+    It takes courses over tapes of all layers, and knows nothing of components and of other places.
     """
 
     def __init__(self, allocator: CachingAllocator) -> None:
         super().__init__()
         self.allocator = allocator
-        self.peaks: dict[str, int] = {}
+        self._peaks: dict[str, int] = {}
         self._addresses: dict[int, int] = {}
         """Storage of the running tape -> where it lies."""
 
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The most allocated in each phase."""
+        self.begin(self.phase)
+        return self._peaks
+
+    def begin(self, phase: str) -> None:
+        self._peaks[self.phase] = max(self._peaks.get(self.phase, 0), self.allocator.peak_allocated)
+        self.allocator.reset_peak()
+        self.phase = phase
+
     def allocate(self, component: str, nbytes: int, place: str = "gpu") -> Block:
-        block = super().allocate(component, nbytes, place)
+        block = Block(place, component, nbytes)
         if place == "gpu":
-            block.address = self.allocator.malloc(block.nbytes)
-            self._see()
+            block.address = self.allocator.malloc(nbytes)
         return block
 
     def free(self, *blocks: Block | None) -> None:
         for block in blocks:
-            if block is not None and block.place == "gpu" and block.nbytes:
-                self.allocator.free(block.address)
-        super().free(*blocks)
+            if block is not None and block.nbytes:
+                if block.place == "gpu":
+                    self.allocator.free(block.address)
+                block.nbytes = 0
 
     def empty_cache(self) -> None:
         self.allocator.empty_cache()
 
     def run(self, unrolled: Unrolled, leg: Leg) -> None:
-        super().run(unrolled, leg)
-        self.allocator.reset_peak()
-        tape, addresses = unrolled.tape, self._addresses
+        sizes, taken, addresses = unrolled.tape.sizes, unrolled.taken, self._addresses
         malloc, free = self.allocator.malloc, self.allocator.free
-        for event in tape.log[leg.start : leg.end]:
+        for event in unrolled.tape.log[leg.start : leg.end]:
             if event >= 0:
-                addresses[event] = malloc(tape.sizes[event])
-            elif ~event not in unrolled.taken:
+                addresses[event] = malloc(sizes[event])
+            elif ~event not in taken:
                 free(addresses.pop(~event))
-        self._see(self.allocator.peak_allocated)
 
     def take(self, unrolled: Unrolled, leg: Leg) -> Block | None:
-        block = super().take(unrolled, leg)
-        if block is not None:
-            assert leg.event is not None
-            block.address = self._addresses.pop(leg.event.storage)
+        if leg.event is None or leg.event.storage < 0:
+            return None
+        block = Block("gpu", "gradients", unrolled.tape.sizes[leg.event.storage])
+        block.address = self._addresses.pop(leg.event.storage)
         return block
 
     def rewind(self) -> None:
-        super().rewind()
         for address in self._addresses.values():
             self.allocator.free(address)
         self._addresses.clear()
-
-    def _see(self, allocated: int | None = None) -> None:
-        allocated = self.allocator.allocated if allocated is None else allocated
-        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), allocated)

@@ -1,12 +1,18 @@
-"""Two training steps as the caching allocator sees them: every allocation and free, phase by phase."""
+"""Two training steps, and evaluation, as the caching allocator sees them: every allocation and free, phase by phase."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from memplan.memory.allocator import CachingAllocator, SizeClass, TraceSummary, reserved_upper_bound
+from memplan.memory.allocator import (
+    CachingAllocator,
+    OutOfMemoryError,
+    SizeClass,
+    TraceSummary,
+    reserved_upper_bound,
+)
 from memplan.memory.optimizers import Optimizer, clip_grad_norm
 from memplan.specs.training import AllocatorSpec
 from memplan.tape.tape import Tape
@@ -35,14 +41,35 @@ class _Replay:
     def __init__(self, conf: AllocatorSpec) -> None:
         self.allocator = configured(conf)
         self.peaks: dict[str, int] = {}
+        self._peak_reserved = 0
+        self._segment = conf.large_segment_size_mb * MiB
+
+    @property
+    def peak_reserved(self) -> int:
+        """The most reserved in any phase."""
+        return max(self._peak_reserved, self.allocator.peak_reserved)
+
+    def confine(self, limit: int) -> None:
+        """From here on CUDA has no more than ``limit`` bytes to give, or what is reserved already."""
+        self.allocator.limit = max(limit, self.allocator.reserved)
+
+    def _malloc(self, nbytes: int) -> int:
+        """Where the limit does not suffice even without what is cached, it grows by what the request lacks."""
+        try:
+            return self.allocator.malloc(nbytes)
+        except OutOfMemoryError as error:
+            self.allocator.limit = error.reserved + error.nbytes + self._segment
+            return self.allocator.malloc(nbytes)
 
     def run(
         self, phase: str, log: Sequence[int], sizes: Sequence[int], addresses: list[int] | None = None
     ) -> list[int]:
         """Play a log, or a further part of one, and return where its tensors lie."""
-        malloc, free = self.allocator.malloc, self.allocator.free
+        malloc: Callable[[int], int] = self.allocator.malloc if self.allocator.limit is None else self._malloc
+        free = self.allocator.free
         if addresses is None:
             addresses = [0] * len(sizes)
+        self._peak_reserved = self.peak_reserved
         self.allocator.reset_peak()
         for event in log:
             if event >= 0:
@@ -74,7 +101,7 @@ class Replayed:
     """What the allocator's counters reach, in bytes."""
 
     peak_allocated: dict[str, int]
-    """Per phase: first_step, forward, loss, backward, step."""
+    """Per phase: first_step, forward, loss, backward, step, eval."""
     peak_reserved: int
 
 
@@ -110,9 +137,7 @@ def _upper_bound(
     micro_batches: int,
     others: Iterable[tuple[int, int, int]],
 ) -> int:
-    live: dict[int, tuple[int, int]] = {
-        size: (peak, number * micro_batches) for size, (peak, number) in counts.items()
-    }
+    live: dict[int, tuple[int, int]] = {size: (peak, number * micro_batches) for size, (peak, number) in counts.items()}
     for size, alive, allocated in others:
         peak, number = live.get(size, (0, 0))
         live[size] = (peak + alive, number + allocated)
@@ -127,6 +152,63 @@ def cuts(tape: Tape) -> list[tuple[str, int]]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluationLoop:
+    """Evaluation after the last step."""
+
+    tape: Tape
+    """A batch's forward."""
+    predictions: Sequence[int]
+    """Bytes of each tensor of a batch that is kept."""
+    steps: int
+    """Batches kept on the GPU."""
+    ranks: int
+    """Processes from which predictions are gathered."""
+    limit: int | None
+    """Bytes that CUDA has to give. Training fills the cache with blocks of other sizes, which the allocator returns
+    before evaluation dies of them.
+    """
+
+    def bound(self, counts: Mapping[int, tuple[int, int]]) -> int:
+        """Bytes that evaluation cannot add to what training has reserved at most, by the same proof: a segment that is
+        opened for it holds nothing else. ``counts`` says of a batch what :func:`reserved_bound` wants of a micro-batch.
+        """
+        kept: list[tuple[int, int, int]] = []
+        for nbytes in self.predictions:
+            kept += [(nbytes * self.ranks * batches, 1, 1) for batches in range(2, self.steps + 1)]
+            kept += [(nbytes, 2, self.steps), (nbytes * self.ranks, 2, self.steps)]
+        return _upper_bound({}, counts, self.steps, kept)
+
+
+def _evaluate(replay: _Replay, loop: EvaluationLoop) -> None:
+    """The batches up to the last whose predictions stay on the GPU, as in engines/plain.py; between the first two and
+    the last two only predictions are added.
+    """
+    if loop.limit is not None:
+        replay.confine(loop.limit)
+    gathered: list[int] = []
+    container: list[int] = []
+    for batch in range(loop.steps):
+        if batch < 2 or batch >= loop.steps - 2:
+            addresses = replay.run("eval", loop.tape.log, loop.tape.sizes)
+            replay.free(addresses[tensor] for tensor in _left_alive(loop.tape.log))
+        local = replay.allocate("eval", loop.predictions)
+        if batch > 1:  # the first batch's are the container's
+            replay.free(gathered)
+        gathered = local
+        if loop.ranks > 1:
+            gathered = replay.allocate("eval", [nbytes * loop.ranks for nbytes in loop.predictions])
+            replay.free(local)
+        if batch == 0:
+            container = gathered
+            continue
+        joined: list[int] = []
+        for old, nbytes in zip(container, loop.predictions, strict=True):
+            joined += replay.allocate("eval", [nbytes * loop.ranks * (batch + 1)])
+            replay.free([old])
+        container = joined
+
+
 def replay_steps(
     parameters: Sequence[Parameter],
     held: Sequence[int],
@@ -135,12 +217,16 @@ def replay_steps(
     workspaces: Sequence[int],
     conf: AllocatorSpec | None = None,
     waiting: Sequence[int] = (),
+    evaluation: EvaluationLoop | None = None,
+    *,
+    gradients_in_buckets: bool = False,
 ) -> Replayed:
-    """Load the weights, run two steps and report the peaks.
+    """Load the weights, run two steps and the evaluation, and report the peaks.
 
     ``held`` are further sizes held throughout (buffers, DDP's buckets); ``micro_batches`` are the tapes of a step's
     micro-batches; ``workspaces`` are cuBLAS's, the first taken in forward, the others in backward; ``waiting``
-    are inputs of further micro-batches, which a step has from its start.
+    are inputs of further micro-batches, which a step has from its start. With ``gradients_in_buckets`` backward ends
+    with the gradients in the buckets, and their own memory free.
     """
     replay = _Replay(conf or AllocatorSpec())
     replay.allocate("load", [*(p.nbytes for p in parameters), *held])
@@ -164,10 +250,15 @@ def replay_steps(
             kept = len(alive) if number else tape.input_count
             inputs += alive[:kept]
             gradients += alive[kept:]
+        if gradients_in_buckets:
+            replay.free(gradients)
+            gradients = []
         phase = "step" if step else "first_step"
         replay.free(replay.allocate(phase, [nbytes for nbytes, count in clipping for _ in range(count)]))
         stepped = optimizer.step(first=step == 0)
         replay.run(phase, stepped.log, stepped.sizes)
         replay.free(gradients)
+        if step == STEPS - 1 and evaluation is not None:
+            _evaluate(replay, evaluation)
         replay.free(inputs)
-    return Replayed(replay.peaks, replay.allocator.peak_reserved)
+    return Replayed(replay.peaks, replay.peak_reserved)

@@ -251,7 +251,7 @@ def extras(estimate: Estimate) -> list[tuple[str, str]]:
     if estimate.footprint is not None:
         lines.append(("footprint", f"{gib(estimate.footprint)} GiB, as get_memory_footprint() counts"))
     if estimate.kv_cache is not None:
-        lines.append(("kv cache", f"{gib(estimate.kv_cache)} GiB at the last token"))
+        lines.append(("kv cache", f"{gib(estimate.kv_cache)} GiB at the end"))
     if estimate.device_map is not None:
         lines.append(("device map", _device_map(estimate.device_map)))
     return lines

@@ -24,6 +24,8 @@ class _Required:
 
 
 _REQUIRED: Final = _Required()
+MOST_LAYERS = 4096
+"""Several times the depth of any published model."""
 _LARGEST_FLOAT = 1e12  # rope_theta reaches 1e11 in long-context checkpoints; 1e30 is a slip
 
 
@@ -64,6 +66,13 @@ class Fields:
         if value is None:
             return self._default(name, default)
         return self._integer(name, value, minimum)
+
+    def layers(self, name: Str, default: Int | _Required = _REQUIRED, *, alias: Str | None = None) -> Int:
+        """Return a number of layers, from 1 to 4096: each is run, so a slip must not take hours."""
+        value = self.int(name, default, alias=alias)
+        if value > MOST_LAYERS:
+            raise self.wrong(name, value, "is out of range", f"Use an integer from 1 to {MOST_LAYERS}.")
+        return value
 
     def optional_int(self, name: Str, *, minimum: Int = 1, alias: Str | None = None) -> Int | None:
         """Return an integer from ``minimum`` to 2**40, or None if the field is missing or null."""

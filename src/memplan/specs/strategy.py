@@ -213,6 +213,11 @@ class Strategy(Spec):
         return int(self.kind[-1]) if self.is_deepspeed else None
 
     @property
+    def shards(self) -> bool:
+        """Whether the engine is DeepSpeed or FSDP, and not plain PyTorch."""
+        return self.is_deepspeed or self.kind == "fsdp"
+
+    @property
     def is_deepspeed(self) -> bool:
         """Whether DeepSpeed is the engine, which loads the model in 16 bit by default."""
         return self.kind.startswith("zero")

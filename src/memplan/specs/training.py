@@ -13,6 +13,7 @@ __all__ = [
     "KNOWN_OPTIMIZERS",
     "OPTIMIZERS",
     "PEFT_TYPES",
+    "STEPS_ONLY",
     "UNMODELLED_OPTIMIZERS",
     "AllocatorSpec",
     "LoraSpec",
@@ -311,14 +312,14 @@ class TrainingSpec(Spec):
 
     def _without_training(self) -> None:
         """Adapters may be loaded and run with; what only a training step has may not be given."""
-        for name in _STEPS_ONLY:
+        for name in STEPS_ONLY:
             value = getattr(self, name)
             if value != type(self).model_fields[name].default or (name == "optim" and name in self.model_fields_set):
                 remedy = "Leave it out, or use --task train."
                 raise SpecError.at(name, value, f"has no use in task {self.task}", remedy)
 
 
-_STEPS_ONLY = (
+STEPS_ONLY = (
     "grad_accum_steps", "optim", "gradient_checkpointing", "liger", "eval_batch_size", "eval_accumulation_steps",
 )  # fmt: skip
 """Fields of a training step, which loading and generation do not have."""

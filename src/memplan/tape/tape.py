@@ -181,6 +181,8 @@ class Tape:
         """An engine that shards takes each weight's gradient as it comes, and says itself how long it is kept."""
         self.events: list[Event] = []
         """What an engine hooks into, in order: gradients that are ready, and modules that are watched."""
+        self.zero3_linear = False
+        """DeepSpeed's own function stands in F.linear's place."""
         self.watches = False
         """Modules are watched."""
         self._watched: list[tuple[int, int, int, bool]] = []

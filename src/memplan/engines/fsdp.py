@@ -1,0 +1,328 @@
+"""FSDP2 (``fully_shard``) as accelerate sets it up: units of weights, sharded by rows, gathered where they are used.
+
+Sources: torch/distributed/fsdp/_fully_shard/{_fsdp_param_group,_fsdp_collectives,_fsdp_param,_fsdp_state}.py, torch
+2.13; fsdp2_prepare_model in accelerate/utils/fsdp_utils.py, 1.15. The engine is played over a micro-batch whose modules
+are watched (:mod:`memplan.memory.course`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+from memplan.architectures.nn import InputEmbeddings, Layers, Model, Module
+from memplan.engines.layout import Layout
+from memplan.errors import UnsupportedError
+from memplan.memory.course import Block, Key, Ledger
+from memplan.memory.optimizers import OUTSIDE, Groups, Optimizer, make_optimizer
+from memplan.specs.strategy import Strategy
+from memplan.tape.dispatch import DeviceRules
+from memplan.tape.tape import Tape
+from memplan.tape.tensor import DType, Parameter, float32
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A weight, of which every rank keeps rows."""
+
+    key: Key
+    rows: int
+    width: int
+    """Elements of a row."""
+    itemsize: int
+    """Bytes of an element of the shard: trained weights are in float32 under mixed precision."""
+    trained: bool
+    ranks: int
+
+    @property
+    def shard(self) -> int:
+        """Elements of one rank's shard, padding included."""
+        return -(-self.rows // self.ranks) * self.width
+
+    @property
+    def padded(self) -> int:
+        """Elements of all shards together."""
+        return self.shard * self.ranks
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.width
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What ``fully_shard`` was called with."""
+
+    weights: Sequence[Row]
+    first: Key
+    last: Key
+    """The modules whose forward begins and ends the unit's."""
+    reshard_after_forward: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FsdpSetup:
+    """What FSDP2 places."""
+
+    units: Sequence[Unit]
+    """In the order of their forward."""
+    root: Key
+    ranks: int
+    dtype: DType
+    """MixedPrecisionPolicy's param_dtype and reduce_dtype, or the model's."""
+    optimizer: Optimizer
+    stepped: Sequence[Parameter]
+    """The shards that are trained."""
+
+
+class Fsdp:
+    """One rank."""
+
+    def __init__(self, setup: FsdpSetup, ledger: Ledger) -> None:
+        self.setup = setup
+        self.ledger = ledger
+        self._begins: Mapping[Key, Unit] = {unit.first: unit for unit in setup.units}
+        self._ends: Mapping[Key, Unit] = {unit.last: unit for unit in setup.units}
+        self._unit = {row.key: unit for unit in setup.units for row in unit.weights}
+        self._unsharded: dict[Key, list[Block]] = {}
+        self._gathered: dict[Key, Block | None] = {}
+        """Unit -> all_gather_output, before its copy-out."""
+        self._last_gathered: Block | None = None
+        """The forward's last all_gather_output, which is kept until the next copy-out (comm_ctx.all_gather_state)."""
+        self._grads: dict[Key, Block] = {}
+        self._sharded_grads: list[Block] = []
+        self._reduce_input: Block | None = None
+        self._order: list[Unit] = []
+        """Units in the order of their forward's end."""
+        self._reduced: set[Key] = set()
+        self._has_states = False
+        self._boundary = True
+        self._backward = False
+
+    def initialize(self) -> None:
+        """fully_shard: unit by unit the weights come to the GPU whole, and only their shards stay."""
+        for unit in self.setup.units:
+            whole = [self.ledger.allocate("temporaries", row.elements * row.itemsize) for row in unit.weights]
+            for row in unit.weights:
+                self.ledger.allocate("weights", row.shard * row.itemsize)
+            self.ledger.free(*whole)
+
+    # -- hooks -----------------------------------------------------------------------------------------------------
+
+    def begin_micro_batch(self, boundary: bool) -> None:
+        self._boundary = boundary
+        self._backward = False
+        self._order.clear()
+        self._reduced.clear()
+
+    def module_event(self, kind: str, module: Key) -> None:
+        """A hook of a module; only those of units matter, and in the backward no forward's."""
+        if kind == "pre_forward" and module in self._begins and not self._backward:
+            self._unshard(self._begins[module])
+            self._wait(self._begins[module], forward=True)
+        elif kind == "post_forward" and module in self._ends and not self._backward:
+            unit = self._ends[module]
+            if unit.reshard_after_forward:
+                self._reshard(unit)
+            self._order.append(unit)
+        if kind == "post_forward" and module == self.setup.root and not self._backward:
+            self.ledger.free(self._last_gathered)
+            self._last_gathered = None
+        elif kind == "pre_backward" and module in self._ends:
+            self._pre_backward(self._ends[module])
+        elif kind == "post_backward" and module in self._begins:
+            self._post_backward(self._begins[module])
+
+    def process_gradients(self, key: Key, gradient: Block | None) -> None:
+        if gradient is not None:
+            self._grads[key] = gradient
+
+    def finish_micro_batch(self) -> None:
+        """_root_post_backward_final_callback: units whose inputs need no gradient, and what was kept for overlap."""
+        for unit in self._order:
+            if unit.first not in self._reduced:
+                self._post_backward(unit)
+        self.ledger.free(self._reduce_input, *self._gathered.values())  # finalize_backward
+        self._reduce_input = None
+        self._gathered.clear()
+        self._backward = False
+
+    # -- gathering -------------------------------------------------------------------------------------------------
+
+    def _unshard(self, unit: Unit) -> None:
+        if unit.first in self._gathered or unit.first in self._unsharded:
+            return
+        size = self.setup.dtype.itemsize
+        if self.setup.ranks == 1:
+            self._gathered[unit.first] = None
+            return
+        elements = sum(row.padded for row in unit.weights)
+        casts = sum(row.shard for row in unit.weights if row.itemsize != size) * size
+        cast = self.ledger.allocate("temporaries", casts) if casts else None
+        self._gathered[unit.first] = self.ledger.allocate("communication", elements * size)
+        self.ledger.free(cast)
+
+    def _wait(self, unit: Unit, *, forward: bool) -> None:
+        """wait_for_unshard: the copy-out."""
+        if unit.first not in self._gathered:
+            return
+        gathered = self._gathered.pop(unit.first)
+        size = self.setup.dtype.itemsize
+        blocks: list[Block] = []
+        for row in unit.weights:
+            blocks.append(self.ledger.allocate("communication", row.padded * size))
+            if self.setup.ranks == 1 and row.itemsize != size:
+                self.ledger.briefly("temporaries", row.elements * size)
+        self._unsharded[unit.first] = blocks
+        if forward:  # the one before is held until this copy-out is done
+            self.ledger.free(self._last_gathered)
+            self._last_gathered = gathered
+        else:
+            self.ledger.free(gathered)
+
+    def _reshard(self, unit: Unit) -> None:
+        self.ledger.free(*self._unsharded.pop(unit.first, ()))
+
+    # -- backward ----------------------------------------------------------------------------------------------------
+
+    def _pre_backward(self, unit: Unit) -> None:
+        self._backward = True
+        self._unshard(unit)
+        self._wait(unit, forward=False)
+        before = self._order.index(unit) - 1
+        if before >= 0:
+            self._unshard(self._order[before])
+
+    def _post_backward(self, unit: Unit) -> None:
+        self._reduced.add(unit.first)
+        grads = {row.key: self._grads[row.key] for row in unit.weights if row.key in self._grads}
+        self._reshard(unit)
+        if not self._boundary:
+            return  # no_sync: gradients stay whole
+        self.ledger.free(self._reduce_input)
+        self._reduce_input = None
+        if not grads:
+            return
+        rows = [row for row in unit.weights if row.key in grads]
+        size = self.setup.dtype.itemsize
+        self._reduce_input = self.ledger.allocate("communication", sum(row.padded for row in rows) * size)
+        for key in grads:
+            self.ledger.free(self._grads.pop(key))
+        output = self.ledger.allocate("gradients", sum(row.shard for row in rows) * size)
+        if rows[0].itemsize != size:
+            cast = self.ledger.allocate("gradients", sum(row.shard for row in rows) * rows[0].itemsize)
+            self.ledger.free(output)
+            output = cast
+        self._sharded_grads.append(output)
+
+    # -- step ----------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        optimizer = self.setup.optimizer
+        if not self._has_states:
+            self._has_states = True
+            for p in self.setup.stepped:
+                for nbytes in optimizer.state_bytes(p):
+                    self.ledger.allocate("optimizer", nbytes)
+        self.ledger.briefly("temporaries", optimizer.temporaries.peak)
+        self.ledger.free(*self._sharded_grads)
+        self._sharded_grads.clear()
+
+
+def fsdp_setup(
+    strategy: Strategy,
+    root: Module,
+    model: Layout,
+    ranks: int,
+    dtype: DType,
+    loaded: DType,
+    mixed: bool,
+    optim: str,
+    rules: DeviceRules,
+) -> FsdpSetup:
+    """The units that accelerate makes; ``loaded`` is the dtype of frozen weights. Raises UnsupportedError."""
+    keys = strategy.fsdp
+    reasons = {
+        "version": keys.version != 2 and keys.version,
+        "offload_param": strategy.offload_param != "none" and strategy.offload_param,
+        "auto_wrap_policy": keys.auto_wrap_policy != "TRANSFORMER_BASED_WRAP" and keys.auto_wrap_policy,
+        "transformer_layer_cls_to_wrap": bool(keys.transformer_layer_cls_to_wrap) and "a class of your own",
+        "activation_checkpointing": keys.activation_checkpointing and "true",
+        "optim": not optim.startswith("adamw_torch") and optim,
+    }
+    for key, value in reasons.items():
+        if value:
+            raise UnsupportedError(f"{key}: {value!r} is not modelled yet under fsdp. Leave it out.")
+    trained = {key for group in model.groups for key in group}
+    master = float32 if mixed else loaded  # fsdp2_prepare_model upcasts what is trained
+    rows = {
+        key: Row(
+            key,
+            p.shape[0],
+            prod(p.shape[1:]),
+            (master if key in trained else loaded).itemsize,
+            key in trained,
+            ranks,
+        )
+        for key, p in model.parameters.items()
+    }
+    units = _Units(root, model, rows, keys.reshard_after_forward).units
+    tape = Tape(rules)
+    stepped = [
+        tape.parameter("shard", (-(-row.rows // ranks), *model.parameters[row.key].shape[1:]), master)
+        for group in model.groups
+        for row in (rows[key] for key in group)
+    ]
+    return FsdpSetup(
+        units=units,
+        root=model.numbers[id(root)],
+        ranks=ranks,
+        dtype=dtype,
+        optimizer=make_optimizer(optim, rules, partial(Groups, stepped)),
+        stepped=stepped,
+    )
+
+
+class _Units:
+    """fsdp2_prepare_model: blocks, the input embedding, the tail (final norm and head), and the root with the rest."""
+
+    def __init__(self, root: Module, model: Layout, rows: Mapping[Key, Row], reshard: bool) -> None:
+        self._model = model
+        self._left = dict(rows)
+        embedding = next((m for _, m in root.named_modules() if isinstance(m, InputEmbeddings)), None)
+        head = root.output_embeddings() if isinstance(root, Model) else None
+        tied = embedding is not None and getattr(embedding, "weight", None) is getattr(head, "weight", None)
+        blocks = [unit for layers in _lists(root) for unit in self._blocks(layers, reshard)]
+        first = [] if tied or embedding is None else [self._made([embedding], reshard)]
+        norm = _final_norm(root)
+        tail = [m for m in (*([embedding] if tied else []), norm, head) if m is not None]
+        last = [self._made(tail, reshard=False)] if tail else []
+        rest = self._made([root], reshard=False)
+        found = [*([rest] if rest.weights else []), *first, *blocks, *last]
+        self.units = [unit for unit in found if unit.weights]
+
+    def _blocks(self, layers: Layers, reshard: bool) -> list[Unit]:
+        made = dict(layers.children())
+        return [self._made([made[str(m)]], reshard, layer) for layer, m in enumerate(layers.sequence())]
+
+    def _made(self, modules: Sequence[Module], reshard: bool, layer: int = OUTSIDE) -> Unit:
+        weights: list[Row] = []
+        for module in modules:
+            for _, each in module.named_modules():
+                key = self._model.numbers[id(each)][0], layer
+                weights += [self._left.pop(own) for own in self._model.modules.get(key, ()) if own in self._left]
+        first, last = ((self._model.numbers[id(module)][0], layer) for module in (modules[0], modules[-1]))
+        return Unit(weights, first, last, reshard)
+
+
+def _lists(root: Module) -> list[Layers]:
+    return [module for _, module in root.named_modules() if isinstance(module, Layers)]
+
+
+def _final_norm(root: Module) -> Module | None:
+    """_find_final_norm: the last norm among the children of the base model."""
+    base = getattr(root, getattr(root, "_prefix", ""), root)
+    norms = [child for _, child in base.children() if "Norm" in type(child).__name__]
+    return norms[-1] if norms else None
