@@ -100,7 +100,7 @@ def test_a_cluster_may_be_text_or_a_spec() -> None:
 def test_an_unknown_gpu_or_cluster_is_refused() -> None:
     with pytest.raises(ResolutionError, match="gpu: 'B20'"):
         api.estimate(TINY, cluster="2xB20")
-    with pytest.raises(SpecError, match="cluster: 4 is not a spec. Write it as 2xA100-80GB"):
+    with pytest.raises(SpecError, match=r"cluster: 4 is not a spec\. Write it as 2xA100-80GB"):
         api.estimate(TINY, cluster=4)  # type: ignore[arg-type]
 
 
@@ -228,9 +228,13 @@ def setups(*estimates: Estimate) -> list[tuple]:
 def test_the_ladder_goes_from_the_setup_as_asked_to_the_smallest() -> None:
     training = TrainingSpec(micro_batch_size=4, grad_accum_steps=2, seq_len=128)
     ladder = api.ladder(TINY, training, "2xT4")
-    assert setups(*ladder.estimates) == [("ddp", 4, 2, False), ("ddp", 1, 8, False), ("ddp", 1, 8, True)]
-    activations = [estimate.gpu.components.activations for estimate in ladder.estimates]
+    plain = [("ddp", 4, 2, False), ("ddp", 1, 8, False), ("ddp", 1, 8, True)]
+    sharded = [(kind, 1, 8, True) for kind in ("zero1", "zero2", "zero2", "zero3", "zero3", "zero3")]
+    assert setups(*ladder.estimates) == plain + sharded
+    activations = [estimate.gpu.components.activations for estimate in ladder.estimates[:3]]
     assert activations == sorted(activations, reverse=True)
+    places = [(each.setup["offload_optimizer"], each.setup["offload_param"]) for each in ladder.estimates[3:]]
+    assert places == [("none", "none")] * 2 + [("cpu", "none"), ("none", "none"), ("none", "cpu"), ("cpu", "cpu")]
     assert ladder.estimates[0] == api.estimate(TINY, training, "2xT4")
 
 
@@ -240,6 +244,14 @@ def test_rungs_that_change_nothing_are_left_out() -> None:
         asked = TrainingSpec(gradient_checkpointing=checkpointing)
         ladder = api.ladder(TINY, asked, "T4")
         assert [estimate.setup["gradient_checkpointing"] for estimate in ladder.estimates] == [checkpointing]
+
+
+def test_engines_that_shard_are_left_out_where_they_are_not_modelled() -> None:
+    for training in (TrainingSpec(liger=True), TrainingSpec(eval_batch_size=1), TrainingSpec(optim="muon")):
+        kinds = {each.strategy.kind for each in api.rungs(api.Setup(training, Strategy(kind="ddp")))}
+        assert kinds == {"ddp"}
+    offloaded = api.rungs(api.Setup(TrainingSpec(optim="adafactor"), Strategy(kind="ddp")))
+    assert {each.strategy.offload_optimizer for each in offloaded} == {"none"}
 
 
 def test_loading_and_generation_have_one_rung() -> None:

@@ -268,13 +268,27 @@ def test_help(run) -> None:
     assert run("--version").out == f"memplan {memplan.__version__}\n"
 
 
-def test_the_page_of_the_command_line_is_current() -> None:
-    script = ROOT / "docs" / "generate_cli.py"
-    spec = importlib.util.spec_from_file_location("generate_cli", script)
+def docs_script(name: str) -> Any:
+    """A script of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_shows_what_the_demo_prints(run) -> None:
+    module = docs_script("generate_demo")
+    readme = module.README.read_text(encoding="utf-8")
+    assert module.block(readme) == run(*module.ARGUMENTS).out, "run python docs/generate_demo.py"
+    command = " ".join(("memplan", *module.ARGUMENTS))
+    assert f"`{command}`" in readme
+    assert f"/{command} " in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_the_page_of_the_command_line_is_current() -> None:
+    module = docs_script("generate_cli")
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run python docs/generate_cli.py"
 
 
@@ -320,7 +334,19 @@ def test_the_page_of_the_command_line_is_current() -> None:
         (["--mixed-precision", "yes"], "--mixed-precision: 'yes' is not a choice. Use 'no', 'bf16' or 'fp16'."),
         (["--strategy", "zero4"], "--strategy: 'zero4' is not a choice. Use 'single', 'ddp'"),
         (["--quantization", "int4"], "--quantization: 'int4' is not a choice. Use"),
-        (["--quantization", "nf4"], "--quantization: 'nf4' has no trainable weights. Give lora a rank"),
+        (["--quantization", "nf4"], "--quantization: 'nf4' has no trainable weights. Give --lora-rank"),
+        (["--peft-type", "lora"], "--peft-type: 'lora' needs a rank. Give --lora-rank."),
+        (["--eval-accumulation-steps", "4"], "has no evaluation to accumulate over. Give --eval-batch-size too."),
+        (["--alloc-conf", "foo:1"], "--alloc-conf: 'foo' is not a setting of PYTORCH_ALLOC_CONF. Known: "),
+        (["--alloc-conf", "max_split_size_mb:4"], "--alloc-conf max_split_size_mb: 4 is refused by torch. Use 21"),
+        (["--lora-rank", "4", "--lora-targets", "all-linear,q_proj"], "--lora-targets: 'all-linear,q_proj' has all"),
+        (["--strategy", "ddp", "--offload-optimizer", "cpu"], "cannot go with ddp. Use --strategy zero1, zero2 or"),
+        (["--task", "load", "--strategy", "zero2"], "--strategy: 'zero2' has no use in task load. Leave it out, or"),
+        (["--task", "load", "--optim", "sgd"], "--optim: 'sgd' has no use in task load. Leave it out, or use --task t"),
+        (["--task", "load", "--trace"], "--trace: a training step can be traced, task load cannot. Leave --trace out"),
+        (["--task", "load", "--nodes", "2", "--gpus", "2", "--device-map", "auto"], "--nodes: 2 is more than task"),
+        (["--engine-config", "x.json"], "--engine-config: 'x.json' cannot be read yet. Leave it out, and give what"),
+        (["--head", "base"], "--head: 'base' has no loss to train. Use --head causal-lm or sequence-classification"),
         (["--task", "serve"], "--task: 'serve' is not a choice. Use 'train', 'load' or 'generate'."),
         (["--device-map", "auto"], "--device-map: 'auto' spreads one copy of the model, which task train does not."),
         (["--software", "torhc=2"], "--software: 'torhc' is not a library memplan knows. Did you mean torch?"),
@@ -347,7 +373,6 @@ def test_bad_values_are_told_all_at_once(run) -> None:
     [
         (["--strategy", "fsdp", "--offload-param", "cpu"], "--offload-param: 'cpu'"),
         (["--strategy", "zero3", "--offload-optimizer", "nvme"], "--offload-optimizer: 'nvme'"),
-        (["--strategy", "fsdp", "--offload-param", "cpu"], "--strategy: 'fsdp'"),
         (["--engine-config", "ds_config.json"], "--engine-config: 'ds_config.json'"),
     ],
 )
@@ -388,6 +413,19 @@ def test_bad_commands(run, arguments: list[str], message: str) -> None:
 
 
 # -- bad models
+
+
+def test_half_a_model_is_not_taken_for_the_whole(run) -> None:
+    t5 = {"model_type": "t5", "architectures": ["T5EncoderModel"], "d_model": 64, "num_layers": 2, "num_heads": 2}
+    for task in ("train", "load"):
+        message = refused(run("estimate", write("half", t5), "--gpu", "T4", "--task", task))
+        assert message == (
+            "architectures: 'T5EncoderModel' is half of a model, which is not modelled. "
+            "Give --head seq2seq-lm, or --head base, for the whole model."
+        )
+    assert run("estimate", "half", "--gpu", "T4", "--head", "seq2seq-lm", "--json").code == 0
+    encoder_only = refused(run("estimate", write("bare", {**t5, "architectures": ["T5Model"]}), "--gpu", "T4"))
+    assert encoder_only == "--head: 'base' has no loss to train. Use --head seq2seq-lm, or --task load."
 
 
 @pytest.mark.parametrize(

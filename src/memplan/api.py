@@ -24,7 +24,7 @@ from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
-from memplan.specs.strategy import Strategy
+from memplan.specs.strategy import Kind, Offload, Strategy
 from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 if TYPE_CHECKING:
@@ -157,7 +157,8 @@ def advise(
     gpus = [_fitting_gpus(case, asked, first)]
     if isinstance(result, EstimateList):
         further = zip(rungs(asked)[1:], result.estimates[1:], strict=True)
-        gpus += [_fitting_gpus(case, setup, estimated, limit=1) for setup, estimated in further]
+        for setup, estimated in further:  # an engine that shards takes too long to be tried on every GPU
+            gpus.append(("-",) if setup.strategy.shards else _fitting_gpus(case, setup, estimated, limit=1))
     return Advice(gpus=tuple(gpus))
 
 
@@ -193,10 +194,33 @@ def _checkpointed(setup: Setup) -> Setup | None:
     return _changed(setup, gradient_checkpointing=True)
 
 
+def _under(kind: Kind, offload_optimizer: Offload = "none", offload_param: Offload = "none") -> Change:
+    """The change to an engine that shards, for a run on several GPUs that it is modelled for."""
+
+    def change(setup: Setup) -> Setup | None:
+        training = setup.training
+        unmodelled = training.quantization is not None or training.liger or training.eval_batch_size is not None
+        adamw = training.optim.startswith("adamw_torch")
+        if setup.strategy.kind == "single" or unmodelled or not (adamw or offload_optimizer == "none"):
+            return None
+        if training.task != "train" or training.optim == "muon":
+            return None
+        strategy = Strategy(kind=kind, offload_optimizer=offload_optimizer, offload_param=offload_param)
+        return Setup(training, strategy)
+
+    return change
+
+
 LADDER: tuple[tuple[str, Change], ...] = (
     ("as asked", _as_asked),
     ("micro-batch 1", _micro_batch_1),
     ("gradient checkpointing", _checkpointed),
+    ("ZeRO-1", _under("zero1")),
+    ("ZeRO-2", _under("zero2")),
+    ("ZeRO-2, optimizer offloaded", _under("zero2", "cpu")),
+    ("ZeRO-3", _under("zero3")),
+    ("ZeRO-3, parameters offloaded", _under("zero3", "none", "cpu")),
+    ("ZeRO-3, all offloaded", _under("zero3", "cpu", "cpu")),
 )
 """The rungs, each a change to the one before it; the faster comes first."""
 
@@ -332,6 +356,9 @@ class _Case:
         specs = (self.model, setup.training, self.cluster, setup.strategy, self.software)
         if self.tracer is None:
             return estimator.estimate(*specs, replay=replay, explain=explain)
+        if setup.training.task != "train":
+            remedy = "Leave --trace out and name the model or give its config, or use --task train."
+            raise UnsupportedError(f"trace: a training step can be traced, task {setup.training.task} cannot. {remedy}")
         traced = self.tracer.trace(estimator.resolve(*specs))
         result = estimator.estimate(*specs, replay=replay, explain=explain, traced=traced)
         return self.tracer.beside_the_written(result, *specs) if replay else result

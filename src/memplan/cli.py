@@ -346,7 +346,10 @@ def _strategy(given: Mapping[str, Any]) -> Strategy | None:
     from memplan.specs.strategy import Strategy
 
     if "engine_config" in given:
-        remedy = "Give its settings as options: --strategy, --offload-optimizer, --offload-param."
+        remedy = (
+            "Leave it out, and give what it says as options: --strategy, --offload-optimizer, --offload-param, "
+            "--mixed-precision, --micro-batch-size, --grad-accum-steps. Its other keys are fields of memplan.Strategy."
+        )
         raise UnsupportedError.at("engine_config", given["engine_config"], "cannot be read yet", remedy)
     fields = {("kind" if name == "strategy" else name): given[name] for name in _STRATEGY if name in given}
     return Strategy(**fields) if fields else None
@@ -441,6 +444,9 @@ def _in_options(message: str) -> str:
 
 def _in_option(line: str) -> str:
     path, colon, rest = line.partition(":")
+    option, dot, setting = path.partition(".")
+    if path not in _PATHS and option in _PATHS and dot:
+        return f"{_PATHS[option]} {setting}{colon}{rest}"
     return f"{_PATHS.get(path, path)}{colon}{rest}"
 
 

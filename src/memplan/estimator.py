@@ -13,7 +13,7 @@ from memplan.adapters.prequantized import DEQUANTIZED_SOURCE, checkpoint_quantiz
 from memplan.adapters.quantization import default_dtype, prepare_for_kbit_training, quantize
 from memplan.architectures.cache import DynamicCache
 from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, Module, watch
-from memplan.architectures.registry import attention_implementations, build_model, head_of
+from memplan.architectures.registry import attention_implementations, build_model, head_of, trainable_heads
 from memplan.catalog.gpus import find_gpu
 from memplan.constants import Constant
 from memplan.engines import ddp, fsdp, plain, zero, zero0, zero3
@@ -304,7 +304,8 @@ def _micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluatio
         watch(root, tape)
         tape.zero3_linear = setup.engine == "zero3"
     if not isinstance(root, Model):
-        raise SpecError.at("head", "base", "has no loss to train", "Use --head causal-lm, or --task load.")
+        heads = " or ".join(trainable_heads(setup.model.model_type))
+        raise SpecError.at("head", "base", "has no loss to train", f"Use --head {heads}, or --task load.")
     inventory = Inventory(root)
     if accumulated:
         for p, _ in inventory.parameters:
@@ -547,8 +548,7 @@ def _sharded(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) 
         placed = {phase: ledger.fullest(phase) for phase in names}
         host = {phase: ledger.fullest(phase, "host") for phase in names}
         pinned = {phase: plain.total(ledger.fullest(phase, "pinned")) for phase in names}
-        for parts in (placed, host, pinned):
-            parts["save"] = parts["idle"]  # type: ignore[index]
+        placed["save"], host["save"], pinned["save"] = placed["idle"], host["idle"], pinned["idle"]
         found.append(_Sharded(placed, host, pinned, engines_bound(ledger.sizes, counts, micro_batches), rank))
     return max(found, key=lambda each: each.peak)
 
@@ -558,7 +558,7 @@ def _replay_sharded(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks
     """The allocator under the engine, two steps long."""
     ledger = ReplayLedger(configured(setup.training.alloc_conf or AllocatorSpec()))
     _play(setup, gpu, strategy, ranks, rank, ledger, full_depth=True)
-    return Replayed(ledger.peaks, ledger.allocator.peak_reserved)
+    return Replayed(ledger.peaks, ledger.peak_reserved)
 
 
 def _play(

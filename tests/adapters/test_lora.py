@@ -195,7 +195,10 @@ def test_a_name_that_matches_nothing_is_refused(lora: dict[str, Any], message: s
         ({"bias": "all"}, "lora bias: 'all' is not modelled"),
         ({"targets": ("embed_tokens",)}, "only linear layers are modelled"),
         ({"targets": ("lm_head",), "modules_to_save": ("layers",)}, "a Layers, which is not copied"),
-        ({"targets": ("q_proj",), "modules_to_save": ("up_proj", "mlp")}, "up_proj is matched, inside model.layers.0.mlp, which"),
+        (
+            {"targets": ("q_proj",), "modules_to_save": ("up_proj", "mlp")},
+            "up_proj is matched, inside model.layers.0.mlp, which",
+        ),
     ],
 )
 def test_what_is_not_modelled_is_refused(lora: dict[str, Any], message: str) -> None:

@@ -50,9 +50,12 @@ def test_more_layers_than_any_model_has_are_refused_at_once(family: str) -> None
     names = {"num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"} & set(config)
     assert names
     for name in names:
-        many = {**config, name: 2**40}
-        model = ModelSpec(
-            id="deep", model_type=family, architecture=config["architectures"][0], config=many, source="test"
+        many = ModelSpec(
+            id="deep",
+            model_type=family,
+            architecture=config["architectures"][0],
+            config={**config, name: 2**40},
+            source="test",
         )
-        with pytest.raises(SpecError, match=f"deep: {name}: 1099511627776 is out of range. Use an integer from 1 to 4096"):
-            count(model)
+        with pytest.raises(SpecError, match=rf"deep: {name}: 1099511627776 is out of range\. Use .* 1 to 4096"):
+            count(many)

@@ -2,61 +2,106 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
-from tests.oracles.families import CONFIGS, LORA_TARGETS
+from tests.oracles.families import CONFIGS, EAGER_ONLY, LORA_TARGETS
 
+from memplan.adapters.liger import FAMILIES as LIGER
 from memplan.architectures.registry import FAMILIES
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import MemplanError
 from memplan.estimator import _micro_batch, resolve
+from memplan.memory.timeline import StepProfile
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 
-SETUPS: list[dict[str, Any]] = [
-    {"attn": "sdpa"},
-    {"attn": "eager", "gradient_checkpointing": True, "packed": False},
-    {"attn": "eager", "lora": 4, "dtype": "bfloat16"},
-    {"attn": "sdpa", "gradient_checkpointing": True, "dtype": "bfloat16", "mixed_precision": "no"},
+LAYERS = {"cpu": 5, "A100-80GB": 4}
+"""GPU -> how many layers: odd and even, as sums of gradients take turns between old memory and new."""
+PRECISIONS: list[dict[str, Any]] = [
+    {"attn": "eager", "packed": False},
+    {"attn": "sdpa", "dtype": "bfloat16", "mixed_precision": "no"},
+    {"attn": "sdpa", "mixed_precision": "no"},
+]
+ADAPTERS: list[dict[str, Any]] = [
+    {},
+    {"lora": 4},
+    {"lora": 4, "quantization": "int8"},
+    {"lora": 4, "quantization": "nf4"},
 ]
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
+LISTS = ("architectures", "pos_att_type")
+"""Lists that do not have an entry for each layer."""
 
 
-def deepened(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with seven layers, where its layers are not listed one by one."""
-    if any(isinstance(value, (list, tuple)) and name != "architectures" for name, value in config.items()):
+def deepened(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config with so many layers, where they are not listed one by one."""
+    if any(isinstance(value, (list, tuple)) and name not in LISTS for name, value in config.items()):
         return config
-    return {name: 7 if name in DEPTHS else value for name, value in config.items()}
+    return {name: layers if name in DEPTHS else value for name, value in config.items()}
 
 
-@pytest.mark.parametrize("gpu", ["cpu", "A100-80GB"])
-@pytest.mark.parametrize("training", SETUPS, ids=str)
-@pytest.mark.parametrize("family", sorted(set(CONFIGS) & set(FAMILIES)))
-def test_closed_form_equals_every_layer(family: str, training: dict[str, Any], gpu: str) -> None:
-    for name, values in CONFIGS[family].items():
-        if name in ("7b", "8b"):
-            continue
-        config = deepened(values)
-        model = ModelSpec(
-            id=name, model_type=family, architecture=config["architectures"][0], config=config, source="test"
+def models(family: str, layers: int) -> list[ModelSpec]:
+    """One of each layout: "wide" differs from "small" by its widths alone."""
+    return [
+        ModelSpec(
+            id=name,
+            model_type=family,
+            architecture=config["architectures"][0],
+            config=deepened(config, layers),
+            source="test",
         )
-        if "lora" in training:
-            targets = tuple(LORA_TARGETS.get(family, ["q_proj", "v_proj"]))
-            training = {**training, "lora": {"rank": 4, "targets": targets}}
-        spec = TrainingSpec(seq_len=24, micro_batch_size=2, **training)
-        try:
-            setup = resolve(model, spec, ClusterSpec(gpu=find_gpu(gpu)), Strategy(), SoftwareSpec())
-            every, closed = (_micro_batch(setup, full_depth=full, accumulated=False) for full in (True, False))
-        except MemplanError:
-            continue
-        exact = every.unrolled.profile()
-        found = closed.unrolled.profile()
-        for phase, moment in exact.peaks.items():
-            assert found.peaks[phase].total == moment.total
-            assert min(found.peaks[phase].parts) >= 0
-        assert found.forward_flops == exact.forward_flops
-        assert found.backward_flops == exact.backward_flops
+        for name, config in CONFIGS[family].items()
+        if name not in ("7b", "8b", "wide")
+    ]
+
+
+def trainings(family: str, turn: int) -> Iterator[dict[str, Any]]:
+    """Every way to train, each in one of the precisions, batch sizes and accumulations by turns."""
+    targets = tuple(LORA_TARGETS.get(family, ["q_proj", "v_proj"]))
+    kernels = (False, True) if family in LIGER else (False,)
+    for number, (checkpointed, liger, adapter) in enumerate(product((False, True), kernels, ADAPTERS), start=turn):
+        yield {
+            "gradient_checkpointing": checkpointed,
+            "liger": liger,
+            "micro_batch_size": 1 + number // 2 % 2,
+            "grad_accum_steps": 1 + number // 5 % 2,
+            **adapter,
+            **({"lora": {"rank": 4, "targets": targets}} if adapter else {}),
+            **PRECISIONS[number % len(PRECISIONS)],
+            **({"attn": "eager"} if family in EAGER_ONLY else {}),
+        }
+
+
+def check_parts(profile: StepProfile) -> None:
+    for moment in (*profile.peaks.values(), profile.saved, profile.end):
+        assert min(moment.parts) >= 0
+        assert sum(moment.parts) == moment.total
+
+
+@pytest.mark.parametrize("gpu", LAYERS)
+@pytest.mark.parametrize("family", sorted(set(CONFIGS) & set(FAMILIES)))
+def test_closed_form_equals_every_layer(family: str, gpu: str) -> None:
+    compared = 0
+    found = models(family, LAYERS[gpu])
+    for turn, model in enumerate(found):
+        for training in trainings(family, turn):
+            spec = TrainingSpec(seq_len=24, **training)
+            accumulated = spec.grad_accum_steps > 1
+            try:
+                setup = resolve(model, spec, ClusterSpec(gpu=find_gpu(gpu)), Strategy(), SoftwareSpec())
+                every, closed = (
+                    _micro_batch(setup, full_depth=full, accumulated=accumulated) for full in (True, False)
+                )
+            except MemplanError:  # what Liger or the GPU refuses
+                continue
+            exact = every.unrolled.profile()
+            assert closed.unrolled.profile() == exact, training
+            check_parts(exact)
+            compared += 1
+    assert compared >= len(ADAPTERS) * len(found)

@@ -78,6 +78,7 @@ setups = st.fixed_dictionaries(
         "gradient_checkpointing": st.booleans(),
         "grad_accum_steps": st.sampled_from([1, 3]),
         "lora": st.sampled_from([None, 4]),
+        "eval_batch_size": st.sampled_from([None, 8]),
     }
 )
 

@@ -83,7 +83,7 @@ def test_the_place_that_decides_is_named_with_what_it_needs() -> None:
         ),
         (
             {"strategy": "zero3", "offload_param": "nvme", "offload_optimizer": "cpu", "mixed_precision": "no"},
-            "zero3, optimizer on cpu, param on nvme, 4 x 2048 tokens",
+            "zero3, optim on cpu, param on nvme, 4 x 2048 tokens",
             "float32, sdpa, adamw_torch_fused",
         ),
         (
@@ -115,7 +115,7 @@ def test_hardware() -> None:
 
 
 def test_the_rungs_differ_and_the_best_is_the_first_of_its_verdict() -> None:
-    assert [words.rung(each) for each in several().estimates] == [
+    assert words.rungs(several().estimates) == [
         "ddp, batch 4",
         "ddp, batch 1 x 4",
         "ddp, batch 4, checkpointing",

@@ -41,8 +41,8 @@ def test_short_forms() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"quantization": "int8"}, r"^quantization: 'int8' has no trainable weights\. Give lora a rank"),
-        ({"max_new_tokens": 8}, r"^max_new_tokens: 8 has no use in task train\. Use task generate"),
+        ({"quantization": "int8"}, r"^quantization: 'int8' has no trainable weights\. Give --lora-rank"),
+        ({"max_new_tokens": 8}, r"^max_new_tokens: 8 has no use in task train\. Use --task generate"),
         ({"device_map": "auto"}, r"^device_map: 'auto' spreads one copy"),
         ({"lora": 0}, r"^lora\.rank: 0 is not a positive integer"),
         ({"lora": {"rank": 8, "dropout": 1.0}}, r"^lora\.dropout: 1\.0 is not a probability"),
@@ -77,6 +77,7 @@ def test_the_allocators_settings_are_read_as_torch_reads_them() -> None:
         ("expandable_segments", "is not what PYTORCH_ALLOC_CONF takes"),
         ("expandable_segments:perhaps", "is not a number, True or False"),
         ("expandable_segment:True", "Did you mean expandable_segments"),
+        ("foo:1", "^alloc_conf: 'foo' is not a setting of PYTORCH_ALLOC_CONF. Known: "),
         ("max_split_size_mb:20", "is refused by torch. Use 21 or more"),
         ("roundup_power2_divisions:3", "is not a power of 2"),
         ("large_segment_size_mb:4", "is too small"),

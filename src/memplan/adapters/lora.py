@@ -176,6 +176,9 @@ def _targets(root: Module, lora: LoraSpec, model_type: str) -> Sequence[str]:
         head = root.output_embeddings() if isinstance(root, Model) else None
         linear = [path for _, _, path, module in root.places() if isinstance(module, LINEAR) and module is not head]
         return [path for path in linear if not _is_saved(path, lora.modules_to_save)]
+    if ALL_LINEAR in lora.targets:
+        remedy = f"Use {ALL_LINEAR} alone, or names alone."
+        raise SpecError.at("lora_targets", ",".join(lora.targets), f"has {ALL_LINEAR} beside other names", remedy)
     targets = lora.targets or DEFAULT_TARGETS.get(model_type, ())
     if not targets:
         raise SpecError(

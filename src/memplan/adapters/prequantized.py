@@ -67,8 +67,8 @@ def _bitsandbytes_kind(fields: Fields) -> str:
     skipped = fields.list_str("llm_int8_skip_modules", ())
     if any(name != "lm_head" for name in skipped):
         raise UnsupportedError(
-            f"{fields.source}.llm_int8_skip_modules: {list(skipped)!r} leaves other layers alone than bitsandbytes does "
-            "by default, which is not modelled. Give the config of the checkpoint that it was made from."
+            f"{fields.source}.llm_int8_skip_modules: {list(skipped)!r} keeps other layers than the default does, which "
+            "is not modelled. Give the config of the checkpoint that it was made from."
         )
     if fields.bool("load_in_8bit", False):
         return "int8"

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from memplan.architectures.llama import LlamaForCausalLM, LlamaMLP, decoder_heads
 from memplan.architectures.moe import Experts, MoeConfig, MoeDecoderLayer, MoeModel
-from memplan.architectures.nn import Build, Linear, Module, RMSNorm, RotaryEmbedding, attention, cached
+from memplan.architectures.nn import Build, Linear, Module, RMSNorm, RotaryEmbedding, attention, cached, in_pairs
 from memplan.specs.fields import Fields
 from memplan.tape import ops, routing
 from memplan.tape.tensor import Tensor, bool_, float32
@@ -21,6 +21,7 @@ class DeepseekConfig(MoeConfig):
     n_shared_experts = 2
     moe_intermediate_size = 1407
     first_k_dense_replace = 0
+    rotates_whole_heads = False
 
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)
@@ -34,7 +35,7 @@ class DeepseekConfig(MoeConfig):
         self.qk_rope_head_dim = fields.int("qk_rope_head_dim", 64)
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.v_head_dim = fields.int("v_head_dim", 128)
-        self.rotary_dim = self.qk_rope_head_dim
+        self.rotary_dim = in_pairs(fields, "qk_rope_head_dim", self.qk_rope_head_dim)
         self.moe_intermediate_size = fields.int("moe_intermediate_size", self.moe_intermediate_size)
         self.n_shared_experts = fields.int("n_shared_experts", self.n_shared_experts)
         dense = fields.int("first_k_dense_replace", self.first_k_dense_replace, minimum=0)

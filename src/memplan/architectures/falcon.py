@@ -16,6 +16,8 @@ from memplan.architectures.nn import (
     cached,
     causal_mask,
     check_heads,
+    check_rope_type,
+    in_pairs,
     language_model_heads,
     position_ids,
 )
@@ -45,6 +47,9 @@ class FalconConfig:
         layer_norms = fields.int("num_ln_in_parallel_attn", 2 if self.new_decoder_architecture else 1)
         self.two_layer_norms = self.new_decoder_architecture and layer_norms == 2
         self.alibi = fields.bool("alibi", False)
+        if not self.alibi:
+            check_rope_type(fields)
+            in_pairs(fields, "hidden_size / num_attention_heads", self.head_dim)
         self.hidden_dropout = fields.float("hidden_dropout", 0.0, maximum=1.0)
         self.attention_dropout = fields.float("attention_dropout", 0.0, maximum=1.0)
         self.bias = fields.bool("bias", False)

@@ -27,11 +27,12 @@ class GlmConfig(LlamaConfig):
     default_kv_heads = 2
     default_head_dim = 128
     attention_bias = True
+    rotates_whole_heads = False
 
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)
         self.output_bias = False
-        self.rotary_dim = rotary_dim(fields, self.head_dim, partial_rotary_factor=0.5)
+        self.rotary_dim = rotary_dim(fields, self.head_dim, partial_rotary_factor=0.5, rounded_up=True)
 
 
 def interleaved(x: Tensor) -> Tensor:

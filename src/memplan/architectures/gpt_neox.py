@@ -16,6 +16,7 @@ from memplan.architectures.nn import (
     cached,
     causal_mask,
     check_heads,
+    check_rope_type,
     language_model_heads,
     position_ids,
     rotary_dim,
@@ -36,7 +37,9 @@ class GPTNeoXConfig:
         self.num_attention_heads = fields.int("num_attention_heads", 64)
         check_heads(fields, self.hidden_size, self.num_attention_heads)
         self.head_size = self.hidden_size // self.num_attention_heads
-        self.rotary_ndims = rotary_dim(fields, self.head_size, fields.float("rotary_pct", 0.25, maximum=1.0))
+        check_rope_type(fields)
+        rotary_pct = fields.float("rotary_pct", 0.25, maximum=1.0)
+        self.rotary_ndims = rotary_dim(fields, self.head_size, rotary_pct, rounded_up=True)
         self.intermediate_size = fields.int("intermediate_size", 24576)
         self.hidden_act = fields.str("hidden_act", "gelu")
         self.attention_dropout = fields.float("attention_dropout", 0.0, maximum=1.0)

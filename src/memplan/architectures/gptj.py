@@ -15,6 +15,7 @@ from memplan.architectures.nn import (
     causal_mask,
     check_heads,
     check_position_table,
+    in_pairs,
     language_model_heads,
     position_ids,
     rotate_every_two,
@@ -43,6 +44,7 @@ class GPTJConfig:
         if self.rotary_dim > self.head_dim:
             problem = "is more than a head has"
             raise fields.wrong("rotary_dim", self.rotary_dim, problem, f"Use at most {self.head_dim}.")
+        in_pairs(fields, "rotary_dim", self.rotary_dim)
         self.intermediate_size = fields.int("n_inner", 4 * self.hidden_size)
         self.activation_function = fields.str("activation_function", "gelu_new")
         self.resid_pdrop = fields.float("resid_pdrop", 0.0, maximum=1.0)

@@ -26,6 +26,8 @@ from memplan.architectures.nn import (
     cached,
     causal_lm_output,
     causal_mask,
+    check_rope_type,
+    in_pairs,
     position_ids,
 )
 from memplan.errors import SpecError
@@ -48,6 +50,9 @@ class LlamaConfig:
     attention_dropout: float = 0.0
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+    rotates_whole_heads: bool = True
+    more_rope_types: tuple[str, ...] = ()
+    """Names that the family's config takes for one of the known."""
 
     def __init__(self, fields: Fields) -> None:
         self.vocab_size = fields.int("vocab_size", self.vocab_size)
@@ -59,7 +64,8 @@ class LlamaConfig:
         self.num_key_value_heads = kv_heads or self.num_attention_heads
         check_groups(fields, self.num_attention_heads, self.num_key_value_heads)
         self.head_dim = head_dim(fields, self.hidden_size, self.num_attention_heads, self.default_head_dim)
-        self.rotary_dim = self.head_dim
+        check_rope_type(fields, self.more_rope_types)
+        self.rotary_dim = in_pairs(fields, "head_dim", self.head_dim) if self.rotates_whole_heads else self.head_dim
         self.hidden_act = fields.str("hidden_act", self.hidden_act)
         self.attention_bias = fields.bool("attention_bias", self.attention_bias)
         self.output_bias = self.attention_bias

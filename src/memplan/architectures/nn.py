@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from memplan.architectures.cache import DynamicCache
-from memplan.errors import SpecError, UnsupportedError
+from memplan.errors import SpecError, UnsupportedError, did_you_mean
 from memplan.specs.fields import Fields
 from memplan.specs.software import SoftwareSpec
 from memplan.tape import ops
@@ -364,11 +364,41 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
         ) from None
 
 
-def rotary_dim(fields: Fields, head_dim: int, partial_rotary_factor: float = 1.0) -> int:
-    """How many of a head's dimensions are rotated; ``partial_rotary_factor`` is the family's default."""
+def rotary_dim(fields: Fields, head_dim: int, partial_rotary_factor: float = 1.0, *, rounded_up: bool = False) -> int:
+    """How many of a head's dimensions are rotated; ``partial_rotary_factor`` is the family's default.
+
+    An odd number becomes even where the family rotates as many as there are cosines (``rounded_up``), and is refused
+    where it does not.
+    """
     factor = fields.float("partial_rotary_factor", partial_rotary_factor, maximum=1.0)
     rope = fields.section("rope_scaling" if fields.raw("rope_scaling") else "rope_parameters")
-    return int(head_dim * rope.float("partial_rotary_factor", factor, maximum=1.0))
+    dim = int(head_dim * rope.float("partial_rotary_factor", factor, maximum=1.0))
+    if rounded_up and dim < head_dim:
+        return dim + dim % 2
+    return in_pairs(fields, "partial_rotary_factor", dim, f"of a head's {head_dim} dimensions")
+
+
+def in_pairs(fields: Fields, name: str, dim: int, what: str = "dimensions") -> int:
+    """``dim`` rotated dimensions, which must be even: they turn in pairs (rotate_half). ``name`` is what decides it."""
+    if dim % 2:
+        raise SpecError(
+            f"{fields.source}: {name}: {dim} {what} are rotated, and an odd number cannot be. Correct it, or the size "
+            "of a head that it follows from."
+        )
+    return dim
+
+
+ROPE_TYPES = frozenset({"default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"})
+"""Keys of ROPE_INIT_FUNCTIONS (transformers/modeling_rope_utils.py, 5.23), and none."""
+
+
+def check_rope_type(fields: Fields, also: Iterable[str] = ()) -> None:
+    """The rope_type of rope_scaling or rope_parameters."""
+    rope = fields.section("rope_scaling" if fields.raw("rope_scaling") else "rope_parameters")
+    rope_type = rope.str("rope_type", "default", alias="type")
+    known = ROPE_TYPES.union(also)
+    if rope_type not in known:
+        raise rope.wrong("rope_type", rope_type, "does not exist in transformers", did_you_mean(rope_type, known))
 
 
 class RotaryEmbedding(Module):

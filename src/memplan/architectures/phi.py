@@ -32,6 +32,7 @@ class PhiConfig(LlamaConfig):
     intermediate_size = 8192
     num_hidden_layers = 24
     hidden_act = "gelu_new"
+    rotates_whole_heads = False
 
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)

@@ -23,11 +23,13 @@ class Phi3Config(LlamaConfig):
     vocab_size = 32064
     hidden_size = 3072
     intermediate_size = 8192
+    rotates_whole_heads = False
+    more_rope_types = ("su",)
 
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)
         self.output_bias = False
-        self.rotary_dim = rotary_dim(fields, self.head_dim)
+        self.rotary_dim = rotary_dim(fields, self.head_dim, rounded_up=True)
         self.resid_pdrop = fields.float("resid_pdrop", 0.0, maximum=1.0)
         self.windows = {"full_attention": fields.nullable_int("sliding_window", None)}
 

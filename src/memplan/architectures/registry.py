@@ -67,7 +67,10 @@ _HEADS_BY_SUFFIX = (
 
 
 def head_of(architecture: str) -> str:
-    """The head that a transformers class name stands for."""
+    """The head that a transformers class name stands for. Raises UnsupportedError for one that is not modelled."""
+    if architecture.endswith("EncoderModel"):
+        remedy = "Give --head seq2seq-lm, or --head base, for the whole model."
+        raise UnsupportedError.at("architectures", architecture, "is half of a model, which is not modelled", remedy)
     for suffix, head in _HEADS_BY_SUFFIX:
         if architecture.endswith(suffix):
             return head
@@ -84,6 +87,12 @@ def attention_implementations(model_type: str) -> tuple[str, ...]:
 
 
 ALL_ATTENTION = ("sdpa", "eager", "flash_attention_2")
+
+
+def trainable_heads(model_type: str) -> tuple[str, ...]:
+    """The heads with a loss that memplan has for a family."""
+    heads = import_module(f"memplan.architectures.{FAMILIES[model_type]}").HEADS if model_type in FAMILIES else {}
+    return tuple(head for head in heads if head != "base")
 
 
 def build_model(b: Build, model: ModelSpec, head: str | None) -> Module:

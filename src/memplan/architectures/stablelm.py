@@ -33,6 +33,7 @@ class StableLmConfig(LlamaConfig):
     hidden_size = 2560
     intermediate_size = 6912
     default_kv_heads = 32
+    rotates_whole_heads = False
 
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)

@@ -270,6 +270,7 @@ class ReplayLedger(Ledger):
         super().__init__()
         self.allocator = allocator
         self._peaks: dict[str, int] = {}
+        self._reserved = 0
         self._addresses: dict[int, int] = {}
         """Storage of the running tape -> where it lies."""
 
@@ -279,8 +280,14 @@ class ReplayLedger(Ledger):
         self.begin(self.phase)
         return self._peaks
 
+    @property
+    def peak_reserved(self) -> int:
+        """The most reserved so far, what was given back included."""
+        return max(self._reserved, self.allocator.peak_reserved)
+
     def begin(self, phase: str) -> None:
         self._peaks[self.phase] = max(self._peaks.get(self.phase, 0), self.allocator.peak_allocated)
+        self._reserved = self.peak_reserved
         self.allocator.reset_peak()
         self.phase = phase
 

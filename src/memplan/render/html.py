@@ -42,10 +42,10 @@ def estimates_html(estimates: EstimateList) -> str:
         return "<div>no estimates</div>"
     heads = (_head("setup"), _head("peak GiB", right=True), _head("low .. high", right=True), _head("verdict"))
     rows = (
-        f"<tr>{_cell(words.rung(estimate))}{_cell(words.gib(estimate.gpu.peak_device), right=True)}"
+        f"<tr>{_cell(name)}{_cell(words.gib(estimate.gpu.peak_device), right=True)}"
         f"{_cell(words.interval(estimate.gpu.low, estimate.gpu.high), right=True)}"
         f"{_cell(words.VERDICTS[estimate.verdict], color=_COLORS[estimate.verdict])}</tr>"
-        for estimate in estimates.estimates
+        for name, estimate in zip(words.rungs(estimates.estimates), estimates.estimates, strict=True)
     )
     table = f'<table style="{_TABLE}"><thead><tr>{"".join(heads)}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return f"<div>{table}</div>{estimate_html(words.best_of(estimates))}"

@@ -33,7 +33,7 @@ def plot_estimate(estimate: Estimate, *, ax: Axes | None = None) -> Axes:
 def plot_estimates(estimates: EstimateList, *, ax: Axes | None = None) -> Axes:
     """Draw a bar per estimate, the first on top; as :func:`plot_estimate`."""
     several = estimates.estimates
-    return _plot(several, [words.rung(estimate) for estimate in several], several[0].model.id if several else "", ax)
+    return _plot(several, words.rungs(several), several[0].model.id if several else "", ax)
 
 
 def _plot(estimates: Sequence[Estimate], labels: Sequence[str], title: str, ax: Axes | None) -> Axes:

@@ -68,7 +68,7 @@ def estimates_text(
     next_steps = words.next_steps(best, gpus[0] if gpus else (), options)
     if len(estimates.estimates) == 1:
         return estimate_text(best, gpus=gpus[0] if gpus else (), options=options, console=console)
-    title = _line(words.rung(best), style="bold")
+    title = _line(words.rungs(estimates.estimates)[estimates.estimates.index(best)], style="bold")
     body = _body(best, console.width, next_steps)
     return _text(Group(_model(best), _rungs(estimates, gpus), Text(), title, _setup(best), *body), console)
 
@@ -174,9 +174,10 @@ def _rungs(estimates: EstimateList, gpus: Sequence[Sequence[str]]) -> Renderable
     table.add_column("verdict", no_wrap=True)
     if each_has_gpus:
         table.add_column("fits on", no_wrap=True)
+    names = words.rungs(estimates.estimates)
     for index, estimate in enumerate(estimates.estimates):
         table.add_row(
-            words.rung(estimate),
+            names[index],
             words.gib(estimate.gpu.peak_device),
             words.interval(estimate.gpu.low, estimate.gpu.high),
             Text(words.VERDICTS[estimate.verdict], style=_STYLES[estimate.verdict]),

@@ -22,7 +22,7 @@ __all__ = [
     "model_facts",
     "next_steps",
     "precision_facts",
-    "rung",
+    "rungs",
     "setup_facts",
     "verdict",
 ]
@@ -108,8 +108,8 @@ def precision_facts(estimate: Estimate) -> str:
     training = _task(estimate) == "train"
     dtype = str(option(estimate, "dtype"))
     mixed = _PRECISION.get(str(option(estimate, "mixed_precision")), "") if training else ""
-    if str(option(estimate, "strategy")).startswith("zero"):  # no autocast: the engine casts the model
-        mixed = " with float32 masters" if training else ""
+    if mixed and str(option(estimate, "strategy")).startswith("zero"):  # no autocast: the engine casts the model
+        mixed = " with float32 masters"
     quantization = option(estimate, "quantization")
     parts = [dtype + mixed, quantization if quantization != "none" else None, option(estimate, "attn")]
     if training:
@@ -133,21 +133,31 @@ def batch(estimate: Estimate) -> str:
 
 def strategy(estimate: Estimate) -> str:
     """The engine, and what it offloads."""
-    parts = [str(option(estimate, "strategy"))]
-    for name in ("offload_optimizer", "offload_param"):
-        place = option(estimate, name)
-        if place not in (None, "none"):
-            parts.append(f"{name.removeprefix('offload_')} on {place}")
-    return ", ".join(parts)
+    places = {
+        word: option(estimate, name) for word, name in (("optim", "offload_optimizer"), ("param", "offload_param"))
+    }
+    away = {name: place for name, place in places.items() if place not in (None, "none")}
+    if len(away) == 2 and len(set(away.values())) == 1:
+        away = {"all": away["param"]}
+    return ", ".join([str(option(estimate, "strategy")), *(f"{name} on {place}" for name, place in away.items())])
 
 
-def rung(estimate: Estimate) -> str:
-    """What tells a setup from the others of a ladder."""
+def rungs(estimates: Sequence[Estimate]) -> list[str]:
+    """What tells the setups of a ladder apart; a batch that all have is left out."""
+    batches = [_batch_of_rung(estimate) for estimate in estimates]
+    if len(set(batches)) == 1 and len(batches) > 1:
+        batches = [""] * len(batches)
+    return [
+        ", ".join(
+            filter(None, (strategy(each), size, "checkpointing" if option(each, "gradient_checkpointing") else ""))
+        )
+        for each, size in zip(estimates, batches, strict=True)
+    ]
+
+
+def _batch_of_rung(estimate: Estimate) -> str:
     steps = option(estimate, "grad_accum_steps") or 1
-    parts = [strategy(estimate), f"batch {option(estimate, 'micro_batch_size')}" + (f" x {steps}" if steps > 1 else "")]
-    if option(estimate, "gradient_checkpointing"):
-        parts.append("checkpointing")
-    return ", ".join(parts)
+    return f"batch {option(estimate, 'micro_batch_size')}" + (f" x {steps}" if steps > 1 else "")
 
 
 def option(estimate: Estimate, name: str) -> Any:

@@ -38,7 +38,7 @@ def resolve_precision(
         mixed = "fp16" if gpu is not None and not gpu.supports_bf16 else "bf16"
     dtype = _dtype(training, strategy, mixed, checkpoint_dtype)
     if dtype == "float16" and mixed == "fp16" and not strategy.is_deepspeed and _trains_loaded_dtype(training):
-        remedy = "Use dtype float32, mixed precision bf16 or no, or a zero strategy."
+        remedy = "Use --dtype float32, --mixed-precision bf16 or no, or a --strategy of DeepSpeed, as zero2."
         raise SpecError.at("dtype", dtype, "cannot be trained under mixed precision fp16", remedy)
     return Precision(dtype, mixed)
 

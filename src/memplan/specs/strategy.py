@@ -189,23 +189,23 @@ class Strategy(Spec):
             self._legal_fsdp()
             return self
         if self.offload_optimizer != "none" and self.kind not in ("zero1", "zero2", "zero3"):
-            remedy = "Use kind zero1, zero2 or zero3, or none."
+            remedy = "Use --strategy zero1, zero2 or zero3, or none."
             raise SpecError.at("offload_optimizer", self.offload_optimizer, f"cannot go with {self.kind}", remedy)
         if self.offload_optimizer == "nvme" and self.kind != "zero3":
             # deepspeed/runtime/zero/config.py: "`nvme` ... Valid only with stage 3."
-            remedy = "Use kind zero3, or cpu."
+            remedy = "Use --strategy zero3, or cpu."
             raise SpecError.at("offload_optimizer", "nvme", f"cannot go with {self.kind}", remedy)
         if self.offload_param != "none" and self.kind != "zero3":
-            remedy = "Use kind zero3 or fsdp, or none."
+            remedy = "Use --strategy zero3 or fsdp, or none."
             raise SpecError.at("offload_param", self.offload_param, f"cannot go with {self.kind}", remedy)
         return self
 
     def _legal_fsdp(self) -> None:
         if self.offload_optimizer != "none":
-            remedy = "Use offload_param cpu: FSDP keeps the optimizer where it keeps the parameters."
+            remedy = "Use --offload-param cpu: FSDP keeps the optimizer where it keeps the parameters."
             raise SpecError.at("offload_optimizer", self.offload_optimizer, "cannot go with fsdp", remedy)
         if self.offload_param == "nvme":
-            raise SpecError.at("offload_param", "nvme", "cannot go with fsdp", "Use cpu, or kind zero3.")
+            raise SpecError.at("offload_param", "nvme", "cannot go with fsdp", "Use cpu, or --strategy zero3.")
 
     @property
     def zero_stage(self) -> int | None:

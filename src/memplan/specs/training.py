@@ -171,6 +171,8 @@ _UNMODELLED_SETTINGS = frozenset(
     {"garbage_collection_threshold", "per_process_memory_fraction", "graph_capture_record_stream_reuse", "backend"}
 )
 
+_SETTINGS = frozenset(AllocatorSpec.model_fields).union(_NO_GPU_MEMORY, _UNMODELLED_SETTINGS)
+
 
 def _alloc_conf(value: object) -> object:
     """The text of the environment variable as a mapping."""
@@ -181,6 +183,8 @@ def _alloc_conf(value: object) -> object:
         name, colon, setting = (part.strip() for part in pair.partition(":"))
         if not colon or not setting:
             raise SpecError.at("", value, "is not what PYTORCH_ALLOC_CONF takes", "Write NAME:VALUE,NAME:VALUE.")
+        if name not in _SETTINGS:
+            raise SpecError.at("", name, "is not a setting of PYTORCH_ALLOC_CONF", did_you_mean(name, _SETTINGS))
         if name in _UNMODELLED_SETTINGS and pair.replace(" ", "") != "backend:native":
             raise UnsupportedError(f"alloc_conf: {pair!r} is not modelled. Leave it out.")
         if name not in _NO_GPU_MEMORY and name != "backend":
@@ -295,18 +299,18 @@ class TrainingSpec(Spec):
         if self.task != "train":
             self._without_training()
         if self.eval_accumulation_steps is not None and self.eval_batch_size is None:
-            problem, remedy = "has no evaluation to accumulate over", "Give eval_batch_size too."
+            problem, remedy = "has no evaluation to accumulate over", "Give --eval-batch-size too."
             raise SpecError.at("eval_accumulation_steps", self.eval_accumulation_steps, problem, remedy)
         if self.peft_type == "lora" and self.lora is None:
-            raise SpecError.at("peft_type", self.peft_type, "needs a rank", "Give lora a rank.")
+            raise SpecError.at("peft_type", self.peft_type, "needs a rank", "Give --lora-rank.")
         if self.device_map is not None and self.task == "train":
-            remedy = "Use task load or generate; to train on several GPUs choose a strategy."
+            remedy = "Use --task load or --task generate; to train on several GPUs choose a --strategy."
             raise SpecError.at(
                 "device_map", self.device_map, "spreads one copy of the model, which task train does not", remedy
             )
         if self.quantization is not None and self.lora is None and self.task == "train":
             # transformers Trainer: "You cannot perform fine-tuning on purely quantized models."
-            remedy = "Give lora a rank, or leave quantization out."
+            remedy = "Give --lora-rank, or leave --quantization out."
             raise SpecError.at("quantization", self.quantization.kind, "has no trainable weights", remedy)
         return self
 
@@ -323,4 +327,4 @@ STEPS_ONLY = (
     "grad_accum_steps", "optim", "gradient_checkpointing", "liger", "eval_batch_size", "eval_accumulation_steps",
 )  # fmt: skip
 """Fields of a training step, which loading and generation do not have."""
-_TASK = "Use task generate, or leave it out."
+_TASK = "Use --task generate, or leave it out."
