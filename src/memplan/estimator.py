@@ -187,6 +187,7 @@ def estimate(
         assumptions=(
             *assumptions,
             *_of_checkpoint(model),
+            *_paged(run),
             *(Assumption.of(constant) for constant in micro.assumptions),
             *(traced.assumptions if traced is not None else ()),
         ),
@@ -814,6 +815,18 @@ def _of_checkpoint(model: ModelSpec) -> list[Assumption]:
     if not is_dequantized(model):
         return []
     return [Assumption(name="fp8 checkpoint", value=0, low=0, high=0, source=DEQUANTIZED_SOURCE)]
+
+
+def _paged(run: Run) -> list[Assumption]:
+    """What a paged optimizer leaves to the driver."""
+    paged = sum(run.optimizer.paged_bytes(p) * count for p, count in run.trainable)
+    if not paged:
+        return []
+    source = (
+        "states in unified memory, of weights of 100,000 elements or more: not in torch's memory, and on the host when "
+        "the GPU is full (bitsandbytes/optim/optimizer.py). A weight that grows past that size takes less of the GPU"
+    )
+    return [Assumption(name="paged optimizer states", value=paged, low=paged, high=paged, source=source)]
 
 
 def _other_versions(software: SoftwareSpec) -> list[Assumption]:

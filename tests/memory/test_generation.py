@@ -94,6 +94,8 @@ def test_the_cache_is_two_tensors_of_every_layer() -> None:
         (WINDOW, 20, 5),
         (WINDOW, 20, 9),
         (WINDOW, 40, 1),
+        ({**WINDOW, "sliding_window": 2}, 6, 3),
+        ({**WINDOW, "sliding_window": 1}, 6, 3),
         (CONFIGS["gemma3_text"]["variant window"], 60, 7),
         (CONFIGS["gpt2"]["small"], 30, 4),
     ],

@@ -31,9 +31,7 @@ def test_the_verdict_has_its_numbers(capacity: int | None, expected: str) -> Non
 def test_the_verdict_names_the_place_that_decides() -> None:
     host = HostMemory(capacity=10 * GiB, peak=12 * GiB, pinned=0, ranks=2, components={"optimizer": 12 * GiB})
     nvme = NvmeMemory(capacity=GiB, bytes=3 * GiB, components={"optimizer": 3 * GiB})
-    assert words.verdict(estimate(host=host)) == (
-        "does not fit: host memory, 2.00 GiB more than there is"
-    )
+    assert words.verdict(estimate(host=host)) == "does not fit: host memory, 2.00 GiB more than there is"
     assert words.verdict(estimate(nvme=nvme)).startswith("does not fit: NVMe, 2.00 GiB more")
 
 

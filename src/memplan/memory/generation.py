@@ -100,7 +100,8 @@ def windows(root: Module) -> list[int | None]:
     config: Any = getattr(root, "c", None)
     if not hasattr(config, "windows"):
         return []
-    return [config.windows[kind] for kind in config.layer_types]
+    # DynamicSlidingWindowLayer keeps [-window + 1 :], which for a window of 1 is everything.
+    return [None if config.windows[kind] == 1 else config.windows[kind] for kind in config.layer_types]
 
 
 def _call(b: Build, root: Model, input_ids: Tensor, layers: int) -> Call:

@@ -1,0 +1,98 @@
+"""Laws of the engines that shard, and findings where an intuitive one is false."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import memplan
+from memplan.results import Estimate
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32003,
+    "hidden_size": 384,
+    "intermediate_size": 1000,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+}
+ENGINES = [
+    memplan.Strategy(kind="zero0"),
+    memplan.Strategy(kind="zero1"),
+    memplan.Strategy(kind="zero2"),
+    memplan.Strategy(kind="zero2", offload_optimizer="cpu"),
+    memplan.Strategy(kind="zero3"),
+    memplan.Strategy(kind="zero3", offload_param="cpu"),
+    memplan.Strategy(kind="zero3", offload_optimizer="cpu", offload_param="cpu"),
+    memplan.Strategy(kind="fsdp"),
+]
+RUNS: list[dict[str, Any]] = [
+    {},
+    {"gradient_checkpointing": True, "micro_batch_size": 3},
+    {"grad_accum_steps": 3},
+    {"lora": 8},
+    {"dtype": "float32", "mixed_precision": "no"},
+]
+
+
+def name(strategy: memplan.Strategy) -> str:
+    return f"{strategy.kind}-{strategy.offload_optimizer}-{strategy.offload_param}"
+
+
+def run(strategy: memplan.Strategy, gpus: int = 4, replay: bool = False, **training: Any) -> Estimate:
+    spec = memplan.TrainingSpec(**{"seq_len": 64, **training})
+    return memplan.estimate(CONFIG, spec, f"{gpus}xA100-80GB", strategy, replay=replay)
+
+
+@pytest.mark.parametrize("training", RUNS, ids=str)
+@pytest.mark.parametrize("strategy", ENGINES, ids=name)
+def test_parts_sum_and_the_bound_is_above_the_replay(strategy: memplan.Strategy, training: dict[str, Any]) -> None:
+    replayed, bound = run(strategy, replay=True, **training), run(strategy, **training)
+    for each in (replayed, bound):
+        parts = dict(each.gpu.components)
+        outside = sum(parts.pop(part) for part in ("fragmentation", "context", "nccl"))
+        assert sum(parts.values()) == each.gpu.peak_allocated
+        assert each.gpu.peak_device == each.gpu.peak_allocated + outside
+        assert sum(each.host.components.values()) == each.host.peak >= each.host.pinned
+        assert Estimate.from_json(each.to_json()) == each
+    assert bound.gpu.peak_reserved >= replayed.gpu.peak_reserved
+
+
+@pytest.mark.parametrize("strategy", ENGINES, ids=name)
+def test_the_replay_allocates_what_the_play_says(strategy: memplan.Strategy) -> None:
+    """Blocks that the allocator does not split may add to a peak, never take from it."""
+    replayed = {phase.name: phase.allocated for phase in run(strategy, replay=True).gpu.phases}
+    played = {phase.name: phase.allocated for phase in run(strategy).gpu.phases}
+    for phase, nbytes in played.items():
+        assert nbytes <= replayed[phase] <= nbytes * 1.02 + 64 * 2**20
+
+
+@pytest.mark.parametrize("strategy", ENGINES, ids=name)
+@pytest.mark.parametrize(("field", "values"), [("micro_batch_size", (1, 2, 5)), ("seq_len", (16, 65, 200))])
+def test_more_never_needs_less(strategy: memplan.Strategy, field: str, values: tuple[int, ...]) -> None:
+    peaks = [run(strategy, **{field: value}).gpu.peak_allocated for value in values]
+    assert peaks == sorted(peaks)
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3", "fsdp"])
+def test_states_are_shared_out_but_for_padding(kind: Any) -> None:
+    whole = run(memplan.Strategy(kind=kind), gpus=1).gpu.components.optimizer
+    for gpus in (2, 3, 8, 64):
+        shared = run(memplan.Strategy(kind=kind), gpus=gpus).gpu.components.optimizer * gpus
+        assert whole <= shared <= whole * 1.05
+
+
+def test_offloading_can_need_more_on_the_gpu_with_many_ranks() -> None:
+    """A finding: offloading keeps a buffer for the largest weight, which outweighs a small partition's states."""
+    kept, offloaded = (memplan.Strategy(kind="zero2", offload_optimizer=place) for place in ("none", "cpu"))
+    assert run(offloaded, gpus=2).gpu.peak_allocated < run(kept, gpus=2).gpu.peak_allocated
+    assert run(offloaded, gpus=64).gpu.peak_allocated > run(kept, gpus=64).gpu.peak_allocated
+
+
+def test_stage_3_can_need_more_than_stage_2() -> None:
+    """A finding: what prefetching keeps gathered and the resident gradients outweigh what is shared out."""
+    two, three = (run(memplan.Strategy(kind=kind), gpus=1).gpu.peak_allocated for kind in ("zero2", "zero3"))
+    assert three > two
