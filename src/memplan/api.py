@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar, Union
 
-from memplan import estimator
+from memplan import estimator, micro_batch
 from memplan.architectures.registry import FAMILIES
 from memplan.catalog import hub
 from memplan.catalog.detect import detect_cluster, free_disk
@@ -392,9 +392,9 @@ class _Tracer:
 
     module: nn.Module | None
     inputs: Inputs | None
-    traced: dict[tuple[object, ...], estimator.Traced] = field(default_factory=dict)
+    traced: dict[tuple[object, ...], micro_batch.Traced] = field(default_factory=dict)
 
-    def trace(self, setup: estimator.Setup) -> estimator.Traced:
+    def trace(self, setup: micro_batch.Setup) -> micro_batch.Traced:
         from memplan.introspect.extrapolate import trace_model
 
         key = (setup.training.replace(optim="sgd"), setup.precision, setup.rules)

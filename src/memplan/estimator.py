@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, Literal
 
-from memplan.adapters.liger import apply_liger_kernel
-from memplan.adapters.lora import DEFAULT_TARGETS, apply_lora, tells_layers_apart
+from memplan.adapters.lora import DEFAULT_TARGETS
 from memplan.adapters.prequantized import DEQUANTIZED_SOURCE, checkpoint_quantization, is_dequantized
-from memplan.adapters.quantization import default_dtype, prepare_for_kbit_training, quantize
-from memplan.architectures.cache import DynamicCache
-from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, Module, watch
-from memplan.architectures.registry import attention_implementations, build_model, head_of, trainable_heads
-from memplan.catalog.gpus import find_gpu
+from memplan.adapters.quantization import default_dtype
+from memplan.architectures.nn import Inventory
+from memplan.architectures.registry import attention_implementations, head_of
 from memplan.constants import Constant
-from memplan.engines import ddp, fsdp, plain, zero, zero0, zero3
-from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, layout, play
-from memplan.engines.plain import Evaluation, Parts, Run
+from memplan.engines import ddp, plain
+from memplan.engines.plain import Parts, Run
 from memplan.errors import SpecError, UnsupportedError
+from memplan.inference import Inference, Machine, infer
 from memplan.memory import loading
-from memplan.memory.course import Ledger, ReplayLedger, course
 from memplan.memory.generation import DEFAULT_NEW_TOKENS
-from memplan.memory.inference import Inference, Machine, infer
 from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
-from memplan.memory.timeline import Unrolled, unroll
-from memplan.memory.trace import EvaluationLoop, Replayed, configured, engines_bound, replay_steps, reserved_bound
+from memplan.memory.trace import EvaluationLoop, Replayed, replay_steps, reserved_bound
+from memplan.micro_batch import (
+    Setup,
+    Traced,
+    all_layers,
+    build,
+    compute_dtype,
+    micro_batch,
+    prepares_for_kbit_training,
+    reference_gpu,
+    run_of,
+)
 from memplan.results import (
     Assumption,
     Components,
@@ -46,80 +50,11 @@ from memplan.specs.model import ModelSpec
 from memplan.specs.precision import Precision, resolve_precision
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
-from memplan.specs.training import STEPS_ONLY, AllocatorSpec, TrainingSpec
-from memplan.tape import tensor as dtypes
+from memplan.specs.training import STEPS_ONLY, TrainingSpec
 from memplan.tape.dispatch import CPU, DeviceRules, cuda
-from memplan.tape.tape import INPUT, AccumulateGrad, Tape
-from memplan.tape.tensor import DType, Parameter, Tensor
+from memplan.tape.tape import Tape
+from memplan.tape.tensor import Parameter
 from memplan.units import MiB
-
-_AUTOCAST: dict[str, DType | None] = {"no": None, "bf16": dtypes.bfloat16, "fp16": dtypes.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class Traced:
-    """A model of which memplan has no architecture file, traced: its modules, and tapes that say what they ran."""
-
-    root: Module
-    first: Tape
-    """A micro-batch."""
-    later: Tape | None
-    """A micro-batch with the gradients of an earlier one there, if gradients are accumulated."""
-    evaluation: Tape | None
-    """A batch of evaluation, if there is any."""
-    assumptions: tuple[Assumption, ...]
-    """What the trace does not know."""
-
-    def micro_batch(self, *, accumulated: bool, evaluation: bool) -> _Micro:
-        """One of the tapes."""
-        tape = self.evaluation if evaluation else self.later if accumulated else self.first
-        assert tape is not None
-        return _Micro(tape, self.root, Inventory(self.root))
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """Everything that decides the tape, resolved."""
-
-    model: ModelSpec
-    training: TrainingSpec
-    precision: Precision
-    rules: DeviceRules
-    software: SoftwareSpec
-    engine: Literal["torch", "zero12", "zero3", "fsdp"] = "torch"
-    """Who makes the precision 16 bit: autocast, or DeepSpeed, which casts the model. DeepSpeed also takes each gradient
-    as it comes."""
-    copies_gradients: bool = False
-    """DDP copies each gradient into its bucket as it comes, and frees it."""
-    traced: Traced | None = None
-
-    @property
-    def dtype(self) -> DType:
-        """The model's, when it is trained."""
-        mixed = _AUTOCAST[self.precision.mixed_precision]
-        return mixed if mixed is not None and self.engine != "torch" else dtypes.dtype_named(self.precision.dtype)
-
-    @property
-    def autocast(self) -> DType | None:
-        """autocast's lower precision, if it is on."""
-        return _AUTOCAST[self.precision.mixed_precision] if self.engine in ("torch", "fsdp") else None
-
-
-@dataclass
-class _Micro:
-    """One micro-batch on the tape."""
-
-    tape: Tape
-    root: Module
-    inventory: Inventory
-    assumptions: tuple[Constant, ...] = ()
-    predictions: Sequence[int] = ()
-    """Bytes of the batch's logits and labels, which evaluation may keep; none where no logits are made."""
-
-    @cached_property
-    def unrolled(self) -> Unrolled:
-        """The log of all layers."""
-        return unroll(self.tape, self.inventory.stacks)
 
 
 def estimate(
@@ -149,10 +84,12 @@ def estimate(
             "gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1."
         )
     setup = replace(resolve(model, training, cluster, strategy, software), traced=traced)
-    run, micro = _run(setup, gpu)
+    run, micro = run_of(setup, gpu)
     if strategy.shards:
-        sharded = _sharded(setup, gpu, strategy, cluster.gpus)
-        placed = {phase: dict(parts) for phase, parts in sharded.gpu.items()}
+        from memplan import sharded  # here, because other strategies do not need it, nor its engines
+
+        played = sharded.play_ranks(setup, gpu, strategy, cluster.gpus)
+        placed = {phase: dict(parts) for phase, parts in played.gpu.items()}
     elif strategy.kind == "ddp":
         placed = ddp.phases(run, strategy.ddp, cluster.gpus)
     else:
@@ -164,8 +101,9 @@ def estimate(
         # No bound is known for other settings of the allocator.
         exact = replay or training.alloc_conf is not None
         if strategy.shards:
-            ranks, bound = cluster.gpus, Replayed({}, sharded.bound)
-            replayed = _replay_sharded(setup, gpu, strategy, ranks, sharded.rank) if exact else bound
+            replayed = Replayed({}, played.bound)
+            if exact:
+                replayed = sharded.replay(setup, gpu, strategy, cluster.gpus, played.rank)
         else:
             limit = _limit(cluster, gpu, software) if run.evaluation is not None else None
             if exact:
@@ -173,7 +111,7 @@ def estimate(
             else:
                 replayed = Replayed({}, _bound(setup, gpu, strategy, cluster.gpus))
     memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
-    host = _sharded_host(sharded, cluster) if strategy.shards else _host_memory(run, cluster)
+    host = sharded.host_memory(played, cluster) if strategy.shards else _host_memory(run, cluster)
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
     return Estimate(
         model=_model_info(model, run),
@@ -251,7 +189,7 @@ def _explanation(setup: Setup, run: Run, placed: dict[str, Parts], memory: GpuMe
         return explain_sharded(kind, placed[memory.peak_phase], memory)
 
     accumulated = run.grad_accum_steps > 1
-    tape = _all_layers(setup, accumulated).tape
+    tape = all_layers(setup, accumulated).tape
     return explain(run, tape, memory.peak_phase, placed[memory.peak_phase], memory)
 
 
@@ -291,150 +229,6 @@ def _check_attention(training: TrainingSpec, precision: Precision, rules: Device
 # -- the tape --------------------------------------------------------------------------------------------------------
 
 
-def _micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation: bool = False) -> _Micro:
-    """Run one micro-batch (or one evaluation batch) on a fresh tape, or take the one that was traced."""
-    if setup.traced is not None:
-        if setup.copies_gradients:
-            raise UnsupportedError("gradient_as_bucket_view: of a traced model it is not modelled. Leave it out.")
-        return setup.traced.micro_batch(accumulated=accumulated, evaluation=evaluation)
-    training = setup.training
-    tape = Tape(setup.rules)
-    tape.engine_takes_gradients = setup.engine != "torch" or setup.copies_gradients
-    root = _model(setup, tape, full_depth=full_depth)
-    if setup.engine in ("zero3", "fsdp"):
-        watch(root, tape)
-        tape.zero3_linear = setup.engine == "zero3"
-    if not isinstance(root, Model):
-        heads = " or ".join(trainable_heads(setup.model.model_type))
-        raise SpecError.at("head", "base", "has no loss to train", f"Use --head {heads}, or --task load.")
-    inventory = Inventory(root)
-    if accumulated:
-        for p, _ in inventory.parameters:
-            if isinstance(p.node, AccumulateGrad):
-                p.node.accumulated = True
-    batch = training.micro_batch_size
-    if evaluation:
-        tape.training = tape.grad_enabled = False
-        batch = training.eval_batch_size or batch
-    with tape.tagged(INPUT):
-        inputs = root.inputs(batch, training.seq_len)
-    tape.input_count = len(tape.sizes)
-    loss, outputs = _forward(tape, root, inputs, setup.autocast)
-    predictions = [x.nbytes for x in (outputs, *inputs[1:])] if isinstance(outputs, Tensor) else []
-    del outputs  # compute_loss returns the loss alone
-    if not evaluation:
-        tape.mark("backward")
-        tape.backward(loss)
-    tape.close()
-    return _Micro(tape, root, inventory, tuple(tape.assumptions.values()), predictions)
-
-
-def _model(
-    setup: Setup, tape: Tape, cache: DynamicCache | None = None, *, full_depth: bool, as_loaded: bool = False
-) -> Module:
-    """The model's modules as they are trained: quantized, patched and adapted, in the order in which scripts do it.
-
-    With ``as_loaded`` they are left as from_pretrained leaves them.
-    """
-    training, model = setup.training, setup.model
-    b = Build(
-        tape,
-        setup.dtype,
-        attn=training.attn,
-        gradient_checkpointing=training.gradient_checkpointing,
-        padded=not training.packed,
-        software=setup.software,
-        full_depth=full_depth or (training.lora is not None and tells_layers_apart(training.lora)),
-        last_layer_apart=training.quantization is not None,  # the model's last parameter stays, wherever it is
-        cache=cache,
-    )
-    if training.vocab_size is not None:
-        model = model.replace(config={**model.config, "vocab_size": training.vocab_size})
-    root = build_model(b, model, training.head)
-    quantization = training.quantization
-    if quantization is not None:
-        quantize(b, root, quantization, _compute_dtype(setup))
-    if as_loaded:
-        return root
-    if _prepares(training):
-        prepare_for_kbit_training(root)
-    if training.liger:
-        apply_liger_kernel(b, root, model.model_type)
-    if training.lora is not None:
-        apply_lora(b, root, training.lora, model.model_type)
-        if training.gradient_checkpointing:
-            for _, module in root.named_modules():
-                if isinstance(module, InputEmbeddings):
-                    module.require_output_grad = True
-                    break
-    return root
-
-
-def _compute_dtype(setup: Setup) -> DType:
-    """What 4-bit layers compute in: bnb_4bit_compute_dtype."""
-    quantization = setup.training.quantization
-    if quantization is not None and quantization.compute_dtype is not None:
-        return dtypes.dtype_named(quantization.compute_dtype)
-    return _AUTOCAST[setup.precision.mixed_precision] or setup.dtype
-
-
-def _prepares(training: TrainingSpec) -> bool:
-    """Whether peft.prepare_model_for_kbit_training is called."""
-    quantization = training.quantization
-    return quantization is not None and quantization.prepare_for_kbit_training and training.task == "train"
-
-
-def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], autocast: DType | None) -> tuple[Tensor, Any]:
-    """accelerate's prepared forward: the loss, and what else the Trainer gets."""
-    with tape.autocasting(autocast):
-        loss, outputs = root(*inputs)
-    if autocast is not None and outputs is not None:
-        outputs = outputs.float()  # ConvertOutputsToFp32
-    return loss, outputs
-
-
-# A search, a ladder and a notebook ask for the same step again and again, under other strategies and on other
-# clusters. What the tape says of a setup is remembered.
-@lru_cache(maxsize=64)
-def _run(setup: Setup, gpu: GPUSpec | None) -> tuple[Run, _Micro]:
-    training = setup.training
-    accumulated = training.grad_accum_steps > 1
-    micro = _micro_batch(setup, full_depth=False, accumulated=accumulated)
-    evaluation = None
-    if training.eval_batch_size is not None:
-        pass_ = _micro_batch(setup, full_depth=False, accumulated=False, evaluation=True)
-        fullest = max(pass_.unrolled.profile().peaks.values(), key=lambda moment: moment.total)
-        evaluation = Evaluation(fullest, _kept_predictions(training, pass_), training.eval_accumulation_steps or 1)
-    run = Run(
-        parameters=micro.inventory.parameters,
-        buffer_bytes=sum(micro.inventory.buffer_blocks),
-        profile=micro.unrolled.profile(),
-        evaluation=evaluation,
-        optimizer=make_optimizer(training.optim, setup.rules, partial(groups_of, micro.root)),
-        grad_accum_steps=training.grad_accum_steps,
-        rules=setup.rules,
-        workspaces=cublas_workspaces(
-            gpu or _reference_gpu(),
-            setup.software,
-            training=True,
-            bias=micro.inventory.linear_bias,
-            gradient_checkpointing=training.gradient_checkpointing,
-        ),
-    )
-    return run, micro
-
-
-def _kept_predictions(training: TrainingSpec, micro: _Micro) -> Sequence[int]:
-    """Bytes of what evaluation keeps of each batch. Raises UnsupportedError where it is more than logits and labels."""
-    if training.eval_accumulation_steps is None:
-        return ()
-    if len(micro.predictions) != 2:
-        raise UnsupportedError(
-            "eval_accumulation_steps: predictions other than logits are not modelled. Leave it out: losses only."
-        )
-    return micro.predictions
-
-
 def _held(run: Run, trainable: list[tuple[Parameter, int]], strategy: Strategy) -> list[int]:
     """What lives from loading on besides the weights: buffers and DDP's buckets."""
     held = [run.buffer_bytes] if run.buffer_bytes else []
@@ -451,12 +245,6 @@ def _waiting(run: Run, tape: Tape) -> list[int]:
     return [size * others for size in _inputs(tape) if others]
 
 
-@lru_cache(maxsize=8)
-def _all_layers(setup: Setup, accumulated: bool) -> _Micro:
-    """A micro-batch with every layer on the tape, which several engines are replayed over."""
-    return _micro_batch(setup, full_depth=True, accumulated=accumulated)
-
-
 def _evaluation_loop(run: Run, tape: Tape, ranks: int, limit: int | None) -> EvaluationLoop:
     """Batches on ``tape``; ``limit`` is what CUDA has to give."""
     assert run.evaluation is not None
@@ -466,7 +254,7 @@ def _evaluation_loop(run: Run, tape: Tape, ranks: int, limit: int | None) -> Eva
 @lru_cache(maxsize=64)
 def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> int:
     """What peak reserved cannot exceed, without running every layer."""
-    run, micro = _run(setup, gpu)
+    run, micro = run_of(setup, gpu)
     trainable = run.trainable
     kept = [(size, count) for p, count in trainable for size in run.optimizer.state_bytes(p)]
     kept += [(size, 1) for size in (*run.optimizer.shared_bytes(trainable), *run.workspaces)]
@@ -481,7 +269,7 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) ->
     held = _held(run, trainable, strategy)
     bound = reserved_bound(run.parameters, held, counts, micro_batches, others)
     if run.evaluation is not None:
-        batch = _micro_batch(setup, full_depth=False, accumulated=False, evaluation=True)
+        batch = micro_batch(setup, full_depth=False, accumulated=False, evaluation=True)
         bound += _evaluation_loop(run, batch.tape, ranks, None).bound(batch.unrolled.size_counts())
     return bound
 
@@ -489,17 +277,17 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) ->
 @lru_cache(maxsize=64)
 def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, limit: int | None) -> Replayed:
     """The allocator on every layer's allocations: two steps, and evaluation in what CUDA has to give."""
-    run, _ = _run(setup, gpu)
-    first = _all_layers(setup, False)
+    run, _ = run_of(setup, gpu)
+    first = all_layers(setup, False)
     batches = [first.tape]
     if run.grad_accum_steps > 1:
-        later = _all_layers(setup, True)
+        later = all_layers(setup, True)
         batches.append(later.tape)
     parameters = [p for p, _ in first.inventory.parameters]
     trainable = [(p, 1) for p in parameters if p.node is not None]
     evaluation = None
     if run.evaluation is not None:
-        batch = _micro_batch(setup, full_depth=True, accumulated=False, evaluation=True)
+        batch = micro_batch(setup, full_depth=True, accumulated=False, evaluation=True)
         evaluation = _evaluation_loop(run, batch.tape, ranks, limit)
     return replay_steps(
         parameters,
@@ -512,104 +300,6 @@ def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, l
         evaluation,
         gradients_in_buckets=strategy.kind == "ddp" and strategy.ddp.gradient_as_bucket_view,
     )
-
-
-# -- engines that shard ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Sharded:
-    """The fullest moments of the fullest rank."""
-
-    gpu: dict[str, Parts]
-    host: dict[str, Parts]
-    """By phase and component; one rank's."""
-    pinned: dict[str, int]
-    """The part of ``host`` that is page-locked."""
-    bound: int
-    """What its peak reserved cannot exceed."""
-    rank: int
-
-    @property
-    def peak(self) -> int:
-        return max(map(plain.total, self.gpu.values()))
-
-
-@lru_cache(maxsize=64)
-def _sharded(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> _Sharded:
-    """Play the engine on the ranks one of which is the fullest."""
-    run, micro = _run(setup, gpu)
-    micro_batches = min(run.grad_accum_steps, MICRO_BATCHES) * STEPS
-    counts = micro.unrolled.size_counts()
-    found: list[_Sharded] = []
-    for rank in _ranks(strategy, layout(micro.root), ranks):
-        ledger = Ledger()
-        _play(setup, gpu, strategy, ranks, rank, ledger, full_depth=False)
-        names = ("load", "first_step", *_STEADY)
-        placed = {phase: ledger.fullest(phase) for phase in names}
-        host = {phase: ledger.fullest(phase, "host") for phase in names}
-        pinned = {phase: plain.total(ledger.fullest(phase, "pinned")) for phase in names}
-        placed["save"], host["save"], pinned["save"] = placed["idle"], host["idle"], pinned["idle"]
-        found.append(_Sharded(placed, host, pinned, engines_bound(ledger.sizes, counts, micro_batches), rank))
-    return max(found, key=lambda each: each.peak)
-
-
-@lru_cache(maxsize=64)
-def _replay_sharded(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int) -> Replayed:
-    """The allocator under the engine, two steps long."""
-    ledger = ReplayLedger(configured(setup.training.alloc_conf or AllocatorSpec()))
-    _play(setup, gpu, strategy, ranks, rank, ledger, full_depth=True)
-    return Replayed(ledger.peaks, ledger.peak_reserved)
-
-
-def _play(
-    setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int, ledger: Ledger, *, full_depth: bool
-) -> None:
-    run, closed = _run(setup, gpu)
-    accumulates = run.grad_accum_steps > 1
-    first = _all_layers(setup, False) if full_depth else closed
-    if accumulates and not full_depth:
-        first = _micro_batch(setup, full_depth=False, accumulated=False)
-    later = first
-    if accumulates and strategy.kind in ("zero0", "zero1", "fsdp"):  # gradients stay where autograd put them
-        later = _all_layers(setup, True) if full_depth else closed
-    model = layout(first.root)
-    played = Played(
-        held=first.inventory.buffer_blocks,
-        workspaces=run.workspaces,
-        first=course(first.unrolled, model.numbers, measured=not full_depth),
-        later=course(later.unrolled, layout(later.root).numbers, measured=not full_depth),
-        grad_accum_steps=run.grad_accum_steps,
-    )
-    play(_engine(setup, strategy, first.root, model, ranks, rank, ledger), ledger, played)
-
-
-def _engine(
-    setup: Setup, strategy: Strategy, root: Module, model: Layout, ranks: int, rank: int, ledger: Ledger
-) -> Engine:
-    hidden_size, optim = setup.model.config.get("hidden_size"), setup.training.optim
-    if strategy.kind == "fsdp":
-        loaded, mixed = dtypes.dtype_named(setup.precision.dtype), setup.autocast is not None
-        return fsdp.Fsdp(
-            fsdp.fsdp_setup(strategy, root, model, ranks, setup.dtype, loaded, mixed, optim, setup.rules), ledger
-        )
-    if strategy.kind == "zero3":
-        sharded = zero3.zero3_setup(strategy, model, ranks, setup.dtype, hidden_size, optim, setup.rules)
-        return zero3.Zero3(sharded, ledger)
-    frozen = [p.numel for p in model.parameters.values() if p.node is None]
-    if strategy.kind == "zero0":
-        return zero0.Zero0(zero0.zero0_setup(model, frozen, setup.dtype, optim, setup.rules), ledger)
-    groups = zero.parameter_groups(model, ranks, strategy.zero.round_robin_gradients)
-    return zero.Zero12(
-        zero.zero_setup(strategy, groups, frozen, rank, setup.dtype, hidden_size, optim, setup.rules), ledger
-    )
-
-
-def _ranks(strategy: Strategy, model: Layout, ranks: int) -> list[int]:
-    """Those among which the fullest is. Stage 3 cuts every weight alike, and the first has no padding."""
-    if strategy.kind in ("zero0", "zero3", "fsdp"):
-        return [0]
-    return zero.fullest_ranks(zero.parameter_groups(model, ranks, strategy.zero.round_robin_gradients))
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -630,9 +320,12 @@ def _limit(cluster: ClusterSpec, gpu: GPUSpec | None, software: SoftwareSpec) ->
 
 def _loading(setup: Setup, gpu: GPUSpec | None, cluster: ClusterSpec, weights: int) -> Parts:
     """The fullest moment while a quantized model is loaded and prepared on one GPU, ``weights`` being the result."""
-    root = _model(setup, Tape(setup.rules), full_depth=False, as_loaded=True)
+    root = build(setup, Tape(setup.rules), full_depth=False, as_loaded=True)
     loaded = loading.load(
-        loading.tensors(root), direct=True, capacity=_capacity(cluster, gpu), prepare=_prepares(setup.training)
+        loading.tensors(root),
+        direct=True,
+        capacity=_capacity(cluster, gpu),
+        prepare=prepares_for_kbit_training(setup.training),
     )
     return {"weights": weights, "temporaries": max(0, loaded.peak_allocated - weights)}
 
@@ -660,10 +353,10 @@ def _infer(
     setup = resolve(model, training, cluster, strategy, software)
     process = cluster.replace(gpus=1, nodes=1)
     capacity = _capacity(cluster, gpu)
-    root = _model(setup, Tape(setup.rules), full_depth=False)
+    root = build(setup, Tape(setup.rules), full_depth=False)
     inventory = Inventory(root)
     workspaces = cublas_workspaces(
-        gpu or _reference_gpu(), software, training=False, bias=inventory.linear_bias, gradient_checkpointing=False
+        gpu or reference_gpu(), software, training=False, bias=inventory.linear_bias, gradient_checkpointing=False
     )
     context = _outside(gpu, process, software)[0]
     machine = Machine(
@@ -675,7 +368,7 @@ def _infer(
         host=cluster.host_memory,
         workspaces=workspaces,
     )
-    found = infer(root, partial(_model, setup, full_depth=True), training, machine)
+    found = infer(root, partial(build, setup, full_depth=True), training, machine)
     memory, assumptions = _gpu_memory(found.placed, found.replayed, process, gpu, software)
     on_host, on_disk = found.on_host, found.on_disk
     host = HostMemory(
@@ -722,13 +415,8 @@ def _explanation_of_inference(found: Inference, memory: GpuMemory) -> tuple[Term
 def _outside(gpu: GPUSpec | None, cluster: ClusterSpec, software: SoftwareSpec) -> tuple[Constant, Constant]:
     """What the process takes outside torch's counters: the CUDA context and NCCL."""
     if gpu is None:
-        return NO_GPU_CONTEXT, nccl(_reference_gpu(), cluster.gpus, cluster.gpus_per_node, software)
+        return NO_GPU_CONTEXT, nccl(reference_gpu(), cluster.gpus, cluster.gpus_per_node, software)
     return cuda_context(gpu, software), nccl(gpu, cluster.gpus, cluster.gpus_per_node, software)
-
-
-def _reference_gpu() -> GPUSpec:
-    """Stands in where no GPU is named."""
-    return find_gpu("A100-80GB")
 
 
 NO_GPU_CONTEXT = Constant(
@@ -750,21 +438,6 @@ def _host_memory(run: Run, cluster: ClusterSpec) -> HostMemory:
         pinned=0,
         ranks=cluster.gpus_per_node,
         components={"optimizer": paged} if paged else {},
-    )
-
-
-def _sharded_host(sharded: _Sharded, cluster: ClusterSpec) -> HostMemory:
-    """What the ranks of one node hold together, each as much as the fullest."""
-    ranks = cluster.gpus_per_node
-    totals = {phase: plain.total(parts) * ranks for phase, parts in sharded.host.items()}
-    fullest = max(totals, key=lambda phase: totals[phase])
-    return HostMemory(
-        capacity=cluster.host_memory,
-        peak=totals[fullest],
-        pinned=sharded.pinned[fullest] * ranks,
-        ranks=ranks,
-        components={name: size * ranks for name, size in sharded.host[fullest].items() if size},
-        phases=tuple(Phase(name=phase, allocated=size) for phase, size in totals.items()),
     )
 
 
@@ -900,8 +573,8 @@ def _setup_dict(
         data["lora_modules_to_save"] = list(lora.modules_to_save)
         data["lora_autocast_adapter_dtype"] = lora.autocast_adapter_dtype
     if quantization is not None:
-        data["prepare_for_kbit_training"] = _prepares(training)
-        data["bnb_4bit_compute_dtype"] = _compute_dtype(setup).name if quantization.kind != "int8" else None
+        data["prepare_for_kbit_training"] = prepares_for_kbit_training(training)
+        data["bnb_4bit_compute_dtype"] = compute_dtype(setup).name if quantization.kind != "int8" else None
     return data
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from memplan.engines.plain import Parts, Run
-from memplan.memory.inference import Inference
+from memplan.inference import Inference
 from memplan.memory.loading import Held
 from memplan.memory.optimizers import rounded
 from memplan.memory.timeline import COMPONENTS

@@ -21,6 +21,7 @@ from memplan.catalog.gpus import find_gpu
 from memplan.errors import SpecError, UnsupportedError
 from memplan.introspect import extrapolate, recording
 from memplan.introspect.recording import same_log
+from memplan.micro_batch import Setup
 from memplan.results import Estimate
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.model import ModelSpec
@@ -39,7 +40,7 @@ def deep(family: str, depth: int, **changes: Any) -> dict[str, Any]:
     return config | {name: depth for name in names if name in config}
 
 
-def resolved(config: dict[str, Any], training: TrainingSpec = SHORT, gpu: str = GPU) -> estimator.Setup:
+def resolved(config: dict[str, Any], training: TrainingSpec = SHORT, gpu: str = GPU) -> Setup:
     spec = ModelSpec(
         id="m", model_type=config["model_type"], architecture=config["architectures"][0], config=config, source="test"
     )

@@ -13,8 +13,9 @@ from memplan.adapters.liger import FAMILIES as LIGER
 from memplan.architectures.registry import FAMILIES
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import MemplanError
-from memplan.estimator import _micro_batch, resolve
+from memplan.estimator import resolve
 from memplan.memory.timeline import StepProfile
+from memplan.micro_batch import micro_batch
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
@@ -95,9 +96,7 @@ def test_closed_form_equals_every_layer(family: str, gpu: str) -> None:
             accumulated = spec.grad_accum_steps > 1
             try:
                 setup = resolve(model, spec, ClusterSpec(gpu=find_gpu(gpu)), Strategy(), SoftwareSpec())
-                every, closed = (
-                    _micro_batch(setup, full_depth=full, accumulated=accumulated) for full in (True, False)
-                )
+                every, closed = (micro_batch(setup, full_depth=full, accumulated=accumulated) for full in (True, False))
             except MemplanError:  # what Liger or the GPU refuses
                 continue
             exact = every.unrolled.profile()

@@ -11,8 +11,9 @@ from tests.oracles.o1 import Row
 
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import MemplanError
-from memplan.estimator import _micro_batch, estimate, resolve
+from memplan.estimator import estimate, resolve
 from memplan.introspect.trace import _set_depth
+from memplan.micro_batch import micro_batch
 from memplan.results import Estimate
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.model import ModelSpec
@@ -78,7 +79,7 @@ def compare(row: Row) -> Comparison:
     )
     cluster = ClusterSpec(gpu=find_gpu("cpu"))
     question = (model, TrainingSpec(**options), cluster, Strategy(), SoftwareSpec())
-    micro = _micro_batch(resolve(*question), full_depth=False, accumulated=False)
+    micro = micro_batch(resolve(*question), full_depth=False, accumulated=False)
     saved = micro.unrolled.profile().saved
     return Comparison(row, estimate(*question), saved.total - saved.parts[INPUT])
 

@@ -6,7 +6,7 @@ import pytest
 from tests.oracles import o2
 from tests.oracles.families import CONFIGS
 
-from memplan import estimator
+from memplan import estimator, sharded
 from memplan.api import _model
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import UnsupportedError
@@ -51,7 +51,7 @@ def played(row: o2.Row) -> Ledger:
     cluster = ClusterSpec(gpu=cpu, gpus=gpus)
     setup = estimator.resolve(_model(config), TrainingSpec(**options), cluster, strategy, SoftwareSpec())
     ledger = Ledger(pinned_in_powers_of_two=False)  # the truth has no pinned blocks
-    estimator._play(setup, cpu, strategy, gpus, 0, ledger, full_depth=False)
+    sharded.play_engine(setup, cpu, strategy, gpus, 0, ledger, full_depth=False)
     return ledger
 
 

@@ -24,11 +24,11 @@ from typing import Any, TypeAlias
 
 from memplan.architectures.nn import Build, Embedding, LayerNorm, Layers, Linear, Module
 from memplan.errors import MemplanError, SpecError, UnsupportedError
-from memplan.estimator import Setup, Traced
 from memplan.introspect import trace
 from memplan.introspect.cuda_autocast import cuda_rules
 from memplan.introspect.cuda_kernels import cuda_kernels, cuda_operations
 from memplan.introspect.recording import NotRepeating, Recorder, Recording, Templates, expand, same_log, to_tape
+from memplan.micro_batch import Setup, Traced
 from memplan.results import Assumption
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec

@@ -1,0 +1,1 @@
+"""The real model under FakeTensor, for what no architecture file says."""

@@ -1,0 +1,256 @@
+"""One micro-batch on the tape, as the Trainer runs it, and what an engine places of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import Any, Literal
+
+from memplan.adapters.liger import apply_liger_kernel
+from memplan.adapters.lora import apply_lora, tells_layers_apart
+from memplan.adapters.quantization import prepare_for_kbit_training, quantize
+from memplan.architectures.cache import DynamicCache
+from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, Module, watch
+from memplan.architectures.registry import build_model, trainable_heads
+from memplan.catalog.gpus import find_gpu
+from memplan.constants import Constant
+from memplan.engines.plain import Evaluation, Run
+from memplan.errors import SpecError, UnsupportedError
+from memplan.memory.optimizers import groups_of, make_optimizer
+from memplan.memory.runtime import cublas_workspaces
+from memplan.memory.timeline import Unrolled, unroll
+from memplan.results import Assumption
+from memplan.specs.hardware import GPUSpec
+from memplan.specs.model import ModelSpec
+from memplan.specs.precision import Precision
+from memplan.specs.software import SoftwareSpec
+from memplan.specs.training import TrainingSpec
+from memplan.tape import tensor as dtypes
+from memplan.tape.dispatch import DeviceRules
+from memplan.tape.tape import INPUT, AccumulateGrad, Tape
+from memplan.tape.tensor import DType, Tensor
+
+_AUTOCAST: dict[str, DType | None] = {"no": None, "bf16": dtypes.bfloat16, "fp16": dtypes.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A model of which memplan has no architecture file, traced: its modules, and tapes that say what they ran."""
+
+    root: Module
+    first: Tape
+    """A micro-batch."""
+    later: Tape | None
+    """A micro-batch with the gradients of an earlier one there, if gradients are accumulated."""
+    evaluation: Tape | None
+    """A batch of evaluation, if there is any."""
+    assumptions: tuple[Assumption, ...]
+    """What the trace does not know."""
+
+    def micro_batch(self, *, accumulated: bool, evaluation: bool) -> MicroBatch:
+        """One of the tapes."""
+        tape = self.evaluation if evaluation else self.later if accumulated else self.first
+        assert tape is not None
+        return MicroBatch(tape, self.root, Inventory(self.root))
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Everything that decides the tape, resolved."""
+
+    model: ModelSpec
+    training: TrainingSpec
+    precision: Precision
+    rules: DeviceRules
+    software: SoftwareSpec
+    engine: Literal["torch", "zero12", "zero3", "fsdp"] = "torch"
+    """Who makes the precision 16 bit: autocast, or DeepSpeed, which casts the model. DeepSpeed also takes each gradient
+    as it comes."""
+    copies_gradients: bool = False
+    """DDP copies each gradient into its bucket as it comes, and frees it."""
+    traced: Traced | None = None
+
+    @property
+    def dtype(self) -> DType:
+        """The model's, when it is trained."""
+        mixed = _AUTOCAST[self.precision.mixed_precision]
+        return mixed if mixed is not None and self.engine != "torch" else dtypes.dtype_named(self.precision.dtype)
+
+    @property
+    def autocast(self) -> DType | None:
+        """autocast's lower precision, if it is on."""
+        return _AUTOCAST[self.precision.mixed_precision] if self.engine in ("torch", "fsdp") else None
+
+
+@dataclass
+class MicroBatch:
+    """One micro-batch on the tape."""
+
+    tape: Tape
+    root: Module
+    inventory: Inventory
+    assumptions: tuple[Constant, ...] = ()
+    predictions: Sequence[int] = ()
+    """Bytes of the batch's logits and labels, which evaluation may keep; none where no logits are made."""
+
+    @cached_property
+    def unrolled(self) -> Unrolled:
+        """The log of all layers."""
+        return unroll(self.tape, self.inventory.stacks)
+
+
+def micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation: bool = False) -> MicroBatch:
+    """Run one micro-batch (or one evaluation batch) on a fresh tape, or take the one that was traced."""
+    if setup.traced is not None:
+        if setup.copies_gradients:
+            raise UnsupportedError("gradient_as_bucket_view: of a traced model it is not modelled. Leave it out.")
+        return setup.traced.micro_batch(accumulated=accumulated, evaluation=evaluation)
+    training = setup.training
+    tape = Tape(setup.rules)
+    tape.engine_takes_gradients = setup.engine != "torch" or setup.copies_gradients
+    root = build(setup, tape, full_depth=full_depth)
+    if setup.engine in ("zero3", "fsdp"):
+        watch(root, tape)
+        tape.zero3_linear = setup.engine == "zero3"
+    if not isinstance(root, Model):
+        heads = " or ".join(trainable_heads(setup.model.model_type))
+        raise SpecError.at("head", "base", "has no loss to train", f"Use --head {heads}, or --task load.")
+    inventory = Inventory(root)
+    if accumulated:
+        for p, _ in inventory.parameters:
+            if isinstance(p.node, AccumulateGrad):
+                p.node.accumulated = True
+    batch = training.micro_batch_size
+    if evaluation:
+        tape.training = tape.grad_enabled = False
+        batch = training.eval_batch_size or batch
+    with tape.tagged(INPUT):
+        inputs = root.inputs(batch, training.seq_len)
+    tape.input_count = len(tape.sizes)
+    loss, outputs = _forward(tape, root, inputs, setup.autocast)
+    predictions = [x.nbytes for x in (outputs, *inputs[1:])] if isinstance(outputs, Tensor) else []
+    del outputs  # compute_loss returns the loss alone
+    if not evaluation:
+        tape.mark("backward")
+        tape.backward(loss)
+    tape.close()
+    return MicroBatch(tape, root, inventory, tuple(tape.assumptions.values()), predictions)
+
+
+def build(
+    setup: Setup, tape: Tape, cache: DynamicCache | None = None, *, full_depth: bool, as_loaded: bool = False
+) -> Module:
+    """The model's modules as they are trained: quantized, patched and adapted, in the order in which scripts do it.
+
+    With ``as_loaded`` they are left as from_pretrained leaves them.
+    """
+    training, model = setup.training, setup.model
+    b = Build(
+        tape,
+        setup.dtype,
+        attn=training.attn,
+        gradient_checkpointing=training.gradient_checkpointing,
+        padded=not training.packed,
+        software=setup.software,
+        full_depth=full_depth or (training.lora is not None and tells_layers_apart(training.lora)),
+        last_layer_apart=training.quantization is not None,  # the model's last parameter stays, wherever it is
+        cache=cache,
+    )
+    if training.vocab_size is not None:
+        model = model.replace(config={**model.config, "vocab_size": training.vocab_size})
+    root = build_model(b, model, training.head)
+    quantization = training.quantization
+    if quantization is not None:
+        quantize(b, root, quantization, compute_dtype(setup))
+    if as_loaded:
+        return root
+    if prepares_for_kbit_training(training):
+        prepare_for_kbit_training(root)
+    if training.liger:
+        apply_liger_kernel(b, root, model.model_type)
+    if training.lora is not None:
+        apply_lora(b, root, training.lora, model.model_type)
+        if training.gradient_checkpointing:
+            for _, module in root.named_modules():
+                if isinstance(module, InputEmbeddings):
+                    module.require_output_grad = True
+                    break
+    return root
+
+
+def compute_dtype(setup: Setup) -> DType:
+    """What 4-bit layers compute in: bnb_4bit_compute_dtype."""
+    quantization = setup.training.quantization
+    if quantization is not None and quantization.compute_dtype is not None:
+        return dtypes.dtype_named(quantization.compute_dtype)
+    return _AUTOCAST[setup.precision.mixed_precision] or setup.dtype
+
+
+def prepares_for_kbit_training(training: TrainingSpec) -> bool:
+    """Whether peft.prepare_model_for_kbit_training is called."""
+    quantization = training.quantization
+    return quantization is not None and quantization.prepare_for_kbit_training and training.task == "train"
+
+
+def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], autocast: DType | None) -> tuple[Tensor, Any]:
+    """accelerate's prepared forward: the loss, and what else the Trainer gets."""
+    with tape.autocasting(autocast):
+        loss, outputs = root(*inputs)
+    if autocast is not None and outputs is not None:
+        outputs = outputs.float()  # ConvertOutputsToFp32
+    return loss, outputs
+
+
+# A search, a ladder and a notebook ask for the same step again and again, under other strategies and on other
+# clusters. What the tape says of a setup is remembered.
+@lru_cache(maxsize=64)
+def run_of(setup: Setup, gpu: GPUSpec | None) -> tuple[Run, MicroBatch]:
+    """What the engines need to know of the setup, and the micro-batch that says it."""
+    training = setup.training
+    accumulated = training.grad_accum_steps > 1
+    micro = micro_batch(setup, full_depth=False, accumulated=accumulated)
+    evaluation = None
+    if training.eval_batch_size is not None:
+        pass_ = micro_batch(setup, full_depth=False, accumulated=False, evaluation=True)
+        fullest = max(pass_.unrolled.profile().peaks.values(), key=lambda moment: moment.total)
+        evaluation = Evaluation(fullest, _kept_predictions(training, pass_), training.eval_accumulation_steps or 1)
+    run = Run(
+        parameters=micro.inventory.parameters,
+        buffer_bytes=sum(micro.inventory.buffer_blocks),
+        profile=micro.unrolled.profile(),
+        evaluation=evaluation,
+        optimizer=make_optimizer(training.optim, setup.rules, partial(groups_of, micro.root)),
+        grad_accum_steps=training.grad_accum_steps,
+        rules=setup.rules,
+        workspaces=cublas_workspaces(
+            gpu or reference_gpu(),
+            setup.software,
+            training=True,
+            bias=micro.inventory.linear_bias,
+            gradient_checkpointing=training.gradient_checkpointing,
+        ),
+    )
+    return run, micro
+
+
+def _kept_predictions(training: TrainingSpec, micro: MicroBatch) -> Sequence[int]:
+    """Bytes of what evaluation keeps of each batch. Raises UnsupportedError where it is more than logits and labels."""
+    if training.eval_accumulation_steps is None:
+        return ()
+    if len(micro.predictions) != 2:
+        raise UnsupportedError(
+            "eval_accumulation_steps: predictions other than logits are not modelled. Leave it out: losses only."
+        )
+    return micro.predictions
+
+
+@lru_cache(maxsize=8)
+def all_layers(setup: Setup, accumulated: bool) -> MicroBatch:
+    """A micro-batch with every layer on the tape, which several engines are replayed over."""
+    return micro_batch(setup, full_depth=True, accumulated=accumulated)
+
+
+def reference_gpu() -> GPUSpec:
+    """Stands in where no GPU is named."""
+    return find_gpu("A100-80GB")

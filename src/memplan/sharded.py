@@ -1,0 +1,131 @@
+"""The engines that shard, played over a setup's micro-batches: what each place holds in every phase."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from memplan.architectures.nn import Module
+from memplan.engines import fsdp, plain, zero, zero0, zero3
+from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, layout, play
+from memplan.engines.plain import Parts
+from memplan.memory.course import Ledger, ReplayLedger, course
+from memplan.memory.trace import Replayed, configured, engines_bound
+from memplan.micro_batch import Setup, all_layers, micro_batch, run_of
+from memplan.results import HostMemory, Phase
+from memplan.specs.hardware import ClusterSpec, GPUSpec
+from memplan.specs.strategy import Strategy
+from memplan.specs.training import AllocatorSpec
+from memplan.tape import tensor as dtypes
+
+PHASES = ("load", "first_step", "forward", "loss", "backward", "step", "idle")
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """The fullest moments of the fullest rank."""
+
+    gpu: dict[str, Parts]
+    host: dict[str, Parts]
+    """By phase and component; one rank's."""
+    pinned: dict[str, int]
+    """The part of ``host`` that is page-locked."""
+    bound: int
+    """What its peak reserved cannot exceed."""
+    rank: int
+
+    @property
+    def peak(self) -> int:
+        return max(map(plain.total, self.gpu.values()))
+
+
+@lru_cache(maxsize=64)
+def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> Sharded:
+    """Play the engine on the ranks one of which is the fullest."""
+    run, micro = run_of(setup, gpu)
+    micro_batches = min(run.grad_accum_steps, MICRO_BATCHES) * STEPS
+    counts = micro.unrolled.size_counts()
+    found: list[Sharded] = []
+    for rank in _ranks(strategy, layout(micro.root), ranks):
+        ledger = Ledger()
+        play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=False)
+        placed = {phase: ledger.fullest(phase) for phase in PHASES}
+        host = {phase: ledger.fullest(phase, "host") for phase in PHASES}
+        pinned = {phase: plain.total(ledger.fullest(phase, "pinned")) for phase in PHASES}
+        placed["save"], host["save"], pinned["save"] = placed["idle"], host["idle"], pinned["idle"]
+        found.append(Sharded(placed, host, pinned, engines_bound(ledger.sizes, counts, micro_batches), rank))
+    return max(found, key=lambda each: each.peak)
+
+
+@lru_cache(maxsize=64)
+def replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int) -> Replayed:
+    """The allocator under the engine, two steps long."""
+    ledger = ReplayLedger(configured(setup.training.alloc_conf or AllocatorSpec()))
+    play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=True)
+    return Replayed(ledger.peaks, ledger.peak_reserved)
+
+
+def play_engine(
+    setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int, ledger: Ledger, *, full_depth: bool
+) -> None:
+    """Play two steps on one rank; ``ledger`` keeps what it places."""
+    run, closed = run_of(setup, gpu)
+    accumulates = run.grad_accum_steps > 1
+    first = all_layers(setup, False) if full_depth else closed
+    if accumulates and not full_depth:
+        first = micro_batch(setup, full_depth=False, accumulated=False)
+    later = first
+    if accumulates and strategy.kind in ("zero0", "zero1", "fsdp"):  # gradients stay where autograd put them
+        later = all_layers(setup, True) if full_depth else closed
+    model = layout(first.root)
+    played = Played(
+        held=first.inventory.buffer_blocks,
+        workspaces=run.workspaces,
+        first=course(first.unrolled, model.numbers, measured=not full_depth),
+        later=course(later.unrolled, layout(later.root).numbers, measured=not full_depth),
+        grad_accum_steps=run.grad_accum_steps,
+    )
+    play(_engine(setup, strategy, first.root, model, ranks, rank, ledger), ledger, played)
+
+
+def _engine(
+    setup: Setup, strategy: Strategy, root: Module, model: Layout, ranks: int, rank: int, ledger: Ledger
+) -> Engine:
+    hidden_size, optim = setup.model.config.get("hidden_size"), setup.training.optim
+    if strategy.kind == "fsdp":
+        loaded, mixed = dtypes.dtype_named(setup.precision.dtype), setup.autocast is not None
+        return fsdp.Fsdp(
+            fsdp.fsdp_setup(strategy, root, model, ranks, setup.dtype, loaded, mixed, optim, setup.rules), ledger
+        )
+    if strategy.kind == "zero3":
+        sharded = zero3.zero3_setup(strategy, model, ranks, setup.dtype, hidden_size, optim, setup.rules)
+        return zero3.Zero3(sharded, ledger)
+    frozen = [p.numel for p in model.parameters.values() if p.node is None]
+    if strategy.kind == "zero0":
+        return zero0.Zero0(zero0.zero0_setup(model, frozen, setup.dtype, optim, setup.rules), ledger)
+    groups = zero.parameter_groups(model, ranks, strategy.zero.round_robin_gradients)
+    return zero.Zero12(
+        zero.zero_setup(strategy, groups, frozen, rank, setup.dtype, hidden_size, optim, setup.rules), ledger
+    )
+
+
+def _ranks(strategy: Strategy, model: Layout, ranks: int) -> list[int]:
+    """Those among which the fullest is. Stage 3 cuts every weight alike, and the first has no padding."""
+    if strategy.kind in ("zero0", "zero3", "fsdp"):
+        return [0]
+    return zero.fullest_ranks(zero.parameter_groups(model, ranks, strategy.zero.round_robin_gradients))
+
+
+def host_memory(played: Sharded, cluster: ClusterSpec) -> HostMemory:
+    """What the ranks of one node hold together, each as much as the fullest."""
+    ranks = cluster.gpus_per_node
+    totals = {phase: plain.total(parts) * ranks for phase, parts in played.host.items()}
+    fullest = max(totals, key=lambda phase: totals[phase])
+    return HostMemory(
+        capacity=cluster.host_memory,
+        peak=totals[fullest],
+        pinned=played.pinned[fullest] * ranks,
+        ranks=ranks,
+        components={name: size * ranks for name, size in played.host[fullest].items() if size},
+        phases=tuple(Phase(name=phase, allocated=size) for phase, size in totals.items()),
+    )
