@@ -62,6 +62,10 @@ class Zero3Setup:
     max_live_parameters: int
     max_reuse_distance: int
     allgather_sequential: bool
+    contiguous_gradients: bool
+    """Gradients are copied into the bucket's buffer as they come."""
+    reduce_scatter: bool
+    """Each partition is reduced to its rank, in place of an all-reduce of the bucket's buffer."""
     offload_optimizer: bool
     """Masters, gradients and optimizer states are on the host."""
     offload_param: bool
@@ -342,7 +346,8 @@ class Zero3:
         for i, optimizer in enumerate(setup.optimizers):
             if optimizer.made_at_construction:
                 self._make_states(i)
-        ledger.allocate("communication", setup.reduce_bucket_size * setup.dtype.itemsize)
+        if setup.contiguous_gradients:
+            ledger.allocate("communication", setup.reduce_bucket_size * setup.dtype.itemsize)
         nbytes = sum(shard.partition for shard in self._trained.values()) * setup.accumulation_dtype.itemsize
         if setup.offload_optimizer:
             self._on_host("gradients", nbytes, setup.gradients_place)
@@ -401,7 +406,7 @@ class Zero3:
             self._grads[key] = gradient
         if self._bucket and self._bucket_elements + shard.elements > self.setup.reduce_bucket_size:
             self._reduce_and_partition()
-        if self._bucket_elements + shard.elements <= self.setup.reduce_bucket_size:
+        if self.setup.contiguous_gradients and self._bucket_elements + shard.elements <= self.setup.reduce_bucket_size:
             self.ledger.free(self._grads.pop(key, None))  # copied into the bucket
         self._bucket.append(shard)
         self._bucket_elements += shard.elements
@@ -411,23 +416,39 @@ class Zero3:
         self.coordinator.release_backward_leftovers()
 
     def _reduce_and_partition(self) -> None:
-        """__avg_scatter_grads by reduce_scatter_coalesced, and partition_grads."""
+        """__reduce_and_partition_ipg_grads."""
         if not self._bucket:
             return
-        size, ranks, flat = self.setup.dtype.itemsize, self.setup.ranks, None
-        if len(self._bucket) > 1 or self._bucket[0].elements % ranks:
-            nbytes = sum(shard.partition * ranks for shard in self._bucket) * size
-            flat = self.ledger.allocate("communication", nbytes)
-        casts: list[Block] = []
-        if self.setup.accumulation_dtype is not self.setup.dtype:
-            sizes = [shard.partition * self.setup.accumulation_dtype.itemsize for shard in self._bucket]
-            casts = [self.ledger.allocate("temporaries", nbytes) for nbytes in sizes]
+        setup = self.setup
+        fills_buffer = setup.contiguous_gradients and self._bucket_elements <= setup.reduce_bucket_size
+        all_reduces = fills_buffer and not setup.reduce_scatter
+        reduced = self._avg_scatter_contiguous_grads() if all_reduces else self._avg_scatter_grads()
         for shard in self._bucket:
             if self.setup.offload_optimizer:
                 self._offload_gradient(shard)
             self.ledger.free(self._grads.pop(shard.key, None))
-        self.ledger.free(flat, *casts)
+        self.ledger.free(*reduced)
         self._bucket, self._bucket_elements = [], 0
+
+    def _avg_scatter_grads(self) -> list[Block]:
+        """By reduce_scatter_coalesced: in one piece, padded for every rank."""
+        setup, made = self.setup, list[Block]()
+        if len(self._bucket) > 1 or self._bucket[0].elements % setup.ranks:
+            nbytes = sum(shard.partition * setup.ranks for shard in self._bucket) * setup.dtype.itemsize
+            made.append(self.ledger.allocate("communication", nbytes))
+        if setup.accumulation_dtype is not setup.dtype:
+            sizes = [shard.partition * setup.accumulation_dtype.itemsize for shard in self._bucket]
+            made += [self.ledger.allocate("temporaries", nbytes) for nbytes in sizes]
+        return made
+
+    def _avg_scatter_contiguous_grads(self) -> list[Block]:
+        """The buffer is reduced in place; the last rank pads what its partition lacks."""
+        setup, made = self.setup, list[Block]()
+        itemsize = setup.accumulation_dtype.itemsize
+        if setup.accumulation_dtype is not setup.dtype:
+            made.append(self.ledger.allocate("temporaries", self._bucket_elements * itemsize))
+        padded = [shard.partition * itemsize for shard in self._bucket if shard.elements % setup.ranks]
+        return made + [self.ledger.allocate("temporaries", nbytes) for nbytes in padded]
 
     def _offload_gradient(self, shard: Shard) -> None:
         """partition_grads: the sum is on the GPU for its norm, and in float32 on its way to the host."""
@@ -495,8 +516,6 @@ def zero3_setup(
         "zero_hpz_partition_size": keys.zero_hpz_partition_size > 1 and keys.zero_hpz_partition_size,
         "zero_quantized_weights": keys.zero_quantized_weights and "true",
         "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
-        "contiguous_gradients": not keys.contiguous_gradients and "false",
-        "reduce_scatter": not keys.reduce_scatter and "false",
     }
     if optim == "muon":
         raise UnsupportedError("optim: 'muon' is not modelled yet under a ZeRO stage. Use another, or ddp.")
@@ -528,6 +547,8 @@ def zero3_setup(
         max_live_parameters=keys.stage3_max_live_parameters,
         max_reuse_distance=keys.stage3_max_reuse_distance,
         allgather_sequential=keys.stage3_allgather_sequential,
+        contiguous_gradients=keys.contiguous_gradients,
+        reduce_scatter=keys.reduce_scatter,
         offload_optimizer=strategy.offload_optimizer != "none",
         offload_param=strategy.offload_param != "none",
         gradients_place="pinned" if keys.offload_optimizer.pin_memory else "host",
