@@ -18,7 +18,7 @@ from memplan.errors import UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
 from memplan.memory.optimizers import OUTSIDE, Groups, Optimizer, make_optimizer
 from memplan.specs.strategy import Strategy
-from memplan.tape.dispatch import DeviceRules
+from memplan.tape.dispatch import CPU, DeviceRules
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import DType, Parameter, float32
 
@@ -72,6 +72,8 @@ class FsdpSetup:
     ranks: int
     dtype: DType
     """MixedPrecisionPolicy's param_dtype and reduce_dtype, or the model's."""
+    offload: bool
+    """CPUOffloadPolicy: shards, their gradients and the optimizer on the host, all but the states pinned."""
     optimizer: Optimizer
     stepped: Sequence[Parameter]
     """The shards that are trained."""
@@ -106,8 +108,12 @@ class Fsdp:
         for unit in self.setup.units:
             whole = [self.ledger.allocate("temporaries", row.elements * row.itemsize) for row in unit.weights]
             for row in unit.weights:
-                self.ledger.allocate("weights", row.shard * row.itemsize)
+                self._on_host_or_gpu("weights", row.shard * row.itemsize)
             self.ledger.free(*whole)
+
+    def _on_host_or_gpu(self, component: str, nbytes: int) -> Block:
+        """A shard, or its gradient."""
+        return self.ledger.allocate(component, nbytes, "pinned" if self.setup.offload else "gpu")
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
@@ -159,10 +165,22 @@ class Fsdp:
             self._gathered[unit.first] = None
             return
         elements = sum(row.padded for row in unit.weights)
-        casts = sum(row.shard for row in unit.weights if row.itemsize != size) * size
-        cast = self.ledger.allocate("temporaries", casts) if casts else None
+        if self.setup.offload:
+            inputs = [self._copied(row, row.shard) for row in unit.weights]
+        else:
+            casts = sum(row.shard for row in unit.weights if row.itemsize != size) * size
+            inputs = [self.ledger.allocate("temporaries", casts)] if casts else []
         self._gathered[unit.first] = self.ledger.allocate("communication", elements * size)
-        self.ledger.free(cast)
+        self.ledger.free(*inputs)
+
+    def _copied(self, row: Row, elements: int) -> Block:
+        """all_gather_inputs of a shard on the host: copied to the GPU, then cast."""
+        copy = self.ledger.allocate("temporaries", elements * row.itemsize)
+        if row.itemsize == self.setup.dtype.itemsize:
+            return copy
+        cast = self.ledger.allocate("temporaries", elements * self.setup.dtype.itemsize)
+        self.ledger.free(copy)
+        return cast
 
     def _wait(self, unit: Unit, *, forward: bool) -> None:
         """wait_for_unshard: the copy-out."""
@@ -173,7 +191,9 @@ class Fsdp:
         blocks: list[Block] = []
         for row in unit.weights:
             blocks.append(self.ledger.allocate("communication", row.padded * size))
-            if self.setup.ranks == 1 and row.itemsize != size:
+            if self.setup.ranks == 1 and self.setup.offload:
+                self.ledger.free(self._copied(row, row.elements))
+            elif self.setup.ranks == 1 and row.itemsize != size:
                 self.ledger.briefly("temporaries", row.elements * size)
         self._unsharded[unit.first] = blocks
         if forward:  # the one before is held until this copy-out is done
@@ -215,18 +235,23 @@ class Fsdp:
             cast = self.ledger.allocate("gradients", sum(row.shard for row in rows) * rows[0].itemsize)
             self.ledger.free(output)
             output = cast
-        self._sharded_grads.append(output)
+        if self.setup.offload:
+            on_host = [self._on_host_or_gpu("gradients", row.shard * row.itemsize) for row in rows]
+            self._sharded_grads += on_host
+            self.ledger.free(output)
+        else:
+            self._sharded_grads.append(output)
 
     # -- step ----------------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        optimizer = self.setup.optimizer
+        optimizer, place = self.setup.optimizer, "host" if self.setup.offload else "gpu"
         if not self._has_states:
             self._has_states = True
             for p in self.setup.stepped:
                 for nbytes in optimizer.state_bytes(p):
-                    self.ledger.allocate("optimizer", nbytes)
-        self.ledger.briefly("temporaries", optimizer.temporaries.peak)
+                    self.ledger.allocate("optimizer", nbytes, place)
+        self.ledger.briefly("temporaries", optimizer.temporaries.peak, place)
         self.ledger.free(*self._sharded_grads)
         self._sharded_grads.clear()
 
@@ -246,7 +271,6 @@ def fsdp_setup(
     keys = strategy.fsdp
     reasons = {
         "version": keys.version != 2 and keys.version,
-        "offload_param": strategy.offload_param != "none" and strategy.offload_param,
         "auto_wrap_policy": keys.auto_wrap_policy != "TRANSFORMER_BASED_WRAP" and keys.auto_wrap_policy,
         "transformer_layer_cls_to_wrap": bool(keys.transformer_layer_cls_to_wrap) and "a class of your own",
         "activation_checkpointing": keys.activation_checkpointing and "true",
@@ -255,6 +279,7 @@ def fsdp_setup(
     for key, value in reasons.items():
         if value:
             raise UnsupportedError(f"{key}: {value!r} is not modelled yet under fsdp. Leave it out.")
+    offload = strategy.offload_param != "none"
     trained = {key for group in model.groups for key in group}
     master = float32 if mixed else loaded  # fsdp2_prepare_model upcasts what is trained
     rows = {
@@ -280,7 +305,8 @@ def fsdp_setup(
         root=model.numbers[id(root)],
         ranks=ranks,
         dtype=dtype,
-        optimizer=make_optimizer(optim, rules, partial(Groups, stepped)),
+        offload=offload,
+        optimizer=make_optimizer(optim, CPU if offload else rules, partial(Groups, stepped)),
         stepped=stepped,
     )
 
