@@ -157,6 +157,8 @@ def resolve(
         # DeepSpeedEngine casts all parameters to the 16-bit type; of ZeRO-3's, zero.Init those that were there before.
         # FSDP gathers all of them in it.
         training = training.replace(lora=training.lora.replace(autocast_adapter_dtype=False))
+    if strategy.kind == "fsdp" and strategy.fsdp.activation_checkpointing:
+        training = _activation_checkpointing(training, strategy)
     engine: Literal["torch", "zero12", "zero3", "fsdp"] = "torch"
     if strategy.is_deepspeed:
         engine = "zero3" if strategy.kind == "zero3" else "zero12"
@@ -164,6 +166,23 @@ def resolve(
         engine = "fsdp"
     copies = strategy.kind == "ddp" and strategy.ddp.gradient_as_bucket_view and training.grad_accum_steps == 1
     return Setup(model, training, precision, rules, software, engine, copies)
+
+
+def _activation_checkpointing(training: TrainingSpec, strategy: Strategy) -> TrainingSpec:
+    """fsdp2_apply_ac wraps the layers that ``gradient_checkpointing`` would."""
+    name = "activation_checkpointing"
+    if training.gradient_checkpointing:
+        remedy = "Leave one of them out."
+        raise SpecError.at(name, True, "and gradient_checkpointing are both set, which the Trainer refuses", remedy)
+    if strategy.fsdp.auto_wrap_policy == "NO_WRAP":
+        remedy = "Use gradient_checkpointing, or TRANSFORMER_BASED_WRAP."
+        raise SpecError.at(name, True, "checkpoints what auto_wrap_policy wraps, and NO_WRAP wraps nothing", remedy)
+    if training.lora is not None:
+        raise UnsupportedError(
+            f"{name}: with LoRA the first layer's input gets no gradient, unlike under gradient_checkpointing; that is "
+            "not modelled. Use gradient_checkpointing."
+        )
+    return training.replace(gradient_checkpointing=True)
 
 
 def _check_sharded(training: TrainingSpec, strategy: Strategy, traced: Traced | None) -> None:

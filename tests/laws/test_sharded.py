@@ -8,6 +8,7 @@ import pytest
 
 import memplan
 from memplan.results import Estimate
+from memplan.specs.strategy import FsdpSpec
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -28,6 +29,7 @@ ENGINES = [
     memplan.Strategy(kind="zero3", offload_param="cpu"),
     memplan.Strategy(kind="zero3", offload_optimizer="cpu", offload_param="cpu"),
     memplan.Strategy(kind="fsdp"),
+    memplan.Strategy(kind="fsdp", offload_param="cpu"),
 ]
 RUNS: list[dict[str, Any]] = [
     {},
@@ -96,3 +98,23 @@ def test_stage_3_can_need_more_than_stage_2() -> None:
     """A finding: what prefetching keeps gathered and the resident gradients outweigh what is shared out."""
     two, three = (run(memplan.Strategy(kind=kind), gpus=1).gpu.peak_allocated for kind in ("zero2", "zero3"))
     assert three > two
+
+
+def test_fsdp_checkpoints_what_gradient_checkpointing_would() -> None:
+    theirs = memplan.Strategy(kind="fsdp", fsdp=FsdpSpec(activation_checkpointing=True))
+    assert run(theirs).gpu == run(memplan.Strategy(kind="fsdp"), gradient_checkpointing=True).gpu
+    with pytest.raises(memplan.SpecError, match="both set"):
+        run(theirs, gradient_checkpointing=True)
+    with pytest.raises(memplan.UnsupportedError, match="LoRA"):
+        run(theirs, lora=8)
+    wraps_nothing = FsdpSpec(activation_checkpointing=True, auto_wrap_policy="NO_WRAP")
+    with pytest.raises(memplan.SpecError, match="wraps nothing"):
+        run(memplan.Strategy(kind="fsdp", fsdp=wraps_nothing))
+
+
+def test_one_unit_of_fsdp_gathers_the_model_whole() -> None:
+    blocks, whole = (
+        run(memplan.Strategy(kind="fsdp", fsdp=FsdpSpec(auto_wrap_policy=policy))).gpu.components.communication
+        for policy in ("TRANSFORMER_BASED_WRAP", "NO_WRAP")
+    )
+    assert whole > blocks

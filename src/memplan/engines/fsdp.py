@@ -271,9 +271,8 @@ def fsdp_setup(
     keys = strategy.fsdp
     reasons = {
         "version": keys.version != 2 and keys.version,
-        "auto_wrap_policy": keys.auto_wrap_policy != "TRANSFORMER_BASED_WRAP" and keys.auto_wrap_policy,
+        "auto_wrap_policy": keys.auto_wrap_policy == "SIZE_BASED_WRAP" and keys.auto_wrap_policy,
         "transformer_layer_cls_to_wrap": bool(keys.transformer_layer_cls_to_wrap) and "a class of your own",
-        "activation_checkpointing": keys.activation_checkpointing and "true",
         "optim": not optim.startswith("adamw_torch") and optim,
     }
     for key, value in reasons.items():
@@ -293,7 +292,8 @@ def fsdp_setup(
         )
         for key, p in model.parameters.items()
     }
-    units = _Units(root, model, rows, keys.reshard_after_forward).units
+    wraps = keys.auto_wrap_policy != "NO_WRAP"
+    units = _Units(root, model, rows, keys.reshard_after_forward, wraps).units
     tape = Tape(rules)
     stepped = [
         tape.parameter("shard", (-(-row.rows // ranks), *model.parameters[row.key].shape[1:]), master)
@@ -314,18 +314,19 @@ def fsdp_setup(
 class _Units:
     """fsdp2_prepare_model: blocks, the input embedding, the tail (final norm and head), and the root with the rest."""
 
-    def __init__(self, root: Module, model: Layout, rows: Mapping[Key, Row], reshard: bool) -> None:
+    def __init__(self, root: Module, model: Layout, rows: Mapping[Key, Row], reshard: bool, wraps: bool) -> None:
         self._model = model
         self._left = dict(rows)
         embedding = next((m for _, m in root.named_modules() if isinstance(m, InputEmbeddings)), None)
         head = root.output_embeddings() if isinstance(root, Model) else None
         tied = embedding is not None and getattr(embedding, "weight", None) is getattr(head, "weight", None)
-        blocks = [unit for layers in _lists(root) for unit in self._blocks(layers, reshard)]
+        blocks = [unit for layers in _lists(root) for unit in self._blocks(layers, reshard)] if wraps else []
         first = [] if tied or embedding is None else [self._made([embedding], reshard)]
         norm = _final_norm(root)
         tail = [m for m in (*([embedding] if tied else []), norm, head) if m is not None]
         last = [self._made(tail, reshard=False)] if tail else []
-        rest = self._made([root], reshard=False)
+        everything = model.numbers[id(root)][0], OUTSIDE
+        rest = Unit([*self._left.values()], everything, everything, reshard_after_forward=False)
         found = [*([rest] if rest.weights else []), *first, *blocks, *last]
         self.units = [unit for unit in found if unit.weights]
 
