@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from memplan.architectures.nn import Module
-from memplan.engines import fsdp, plain, zero, zero0, zero3
+from memplan.engines import bf16, fsdp, plain, zero, zero0, zero3
 from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, layout, play
 from memplan.engines.plain import Parts
 from memplan.memory.course import Ledger, ReplayLedger, course
@@ -104,9 +104,10 @@ def _engine(
     if strategy.kind == "zero0":
         return zero0.Zero0(zero0.zero0_setup(model, frozen, setup.dtype, optim, setup.rules), ledger)
     groups = zero.parameter_groups(model, ranks, strategy.zero.round_robin_gradients)
-    return zero.Zero12(
-        zero.zero_setup(strategy, groups, frozen, rank, setup.dtype, hidden_size, optim, setup.rules), ledger
-    )
+    places = zero.zero_setup(strategy, groups, frozen, rank, setup.dtype, hidden_size, optim, setup.rules)
+    if zero.uses_bf16_optimizer(strategy, setup.dtype):
+        return bf16.Bf16(places, ledger)
+    return zero.Zero12(places, ledger)
 
 
 def _ranks(strategy: Strategy, model: Layout, ranks: int) -> list[int]:

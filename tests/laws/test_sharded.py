@@ -8,7 +8,7 @@ import pytest
 
 import memplan
 from memplan.results import Estimate
-from memplan.specs.strategy import FsdpSpec
+from memplan.specs.strategy import FsdpSpec, ZeroSpec
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -23,6 +23,7 @@ CONFIG: dict[str, Any] = {
 ENGINES = [
     memplan.Strategy(kind="zero0"),
     memplan.Strategy(kind="zero1"),
+    memplan.Strategy(kind="zero1", zero=ZeroSpec(grad_accum_dtype="fp32")),
     memplan.Strategy(kind="zero2"),
     memplan.Strategy(kind="zero2", offload_optimizer="cpu"),
     memplan.Strategy(kind="zero3"),
@@ -41,7 +42,8 @@ RUNS: list[dict[str, Any]] = [
 
 
 def name(strategy: memplan.Strategy) -> str:
-    return f"{strategy.kind}-{strategy.offload_optimizer}-{strategy.offload_param}"
+    keys = strategy.zero.model_dump(exclude_defaults=True)
+    return "-".join([strategy.kind, strategy.offload_optimizer, strategy.offload_param, *keys])
 
 
 def run(strategy: memplan.Strategy, gpus: int = 4, replay: bool = False, **training: Any) -> Estimate:

@@ -9,7 +9,6 @@ from tests.oracles.families import CONFIGS
 from memplan import estimator, sharded
 from memplan.api import _model
 from memplan.catalog.gpus import find_gpu
-from memplan.errors import UnsupportedError
 from memplan.memory.course import Ledger
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.software import SoftwareSpec
@@ -107,11 +106,7 @@ def scratch(row: o2.Row) -> int:
 def test_an_engine_holds_what_deepspeed_holds(row: o2.Row, request: pytest.FixtureRequest) -> None:
     if row.setup.options.get("zero") == KNOWN_MISS:
         request.applymarker(pytest.mark.xfail(strict=True, reason="modules without weights prefetch too"))
-    try:
-        ledger = played(row)
-    except UnsupportedError as error:
-        pytest.skip(str(error))
-    found, truth = estimated(ledger), measured(row)
+    found, truth = estimated(played(row)), measured(row)
     assert found["idle"] == pytest.approx(truth["idle"], rel=IDLE, abs=SCALARS)
     slack = scratch(row)
     for phase in ("first_step", "forward", "backward", "step"):
@@ -129,12 +124,5 @@ def test_the_host_holds_what_an_engine_leaves_there(row: o2.Row) -> None:
         assert found[phase] == pytest.approx(nbytes, rel=IDLE if phase == "idle" else PEAK, abs=SCALARS), phase
 
 
-def test_most_rows_are_modelled() -> None:
-    refused = 0
-    for row in ROWS:
-        try:
-            played(row)
-        except UnsupportedError:
-            refused += 1
+def test_there_are_rows() -> None:
     assert len(ROWS) >= 150
-    assert refused <= 15

@@ -400,6 +400,13 @@ def parameter_groups(model: Layout, ranks: int, round_robin_gradients: bool = Fa
     return [Group(weights, ranks) for weights in groups]
 
 
+def uses_bf16_optimizer(strategy: Strategy, dtype: DType) -> bool:
+    """Whether stage 1 is done by BF16_Optimizer (_do_optimizer_sanity_check)."""
+    accumulates_in_float32 = strategy.zero.grad_accum_dtype == "fp32"
+    in_place = strategy.kind == "zero1" and strategy.offload_optimizer == "none"
+    return in_place and dtype is bfloat16 and accumulates_in_float32
+
+
 def zero_setup(
     strategy: Strategy,
     groups: Sequence[Group],
@@ -419,7 +426,10 @@ def zero_setup(
         "offload_optimizer": strategy.offload_optimizer == "nvme" and "nvme",
         "optim": strategy.offload_optimizer != "none" and not optim.startswith("adamw_torch") and optim,
         "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
-        "grad_accum_dtype": stage == 1 and accumulation is not dtype and keys.grad_accum_dtype,
+        "grad_accum_dtype": stage == 1
+        and accumulation is not dtype
+        and not uses_bf16_optimizer(strategy, dtype)
+        and keys.grad_accum_dtype,
     }
     if optim == "muon":
         raise UnsupportedError("optim: 'muon' is not modelled yet under a ZeRO stage. Use another, or ddp.")

@@ -6,7 +6,7 @@ Trainer brings), runtime/engine.py (``buffered_allreduce_fallback``), 0.19.8.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -81,13 +81,9 @@ class Zero0:
         """buffered_allreduce_fallback: gradients are copied together until there are enough, and back."""
         if not self._boundary:
             return
-        chunk = count = 0
-        for elements in [*self.setup.elements, 0]:
-            chunk, count = chunk + elements, count + bool(elements)
-            if chunk > ELEMENTS_PER_BUFFER or not elements:
-                if count > 1:  # one alone is a view
-                    self.ledger.briefly("communication", chunk * self.setup.dtype.itemsize)
-                chunk = count = 0
+        for bucket in buckets(self.setup.elements):
+            if len(bucket) > 1:  # one alone is a view
+                self.ledger.briefly("communication", sum(bucket) * self.setup.dtype.itemsize)
 
     def step(self) -> None:
         upcast = []
@@ -106,6 +102,18 @@ class Zero0:
                 for nbytes in optimizer.state_bytes(p):
                     self.ledger.allocate("optimizer", nbytes)
         self.ledger.briefly("temporaries", optimizer.temporaries.peak)
+
+
+def buckets(sizes: Iterable[int]) -> Iterator[list[int]]:
+    """allreduce_no_retain: what is reduced together; a bucket ends once it has more elements than a buffer."""
+    bucket: list[int] = []
+    for size in sizes:
+        bucket.append(size)
+        if sum(bucket) > ELEMENTS_PER_BUFFER:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
 
 
 def zero0_setup(model: Layout, frozen: Sequence[int], dtype: DType, optim: str, rules: DeviceRules) -> Zero0Setup:

@@ -1,0 +1,77 @@
+"""DeepSpeed's ZeRO stage 1 in bfloat16 with gradients accumulated in float32: an optimizer of its own.
+
+Sources: deepspeed/runtime/bf16_optimizer.py (``BF16_Optimizer``), runtime/engine.py (``_do_optimizer_sanity_check``,
+``buffered_allreduce_fallback``), 0.19.8. Masters and optimizer states are in partitions; float32 gradients are whole,
+beside those that autograd makes.
+"""
+
+from __future__ import annotations
+
+from memplan.engines.zero import ZeroSetup
+from memplan.engines.zero0 import buckets
+from memplan.memory.course import Block, Key, Ledger
+from memplan.tape.tensor import float32
+
+
+class Bf16:
+    """One rank of ``BF16_Optimizer``; all hold the same."""
+
+    def __init__(self, setup: ZeroSetup, ledger: Ledger) -> None:
+        self.setup = setup
+        self.ledger = ledger
+        self._weights = {weight.key: weight for group in setup.groups for weight in group.weights}
+        self._grads: dict[Key, Block] = {}
+        self._boundary = True
+        self._has_states = False
+
+    def initialize(self) -> None:
+        """_setup_for_real_optimizer: group by group flatten, clone a partition as master, and make the gradients."""
+        setup, ledger = self.setup, self.ledger
+        size = setup.dtype.itemsize
+        for elements in setup.frozen:
+            ledger.allocate("weights", elements * size)
+        loaded = [ledger.allocate("weights", w.elements * size) for group in setup.groups for w in group.weights]
+        for group in setup.groups:
+            ledger.allocate("weights", group.elements * size)
+            ledger.free(*(loaded.pop(0) for _ in group.weights))
+            clone = ledger.allocate("temporaries", group.partition * size)
+            ledger.allocate("optimizer", group.partition * float32.itemsize)
+            ledger.free(clone)
+            ledger.allocate("gradients", group.elements * setup.accumulation_dtype.itemsize)
+
+    def begin_micro_batch(self, boundary: bool) -> None:
+        self._boundary = boundary
+
+    def module_event(self, kind: str, module: Key) -> None:
+        """Weights are whole: no module needs anything."""
+
+    def process_gradients(self, key: Key, gradient: Block | None) -> None:
+        """Autograd's gradients stay until the step; further micro-batches find them zeroed."""
+        if gradient is not None:
+            self._grads[key] = gradient
+
+    def finish_micro_batch(self) -> None:
+        """update_hp_grads: each is cast and added; then the float32 ones are reduced in the dtype of the model."""
+        setup, ledger = self.setup, self.ledger
+        for key in self._grads:
+            ledger.briefly("temporaries", self._weights[key].elements * setup.accumulation_dtype.itemsize)
+        if not self._boundary:
+            return
+        for bucket in buckets(group.elements for group in setup.groups):
+            elements = sum(bucket)
+            flat = None
+            if len(bucket) > 1:  # one alone is a view
+                flat = ledger.allocate("communication", elements * setup.accumulation_dtype.itemsize)
+            ledger.briefly("communication", elements * setup.communication_dtype.itemsize)
+            ledger.free(flat)
+
+    def step(self) -> None:
+        """The partitions are stepped; then the model's gradients go."""
+        for optimizer, partition in zip(self.setup.optimizers, self.setup.partitions, strict=True):
+            if not self._has_states:
+                for nbytes in optimizer.state_bytes(partition):
+                    self.ledger.allocate("optimizer", nbytes)
+            self.ledger.briefly("temporaries", optimizer.temporaries.peak)
+        self._has_states = True
+        self.ledger.free(*self._grads.values())
+        self._grads.clear()
