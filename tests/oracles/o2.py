@@ -743,7 +743,21 @@ def groups() -> dict[str, list[Setup]]:
     made["offload"] = [_setup("small", **variant) for variant in _offload_variants()]
     made["fsdp"] = [_setup("small", "fsdp", **variant) for variant in _fsdp_variants()]
     made["fsdp"] += [_setup("wide", "fsdp", **variant) for variant in ({}, {"gpus": 64}, {"grad_accum_steps": 3})]
+    for group, options in _untied_variants():
+        made[group].append(Setup("qwen2", "small", _setup("small", **options).options))
     return made
+
+
+def _untied_variants() -> list[tuple[str, dict[str, Any]]]:
+    """On a model whose embedding is not its head, with biases."""
+    no_wrap = {"fsdp": {"auto_wrap_policy": "NO_WRAP"}}
+    return [
+        ("zero1", {"strategy": "zero1", "gpus": 7, "num_layers": 3, "zero": {"grad_accum_dtype": "fp32"}}),
+        ("zero3", {"strategy": "zero3", "gpus": 3, "zero": {"reduce_scatter": False}}),
+        ("zero3", {"strategy": "zero3", "gpus": 5, "zero": {"contiguous_gradients": False}, "grad_accum_steps": 2}),
+        ("fsdp", {"strategy": "fsdp", "gpus": 2, "num_layers": 3, "grad_accum_steps": 2, **no_wrap}),
+        ("offload", {"strategy": "fsdp", "gpus": 2, "num_layers": 3, "offload_param": "cpu"}),
+    ]
 
 
 def _setup(config: str, strategy: str, **options: Any) -> Setup:

@@ -146,8 +146,10 @@ class Fsdp:
             self._grads[key] = gradient
 
     def finish_micro_batch(self) -> None:
-        """_root_post_backward_final_callback: units whose inputs need no gradient, and what was kept for overlap."""
-        for unit in self._order:
+        """_root_post_backward_final_callback: units whose inputs need no gradient, the root's before the embedding's,
+        and what was kept for overlap.
+        """
+        for unit in self.setup.units:  # in the order of all_states: the modules'
             if unit.first not in self._reduced:
                 self._post_backward(unit)
         self.ledger.free(self._reduce_input, *self._gathered.values())  # finalize_backward
