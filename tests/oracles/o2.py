@@ -756,7 +756,6 @@ def _untied_variants() -> list[tuple[str, dict[str, Any]]]:
         ("zero3", {"strategy": "zero3", "gpus": 3, "zero": {"reduce_scatter": False}}),
         ("zero3", {"strategy": "zero3", "gpus": 5, "zero": {"contiguous_gradients": False}, "grad_accum_steps": 2}),
         ("fsdp", {"strategy": "fsdp", "gpus": 2, "num_layers": 3, "grad_accum_steps": 2, **no_wrap}),
-        ("offload", {"strategy": "fsdp", "gpus": 2, "num_layers": 3, "offload_param": "cpu"}),
     ]
 
 
