@@ -7,13 +7,14 @@ beside those that autograd makes.
 
 from __future__ import annotations
 
-from memplan.engines.zero import ZeroSetup
+from memplan.engines.layout import WholeWeights
+from memplan.engines.zero import ZeroSetup, flattened
 from memplan.engines.zero0 import buckets
 from memplan.memory.course import Block, Key, Ledger
 from memplan.tape.tensor import float32
 
 
-class Bf16:
+class Bf16(WholeWeights):
     """One rank of ``BF16_Optimizer``; all hold the same."""
 
     def __init__(self, setup: ZeroSetup, ledger: Ledger) -> None:
@@ -21,29 +22,15 @@ class Bf16:
         self.ledger = ledger
         self._weights = {weight.key: weight for group in setup.groups for weight in group.weights}
         self._grads: dict[Key, Block] = {}
-        self._boundary = True
         self._has_states = False
 
     def initialize(self) -> None:
         """_setup_for_real_optimizer: group by group flatten, clone a partition as master, and make the gradients."""
         setup, ledger = self.setup, self.ledger
-        size = setup.dtype.itemsize
-        for elements in setup.frozen:
-            ledger.allocate("weights", elements * size)
-        loaded = [ledger.allocate("weights", w.elements * size) for group in setup.groups for w in group.weights]
-        for group in setup.groups:
-            ledger.allocate("weights", group.elements * size)
-            ledger.free(*(loaded.pop(0) for _ in group.weights))
-            clone = ledger.allocate("temporaries", group.partition * size)
+        for group, clone in flattened(setup, ledger, empties_cache=False):
             ledger.allocate("optimizer", group.partition * float32.itemsize)
             ledger.free(clone)
             ledger.allocate("gradients", group.elements * setup.accumulation_dtype.itemsize)
-
-    def begin_micro_batch(self, boundary: bool) -> None:
-        self._boundary = boundary
-
-    def module_event(self, kind: str, module: Key) -> None:
-        """Weights are whole: no module needs anything."""
 
     def process_gradients(self, key: Key, gradient: Block | None) -> None:
         """Autograd's gradients stay until the step; further micro-batches find them zeroed."""

@@ -81,6 +81,19 @@ class Engine(Protocol):
         """The optimizer's step."""
 
 
+class WholeWeights:
+    """What engines have in common under which every rank has all weights whole."""
+
+    _boundary = True
+    """The micro-batch that runs is the last before a step."""
+
+    def begin_micro_batch(self, boundary: bool) -> None:
+        self._boundary = boundary
+
+    def module_event(self, kind: str, module: Key) -> None:
+        """No module needs anything."""
+
+
 @dataclass(frozen=True, slots=True)
 class Played:
     """What is there beside the engine, and the micro-batches of each step."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 
-from memplan.engines.layout import Layout
+from memplan.engines.layout import Layout, WholeWeights
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
 from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
@@ -113,7 +113,21 @@ class ZeroSetup:
     """For each group its partition: one flat weight in float32."""
 
 
-class Zero12:
+def flattened(setup: ZeroSetup, ledger: Ledger, *, empties_cache: bool) -> Iterator[tuple[Group, Block]]:
+    """Load, and flatten group by group, each with a clone of this rank's partition, which the caller frees."""
+    size = setup.dtype.itemsize
+    for elements in setup.frozen:
+        ledger.allocate("weights", elements * size)
+    loaded = [ledger.allocate("weights", w.elements * size) for group in setup.groups for w in group.weights]
+    for group in setup.groups:
+        if empties_cache:
+            ledger.empty_cache()
+        ledger.allocate("weights", group.elements * size)
+        ledger.free(*(loaded.pop(0) for _ in group.weights))
+        yield group, ledger.allocate("temporaries", group.partition * size)
+
+
+class Zero12(WholeWeights):
     """Rank ``setup.rank`` of ``DeepSpeedZeroOptimizer``."""
 
     def __init__(self, setup: ZeroSetup, ledger: Ledger) -> None:
@@ -132,7 +146,6 @@ class Zero12:
         """This rank's gradients, each with the last group whose step needs it."""
         self._compact: list[Block] = []
         """With gradients accumulated in float32, each group's flat partition of them (GradPartitionBufferGroup)."""
-        self._boundary = True
         self._stepped = False
         self._micro_step = -1
         """Backwards since the last step that have found buckets, from 0 (micro_step_id)."""
@@ -145,20 +158,13 @@ class Zero12:
         """Load, flatten every group, clone this rank's partition as master."""
         setup, ledger = self.setup, self.ledger
         size = setup.dtype.itemsize
-        for elements in setup.frozen:
-            ledger.allocate("weights", elements * size)
-        loaded = [ledger.allocate("weights", w.elements * size) for group in setup.groups for w in group.weights]
-        for group in setup.groups:
-            ledger.empty_cache()
-            ledger.allocate("weights", group.elements * size)
-            ledger.free(*(loaded.pop(0) for _ in group.weights))
-            cloned = ledger.allocate("temporaries", group.partition * size)
+        for group, clone in flattened(setup, ledger, empties_cache=True):
             if setup.offload:
                 self._on_host("optimizer", group.partition * float32.itemsize)
                 self._on_host("weights", group.partition * size)
             else:
                 ledger.allocate("optimizer", group.partition * float32.itemsize)
-            ledger.free(cloned)
+            ledger.free(clone)
         if setup.offload:
             largest = max(weight.elements for weight in self._weights.values()) * size
             self._on_host("gradients", largest)
@@ -193,13 +199,6 @@ class Zero12:
             self._grads[key] = gradient
         if self.setup.stage == 2 or (self.setup.overlap_comm and self._boundary):
             self._reduce_independent(weight)
-
-    def module_event(self, kind: str, module: Key) -> None:
-        """Weights are whole: no module needs anything."""
-
-    def begin_micro_batch(self, boundary: bool) -> None:
-        """The next one begins; after the one at the ``boundary`` comes the step."""
-        self._boundary = boundary
 
     def finish_micro_batch(self) -> None:
         """reduce_gradients, which in stage 1 waits for the boundary."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from memplan.engines.layout import Layout
+from memplan.engines.layout import Layout, WholeWeights
 from memplan.errors import UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
 from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
@@ -37,14 +37,13 @@ class Zero0Setup:
     """What the optimizer steps: the weights, or their masters in float32."""
 
 
-class Zero0:
+class Zero0(WholeWeights):
     """One rank: ``FP16_UnfusedOptimizer``, or the plain optimizer where the model is in float32."""
 
     def __init__(self, setup: Zero0Setup, ledger: Ledger) -> None:
         self.setup = setup
         self.ledger = ledger
         self._grads: dict[Key, Block] = {}
-        self._boundary = True
         self._has_states = False
 
     @property
@@ -66,12 +65,6 @@ class Zero0:
         zeros += [self.ledger.allocate("gradients", elements * float32.itemsize) for elements in self.setup.elements]
         self._step()
         self.ledger.free(*zeros)
-
-    def begin_micro_batch(self, boundary: bool) -> None:
-        self._boundary = boundary
-
-    def module_event(self, kind: str, module: Key) -> None:
-        """Weights are whole: no module needs anything."""
 
     def process_gradients(self, key: Key, gradient: Block | None) -> None:
         if gradient is not None:
