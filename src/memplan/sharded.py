@@ -91,7 +91,7 @@ def play_engine(
 def _engine(
     setup: Setup, strategy: Strategy, root: Module, model: Layout, ranks: int, rank: int, ledger: Ledger
 ) -> Engine:
-    hidden_size, optim = setup.model.config.get("hidden_size"), setup.training.optim
+    hidden_size, optim = setup.model.hidden_size, setup.training.optim
     if strategy.kind == "fsdp":
         loaded, mixed = dtypes.dtype_named(setup.precision.dtype), setup.autocast is not None
         return fsdp.Fsdp(

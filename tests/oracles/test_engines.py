@@ -8,12 +8,17 @@ from tests.oracles.families import CONFIGS
 
 from memplan import estimator, sharded
 from memplan.api import _model
+from memplan.architectures.nn import Build, Inventory
+from memplan.architectures.registry import build_model
 from memplan.catalog.gpus import find_gpu
 from memplan.memory.course import Ledger
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import FsdpSpec, Strategy, ZeroSpec
 from memplan.specs.training import TrainingSpec
+from memplan.tape.dispatch import CPU
+from memplan.tape.tape import Tape
+from memplan.tape.tensor import bfloat16
 
 ROWS = [row for archive in o2.load_archives().values() for row in archive.rows if row.result is not None]
 AUTO = {
@@ -81,16 +86,12 @@ def estimated(ledger: Ledger, place: str = "gpu") -> dict[str, int]:
 def scratch(row: o2.Row) -> int:
     """Bytes of CPU kernels' own at the fullest moment of a backward."""
     assert row.result is not None
-    config, options = CONFIGS[row.setup.family][row.setup.config], row.setup.options
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    widths = {
-        config["vocab_size"],
-        config["intermediate_size"],
-        hidden,
-        hidden // heads * config["num_key_value_heads"],
-    }
+    options = row.setup.options
+    model = _model(dict(CONFIGS[row.setup.family][row.setup.config]))
+    root = build_model(Build(Tape(CPU), bfloat16), model, None)
+    matrices = [p.shape for p, _ in Inventory(root).parameters if len(p.shape) == 2]
     tokens = options["micro_batch_size"] * options["seq_len"]
-    results = {2 * rows * width for rows in (hidden, tokens) for width in widths}
+    results = {2 * rows * width for a, b in matrices for rows, width in ((a, b), (tokens, a), (tokens, b))}
     backwards = [phase for name, phase in row.result["phases"]["device"].items() if ".backward" in name]
     return max(
         sum(

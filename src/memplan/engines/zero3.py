@@ -209,9 +209,13 @@ class Coordinator:
 
     def gather_persistent(self, shards: Iterable[Shard]) -> None:
         """_post_step: the small ones are gathered again at once."""
-        for shard in shards:
-            if shard.persistent and self._is_away(shard):
+        away = [shard for shard in shards if shard.persistent and self._is_away(shard)]
+        alone = len(away) == 1 or self.setup.allgather_sequential
+        for together in [[shard] for shard in away] if alone else [away]:
+            staged = self._staged(together)  # _allgather_params_coalesced: all of them before the first is gathered
+            for shard in together:
                 self.available[shard.key] = self._allocate(shard.partition * shard.ranks * shard.itemsize)
+            self.ledger.free(*staged)
 
     def _is_away(self, shard: Shard) -> bool:
         return shard.key not in self.available and shard.key not in self._inflight
@@ -222,11 +226,11 @@ class Coordinator:
             return None
         return self.ledger.allocate("communication", nbytes)
 
-    def _stage(self, shards: Sequence[Shard]) -> None:
+    def _staged(self, shards: Sequence[Shard]) -> list[Block]:
         """Partitions come from the host before they are gathered."""
-        if self.setup.offload_param and self.setup.ranks > 1:
-            sizes = [shard.partition * shard.itemsize for shard in shards]
-            self.ledger.free(*[self.ledger.allocate("communication", nbytes) for nbytes in sizes])
+        if not self.setup.offload_param or self.setup.ranks == 1:
+            return []
+        return [self.ledger.allocate("communication", shard.partition * shard.itemsize) for shard in shards]
 
     def _all_gather(self, shards: Sequence[Shard]) -> None:
         if not shards:
@@ -237,11 +241,11 @@ class Coordinator:
         if alone or self.setup.ranks == 1:
             for shard in shards:
                 self.available[shard.key] = self._allocate(shard.partition * shard.ranks * shard.itemsize)
-                self._stage([shard])
+                self.ledger.free(*self._staged([shard]))
             gather.waited = True
         else:
             gather.flat = self._allocate(sum(shard.partition * shard.ranks * shard.itemsize for shard in shards))
-            self._stage(shards)
+            self.ledger.free(*self._staged(shards))
         for shard in shards:
             self._inflight[shard.key] = gather
 
@@ -360,8 +364,7 @@ class Zero3:
     def _place_partitions(self) -> None:
         setup, ledger = self.setup, self.ledger
         for shard in setup.frozen:
-            stays = not setup.offload_param or shard.persistent
-            place = "gpu" if stays else setup.weights_place
+            place = setup.weights_place if setup.offload_param else "gpu"
             ledger.allocate("weights", shard.partition * shard.itemsize, place)
         if setup.offload_param:
             for group in setup.groups:

@@ -12,6 +12,10 @@ from memplan.specs.fields import Fields
 __all__ = ["ModelSpec"]
 
 
+_HIDDEN_SIZE = ("n_embed", "hidden_size", "n_embd", "d_model", "dim")
+"""Its names in config.json, the first that is there counts (BloomConfig; attribute_map of GPT2, T5, DistilBert)."""
+
+
 class ModelSpec(Spec):
     """A model as its ``config.json`` describes it. Raises SpecError for a wrong field."""
 
@@ -30,3 +34,9 @@ class ModelSpec(Spec):
     def fields(self) -> Fields:
         """Typed, checked reading of :attr:`config`; its errors name :attr:`id`."""
         return Fields(self.config, self.id)
+
+    @property
+    def hidden_size(self) -> int | None:
+        """``config.hidden_size`` of transformers, from which the Trainer makes DeepSpeed's ``auto`` sizes."""
+        found = [self.config[name] for name in _HIDDEN_SIZE if name in self.config]
+        return found[0] if found and isinstance(found[0], int) else None

@@ -735,7 +735,7 @@ def _matmul_weight(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, n_ou
     if x.node is not None or weight.node is not None or (bias is not None and bias.node is not None):
         node = t.node(
             _linear_backward,
-            (x, weight, bias),
+            (bias, x, weight),  # addmm's order, in which gradients reach their weights
             (x if weight.node is not None else None, weight if x.node is not None else None),
             (x.shape, weight.shape, weight.strides, n_out, n_in, rows, x.dtype, name == "linear"),
         )
@@ -750,22 +750,22 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     if not is_contiguous(grad.shape, grad.strides):
         grad = _reshape_nograd(t, grad, (rows, n_out))
     gx = gw = gb = None
-    if node.edges[0] is not None and node.edges[2] is not None:  # AddmmBackward0 begins with it, MmBackward0 does not
-        t.flops += 2 * rows * n_in * n_out
-        gx = t.new(x_shape, dtype, "linear_grad_input")
-    if node.edges[1] is not None:
-        t.flops += 2 * rows * n_in * n_out
-        gw = t.new(w_shape, dtype, "linear_grad_weight", w_strides)
-    if node.edges[0] is not None and gx is None:
+    if node.edges[1] is not None and node.edges[0] is not None:  # AddmmBackward0 begins with it, MmBackward0 does not
         t.flops += 2 * rows * n_in * n_out
         gx = t.new(x_shape, dtype, "linear_grad_input")
     if node.edges[2] is not None:
+        t.flops += 2 * rows * n_in * n_out
+        gw = t.new(w_shape, dtype, "linear_grad_weight", w_strides)
+    if node.edges[1] is not None and gx is None:
+        t.flops += 2 * rows * n_in * n_out
+        gx = t.new(x_shape, dtype, "linear_grad_input")
+    if node.edges[0] is not None:
         gb = t.new((n_out,), dtype, "linear_grad_bias")
     if gx is not None:  # both are views of products of matrices
         gx.is_view = len(x_shape) > 2
     if gw is not None:
         gw.is_view = transposed
-    return gx, gw, gb
+    return gb, gx, gw
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
