@@ -192,8 +192,10 @@ def test_a_setup_that_the_libraries_refuse_says_so_in_its_row() -> None:
     assert rule.gpu is None
 
 
-def test_a_model_without_a_head_is_sized_by_the_others() -> None:
-    comparison = compared(CONFIG, {"head": "base"}, {"gpus": 2})
+@pytest.mark.parametrize("how", [{"head": "base"}, {}])
+def test_a_model_without_a_head_is_sized_by_the_others(how: dict[str, str]) -> None:
+    config = CONFIG if how else CONFIG | {"architectures": ["LlamaModel"]}
+    comparison = compared(config, how, {"gpus": 2})
     for tool in ("DeepSpeed", "accelerate"):
         assert of(comparison, tool) == of(compared(CONFIG, None, {"gpus": 2}), tool)
     assert all("has no loss to train" in row.leaves_out for row in of(comparison, "memplan").values())

@@ -67,7 +67,8 @@ def compare(
         raise UnsupportedError.at("model_type", model.model_type, "is not written, and cannot be counted", remedy)
     answers = [_answer(model, training, cluster, each, software, replay=replay) for each in strategies]
     # A model without a head has no loss: the others can size it, memplan cannot train it.
-    if training.head != "base" and all(isinstance(answer, SpecError) for answer in answers):
+    headless = (training.head or estimator.declared_head(model)) == "base"
+    if not headless and all(isinstance(answer, SpecError) for answer in answers):
         raise next(answer for answer in answers if isinstance(answer, SpecError))
     head = training.head or "base"
     counted = peers.count(_model(resized(model, training), head, software))

@@ -17,8 +17,8 @@ from memplan.units import GB
 BUFFER_FACTOR = 1.5
 """DeepSpeed's ``additional_buffer_factor``, by which it raises every need of the host."""
 KERNELS = 13 * GB // 10
-"""The 1.3 GB of the rule of thumb: what "the kernels alone take up" (transformers' documentation up to 4.57, Model
-training anatomy, on a V100 or T4 of its time)."""
+"""The 1.3 GB of the rule of thumb: what "the kernels alone take up" of a V100 under CUDA 11.2 (transformers,
+docs/source/en/model_memory_anatomy.md, 4.49)."""
 RULE_COPIES = 4
 """Weights, gradients and Adam's two moments, all of one type."""
 
