@@ -29,7 +29,7 @@ With `--json` an answer is one JSON document on stdout; without, a table for peo
 | 2 | bad input: one message on stderr that names the field or file, the value and the remedy |
 | 3 | tight: the upper end of the estimate does not fit |
 
-Of several setups, as on the ladder, the best verdict counts.
+Of several setups, as on the ladder, the best verdict counts. `memplan compare` has no verdict: it ends with 0 or 2.
 """
 
 

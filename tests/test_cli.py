@@ -228,6 +228,71 @@ def test_loading_has_one_answer(run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("load", "auto", None, None, True), ("generate", None, 9, None, False)]
 
 
+# -- compare
+
+
+def test_compare(run) -> None:
+    result = run("compare", "tiny", "--gpus", "4", "--nodes", "2", "--seq-len", "256", "--json")
+    assert result.code == 0
+    assert list(result.json) == ["schema_version", "model", "gpus", "nodes", "rows"]
+    assert result.json == memplan.compare(TINY, {"seq_len": 256}, {"gpus": 4, "nodes": 2}).to_dict() | {
+        "model": result.json["model"]
+    }
+    assert result.json["model"]["id"] == "tiny"
+    tools = [row["tool"] for row in result.json["rows"]]
+    assert {tool: tools.count(tool) for tool in tools} == {
+        "accelerate": 12, "rule of thumb": 1, "memplan": 6, "DeepSpeed": 8,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+def test_compare_as_a_table(run, monkeypatch: pytest.MonkeyPatch, width: str) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    page = run("compare", "tiny", "--gpus", "2", "--no-replay").out
+    assert max(map(len, page.split("\n"))) <= int(width)
+    rows = memplan.compare(TINY, None, {"gpus": 2}, replay=False).rows
+    for row in rows:
+        assert all(part in page for part in row.option.split(", "))  # a row is broken between them
+        assert all(word in page for word in row.leaves_out.split())
+    assert all(f" {row.option} " in page for row in rows) == (width == "120")
+    for tool in ("DeepSpeed", "memplan"):
+        assert (
+            len(re.findall(rf"^{tool} .* [\d.]+ +[\d.]+ +\d+$", page, re.MULTILINE))
+            == {"DeepSpeed": 8, "memplan": 6}[tool]
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trace"], "--trace: True is for one estimate. Leave it out, or use memplan estimate --trace."),
+        (["--explain"], "--explain: True is for one estimate. Leave it out, or use memplan estimate --explain."),
+        (["--task", "generate"], "--task: 'generate' is not a training run, which compare is for. Leave it out"),
+        (["--engine-config", "x.json"], "--engine-config: 'x.json' cannot be read yet."),
+        (["--gpus", "3", "--nodes", "2"], "--gpus: 3 cannot be shared evenly by 2 nodes."),
+        (["--gpus", "0"], "--gpus: 0 is not a positive integer."),
+        (["--head", "image-classification"], "--head: 'image-classification' does not exist for llama."),
+        (["--lora-rank", "4", "--lora-targets", "q_prj"], "--lora-targets: 'q_prj' matches no module. Did you mean"),
+        (["--strategy", "single", "--gpus", "2"], "--gpus: 2 is more than strategy single uses."),
+        (["--strategy", "zero2", "--offload-param", "cpu"], "--offload-param: 'cpu' cannot go with zero2."),
+        (["--strategy", "zero3", "--offload-optimizer", "disk"], "--offload-optimizer: 'disk' is not a choice."),
+        (["--attn", "flash_attention_2", "--gpu", "T4"], "--attn: 'flash_attention_2' needs an NVIDIA GPU"),
+        (["more"], "(more). See memplan compare --help."),
+    ],
+)
+def test_bad_options_of_compare(run, arguments: list[str], message: str) -> None:
+    result = run("compare", "tiny", *arguments)
+    assert (result.code, result.out) == (cli.BAD_INPUT, "")
+    assert message in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_model_that_is_not_there_cannot_be_compared(run) -> None:
+    result = run("compare", "nonesuch/model")
+    assert (result.code, result.out) == (cli.BAD_INPUT, "")
+    assert "nonesuch/model" in result.err
+
+
 # -- the catalogs, the schema, the help
 
 
@@ -253,6 +318,10 @@ def test_schema_has_every_input_and_every_answer(run) -> None:
     data = run("estimate", "tiny", "--strategy", "single", "--json").json
     assert set(data) <= set(estimate["properties"])
     assert set(estimate["required"]) <= set(data)
+    comparison = schema["$defs"]["Comparison"]
+    data_of_comparison = run("compare", "tiny", "--json").json
+    assert set(comparison["properties"]) == set(data_of_comparison)
+    assert set(schema["$defs"]["ComparisonRow"]["properties"]) == set(data_of_comparison["rows"][0])
     gpu = schema["$defs"]["GpuMemory"]
     assert set(gpu["properties"]) == set(gpu["required"]) == set(data["gpu"])
 
@@ -261,7 +330,7 @@ def test_help(run) -> None:
     for arguments in ([], ["--help"]):
         result = run(*arguments)
         assert result.code == 0
-        assert all(command in result.out for command in ("estimate", "models", "gpus", "schema"))
+        assert all(command in result.out for command in ("estimate", "compare", "models", "gpus", "schema"))
     page = run("estimate", "--help").out
     assert all(option.flag in page for option in cli.OPTIONS)
     assert max(map(len, page.split("\n"))) <= 80
@@ -592,12 +661,13 @@ def test_a_bug_is_one_message_too(run, monkeypatch: pytest.MonkeyPatch) -> None:
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "peft", "numpy", "yaml", "huggingface_hub", "rich"}
 
 
-def test_an_answer_in_json_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize(("command", "rows"), [("estimate", "estimates"), ("compare", "rows")])
+def test_an_answer_in_json_imports_nothing_heavy(command: str, rows: str) -> None:
     code = (
         "import sys; from memplan.cli import main; "
-        f"code = main(['estimate', {LLAMA!r}, '--gpus', '2', '--json']); "
+        f"code = main([{command!r}, {LLAMA!r}, '--gpus', '2', '--json']); "
         "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr); sys.exit(code)"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(process.stdout)["estimates"]
+    assert json.loads(process.stdout)[rows]
     assert not set(process.stderr.split()) & HEAVY

@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memplan.api import estimate, ladder
+    from memplan.api import compare, estimate, ladder
     from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
-    from memplan.results import Estimate, EstimateList
+    from memplan.results import Comparison, Estimate, EstimateList
     from memplan.specs import (
         ClusterSpec,
         GPUSpec,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "compare": "api",
     "estimate": "api",
     "ladder": "api",
     "MemplanError": "errors",
@@ -33,6 +34,7 @@ _HOME = {
     "ResolutionError": "errors",
     "SpecError": "errors",
     "UnsupportedError": "errors",
+    "Comparison": "results",
     "Estimate": "results",
     "EstimateList": "results",
     "ClusterSpec": "specs",
@@ -48,6 +50,7 @@ _HOME = {
 
 __all__ = [
     "ClusterSpec",
+    "Comparison",
     "Estimate",
     "EstimateList",
     "GPUSpec",
@@ -62,6 +65,7 @@ __all__ = [
     "Strategy",
     "TrainingSpec",
     "UnsupportedError",
+    "compare",
     "estimate",
     "ladder",
 ]

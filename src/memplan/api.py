@@ -19,7 +19,7 @@ from memplan.catalog import hub
 from memplan.catalog.detect import detect_cluster, free_disk
 from memplan.catalog.gpus import all_gpus, find_gpu, parse_cluster
 from memplan.errors import MemplanError, SpecError, UnsupportedError
-from memplan.results import Assumption, Estimate, EstimateList
+from memplan.results import Assumption, Comparison, Estimate, EstimateList
 from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from memplan.introspect.extrapolate import Inputs
 
-__all__ = ["LADDER", "REMEDIES", "Advice", "Setup", "advise", "estimate", "ladder", "rungs"]
+__all__ = ["LADDER", "REMEDIES", "Advice", "Setup", "advise", "compare", "estimate", "ladder", "rungs"]
 
 ModelLike: TypeAlias = Union[str, os.PathLike[str], ModelSpec, Mapping[str, Any], "nn.Module"]
 """A hub id, a path, a ModelSpec, the values of a config.json, or a module of torch."""
@@ -119,6 +119,35 @@ def ladder(
         with suppress(*([UnsupportedError] if case.tracer is not None else [])):
             estimates.append(case.estimate(setup, replay=replay, explain=explain))
     return EstimateList(estimates=tuple(estimates))
+
+
+def compare(
+    model: ModelLike,
+    training: TrainingLike = None,
+    cluster: ClusterLike = None,
+    strategy: StrategyLike = None,
+    *,
+    software: SoftwareLike = None,
+    replay: bool = True,
+) -> Comparison:
+    """Compare what DeepSpeed's and accelerate's estimators, the rule of thumb and memplan say, in bytes.
+
+    Arguments and errors are those of :func:`estimate`, for a training run of a model that is not a module. Without a
+    strategy, plain training (or DDP) and the setups that DeepSpeed's estimators print are compared. One that memplan
+    does not model gets a row that says so.
+    """
+    from memplan import comparison  # here, because estimates do not need it
+
+    if _is_module(model):
+        remedy = "Give its hub id or its config."
+        raise UnsupportedError(f"model: a module is traced, and compare counts by the architecture files. {remedy}")
+    case, run = _resolved(model, cluster, software), _training(training)
+    if run.task != "train":
+        remedy = "Leave it out: accelerate's total size is what loading takes."
+        raise SpecError.at("task", run.task, "is not a training run, which compare is for", remedy)
+    asked = _asked(case, run, strategy).strategy
+    strategies = (asked, *(comparison.DEEPSPEEDS if strategy is None else ()))
+    return comparison.compare(case.model, run, case.cluster, strategies, case.software, replay=replay)
 
 
 @dataclass(frozen=True, slots=True)

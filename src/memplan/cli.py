@@ -269,6 +269,35 @@ def estimate(
 
 
 @app.command(cls=_Command)
+@_with_options
+def compare(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder or a config.json.")],
+    **options: Any,
+) -> _Answer:
+    """Compare what DeepSpeed's and accelerate's estimators say with memplan.
+
+    Exit codes: 0 compared, 2 bad input.
+    """
+    from memplan import api
+
+    given = {name: value for name, value in options.items() if value is not None}
+    _only_estimated(given)
+    result = api.compare(
+        model,
+        _training(given),
+        _cluster(given),
+        _strategy(given),
+        software=given.get("software"),
+        replay=not given.get("no_replay", False),
+    )
+    if given.get("json"):
+        return _Answer(result.to_json(indent=2))
+    from memplan.render import table
+
+    return _Answer(table.comparison_text(result))
+
+
+@app.command(cls=_Command)
 def models(
     json: Annotated[bool, typer.Option("--json", help="The list as JSON.")] = False,
 ) -> _Answer:
@@ -308,7 +337,7 @@ def schema() -> _Answer:
     from memplan import results, specs
 
     inputs = (specs.ModelSpec, specs.TrainingSpec, specs.ClusterSpec, specs.Strategy, specs.SoftwareSpec)
-    answers = (results.Estimate, results.EstimateList)
+    answers = (results.Estimate, results.EstimateList, results.Comparison)
     _, definitions = models_json_schema([(root, "validation") for root in (*inputs, *answers)])
     return _Answer(_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **definitions}))
 
@@ -339,6 +368,15 @@ def _cluster(given: Mapping[str, Any]) -> ClusterSpec:
         if name in fields:
             fields[name] = parse_gib(fields[name], name)
     return ClusterSpec(**fields)
+
+
+def _only_estimated(given: Mapping[str, Any]) -> None:
+    """Refuse what only `memplan estimate` has an answer to."""
+    from memplan.errors import SpecError
+
+    for name in ("trace", "explain"):
+        if given.get(name):
+            raise SpecError.at(name, True, "is for one estimate", f"Leave it out, or use memplan estimate --{name}.")
 
 
 def _strategy(given: Mapping[str, Any]) -> Strategy | None:

@@ -569,7 +569,7 @@ def _setup_dict(
         "attn": training.attn,
         "gradient_checkpointing": training.gradient_checkpointing,
         "liger": training.liger,
-        "head": training.head or _head(model),
+        "head": training.head or declared_head(model),
         "vocab_size": training.vocab_size or model.config.get("vocab_size"),
         "lora_rank": lora.rank if lora is not None else None,
         "lora_targets": list(lora.targets or DEFAULT_TARGETS[model.model_type]) if lora is not None else None,
@@ -606,7 +606,7 @@ def _engine_settings(strategy: Strategy) -> dict[str, Any] | None:
     return settings
 
 
-def _head(model: ModelSpec) -> str | None:
+def declared_head(model: ModelSpec) -> str | None:
     """What the config's architecture says; a traced class may have a name of its own."""
     try:
         return head_of(model.architecture)

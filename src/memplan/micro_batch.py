@@ -157,9 +157,7 @@ def build(
         last_layer_apart=training.quantization is not None,  # the model's last parameter stays, wherever it is
         cache=cache,
     )
-    if training.vocab_size is not None:
-        model = model.replace(config={**model.config, "vocab_size": training.vocab_size})
-    root = build_model(b, model, training.head)
+    root = build_model(b, resized(model, training), training.head)
     quantization = training.quantization
     if quantization is not None:
         quantize(b, root, quantization, compute_dtype(setup))
@@ -177,6 +175,13 @@ def build(
                     module.require_output_grad = True
                     break
     return root
+
+
+def resized(model: ModelSpec, training: TrainingSpec) -> ModelSpec:
+    """The model with its embeddings resized, if they are."""
+    if training.vocab_size is None:
+        return model
+    return model.replace(config={**model.config, "vocab_size": training.vocab_size})
 
 
 def compute_dtype(setup: Setup) -> DType:

@@ -24,7 +24,10 @@ __all__ = [
     "PHASES",
     "SCHEMA_VERSION",
     "Assumption",
+    "Comparison",
+    "ComparisonRow",
     "Components",
+    "CountedModel",
     "Estimate",
     "EstimateList",
     "GpuMemory",
@@ -35,6 +38,7 @@ __all__ = [
     "PhaseName",
     "StepTime",
     "Term",
+    "Tool",
     "Verdict",
     "best_verdict",
     "verdict_by_place",
@@ -46,6 +50,7 @@ SCHEMA_VERSION: Final = 1
 """Version of the JSON contract; it changes when a reader of the last one would go wrong."""
 
 Verdict: TypeAlias = Literal["fits", "tight", "does-not-fit", "unknown"]
+Tool: TypeAlias = Literal["DeepSpeed", "accelerate", "rule of thumb", "memplan"]
 PhaseName: TypeAlias = Literal["load", "first_step", "forward", "loss", "backward", "step", "idle", "eval", "save"]
 Bytes: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
 JsonObject: TypeAlias = Annotated[dict[str, Any], AfterValidator(freeze)]
@@ -391,6 +396,75 @@ class EstimateList(Result):
         from memplan.render import html
 
         page: str = html.estimates_html(self)
+        return page
+
+
+class CountedModel(Result):
+    """The model as DeepSpeed's estimators count it."""
+
+    id: str
+    head: str
+    """``base`` is AutoModel, which their documentation loads."""
+    parameters: int = Field(ge=0)
+    """Elements of all parameters, tied ones once, adapters not among them."""
+    largest_layer_parameters: int = Field(ge=0)
+    """The most elements that one module holds itself."""
+
+
+class ComparisonRow(Result):
+    """What one tool says of one setup, in bytes."""
+
+    tool: Tool
+    option: str
+    """The setup, or what is counted, in the tool's words."""
+    gpu: Bytes | None
+    """On each GPU; memplan's is ``peak_device``. None is no answer."""
+    host: Bytes | None
+    """On each node; None where the tool does not know the host."""
+    leaves_out: str
+    """In words; without an answer the reason."""
+
+
+class Comparison(Result):
+    """What other estimators say, beside memplan. A tool's rows for a setup stand above memplan's for the same."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: CountedModel
+    gpus: int = Field(ge=1)
+    """Ranks in total."""
+    nodes: int = Field(ge=1)
+    rows: tuple[ComparisonRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON contract as plain values."""
+        return self.model_dump(mode="json")
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """Return the JSON contract as text."""
+        import json
+
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Comparison:
+        """Build from :meth:`to_dict`. Raises SpecError, naming the field."""
+        return _validated(cls, data)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Comparison:
+        """Build from :meth:`to_json`. Raises SpecError, naming the field."""
+        return _validated(cls, _parsed(text))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return the rows as a pandas DataFrame. Needs pandas."""
+        import pandas as pd
+
+        return pd.DataFrame([dict(row) for row in self.rows], columns=list(ComparisonRow.model_fields))
+
+    def _repr_html_(self) -> str:
+        from memplan.render import html
+
+        page: str = html.comparison_html(self)
         return page
 
 

@@ -55,11 +55,12 @@ def tensors(root: Module) -> list[Held]:
 def _modules(module: Module, path: str = "", repeated: bool = False) -> Iterator[tuple[str, Module, bool]]:
     """Every module with its path, and whether it is a layer's that stands for several."""
     yield path, module, repeated
-    for name, child, again in _children(module):
+    for name, child, again in children(module):
         yield from _modules(child, f"{path}.{name}" if path else name, repeated or again)
 
 
-def _children(module: Module) -> Iterator[tuple[str, Module, bool]]:
+def children(module: Module) -> Iterator[tuple[str, Module, bool]]:
+    """Direct submodules with their names, every layer among them, and whether one has been given before."""
     if isinstance(module, Layers):
         made = dict(module.children())
         for i, index in enumerate(module.sequence()):
@@ -104,7 +105,7 @@ def _place(module: Module, seen: set[int], repeated: bool = False) -> Place:
             place.parameters[name] = value.nbytes
         elif isinstance(value, Buffer) and value.registered:
             place.buffers[name] = value.nbytes
-    for name, child, again in _children(module):
+    for name, child, again in children(module):
         if _has_tensors(child):
             place.children[name] = _place(child, seen, repeated or again)
     return place

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from html import escape
 
 from memplan.render import words
-from memplan.results import Estimate, EstimateList, Verdict
+from memplan.results import Comparison, Estimate, EstimateList, Verdict
 
-__all__ = ["estimate_html", "estimates_html"]
+__all__ = ["comparison_html", "estimate_html", "estimates_html"]
 
 _COLORS: dict[Verdict, str] = {"fits": "#2e7d32", "tight": "#b26a00", "does-not-fit": "#c62828", "unknown": "inherit"}
 _TABLE = "border-collapse:collapse;font-variant-numeric:tabular-nums"
@@ -49,6 +49,21 @@ def estimates_html(estimates: EstimateList) -> str:
     )
     table = f'<table style="{_TABLE}"><thead><tr>{"".join(heads)}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return f"<div>{table}</div>{estimate_html(words.best_of(estimates))}"
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """Return a row per figure, with what its tool leaves out."""
+    right = {"GPU GiB", "host GiB"}
+    heads = (_head(name, right=name in right) for name in ("tool", "option", "GPU GiB", "host GiB", "leaves out"))
+    rows = (
+        f"<tr>{_cell(row.tool)}{_cell(row.option)}"
+        f"{''.join(_cell('-' if size is None else words.gib(size), right=True) for size in (row.gpu, row.host))}"
+        f"{_cell(row.leaves_out)}</tr>"
+        for row in comparison.rows
+    )
+    facts = (words.compared_hardware(comparison), f"DeepSpeed {words.counted(comparison.model)}")
+    table = f'<table style="{_TABLE}"><thead><tr>{"".join(heads)}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return f"<div><b>{escape(comparison.model.id)}</b>{_lines(facts)}{table}</div>"
 
 
 def _lines(facts: Iterable[str]) -> str:

@@ -12,13 +12,13 @@ from rich.text import Text
 
 from memplan.render import words
 from memplan.render.explain import explanation
-from memplan.results import Assumption, Estimate, EstimateList, Verdict
+from memplan.results import Assumption, Comparison, Estimate, EstimateList, Verdict
 
 if TYPE_CHECKING:
     from memplan.catalog.models import CatalogModel
     from memplan.specs.hardware import GPUSpec
 
-__all__ = ["estimate_text", "estimates_text", "gpus_text", "models_text"]
+__all__ = ["comparison_text", "estimate_text", "estimates_text", "gpus_text", "models_text"]
 
 _STYLES: dict[Verdict, str] = {
     "fits": "bold green",
@@ -71,6 +71,34 @@ def estimates_text(
     title = _line(words.rungs(estimates.estimates)[estimates.estimates.index(best)], style="bold")
     body = _body(best, console.width, next_steps)
     return _text(Group(_model(best), _rungs(estimates, gpus), Text(), title, _setup(best), *body), console)
+
+
+def comparison_text(comparison: Comparison, console: Console | None = None) -> str:
+    """Return a row per figure, memplan's last for each setup, and below what each tool leaves out."""
+    notes = {(row.tool, row.leaves_out): row.leaves_out for row in comparison.rows}
+    numbers = {note: str(number) for number, note in enumerate(notes, start=1)}
+    table = _grid(header=True)
+    table.add_column("tool", no_wrap=True)
+    table.add_column("option")
+    for header in ("GPU GiB", "host GiB"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    for row in comparison.rows:
+        own = row.tool == "memplan"
+        sizes = ("-" if size is None else words.gib(size) for size in (row.gpu, row.host))
+        table.add_row(row.tool, row.option, *sizes, numbers[row.tool, row.leaves_out], style="bold" if own else "")
+        if own and row is not comparison.rows[-1]:
+            table.add_row()
+    left_out = _grid()
+    left_out.add_column(justify="right", no_wrap=True)
+    left_out.add_column(no_wrap=True)
+    left_out.add_column()
+    for note, text in notes.items():
+        left_out.add_row(numbers[note], note[0], text)
+    facts = _facts(("hardware", words.compared_hardware(comparison)), ("DeepSpeed", words.counted(comparison.model)))
+    title = _line(comparison.model.id, style="bold")
+    left = Text("What each leaves out", style="bold")
+    return _text(Group(title, facts, Text(), table, Text(), left, _indented(left_out)), console or _console())
 
 
 def gpus_text(gpus: Sequence[GPUSpec], console: Console | None = None) -> str:

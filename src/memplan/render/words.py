@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memplan.results import Assumption, Estimate, EstimateList, Verdict, verdict_by_place
+from memplan.results import Assumption, Comparison, CountedModel, Estimate, EstimateList, Verdict, verdict_by_place
 from memplan.units import GiB, KiB
 
 __all__ = [
     "VERDICTS",
     "assumed",
     "best_of",
+    "compared_hardware",
     "components_of",
     "count",
+    "counted",
     "extras",
     "gib",
     "gpu_name",
@@ -184,6 +186,19 @@ def hardware(estimate: Estimate) -> str:
     across = f" on {nodes} nodes" if nodes > 1 else ""
     size = "" if capacity is None else f", {gib(capacity)} GiB{' each' if gpus > 1 else ''}"
     return f"{gpus} x {name}{across}{size}"
+
+
+def compared_hardware(comparison: Comparison) -> str:
+    """How many GPUs, on how many nodes."""
+    gpus, nodes = comparison.gpus, comparison.nodes
+    return f"{gpus} GPU{'s' if gpus > 1 else ''} on {nodes} node{'s' if nodes > 1 else ''}"
+
+
+def counted(model: CountedModel) -> str:
+    """What DeepSpeed's estimators count, in millions cut off as they print them."""
+    millions, largest = model.parameters // 10**6, model.largest_layer_parameters // 10**6
+    what = "AutoModel" if model.head == "base" else f"a {model.head} model"
+    return f"counts {what}: {millions}M parameters, {largest}M in the largest layer"
 
 
 def components_of(estimate: Estimate) -> list[tuple[str, int]]:
