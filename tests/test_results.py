@@ -108,14 +108,14 @@ def test_round_trip(value: Estimate) -> None:
     assert Estimate.from_dict(value.to_dict(explain=True)) == value
     several = EstimateList(estimates=(value, value))
     assert EstimateList.from_json(several.to_json(explain=True)) == several
-    without = value.model_copy(update={"explanation": ()})
+    without = value.model_copy(update={"explanation": (), "levers": ()})
     assert Estimate.from_json(value.to_json(indent=2)) == without
 
 
 def test_fields_of_other_tasks_and_the_explanation_are_left_out() -> None:
     data = estimate(footprint=0).to_dict()
     assert data["footprint"] == 0
-    assert not {"device_map", "kv_cache", "explanation"} & set(data)
+    assert not {"device_map", "kv_cache", "explanation", "levers"} & set(data)
     assert estimate().to_dict(explain=True)["explanation"][0]["bytes"] == 36
 
 

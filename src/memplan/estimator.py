@@ -38,6 +38,7 @@ from memplan.results import (
     Estimate,
     GpuMemory,
     HostMemory,
+    Lever,
     ModelInfo,
     NvmeMemory,
     Phase,
@@ -130,6 +131,7 @@ def estimate(
             *(traced.assumptions if traced is not None else ()),
         ),
         explanation=_explanation(setup, run, placed, memory, strategy.kind) if explain else (),
+        levers=_levers(setup, gpu, strategy, cluster.gpus) if explain and strategy.shards else (),
     )
 
 
@@ -210,6 +212,12 @@ def _explanation(setup: Setup, run: Run, placed: dict[str, Parts], memory: GpuMe
     accumulated = run.grad_accum_steps > 1
     tape = all_layers(setup, accumulated).tape
     return explain(run, tape, memory.peak_phase, placed[memory.peak_phase], memory)
+
+
+def _levers(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> tuple[Lever, ...]:
+    from memplan.levers import levers
+
+    return levers(setup, gpu, strategy, ranks)
 
 
 def device_rules(gpu: GPUSpec | None, software: SoftwareSpec) -> DeviceRules:

@@ -261,6 +261,19 @@ class Term(Result):
     source: str
 
 
+class Lever(Result):
+    """What changing one key of the engine, and it alone, does to the peaks of one rank."""
+
+    key: str
+    """As the library names it."""
+    value: int | bool | str
+    instead: int | bool | str
+    gpu: int
+    """Bytes more allocated at the GPU's peak; negative are saved."""
+    host: int
+    """Bytes more at the host's peak."""
+
+
 class Estimate(Result):
     """The answer for one setup. Renders in a notebook; converts to JSON and back."""
 
@@ -288,10 +301,12 @@ class Estimate(Result):
     """Task generate: keys and values that the cache holds at the end: of all tokens but the last."""
     explanation: tuple[Term, ...] = Field(default=(), repr=False)
     """Every term; left out of JSON unless asked for."""
+    levers: tuple[Lever, ...] = Field(default=(), repr=False)
+    """With an engine that shards, its keys that move a peak; left out of JSON unless asked for."""
 
     def to_dict(self, *, explain: bool = False) -> dict[str, Any]:
         """Return the JSON contract as plain values; fields of other tasks are left out."""
-        data = self.model_dump(mode="json", exclude=None if explain else {"explanation"})
+        data = self.model_dump(mode="json", exclude=None if explain else {"explanation", "levers"})
         for name in ("footprint", "device_map", "kv_cache"):
             if data[name] is None:
                 del data[name]

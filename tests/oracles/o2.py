@@ -745,7 +745,40 @@ def groups() -> dict[str, list[Setup]]:
     made["fsdp"] += [_setup("wide", "fsdp", **variant) for variant in ({}, {"gpus": 64}, {"grad_accum_steps": 3})]
     for group, options in _untied_variants():
         made[group].append(Setup("qwen2", "small", _setup("small", **options).options))
+    made["grid"] = _grid()
     return made
+
+
+def _grid() -> list[Setup]:
+    """Every engine and offload on every number of ranks; model, precision, accumulation and buckets by turns."""
+    optimizer, both = {"offload_optimizer": "cpu"}, {"offload_optimizer": "cpu", "offload_param": "cpu"}
+    engines: list[dict[str, Any]] = [
+        *({"strategy": stage} for stage in STAGES),
+        *({"strategy": stage, **optimizer} for stage in STAGES[1:]),
+        {"strategy": "zero3", **both},
+        {"strategy": "fsdp"},
+        {"strategy": "fsdp", "offload_param": "cpu"},
+    ]
+    models: list[tuple[str, str, dict[str, Any]]] = [
+        ("gpt2", "small", {}),  # biases, LayerNorms, weights transposed
+        ("llama", "wide", {"num_layers": 2}),  # a large vocabulary
+        ("gpt2", "small", LORA),
+        ("t5", "small", {}),  # an encoder's layers and a decoder's
+    ]
+    buckets: list[dict[str, Any]] = [{}, {"reduce_bucket_size": 1000}, {"reduce_bucket_size": 50_000_000}]
+    rows = []
+    for number, (gpus, engine) in enumerate(itertools.product(WORLDS, engines)):
+        fsdp = engine["strategy"] == "fsdp"
+        family, config, options = models[number % (3 if fsdp or "offload_param" in engine else 4)]
+        precision = (BASE, FP16, FP32)[number // 2 % 3]
+        if fsdp:
+            precision = {"dtype": "float32", "mixed_precision": precision["mixed_precision"]}
+        zero = {"zero": buckets[number % 3]} if engine["strategy"] not in ("zero0", "fsdp") else {}
+        shape = {"micro_batch_size": 1 + number % 2, "seq_len": 16 + 50 * (number // 3 % 2), "num_layers": None}
+        accumulation = {"grad_accum_steps": 3} if number // 5 % 2 else {}
+        merged = {**BASE, **precision, **shape, **options, **engine, **zero, **accumulation, "gpus": gpus}
+        rows.append(Setup(family, config, {name: value for name, value in merged.items() if value is not None}))
+    return rows
 
 
 def _untied_variants() -> list[tuple[str, dict[str, Any]]]:

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from memplan.render import words
-from memplan.results import Term
+from memplan.results import Lever, Term
 
-__all__ = ["explanation"]
+__all__ = ["explanation", "levers"]
 
 
 def explanation(terms: Iterable[Term]) -> RenderableType:
@@ -32,3 +32,16 @@ def _lines(term: Term) -> Table:
     for name, text in (("formula", term.formula), ("numbers", term.filled), ("source", term.source)):
         table.add_row(Text(name, style="dim"), Text(text))
     return table
+
+
+def levers(found: Iterable[Lever]) -> RenderableType:
+    """Return a table of keys: each alone, with what its other value does to the peaks of a rank."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("key", "now", "instead"):
+        table.add_column(title, no_wrap=title == "key")
+    for title in ("GPU GiB", "host GiB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for lever in found:
+        values = (words.key_value(value) for value in (lever.value, lever.instead))
+        table.add_row(lever.key, *values, words.gib_more(lever.gpu), words.gib_more(lever.host))
+    return Group(Text("Keys, each changed alone", style="bold"), Padding(table, (0, 0, 0, 2)))

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memplan.render import words
-from memplan.render.explain import explanation
+from memplan.render.explain import explanation, levers
 from memplan.results import Assumption, Comparison, Estimate, EstimateList, Verdict
 
 if TYPE_CHECKING:
@@ -190,6 +190,8 @@ def _body(estimate: Estimate, width: int, next_steps: str) -> list[RenderableTyp
         parts += [Text(), _assumptions(estimate.assumptions)]
     if estimate.explanation:
         parts += [Text(), explanation(estimate.explanation)]
+    if estimate.levers:
+        parts += [Text(), levers(estimate.levers)]
     return parts
 
 

@@ -18,9 +18,11 @@ __all__ = [
     "counted",
     "extras",
     "gib",
+    "gib_more",
     "gpu_name",
     "hardware",
     "interval",
+    "key_value",
     "model_facts",
     "next_steps",
     "precision_facts",
@@ -49,6 +51,30 @@ def gib(size: int) -> str:
     '12.34'
     """
     return f"{size / GiB:,.2f}"
+
+
+def gib_more(size: int) -> str:
+    """A difference of bytes in GiB, with its sign.
+
+    >>> gib_more(-(2**30)), gib_more(0)
+    ('-1.00', '0.00')
+    """
+    return f"{size / GiB:+,.2f}" if size else gib(0)
+
+
+def key_value(value: int | bool | str) -> str:
+    """A key's value as its file has it.
+
+    >>> key_value(500000000), key_value(15099494), key_value(True), key_value("cpu")
+    ('5e8', '15,099,494', 'true', 'cpu')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return value
+    digits = str(value).rstrip("0")
+    zeros = len(str(value)) - len(digits)
+    return f"{digits}e{zeros}" if zeros > 4 and len(digits) == 1 else f"{value:,}"
 
 
 def interval(low: int, high: int) -> str:
