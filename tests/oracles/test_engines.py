@@ -39,7 +39,7 @@ KNOWN_MISS = {"stage3_max_live_parameters": 600000, "stage3_max_reuse_distance":
 def played(row: o2.Row) -> Ledger:
     """The engine of a row, as its rank 0."""
     options = {name: value for name, value in row.setup.options.items() if name not in ("zero_init", "two_sides")}
-    config = dict(CONFIGS[row.setup.family][row.setup.config])
+    config = CONFIGS[row.setup.family][row.setup.config] | options.pop("values", {})
     if "num_layers" in options:
         config["num_hidden_layers"] = options.pop("num_layers")
     kind, gpus = options.pop("strategy"), options.pop("gpus")
@@ -81,7 +81,8 @@ def estimated(ledger: Ledger, place: str = "gpu") -> dict[str, int]:
 def scratch(row: o2.Row) -> int:
     """Bytes of CPU kernels' own at the fullest moment of a backward."""
     assert row.result is not None
-    config, options = CONFIGS[row.setup.family][row.setup.config], row.setup.options
+    options = row.setup.options
+    config = CONFIGS[row.setup.family][row.setup.config] | options.get("values", {})
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     widths = {
         config["vocab_size"],
