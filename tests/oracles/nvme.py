@@ -69,9 +69,10 @@ def prepare() -> None:
     _library()
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja
     folder = _unpacked()
-    if folder is not None:
-        for name, file in (("CPATH", "libaio.h"), ("LIBRARY_PATH", "libaio.so")):
-            os.environ[name] = os.pathsep.join(str(path.parent) for path in folder.rglob(file))
+    for name, file in (("CPATH", "libaio.h"), ("LIBRARY_PATH", "libaio.so")):
+        found = [str(path.parent) for path in folder.rglob(file)] if folder is not None else []
+        if found:
+            os.environ[name] = os.pathsep.join(found)
 
 
 class Swapping:

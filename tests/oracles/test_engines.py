@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from tests.oracles import o2
+from tests.oracles import nvme, o2
 from tests.oracles.families import CONFIGS
 
 from memplan import estimator, sharded
 from memplan.api import _model
 from memplan.catalog.gpus import find_gpu
+from memplan.errors import SpecError
 from memplan.memory.course import Ledger
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.software import SoftwareSpec
@@ -107,6 +108,11 @@ def scratch(row: o2.Row) -> int:
 def test_an_engine_holds_what_deepspeed_holds(row: o2.Row, request: pytest.FixtureRequest) -> None:
     if row.setup.options.get("zero") == KNOWN_MISS:
         request.applymarker(pytest.mark.xfail(strict=True, reason="modules without weights prefetch too"))
+    check_gpu(row)
+
+
+def check_gpu(row: o2.Row) -> None:
+    """Between steps, and at the fullest moment of each phase."""
     found, truth = estimated(played(row)), measured(row)
     assert found["idle"] == pytest.approx(truth["idle"], rel=IDLE, abs=SCALARS)
     slack = scratch(row)
@@ -120,9 +126,57 @@ OFFLOADED = [row for row in ROWS if "host" in row.result["phases"]]
 
 @pytest.mark.parametrize("row", OFFLOADED, ids=lambda row: row.setup.key)
 def test_the_host_holds_what_an_engine_leaves_there(row: o2.Row) -> None:
+    check_host(row)
+
+
+def check_host(row: o2.Row) -> None:
+    """As :func:`check_gpu`, of host memory: page-locked blocks as they were asked for."""
     found, truth = estimated(played(row), "host"), measured(row, "host")
     for phase, nbytes in truth.items():
         assert found[phase] == pytest.approx(nbytes, rel=IDLE if phase == "idle" else PEAK, abs=SCALARS), phase
+
+
+SWAPPED = [row for row in ROWS if "nvme" in row.result]
+
+
+def check_nvme(row: o2.Row) -> None:
+    """The files, by what they hold, in every pause; and the buffers that DeepSpeed has locked."""
+    assert row.result is not None
+    ledger, idle = played(row), row.result["phases"]["host"]["2.idle"]
+    found, written = ledger.fullest("idle", "nvme"), row.result["nvme"]
+    assert written["0.idle"].keys() <= written["1.idle"].keys() == written["2.idle"].keys() == found.keys()
+    for name, nbytes in written["2.idle"].items():
+        assert found[name] == pytest.approx(nbytes, rel=0.001)
+        assert nbytes == written["1.idle"][name] >= written["0.idle"].get(name, 0)  # nothing is ever taken away
+    locked = [(size, count) for size, count, site in idle["blocks"] if site == nvme.SITE]
+    assert sum(count for _, count in locked) > 0
+    pages = sum(-(-size // 4096) * 4096 * count for size, count in locked)
+    assert ledger.fullest("idle", "host")["swap_buffers"] == pages
+
+
+@pytest.mark.parametrize("row", SWAPPED, ids=lambda row: row.setup.key)
+def test_deepspeed_writes_and_locks_what_the_engine_says(row: o2.Row) -> None:
+    check_nvme(row)
+
+
+REFUSED = [row for archive in o2.load_archives().values() for row in archive.rows if row.result is None]
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.setup.key)
+def test_what_deepspeed_asserts_against_is_refused(row: o2.Row) -> None:
+    assert row.unsupported.startswith("AssertionError")
+    with pytest.raises(SpecError, match=r"^zero\.(offload_\w+\.buffer_(count|size)|stage3_prefetch_bucket_size): \d+ "):
+        played(row)
+
+
+@pytest.mark.oracle
+@pytest.mark.skipif(nvme.unavailable() is not None, reason=f"DeepSpeed's aio cannot run: {nvme.unavailable()}")
+def test_the_real_thing_offloads_to_a_folder_here() -> None:
+    row = o2.run(o2.groups()["nvme"][1])
+    assert row.unsupported is None
+    check_nvme(row)
+    check_gpu(row)
+    check_host(row)
 
 
 def test_there_are_rows() -> None:

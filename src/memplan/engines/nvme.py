@@ -78,8 +78,9 @@ class ParamSwapper:
                 "Use cpu, or a smaller --lora-rank."
             )
         if shard.partition > self._keys.buffer_size:
-            problem = f"of offload_param is less than the largest partition, {shard.partition} elements"
-            raise SpecError.at("buffer_size", self._keys.buffer_size, problem, f"Use {shard.partition} or more.")
+            problem = f"is less than the largest partition of a weight, {shard.partition} elements"
+            remedy = f"Use {shard.partition} or more."
+            raise SpecError.at("zero.offload_param.buffer_size", self._keys.buffer_size, problem, remedy)
         return True
 
     def write(self, shard: Shard) -> None:
@@ -128,11 +129,11 @@ class ParamSwapper:
         if len({shard.key for shard in shards}) < len(shards):
             problem = "lets DeepSpeed read a weight from NVMe twice at once, which it asserts against"
             remedy = "Use 0, or offload parameters to cpu."
-            raise SpecError.at("stage3_prefetch_bucket_size", self._prefetch_bucket_size, problem, remedy)
+            raise SpecError.at("zero.stage3_prefetch_bucket_size", self._prefetch_bucket_size, problem, remedy)
         if len(shards) > self._available_buffers:
-            problem = "of offload_param is too few: so many gathered weights of NVMe keep one each"
+            problem = "is too few: more weights of NVMe are gathered at once, and each keeps a buffer"
             remedy = "Use more, or a smaller stage3_max_reuse_distance, which keeps weights gathered."
-            raise SpecError.at("buffer_count", self._keys.buffer_count, problem, remedy)
+            raise SpecError.at("zero.offload_param.buffer_count", self._keys.buffer_count, problem, remedy)
         self._available_buffers -= len(shards)
         for shard in shards:
             self._status[shard.key] = _Status.INFLIGHT
@@ -214,13 +215,15 @@ class OptimizerSwapper:
 
 
 def check_buffer_count(keys: OffloadOptimizerSpec, swappable: int) -> None:
-    """Raise SpecError if the pipelined swapper runs out of buffers for so many ``swappable`` sub-groups."""
-    both = keys.pipeline_read and keys.pipeline_write
-    at_once = min(swappable, 1 + keys.pipeline_read + keys.pipeline_write) if both else min(swappable, 2)
+    """Raise SpecError if the swapper runs out of buffers for so many ``swappable`` sub-groups.
+
+    Beside the one that is updated, the next is being read, and the one before is being written.
+    """
+    at_once = min(swappable, 1 + keys.pipeline_read + keys.pipeline_write)
     needed = TENSORS * at_once
-    if (keys.pipeline_read or keys.pipeline_write) and keys.buffer_count < needed:
-        problem = f"of offload_optimizer is too few: pipelining has {at_once} sub-groups in memory"
-        raise SpecError.at("buffer_count", keys.buffer_count, problem, f"Use {needed}, or more.")
+    if keys.buffer_count < needed:
+        problem = f"is too few: pipelining has {at_once} sub-groups in memory at once"
+        raise SpecError.at("zero.offload_optimizer.buffer_count", keys.buffer_count, problem, f"Use {needed} or more.")
 
 
 def check_fast_init(optimizer: OffloadOptimizerSpec, param: OffloadParamSpec, aio: AioSpec, largest: int) -> None:
@@ -228,5 +231,6 @@ def check_fast_init(optimizer: OffloadOptimizerSpec, param: OffloadParamSpec, ai
     unit = AIO_ALIGNED_BYTES * aio.intra_op_parallelism // float32.itemsize
     needed = -(-largest // unit) * unit
     if optimizer.fast_init and param.buffer_size < needed:
-        problem = "of offload_param is less than the largest sub-group, which fast_init reads into one buffer"
-        raise SpecError.at("buffer_size", param.buffer_size, problem, f"Use {needed}, or leave fast_init out.")
+        problem = "is less than the largest sub-group, which fast_init reads into one buffer"
+        remedy = f"Use {needed} or more, or leave fast_init out."
+        raise SpecError.at("zero.offload_param.buffer_size", param.buffer_size, problem, remedy)

@@ -224,8 +224,10 @@ class Coordinator:
         gathered = [shard for shard in shards if shard.persistent and self._is_away(shard)]
         if self.swapper is not None:
             self.swapper.ensure_availability(gathered)
+        staged = self._staged(gathered)
         for shard in gathered:
             self.available[shard.key] = self._allocate(shard.partition * shard.ranks * shard.itemsize)
+        self.ledger.free(*staged)
 
     def _is_away(self, shard: Shard) -> bool:
         return shard.key not in self.available and shard.key not in self._inflight
@@ -236,11 +238,11 @@ class Coordinator:
             return None
         return self.ledger.allocate("communication", nbytes)
 
-    def _stage(self, shards: Sequence[Shard]) -> None:
+    def _staged(self, shards: Sequence[Shard]) -> list[Block]:
         """Partitions come from the host before they are gathered."""
-        if self.setup.offload_param and self.setup.ranks > 1:
-            sizes = [shard.partition * shard.itemsize for shard in shards]
-            self.ledger.free(*[self.ledger.allocate("communication", nbytes) for nbytes in sizes])
+        if not self.setup.offload_param or self.setup.ranks == 1:
+            return []
+        return [self.ledger.allocate("communication", shard.partition * shard.itemsize) for shard in shards]
 
     def _all_gather(self, shards: Sequence[Shard]) -> None:
         if not shards:
@@ -253,11 +255,11 @@ class Coordinator:
         if alone or self.setup.ranks == 1:
             for shard in shards:
                 self.available[shard.key] = self._allocate(shard.partition * shard.ranks * shard.itemsize)
-                self._stage([shard])
+                self.ledger.free(*self._staged([shard]))
             gather.waited = True
         else:
             gather.flat = self._allocate(sum(shard.partition * shard.ranks * shard.itemsize for shard in shards))
-            self._stage(shards)
+            self.ledger.free(*self._staged(shards))
         for shard in shards:
             self._inflight[shard.key] = gather
             if self.swapper is not None and shard.persistent:
@@ -415,9 +417,8 @@ class Zero3:
         return {shard.key for shard in written}
 
     def _place_alone(self, shard: Shard) -> None:
-        """A partition where zero.Init has put it."""
-        stays = not self.setup.offload_param or shard.persistent
-        place = "gpu" if stays else self.setup.weights_place
+        """A partition where zero.Init has put it. It does not know of small weights that stay gathered."""
+        place = self.setup.weights_place if self.setup.offload_param else "gpu"
         self.ledger.allocate("weights", shard.partition * shard.itemsize, place)
 
     def _create_fp32_partition(self, index: int) -> None:
@@ -607,6 +608,7 @@ def zero3_setup(
     reasons = {
         "optim": strategy.offload_optimizer != "none" and not optim.startswith("adamw_torch") and optim,
         "use_gds": "nvme" in (strategy.offload_optimizer, strategy.offload_param) and keys.aio.use_gds and "true",
+        "ratio": strategy.offload_optimizer != "none" and keys.offload_optimizer.ratio != 1 and "less than 1",
         "zero_hpz_partition_size": keys.zero_hpz_partition_size > 1 and keys.zero_hpz_partition_size,
         "zero_quantized_weights": keys.zero_quantized_weights and "true",
         "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
