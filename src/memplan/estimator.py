@@ -205,7 +205,9 @@ def _check_sharded(training: TrainingSpec, strategy: Strategy, traced: Traced | 
 
 def _check_nvme(strategy: Strategy, cluster: ClusterSpec) -> None:
     """DeepSpeed asks for an nvme_path; a capacity will do for an estimate."""
-    if "nvme" in (strategy.offload_optimizer, strategy.offload_param) and cluster.nvme_path is cluster.nvme is None:
+    if "nvme" in (strategy.offload_optimizer, strategy.offload_param) and (
+        cluster.nvme_path is None and cluster.nvme is None
+    ):
         remedy = "Use --nvme-path DIR, or --nvme GIB."
         raise SpecError.at("nvme_path", None, "is no folder, and offloading to nvme needs one", remedy)
 

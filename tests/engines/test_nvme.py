@@ -159,9 +159,7 @@ def test_buffers_of_the_optimizer_follow_the_largest_sub_group() -> None:
 
 def test_updated_weights_leave_through_a_buffer_for_whole_weights() -> None:
     """A finding: it does not shrink with the number of ranks."""
-    two, eight = (
-        estimate(param="nvme", gpus=gpus, **AWAY).host.components["swap_buffers"] // gpus for gpus in (2, 8)
-    )
+    two, eight = (estimate(param="nvme", gpus=gpus, **AWAY).host.components["swap_buffers"] // gpus for gpus in (2, 8))
     large = 2 * LAYER + 2 * 8192 * 1024
     pool = 5 * 5_000_192 * 2
     assert two - 16 * large // 2 - pool == pytest.approx(2 * large, abs=8192)

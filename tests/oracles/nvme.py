@@ -92,7 +92,7 @@ class Swapping:
         op = AsyncIOBuilder().load(verbose=False)
         noting = functools.partial(_Handle, self, op.aio_handle)
         module = unittest.mock.Mock(aio_handle=noting)
-        self._stack.enter_context(unittest.mock.patch.object(AsyncIOBuilder, "load", lambda *_, **__: module))
+        self._stack.enter_context(unittest.mock.patch.object(AsyncIOBuilder, "load", return_value=module))
         return self
 
     def __exit__(self, *error: object) -> None:
