@@ -686,7 +686,12 @@ def _side_modes(sides: TwoSides) -> tuple[Any, Any]:
                 return NotImplemented  # its shards pass by here
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             before = {_address(tensor) for tensor in given}
-            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.isinf.default:  # what it makes inside is where its argument is, too
+                absolute = args[0].abs()
+                sides.put(absolute, sides.side_of(args[0]))
+                out = absolute == float("inf")
+            else:
+                out = func(*args, **(kwargs or {}))
             made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
             # Without a device and without arguments it is PyTorch's default device, the host; scalars may be there too.
             on_device = any(sides.side_of(tensor) == "device" for tensor in given if _address(tensor))
@@ -768,6 +773,7 @@ def groups() -> dict[str, list[Setup]]:
     made["offload"] = [_setup("small", **variant) for variant in _offload_variants()]
     made["nvme"] = [_setup("small", "zero3", **{**_NVME, **variant}) for variant in _nvme_variants()]
     made["nvme"] += [_setup("wide", "zero3", offload_param="nvme", zero=zero) for zero in _wide_nvme_keys()]
+    made["nvme"] += _other_nvme_setups()
     made["fsdp"] = [_setup("small", "fsdp", **variant) for variant in _fsdp_variants()]
     made["fsdp"] += [_setup("wide", "fsdp", **variant) for variant in ({}, {"gpus": 64}, {"grad_accum_steps": 3})]
     for group, options in _untied_variants():
@@ -927,6 +933,7 @@ def _nvme_variants() -> list[dict[str, Any]]:
         {**both, **LORA, "zero": {**away, **unkept}},
         {**both, "gpus": 1, "zero": {"offload_param": {"buffer_size": 6_000_000, "max_in_cpu": 0}, **unkept}},
         {**both, **FP32, "zero": {**away, **unkept}},
+        {**both, **FP16, "zero": {**away, **unkept}},
         {**both, "gradient_checkpointing": True, "zero": {**away, **unkept}},
         {**both, "zero": {**away, **unkept, "aio": {"block_size": 2097152, "intra_op_parallelism": 2}}},
         {**both, "zero": {**away, **unkept, "offload_optimizer": {"pin_memory": False}}},
@@ -949,6 +956,68 @@ def _wide_nvme_keys() -> list[dict[str, Any]]:
     """Embedding and head alone are on NVMe, which prefetching the rest may ask for twice."""
     away = {"offload_param": {"buffer_size": 4_000_000, "max_in_cpu": 0}, "stage3_max_reuse_distance": 0}
     return [{**away, "stage3_prefetch_bucket_size": size} for size in (0, 1_000_000)]
+
+
+def _other_nvme_setups() -> list[Setup]:
+    """Other shapes: tied weights, biases, buckets above a layer and below a weight."""
+    both = {"offload_optimizer": "nvme", "offload_param": "nvme"}
+    narrow = {
+        "hidden_size": 1216,
+        "intermediate_size": 3100,
+        "vocab_size": 7001,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    }
+    odd = {
+        "hidden_size": 1152,
+        "intermediate_size": 3001,
+        "vocab_size": 9001,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+    }
+    some_in_cpu = {
+        "stage3_max_reuse_distance": 0,
+        "sub_group_size": 4_000_000,
+        "offload_param": {"buffer_size": 3_000_000, "max_in_cpu": 6_000_000},
+        "offload_optimizer": {"pipeline_write": True, "buffer_count": 9},
+    }
+    in_float32 = {"grad_accum_dtype": "fp32", "sub_group_size": 6_000_000}
+    seven = {
+        "stage3_max_reuse_distance": 0,
+        "offload_param": {"buffer_size": 6_000_000, "max_in_cpu": 0, "buffer_count": 7},
+    }
+    small_bucket = {
+        "reduce_bucket_size": 1000,
+        "stage3_max_reuse_distance": 3_000_000,
+        "offload_param": {"buffer_size": 5_000_000, "max_in_cpu": 0, "buffer_count": 12},
+    }
+    thirty = {"offload_param": {"buffer_size": 9_000_000, "max_in_cpu": 0, "buffer_count": 30}}
+    biased = _setup("small", "zero3", values=narrow, gpus=3, **both, grad_accum_steps=2, zero=some_in_cpu)
+    checkpointed = {"gradient_checkpointing": True, "micro_batch_size": 2, "seq_len": 100, "grad_accum_steps": 3}
+    return [
+        Setup("qwen2", "small", biased.options),
+        _setup(
+            "small",
+            "zero3",
+            values=odd,
+            num_layers=3,
+            gpus=4,
+            offload_optimizer="nvme",
+            grad_accum_steps=2,
+            zero=in_float32,
+        ),
+        _setup("small", "zero3", values=odd, gpus=2, **both, zero_init=False, zero=seven),
+        _setup(
+            "small",
+            "zero3",
+            values=narrow,
+            gpus=2,
+            offload_optimizer="nvme",
+            zero={"reduce_bucket_size": 20_000_000},
+        ),
+        _setup("tied", "zero3", values=narrow, gpus=2, **both, micro_batch_size=2, seq_len=200, zero=small_bucket),
+        _setup("small", "zero3", values=odd, gpus=2, **both, **checkpointed, zero=thirty),
+    ]
 
 
 def _fsdp_variants() -> list[dict[str, Any]]:

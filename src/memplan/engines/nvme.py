@@ -83,9 +83,13 @@ class ParamSwapper:
             raise SpecError.at("zero.offload_param.buffer_size", self._keys.buffer_size, problem, remedy)
         return True
 
-    def write(self, shard: Shard) -> None:
-        """A partition's file; from now on it is read where it is wanted."""
-        self._ledger.allocate("weights", aligned(self._aio, shard.partition * shard.itemsize), "nvme")
+    def write(self, shard: Shard, files: int = 1) -> None:
+        """A partition's file; from now on it is read where it is wanted.
+
+        A tied weight has as many ``files`` as modules: zero.Init writes each one's own before they are tied.
+        """
+        for _ in range(files):
+            self._ledger.allocate("weights", aligned(self._aio, shard.partition * shard.itemsize), "nvme")
         self._status[shard.key] = _Status.NOT_AVAILABLE
 
     def keep_in_cpu(self, shard: Shard) -> None:

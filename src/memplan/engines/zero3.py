@@ -23,7 +23,7 @@ from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
 from memplan.specs.strategy import Strategy, ZeroSpec
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
-from memplan.tape.tensor import DType, Parameter, float32
+from memplan.tape.tensor import DType, Parameter, float16, float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +350,7 @@ class Zero3:
         self._trained = {shard.key: shard for group in setup.sub_groups for shard in group}
         self._sub_group = {shard.key: i for i, group in enumerate(setup.sub_groups) for shard in group}
         self._all = [*self._trained.values(), *setup.frozen]
+        self._order = {shard.key: i for i, own in enumerate(setup.modules.values()) for shard in own}
         self._bucket: list[Shard] = []
         self._bucket_elements = 0
         self._grads: dict[Key, Block] = {}
@@ -412,8 +413,9 @@ class Zero3:
             return set()
         self._params.configure_aio()
         written = [shard for shard in self._all if self._params.is_swappable(shard)]
+        owners = Counter(shard.key for own in self.setup.modules.values() for shard in own)
         for shard in written:
-            self._params.write(shard)
+            self._params.write(shard, owners[shard.key])
         return {shard.key for shard in written}
 
     def _place_alone(self, shard: Shard) -> None:
@@ -494,6 +496,7 @@ class Zero3:
         all_reduces = fills_buffer and not setup.reduce_scatter
         reduced = self._avg_scatter_contiguous_grads() if all_reduces else self._avg_scatter_grads()
         swapped: list[tuple[Shard, Block]] = []
+        self._bucket.sort(key=lambda shard: self._order[shard.key])  # by ds_id
         for shard in self._bucket:
             if self.setup.offload_optimizer:
                 swapped += self._offload_gradient(shard)
@@ -551,6 +554,7 @@ class Zero3:
         """Weights go, the norm, then sub-group by sub-group; the small weights come back."""
         setup, ledger = self.setup, self.ledger
         self.coordinator.release_and_reset_all(self._all)
+        self._check_overflow()
         if setup.offload_optimizer:
             for i in range(len(setup.optimizers)):
                 self._step_on_host(i)
@@ -572,6 +576,16 @@ class Zero3:
             ledger.free(gradient)
         self._stepped = True
         self.coordinator.gather_persistent(self._all)
+
+    def _check_overflow(self) -> None:
+        """isinf of all gradients in float16: their absolute values, and a byte for each."""
+        if self.setup.dtype is not float16:
+            return
+        elements = sum(shard.partition for shard in self._trained.values())
+        nbytes = elements * self.setup.accumulation_dtype.itemsize
+        absolute = self.ledger.allocate("temporaries", nbytes, self._optimizer_place)
+        self.ledger.briefly("temporaries", elements, self._optimizer_place)
+        self.ledger.free(absolute)
 
     def _step_on_host(self, index: int) -> None:
         """A sub-group's step: its states come from NVMe and go back."""
