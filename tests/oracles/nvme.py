@@ -30,6 +30,10 @@ LOCKED = 256 * 2**20
 """Bytes that a row may lock, and more."""
 
 
+ABANDONED = 1800
+"""Seconds after which a lock is that of a compilation that was interrupted."""
+
+
 def unavailable() -> str | None:
     """Why the real thing cannot run here, or None."""
     if importlib.util.find_spec("deepspeed") is None:
@@ -67,6 +71,9 @@ def _headers() -> bool:
 def prepare() -> None:
     """Let the compiler and the loader find libaio."""
     _library()
+    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR", "/nonexistent")).glob("*/lock"):
+        if time.time() - lock.stat().st_mtime > ABANDONED:  # torch would wait for it for ever
+            lock.unlink()
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # ninja
     folder = _unpacked()
     for name, file in (("CPATH", "libaio.h"), ("LIBRARY_PATH", "libaio.so")):
