@@ -993,6 +993,18 @@ def _other_nvme_setups() -> list[Setup]:
     }
     thirty = {"offload_param": {"buffer_size": 9_000_000, "max_in_cpu": 0, "buffer_count": 30}}
     biased = _setup("small", "zero3", values=narrow, gpus=3, **both, grad_accum_steps=2, zero=some_in_cpu)
+    mixed = {
+        "stage3_max_reuse_distance": 0,
+        "sub_group_size": 2_000_000,
+        "offload_param": {"buffer_size": 3_000_000, "max_in_cpu": 9_000_000},
+    }
+    twelve = {
+        "hidden_size": 1344,
+        "intermediate_size": 2700,
+        "vocab_size": 6007,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    }
     checkpointed = {"gradient_checkpointing": True, "micro_batch_size": 2, "seq_len": 100, "grad_accum_steps": 3}
     return [
         Setup("qwen2", "small", biased.options),
@@ -1017,6 +1029,7 @@ def _other_nvme_setups() -> list[Setup]:
         ),
         _setup("tied", "zero3", values=narrow, gpus=2, **both, micro_batch_size=2, seq_len=200, zero=small_bucket),
         _setup("small", "zero3", values=odd, gpus=2, **both, **checkpointed, zero=thirty),
+        _setup("small", "zero3", values=twelve, gpus=3, offload_optimizer="cpu", offload_param="nvme", zero=mixed),
     ]
 
 
