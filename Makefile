@@ -12,6 +12,9 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(ROOT)/constraints.txt $(PIP_FLAGS)
 # DeepSpeed is a source distribution: nothing of it is compiled before it is used.
 export DS_BUILD_OPS := 0
+# What a test compiles of it, its aio, stays for the next time, and is linked to this libaio if the system has none.
+export TORCH_EXTENSIONS_DIR ?= $(VENV)/.torch_extensions
+export MEMPLAN_LIBAIO ?= $(VENV)/.libaio
 INPUTS  := $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
 
 .DELETE_ON_ERROR:
@@ -25,7 +28,7 @@ demo: $(VENV)/.base ## estimate a 7B model on two GPUs, offline, with the base d
 	@cd $(ROOT) && HF_HUB_OFFLINE=1 $(BIN)/memplan estimate meta-llama/Llama-2-7b --gpus 2 2>$(VENV)/.errors; \
 	status=$$?; cat $(VENV)/.errors >&2; [ $$status -eq 0 ] || { [ $$status -ne 2 ] && [ ! -s $(VENV)/.errors ]; }
 
-test: $(VENV)/.test ## all tests, the doctests among them
+test: $(VENV)/.test $(VENV)/.libaio ## all tests, the doctests among them
 	cd $(ROOT) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
 
 lint: $(VENV)/.test ## ruff and mypy
@@ -37,7 +40,7 @@ format: $(VENV)/.test ## let ruff mend what it can
 bench: $(VENV)/.test ## speed, beside accelerate, DeepSpeed's estimator and the trace
 	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py
 
-oracles: $(VENV)/.test ## run the full grids against the real libraries and archive the truth: hours
+oracles: $(VENV)/.test $(VENV)/.libaio ## run the full grids against the real libraries and archive the truth: hours
 	cd $(ROOT) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.oracles
 
 docs: $(VENV)/.docs ## build the documentation, strictly
@@ -55,6 +58,10 @@ $(VENV)/.base: $(INPUTS)
 $(VENV)/.test: $(VENV)/.base
 	$(PIP) -e '$(ROOT)[test]'
 	@touch $@
+
+$(VENV)/.libaio: | $(VENV)/.base
+	@mkdir -p $@
+	-@$(ROOT)/tests/oracles/libaio.sh $@
 
 $(VENV)/.docs: $(VENV)/.base
 	$(PIP) -e '$(ROOT)[docs]'

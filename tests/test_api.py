@@ -141,8 +141,6 @@ def test_the_disk_of_this_machine_is_measured(tmp_path: Path) -> None:
 def test_the_strategy_defaults_to_the_number_of_gpus() -> None:
     assert api.estimate(TINY, cluster="T4").setup["strategy"] == "single"
     assert api.estimate(TINY, cluster="2xT4").setup["strategy"] == "ddp"
-    with pytest.raises(UnsupportedError, match="offload_optimizer"):
-        api.estimate(TINY, None, "2xT4", Strategy(kind="zero3", offload_optimizer="nvme"))
 
 
 def test_software_may_be_text() -> None:

@@ -440,8 +440,6 @@ def test_bad_values_are_told_all_at_once(run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--strategy", "zero3", "--offload-param", "nvme"], "--offload-param: 'nvme'"),
-        (["--strategy", "zero3", "--offload-optimizer", "nvme"], "--offload-optimizer: 'nvme'"),
         (["--engine-config", "ds_config.json"], "--engine-config: 'ds_config.json'"),
     ],
 )

@@ -24,7 +24,7 @@ from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
-from memplan.specs.strategy import Kind, Offload, Strategy
+from memplan.specs.strategy import Kind, Offload, OffloadParamSpec, Strategy, ZeroSpec
 from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ class Setup:
 
     training: TrainingSpec
     strategy: Strategy
+    nvme_buffer_size: int | None = None
+    """Elements of the largest partition of a weight, which a buffer must hold if weights are offloaded to NVMe; None
+    where there is no NVMe."""
 
 
 Change: TypeAlias = Callable[[Setup], "Setup | None"]
@@ -113,7 +116,7 @@ def ladder(
     have, as gradient checkpointing, is left out.
     """
     case = _resolved(model, cluster, software, trace=trace, inputs=inputs)
-    first, *others = rungs(_asked(case, case.decided(_training(training)), None))
+    first, *others = rungs(case.with_nvme(_asked(case, case.decided(_training(training)), None)))
     estimates = [case.estimate(first, replay=replay, explain=explain)]
     for setup in others:
         with suppress(*([UnsupportedError] if case.tracer is not None else [])):
@@ -185,7 +188,7 @@ def advise(
         return Advice()  # a device without a size of its own
     gpus = [_fitting_gpus(case, asked, first)]
     if isinstance(result, EstimateList):
-        further = zip(rungs(asked)[1:], result.estimates[1:], strict=True)
+        further = zip(rungs(case.with_nvme(asked))[1:], result.estimates[1:], strict=True)
         for setup, estimated in further:  # an engine that shards takes too long to be tried on every GPU
             gpus.append(("-",) if setup.strategy.shards else _fitting_gpus(case, setup, estimated, limit=1))
     return Advice(gpus=tuple(gpus))
@@ -234,10 +237,24 @@ def _under(kind: Kind, offload_optimizer: Offload = "none", offload_param: Offlo
             return None
         if training.task != "train" or training.optim == "muon":
             return None
+        if "nvme" in (offload_optimizer, offload_param) and setup.nvme_buffer_size is None:
+            return None
         strategy = Strategy(kind=kind, offload_optimizer=offload_optimizer, offload_param=offload_param)
-        return Setup(training, strategy)
+        return replace(setup, strategy=strategy)
 
     return change
+
+
+def _all_on_nvme(setup: Setup) -> Setup | None:
+    """With keys under which host memory holds little: buffers that all weights fit into, and none in their place."""
+    less = _under("zero3", "nvme", "nvme")(setup)
+    if less is None or setup.nvme_buffer_size is None:
+        return None
+    param = OffloadParamSpec(max_in_cpu=0, buffer_size=max(setup.nvme_buffer_size, OffloadParamSpec().buffer_size))
+    # Weights that stay gathered keep a buffer each, of which there are five; prefetching can ask for one twice.
+    unkept = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    zero = ZeroSpec(offload_param=param, sub_group_size=100_000_000, **unkept)
+    return replace(less, strategy=less.strategy.replace(zero=zero))
 
 
 LADDER: tuple[tuple[str, Change], ...] = (
@@ -250,6 +267,8 @@ LADDER: tuple[tuple[str, Change], ...] = (
     ("ZeRO-3", _under("zero3")),
     ("ZeRO-3, parameters offloaded", _under("zero3", "none", "cpu")),
     ("ZeRO-3, all offloaded", _under("zero3", "cpu", "cpu")),
+    ("ZeRO-3, optimizer on NVMe", _under("zero3", "nvme", "cpu")),
+    ("ZeRO-3, all on NVMe", _all_on_nvme),
 )
 """The rungs, each a change to the one before it; the faster comes first."""
 
@@ -317,7 +336,7 @@ never taken."""
 
 
 def _changed(setup: Setup, **fields: Any) -> Setup:
-    return Setup(setup.training.replace(**fields), setup.strategy)
+    return replace(setup, training=setup.training.replace(**fields))
 
 
 def _remedies(case: _Case, setup: Setup, limit: int = 2) -> tuple[str, ...]:
@@ -395,6 +414,16 @@ class _Case:
     def decided(self, training: TrainingSpec) -> TrainingSpec:
         """The training with what the model itself decides, if it is a module."""
         return training if self.tracer is None else self.tracer.decided(training)
+
+    def with_nvme(self, setup: Setup) -> Setup:
+        """The setup with what offloading to NVMe asks for, where there is one."""
+        if self.cluster.nvme is None or setup.strategy.kind == "single" or self.tracer is not None:
+            return setup
+        strategy = Strategy(kind="zero3")
+        resolved = estimator.resolve(self.model, setup.training, self.cluster, strategy, self.software)
+        run, _ = micro_batch.run_of(resolved, self.cluster.gpu if isinstance(self.cluster.gpu, GPUSpec) else None)
+        largest = max(p.numel for p, _ in run.parameters)
+        return replace(setup, nvme_buffer_size=-(-largest // self.cluster.gpus))
 
     def on(self, gpu: GPUSpec) -> _Case:
         """The same on another GPU."""

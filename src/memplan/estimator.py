@@ -80,6 +80,7 @@ def estimate(
         return _infer(model, training, cluster, strategy, software, gpu, explain=explain)
     if strategy.shards:
         _check_sharded(training, strategy, traced)
+        _check_nvme(strategy, cluster)
     if strategy.kind == "single" and cluster.gpus != 1:
         raise SpecError.at(
             "gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1."
@@ -114,6 +115,8 @@ def estimate(
     memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
     host = sharded.host_memory(played, cluster) if strategy.shards else _host_memory(run, cluster)
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
+    if strategy.shards:
+        nvme = sharded.nvme_memory(played, cluster)
     return Estimate(
         model=_model_info(model, run),
         setup=_setup_dict(setup, strategy, cluster, gpu, replay=replay),
@@ -200,6 +203,15 @@ def _check_sharded(training: TrainingSpec, strategy: Strategy, traced: Traced | 
     for option, reason in reasons.items():
         if reason:
             raise UnsupportedError(f"{option}: under {strategy.kind} {reason}. Leave it out, or use ddp.")
+
+
+def _check_nvme(strategy: Strategy, cluster: ClusterSpec) -> None:
+    """DeepSpeed asks for an nvme_path; a capacity will do for an estimate."""
+    if "nvme" in (strategy.offload_optimizer, strategy.offload_param) and (
+        cluster.nvme_path is None and cluster.nvme is None
+    ):
+        remedy = "Use --nvme-path DIR, or --nvme GIB."
+        raise SpecError.at("nvme_path", None, "is no folder, and offloading to nvme needs one", remedy)
 
 
 def _explanation(setup: Setup, run: Run, placed: dict[str, Parts], memory: GpuMemory, kind: str) -> tuple[Term, ...]:

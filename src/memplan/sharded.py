@@ -12,7 +12,7 @@ from memplan.engines.plain import Parts
 from memplan.memory.course import Ledger, ReplayLedger, course
 from memplan.memory.trace import Replayed, configured, engines_bound
 from memplan.micro_batch import Setup, all_layers, micro_batch, run_of
-from memplan.results import HostMemory, Phase
+from memplan.results import HostMemory, NvmeMemory, Phase
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import AllocatorSpec
@@ -30,6 +30,8 @@ class Sharded:
     """By phase and component; one rank's."""
     pinned: dict[str, int]
     """The part of ``host`` that is page-locked."""
+    nvme: Parts
+    """The files, which are never taken away: one rank's, by component."""
     bound: int
     """What its peak reserved cannot exceed."""
     rank: int
@@ -53,7 +55,8 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
         host = {phase: ledger.fullest(phase, "host") for phase in PHASES}
         pinned = {phase: plain.total(ledger.fullest(phase, "pinned")) for phase in PHASES}
         placed["save"], host["save"], pinned["save"] = placed["idle"], host["idle"], pinned["idle"]
-        found.append(Sharded(placed, host, pinned, engines_bound(ledger.sizes, counts, micro_batches), rank))
+        bound = engines_bound(ledger.sizes, counts, micro_batches)
+        found.append(Sharded(placed, host, pinned, ledger.fullest("idle", "nvme"), bound, rank))
     return max(found, key=lambda each: each.peak)
 
 
@@ -130,3 +133,9 @@ def host_memory(played: Sharded, cluster: ClusterSpec) -> HostMemory:
         components={name: size * ranks for name, size in played.host[fullest].items() if size},
         phases=tuple(Phase(name=phase, allocated=size) for phase, size in totals.items()),
     )
+
+
+def nvme_memory(played: Sharded, cluster: ClusterSpec) -> NvmeMemory:
+    """The files of one node's ranks."""
+    components = {name: size * cluster.gpus_per_node for name, size in played.nvme.items() if size}
+    return NvmeMemory(capacity=cluster.nvme, bytes=sum(components.values()), components=components)

@@ -20,6 +20,12 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
 }
+AWAY = ZeroSpec(
+    offload_param={"max_in_cpu": 0, "buffer_size": 13_000_000},
+    stage3_max_reuse_distance=0,
+    stage3_prefetch_bucket_size=0,
+)
+"""Weights on NVMe that stay there."""
 ENGINES = [
     memplan.Strategy(kind="zero0"),
     memplan.Strategy(kind="zero1"),
@@ -29,6 +35,8 @@ ENGINES = [
     memplan.Strategy(kind="zero3"),
     memplan.Strategy(kind="zero3", offload_param="cpu"),
     memplan.Strategy(kind="zero3", offload_optimizer="cpu", offload_param="cpu"),
+    memplan.Strategy(kind="zero3", offload_optimizer="nvme"),
+    memplan.Strategy(kind="zero3", offload_optimizer="nvme", offload_param="nvme", zero=AWAY),
     memplan.Strategy(kind="fsdp"),
     memplan.Strategy(kind="fsdp", offload_param="cpu"),
 ]
@@ -48,7 +56,8 @@ def name(strategy: memplan.Strategy) -> str:
 
 def run(strategy: memplan.Strategy, gpus: int = 4, replay: bool = False, **training: Any) -> Estimate:
     spec = memplan.TrainingSpec(**{"seq_len": 64, **training})
-    return memplan.estimate(CONFIG, spec, f"{gpus}xA100-80GB", strategy, replay=replay)
+    cluster = memplan.ClusterSpec(gpu="A100-80GB", gpus=gpus, nvme="1TB")
+    return memplan.estimate(CONFIG, spec, cluster, strategy, replay=replay)
 
 
 @pytest.mark.parametrize("training", RUNS, ids=str)
@@ -61,6 +70,8 @@ def test_parts_sum_and_the_bound_is_above_the_replay(strategy: memplan.Strategy,
         assert sum(parts.values()) == each.gpu.peak_allocated
         assert each.gpu.peak_device == each.gpu.peak_allocated + outside
         assert sum(each.host.components.values()) == each.host.peak >= each.host.pinned
+        assert sum(each.nvme.components.values()) == each.nvme.bytes
+        assert each.nvme.bytes == 0 or "nvme" in (strategy.offload_optimizer, strategy.offload_param)
         assert Estimate.from_json(each.to_json()) == each
     assert bound.gpu.peak_reserved >= replayed.gpu.peak_reserved
 

@@ -41,6 +41,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.oracles import nvme
 from tests.oracles.families import CONFIGS, LORA_TARGETS
 from tests.oracles.o1 import Archive, Row, Setup, same_versions, sampled
 
@@ -196,7 +197,7 @@ def _frame(state: Any) -> str:
 # One row: a run of the real engine
 
 
-def engine_config(options: dict[str, Any]) -> dict[str, Any]:
+def engine_config(options: dict[str, Any], nvme_path: str = "") -> dict[str, Any]:
     """Return the DeepSpeed JSON that a user of the Trainer writes, with its "auto" values; knobs win."""
     stage = int(options["strategy"][-1])
     zero: dict[str, Any] = {"stage": stage}
@@ -208,6 +209,8 @@ def engine_config(options: dict[str, Any]) -> dict[str, Any]:
         device = options.get(f"offload_{part}", "none")
         if device != "none":
             zero[f"offload_{part}"] = {"device": device}
+        if device == "nvme":
+            zero[f"offload_{part}"]["nvme_path"] = nvme_path
     knobs = dict(options.get("zero", {}))
     config: dict[str, Any] = {
         "bf16": {"enabled": "auto"},
@@ -222,6 +225,8 @@ def engine_config(options: dict[str, Any]) -> dict[str, Any]:
     }
     if "grad_accum_dtype" in knobs:
         config["data_types"] = {"grad_accum_dtype": knobs.pop("grad_accum_dtype")}
+    if "aio" in knobs:
+        config["aio"] = knobs.pop("aio")
     for name, value in knobs.items():
         zero[name] = {**zero.get(name, {}), **value} if isinstance(value, dict) else value
     return config
@@ -242,8 +247,8 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 
     torch.manual_seed(0)
     import_libraries()
-    offloads = any(options.get(name, "none") != "none" for name in ("offload_optimizer", "offload_param"))
-    sides = TwoSides() if offloads or options.get("two_sides") else None
+    places = {options.get(name, "none") for name in ("offload_optimizer", "offload_param")}
+    sides = TwoSides() if places != {"none"} or options.get("two_sides") else None
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu" if sides is None else "cpu:0"
     _become_rank_zero(options["gpus"])
     recorder = Recorder()
@@ -254,16 +259,21 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as directory,
         _quiet(),
     ):
-        arguments = _arguments(options, Path(directory))
-        with (
-            profile(activities=[ProfilerActivity.CPU], profile_memory=True, with_stack=True) as profiler,
-            sides or contextlib.nullcontext(),
-        ):
-            facts = _train(values, options, arguments, recorder)
-            recorder.mark("end")
+        recorder.swapping = nvme.Swapping(Path(directory) / "nvme", sides) if "nvme" in places else None
+        with recorder.swapping or contextlib.nullcontext():
+            arguments = _arguments(options, Path(directory))
+            with (
+                profile(activities=[ProfilerActivity.CPU], profile_memory=True, with_stack=True) as profiler,
+                sides or contextlib.nullcontext(),
+            ):
+                facts = _train(values, options, arguments, recorder)
+                recorder.mark("end")
     blocks, marks = read_profile(profiler)
     if sides is not None:
         sides.assign(blocks)
+    if recorder.swapping is not None:
+        blocks += recorder.swapping.blocks
+        facts["nvme"] = recorder.files
     found = {side: phases_of(blocks, marks, side) for side in ("device", "host")}
     return {
         **facts,
@@ -291,6 +301,15 @@ class Recorder:
         self.step = 1
         self.micro = 0
         self.scans: dict[str, int] = {}
+        self.swapping: nvme.Swapping | None = None
+        self.files: dict[str, dict[str, int]] = {}
+        """Bytes in the NVMe's folder at each idle moment, by what they are."""
+
+    def idle(self, name: str) -> None:
+        """Look at everything between two steps."""
+        self.scans[name] = self.scan()
+        if self.swapping is not None:
+            self.files[name] = self.swapping.written()
 
     def mark(self, name: str) -> None:
         """Start a phase."""
@@ -394,12 +413,14 @@ def _quiet() -> Iterator[None]:
 def _train(values: dict[str, Any], options: dict[str, Any], arguments: Any, recorder: Recorder) -> dict[str, Any]:
     import torch
 
+    vocabulary = {**values, **options.get("values", {})}["vocab_size"]
+
     class Rows(torch.utils.data.Dataset[dict[str, Any]]):
         def __len__(self) -> int:
             return 4 * options["gpus"] * options["micro_batch_size"] * options.get("grad_accum_steps", 1)
 
         def __getitem__(self, index: int) -> dict[str, Any]:
-            tokens = torch.randint(5, values["vocab_size"], (options["seq_len"],))
+            tokens = torch.randint(5, vocabulary, (options["seq_len"],))
             return {"input_ids": tokens, "labels": tokens.clone()}
 
     recorder.mark("load")
@@ -438,14 +459,14 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
         if options.get("offload_param", "none") != "none":
             knobs["cpu_offload"] = True
         return transformers.TrainingArguments(**arguments, fsdp=True, fsdp_config=knobs)
-    return transformers.TrainingArguments(**arguments, deepspeed=engine_config(options))
+    return transformers.TrainingArguments(**arguments, deepspeed=engine_config(options, str(directory / "nvme")))
 
 
 def _model(values: dict[str, Any], options: dict[str, Any]) -> Any:
     import torch
     import transformers
 
-    values = dict(values)
+    values = {**values, **options.get("values", {})}
     if "num_layers" in options:
         values["num_hidden_layers"] = options["num_layers"]
     config = transformers.AutoConfig.for_model(**values)
@@ -511,11 +532,11 @@ def _idle_marks(recorder: Recorder) -> Any:
     class IdleMarks(transformers.TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             gc.collect()
-            recorder.scans["0.idle"] = recorder.scan()
+            recorder.idle("0.idle")
             recorder.mark("0.idle")
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            recorder.scans[f"{recorder.step}.idle"] = recorder.scan()
+            recorder.idle(f"{recorder.step}.idle")
             recorder.in_step("idle")
             recorder.step, recorder.micro = recorder.step + 1, 0
 
@@ -615,6 +636,10 @@ class TwoSides:
             self.put(tensor, "device")
 
         self._stack.enter_context(unittest.mock.patch.object(parameters, "alloc_storage", alloc_storage))
+        # Where tensors are packed they are "cpu", where they are recomputed "cpu:0": torch compares them.
+        metadata = {"default": lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype}}
+        checks = importlib.import_module("torch.utils.checkpoint")._allowed_determinism_checks_to_fns
+        self._stack.enter_context(unittest.mock.patch.dict(checks, metadata))
         dispatch, functions = _side_modes(self)
         self._stack.enter_context(functions)
         run_backward = torch.autograd._engine_run_backward
@@ -661,7 +686,12 @@ def _side_modes(sides: TwoSides) -> tuple[Any, Any]:
                 return NotImplemented  # its shards pass by here
             given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             before = {_address(tensor) for tensor in given}
-            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.isinf.default:  # what it makes inside is where its argument is, too
+                absolute = args[0].abs()
+                sides.put(absolute, sides.side_of(args[0]))
+                out = absolute == float("inf")
+            else:
+                out = func(*args, **(kwargs or {}))
             made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
             # Without a device and without arguments it is PyTorch's default device, the host; scalars may be there too.
             on_device = any(sides.side_of(tensor) == "device" for tensor in given if _address(tensor))
@@ -734,13 +764,16 @@ def groups() -> dict[str, list[Setup]]:
     """Return the rows to measure by group, each group one file; the first rows of a group matter most.
 
     An option is the command line's of that name. ``zero`` and ``fsdp`` hold the engine's own keys, as the JSON does;
-    ``zero_init`` false makes the model before the engine's config is known.
+    ``zero_init`` false makes the model before the engine's config is known; ``values`` replace some of the config's.
     """
     made: dict[str, list[Setup]] = {}
     for stage in STAGES:
         made[stage] = [_setup("small", stage, **variant) for variant in _variants(stage)]
         made[stage] += [_setup("wide", stage, **variant) for variant in _wide_variants(stage)]
     made["offload"] = [_setup("small", **variant) for variant in _offload_variants()]
+    made["nvme"] = [_setup("small", "zero3", **{**_NVME, **variant}) for variant in _nvme_variants()]
+    made["nvme"] += [_setup("wide", "zero3", offload_param="nvme", zero=zero) for zero in _wide_nvme_keys()]
+    made["nvme"] += _other_nvme_setups()
     made["fsdp"] = [_setup("small", "fsdp", **variant) for variant in _fsdp_variants()]
     made["fsdp"] += [_setup("wide", "fsdp", **variant) for variant in ({}, {"gpus": 64}, {"grad_accum_steps": 3})]
     for group, options in _untied_variants():
@@ -876,6 +909,160 @@ def _offload_variants() -> list[dict[str, Any]]:
         {"strategy": "zero3", "offload_param": "cpu"},
         *({"strategy": stage, **optimizer, **fp32} for stage in ("zero2", "zero3")),
         *({**engine, **more} for more in (LORA, {"gpus": 64}, {"gpus": 1}) for engine in engines),
+    ]
+
+
+_NVME: dict[str, Any] = {
+    "values": {
+        "hidden_size": 1040,
+        "intermediate_size": 2821,
+        "vocab_size": 5003,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
+}
+"""Weights whose partitions are above and below the 1 MiB that DeepSpeed swaps, most of them no multiples of 1 KiB."""
+
+
+def _nvme_variants() -> list[dict[str, Any]]:
+    optimizer = {"gpus": 2, "offload_optimizer": "nvme"}
+    param = {"gpus": 2, "offload_param": "nvme"}
+    both = {**optimizer, **param}
+    away = {"offload_param": {"buffer_size": 3_000_000, "max_in_cpu": 0}}
+    unkept = {"stage3_max_reuse_distance": 0}
+    many = {"sub_group_size": 5_000_000}
+    return [
+        optimizer,
+        {**both, "zero": {**away, **unkept}},
+        both,
+        {**optimizer, "zero": many},
+        {**optimizer, "zero": {**many, "offload_optimizer": {"pipeline_read": True, "buffer_count": 8}}},
+        {**optimizer, "zero": {**many, "offload_optimizer": {"pipeline_write": True, "buffer_count": 8}}},
+        {
+            **optimizer,
+            "zero": {
+                **many,
+                "offload_optimizer": {"pipeline_read": True, "pipeline_write": True, "buffer_count": 12},
+            },
+        },
+        {**optimizer, "grad_accum_steps": 3},
+        {**optimizer, "zero": {"grad_accum_dtype": "fp32"}},
+        {**optimizer, "gpus": 8},
+        {**optimizer, "values": {**_NVME["values"], "hidden_size": 1024, "intermediate_size": 2816}},
+        {**param, "zero": {**away, **unkept}},
+        {**param, "offload_optimizer": "cpu", "zero": {**away, **unkept}},
+        {**both, "zero": {**away, **unkept, "stage3_prefetch_bucket_size": 0}},
+        {**both, "zero": away},
+        {**both, "zero": {**many, **unkept, "offload_param": {"buffer_size": 3_000_000, "max_in_cpu": 12_000_000}}},
+        {
+            **both,
+            "zero": {
+                **many,
+                **unkept,
+                "offload_param": {"buffer_size": 8_000_000, "max_in_cpu": 0},
+                "offload_optimizer": {"fast_init": True},
+            },
+        },
+        {**both, **LORA, "zero": {**away, **unkept}},
+        {**both, "gpus": 1, "zero": {"offload_param": {"buffer_size": 6_000_000, "max_in_cpu": 0}, **unkept}},
+        {**both, **FP32, "zero": {**away, **unkept}},
+        {**both, **FP16, "zero": {**away, **unkept}},
+        {**both, "gradient_checkpointing": True, "zero": {**away, **unkept}},
+        {**both, "zero": {**away, **unkept, "aio": {"block_size": 2097152, "intra_op_parallelism": 2}}},
+        {**both, "zero": {**away, **unkept, "offload_optimizer": {"pin_memory": False}}},
+        {**both, "gpus": 64, "zero": {**away, **unkept}},
+        # What DeepSpeed asserts against: too few buffers, or too small ones.
+        {**optimizer, "zero": {**many, "offload_optimizer": {"pipeline_read": True, "buffer_count": 7}}},
+        {
+            **optimizer,
+            "zero": {
+                **many,
+                "offload_optimizer": {"pipeline_read": True, "pipeline_write": True, "buffer_count": 11},
+            },
+        },
+        {**both, "zero": {**unkept, "offload_param": {"buffer_size": 2_600_000, "max_in_cpu": 0}}},
+        {**both, "zero": {**many, **unkept, **away, "offload_optimizer": {"fast_init": True}}},
+    ]
+
+
+def _wide_nvme_keys() -> list[dict[str, Any]]:
+    """Embedding and head alone are on NVMe, which prefetching the rest may ask for twice."""
+    away = {"offload_param": {"buffer_size": 4_000_000, "max_in_cpu": 0}, "stage3_max_reuse_distance": 0}
+    return [{**away, "stage3_prefetch_bucket_size": size} for size in (0, 1_000_000)]
+
+
+def _other_nvme_setups() -> list[Setup]:
+    """Other shapes: tied weights, biases, buckets above a layer and below a weight."""
+    both = {"offload_optimizer": "nvme", "offload_param": "nvme"}
+    narrow = {
+        "hidden_size": 1216,
+        "intermediate_size": 3100,
+        "vocab_size": 7001,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    }
+    odd = {
+        "hidden_size": 1152,
+        "intermediate_size": 3001,
+        "vocab_size": 9001,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+    }
+    some_in_cpu = {
+        "stage3_max_reuse_distance": 0,
+        "sub_group_size": 4_000_000,
+        "offload_param": {"buffer_size": 3_000_000, "max_in_cpu": 6_000_000},
+        "offload_optimizer": {"pipeline_write": True, "buffer_count": 9},
+    }
+    in_float32 = {"grad_accum_dtype": "fp32", "sub_group_size": 6_000_000}
+    seven = {
+        "stage3_max_reuse_distance": 0,
+        "offload_param": {"buffer_size": 6_000_000, "max_in_cpu": 0, "buffer_count": 7},
+    }
+    small_bucket = {
+        "reduce_bucket_size": 1000,
+        "stage3_max_reuse_distance": 3_000_000,
+        "offload_param": {"buffer_size": 5_000_000, "max_in_cpu": 0, "buffer_count": 12},
+    }
+    thirty = {"offload_param": {"buffer_size": 9_000_000, "max_in_cpu": 0, "buffer_count": 30}}
+    biased = _setup("small", "zero3", values=narrow, gpus=3, **both, grad_accum_steps=2, zero=some_in_cpu)
+    mixed = {
+        "stage3_max_reuse_distance": 0,
+        "sub_group_size": 2_000_000,
+        "offload_param": {"buffer_size": 3_000_000, "max_in_cpu": 9_000_000},
+    }
+    twelve = {
+        "hidden_size": 1344,
+        "intermediate_size": 2700,
+        "vocab_size": 6007,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    }
+    checkpointed = {"gradient_checkpointing": True, "micro_batch_size": 2, "seq_len": 100, "grad_accum_steps": 3}
+    return [
+        Setup("qwen2", "small", biased.options),
+        _setup(
+            "small",
+            "zero3",
+            values=odd,
+            num_layers=3,
+            gpus=4,
+            offload_optimizer="nvme",
+            grad_accum_steps=2,
+            zero=in_float32,
+        ),
+        _setup("small", "zero3", values=odd, gpus=2, **both, zero_init=False, zero=seven),
+        _setup(
+            "small",
+            "zero3",
+            values=narrow,
+            gpus=2,
+            offload_optimizer="nvme",
+            zero={"reduce_bucket_size": 20_000_000},
+        ),
+        _setup("tied", "zero3", values=narrow, gpus=2, **both, micro_batch_size=2, seq_len=200, zero=small_bucket),
+        _setup("small", "zero3", values=odd, gpus=2, **both, **checkpointed, zero=thirty),
+        _setup("small", "zero3", values=twelve, gpus=3, offload_optimizer="cpu", offload_param="nvme", zero=mixed),
     ]
 
 

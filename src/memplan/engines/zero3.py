@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 
+from memplan.engines import nvme
 from memplan.engines.layout import Layout
 from memplan.engines.zero import ACCUMULATION, NORM_ITEMSIZE, resolved
 from memplan.errors import UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
 from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
-from memplan.specs.strategy import Strategy
+from memplan.specs.strategy import Strategy, ZeroSpec
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
-from memplan.tape.tensor import DType, Parameter, float32
+from memplan.tape.tensor import DType, Parameter, float16, float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,16 @@ class Zero3Setup:
     """Masters, gradients and optimizer states are on the host."""
     offload_param: bool
     """So are the partitions of the weights."""
+    swap_optimizer: bool
+    """Of sub-groups that are large enough they are on NVMe instead."""
+    params_in_nvme: bool
+    """Partitions that are large enough are on NVMe, but for those of ``in_cpu``."""
+    in_cpu: Sequence[bool]
+    """For each sub-group: its weights lie in the flat buffer of its group, if they are offloaded."""
+    flat_elements: Sequence[int]
+    """For each of the optimizer's groups: elements of that buffer."""
+    keys: ZeroSpec
+    """The engine's own, as they were given."""
     gradients_place: str
     weights_place: str
     """The ledger's places for what the GPU copies to and from: pinned, or host."""
@@ -120,9 +131,10 @@ class _Trace:
 class Coordinator:
     """PartitionedParameterCoordinator: fetches, prefetches and releases weights."""
 
-    def __init__(self, setup: Zero3Setup, ledger: Ledger) -> None:
+    def __init__(self, setup: Zero3Setup, ledger: Ledger, swapper: nvme.ParamSwapper | None = None) -> None:
         self.setup = setup
         self.ledger = ledger
+        self.swapper = swapper
         self.available: dict[Key, Block | None] = {}
         self._inflight: dict[Key, _Gather] = {}
         self._active: dict[Key, set[Key]] = {}
@@ -211,6 +223,8 @@ class Coordinator:
         """_post_step: the small ones are gathered again at once."""
         away = [shard for shard in shards if shard.persistent and self._is_away(shard)]
         alone = len(away) == 1 or self.setup.allgather_sequential
+        if self.swapper is not None:
+            self.swapper.ensure_availability(away)
         for together in [[shard] for shard in away] if alone else [away]:
             staged = self._staged(together)  # _allgather_params_coalesced: all of them before the first is gathered
             for shard in together:
@@ -236,6 +250,8 @@ class Coordinator:
         if not shards:
             return
         self._n_available += sum(shard.elements for shard in shards)
+        if self.swapper is not None:
+            self.swapper.ensure_availability(shards)
         alone = len(shards) == 1 or self.setup.allgather_sequential
         gather = _Gather(shards, None, left=len(shards))
         if alone or self.setup.ranks == 1:
@@ -248,6 +264,8 @@ class Coordinator:
             self.ledger.free(*self._staged(shards))
         for shard in shards:
             self._inflight[shard.key] = gather
+            if self.swapper is not None and shard.persistent:
+                self.swapper.remove_partition_and_release_buffer(shard)
 
     def _wait(self, gather: _Gather) -> None:
         if not gather.waited:
@@ -265,6 +283,8 @@ class Coordinator:
             block = self.available.pop(shard.key)
             if block is not None and not self._held[block]:
                 self.ledger.free(block)
+            if self.swapper is not None:
+                self.swapper.remove_partition_and_release_buffer(shard)
             self._n_available -= shard.elements
 
     def hold(self, key: Key) -> None:
@@ -295,12 +315,17 @@ class Coordinator:
         ahead: dict[Key, Shard] = {}
         elements = 0
         while self._queue and elements < limit:
+            if self.swapper is not None and self.swapper.is_away(self._queue[0][0]):
+                break
             shard, step = self._queue.popleft()
             self._fetched_for[shard.key] = max(self._fetched_for.get(shard.key, _NEVER), step)
             if self._is_away(shard) and shard.key not in ahead:
                 ahead[shard.key] = shard
                 elements += shard.elements
         self._all_gather(list(ahead.values()))
+        if self.swapper is not None:
+            inflight = (next(s for s in gather.shards if s.key == key) for key, gather in self._inflight.items())
+            self.swapper.prefetch([shard for shard, _ in self._queue], sum(shard.elements for shard in inflight))
 
     def _may_go(self, shard: Shard) -> bool:
         """__params_to_release: not what stays, what a prefetch passed over, or what is used again soon."""
@@ -321,9 +346,13 @@ class Zero3:
     def __init__(self, setup: Zero3Setup, ledger: Ledger) -> None:
         self.setup = setup
         self.ledger = ledger
-        self.coordinator = Coordinator(setup, ledger)
+        self._params = nvme.ParamSwapper(setup.keys, setup.dtype.itemsize, ledger) if setup.params_in_nvme else None
+        self._optimizer = nvme.OptimizerSwapper(setup.keys, ledger) if setup.swap_optimizer else None
+        self.coordinator = Coordinator(setup, ledger, self._params)
         self._trained = {shard.key: shard for group in setup.sub_groups for shard in group}
+        self._sub_group = {shard.key: i for i, group in enumerate(setup.sub_groups) for shard in group}
         self._all = [*self._trained.values(), *setup.frozen]
+        self._order = {shard.key: i for i, own in enumerate(setup.modules.values()) for shard in own}
         self._bucket: list[Shard] = []
         self._bucket_elements = 0
         self._grads: dict[Key, Block] = {}
@@ -334,18 +363,16 @@ class Zero3:
         """zero.Init has partitioned the weights; masters, the bucket and the gradients' partitions are made."""
         setup, ledger = self.setup, self.ledger
         self._place_partitions()
-        for partition in setup.partitions:
-            if setup.offload_optimizer:
-                ledger.allocate("optimizer", partition.nbytes, "host")
-            else:
-                cast = ledger.allocate("temporaries", partition.nbytes)  # .to(float32).clone()
-                ledger.allocate("optimizer", partition.nbytes)
-                ledger.free(cast)
-        # initialize_optimizer_states: a gradient of zeros, and the gradients that offloading keeps.
         largest = max((partition.nbytes for partition in setup.partitions), default=0)
+        if self._optimizer is not None:
+            self._optimizer.configure(largest)
+        for i in range(len(setup.partitions)):
+            self._create_fp32_partition(i)
+        # initialize_optimizer_states: a gradient of zeros, and the gradients that offloading keeps.
         zeros = ledger.allocate("temporaries", largest, self._optimizer_place)
-        for partition in setup.partitions if setup.offload_optimizer else ():
-            self._on_host("gradients", partition.nbytes, setup.gradients_place)
+        for i, partition in enumerate(setup.partitions):
+            if setup.offload_optimizer and not self._swaps(i):
+                self._on_host("gradients", partition.nbytes, setup.gradients_place)
         ledger.free(zeros)
         for i, optimizer in enumerate(setup.optimizers):
             if optimizer.made_at_construction:
@@ -363,15 +390,59 @@ class Zero3:
 
     def _place_partitions(self) -> None:
         setup, ledger = self.setup, self.ledger
+        in_nvme = self._place_on_nvme()
         for shard in setup.frozen:
-            place = setup.weights_place if setup.offload_param else "gpu"
-            ledger.allocate("weights", shard.partition * shard.itemsize, place)
-        if setup.offload_param:
-            for group in setup.groups:
-                nbytes = sum(shard.partition * shard.itemsize for shard in group)
-                self._on_host("weights", nbytes, setup.weights_place)
-        else:
+            if shard.key not in in_nvme:
+                self._place_alone(shard)
+        if not setup.offload_param:
             ledger.allocate("weights", sum(shard.partition * shard.itemsize for shard in self._trained.values()))
+            return
+        for group, elements in zip(setup.groups, setup.flat_elements, strict=True):
+            self._on_host("weights", elements * group[0].itemsize, "pinned")  # whatever pin_memory says
+        for sub_group, in_cpu in zip(setup.sub_groups, setup.in_cpu, strict=True):
+            for shard in sub_group:
+                if in_cpu and self._params is not None:
+                    self._params.keep_in_cpu(shard)
+                elif not in_cpu and shard.key not in in_nvme:
+                    self._place_alone(shard)
+        if self._params is not None and not all(setup.in_cpu):
+            largest = max(setup.sub_groups, key=lambda group: sum(shard.partition for shard in group))
+            self._params.reserve_partitioned_swap_space(largest)
+
+    def _place_on_nvme(self) -> set[Key]:
+        """zero.Init writes the partitions that are large enough."""
+        if self._params is None:
+            return set()
+        self._params.configure_aio()
+        written = [shard for shard in self._all if self._params.is_swappable(shard)]
+        owners = Counter(shard.key for own in self.setup.modules.values() for shard in own)
+        for shard in written:
+            self._params.write(shard, owners[shard.key])
+        return {shard.key for shard in written}
+
+    def _place_alone(self, shard: Shard) -> None:
+        """A partition where zero.Init has put it. It does not know of small weights that stay gathered."""
+        place = self.setup.weights_place if self.setup.offload_param else "gpu"
+        self.ledger.allocate("weights", shard.partition * shard.itemsize, place)
+
+    def _create_fp32_partition(self, index: int) -> None:
+        """A sub-group's masters."""
+        setup, ledger, nbytes = self.setup, self.ledger, self.setup.partitions[index].nbytes
+        read_from_nvme = setup.params_in_nvme and not setup.in_cpu[index]
+        if self._optimizer is not None and self._swaps(index):
+            if read_from_nvme and not setup.keys.offload_optimizer.fast_init:
+                ledger.briefly("temporaries", nbytes, "host")
+            self._optimizer.initialize_parameters(nbytes)
+        elif setup.offload_optimizer:
+            ledger.allocate("optimizer", nbytes, "host")
+        else:
+            cast = None if read_from_nvme else ledger.allocate("temporaries", nbytes)  # .to(float32).clone()
+            ledger.allocate("optimizer", nbytes)
+            ledger.free(cast)
+
+    def _swaps(self, index: int) -> bool:
+        """_swappable_optimizer_subgroup."""
+        return self._optimizer is not None and self._optimizer.is_swappable(self.setup.partitions[index].nbytes)
 
     def _on_host(self, component: str, nbytes: int, place: str) -> None:
         """Made in pageable memory and, if it is to be pinned, copied."""
@@ -426,10 +497,16 @@ class Zero3:
         fills_buffer = setup.contiguous_gradients and self._bucket_elements <= setup.reduce_bucket_size
         all_reduces = fills_buffer and not setup.reduce_scatter
         reduced = self._avg_scatter_contiguous_grads() if all_reduces else self._avg_scatter_grads()
+        swapped: list[tuple[Shard, Block]] = []
+        self._bucket.sort(key=lambda shard: self._order[shard.key])  # by ds_id
         for shard in self._bucket:
             if self.setup.offload_optimizer:
-                self._offload_gradient(shard)
+                swapped += self._offload_gradient(shard)
             self.ledger.free(self._grads.pop(shard.key, None))
+        for shard, gradient in swapped:  # together, after the bucket's last
+            assert self._optimizer is not None
+            nbytes = shard.partition * float32.itemsize
+            self._optimizer.swap_out_gradient(self._sub_group[shard.key], shard.key, gradient, nbytes)
         self.ledger.free(*reduced)
         self._bucket, self._bucket_elements = [], 0
 
@@ -453,15 +530,25 @@ class Zero3:
         padded = [shard.partition * itemsize for shard in self._bucket if shard.elements % setup.ranks]
         return made + [self.ledger.allocate("temporaries", nbytes) for nbytes in padded]
 
-    def _offload_gradient(self, shard: Shard) -> None:
-        """partition_grads: the sum is on the GPU for its norm, and in float32 on its way to the host."""
+    def _offload_gradient(self, shard: Shard) -> list[tuple[Shard, Block]]:
+        """partition_grads: the sum is on the GPU for its norm, and in float32 on its way to the host.
+
+        Return what of it is left to be swapped out.
+        """
         setup, ledger = self.setup, self.ledger
-        copy = ledger.allocate("temporaries", shard.partition * setup.accumulation_dtype.itemsize)
-        if self._boundary:
-            ledger.briefly("temporaries", min(shard.partition, NORM_PART) * NORM_ITEMSIZE)
-            if setup.accumulation_dtype is not float32:
-                ledger.briefly("temporaries", shard.partition * float32.itemsize)
-        ledger.free(copy)
+        swaps = self._boundary and self._swaps(self._sub_group[shard.key])
+        dtypes = [setup.accumulation_dtype]
+        if self._boundary and setup.accumulation_dtype is not float32:
+            dtypes.append(float32)
+        made: list[Block] = []
+        for dtype in dtypes:
+            component = "gradients" if swaps and dtype is float32 else "temporaries"
+            made.append(ledger.allocate(component, shard.partition * dtype.itemsize))
+            if self._boundary and len(made) == 1:
+                ledger.briefly("temporaries", min(shard.partition, NORM_PART) * NORM_ITEMSIZE)
+        swapped = [(shard, made.pop())] if swaps else []
+        ledger.free(*made)
+        return swapped
 
     # -- step ------------------------------------------------------------------------------------------------------
 
@@ -469,10 +556,10 @@ class Zero3:
         """Weights go, the norm, then sub-group by sub-group; the small weights come back."""
         setup, ledger = self.setup, self.ledger
         self.coordinator.release_and_reset_all(self._all)
+        self._check_overflow()
         if setup.offload_optimizer:
-            for i, optimizer in enumerate(setup.optimizers):
-                if not self._stepped and not optimizer.made_at_construction:
-                    self._make_states(i)
+            for i in range(len(setup.optimizers)):
+                self._step_on_host(i)
             self._stepped = True
             self.coordinator.gather_persistent(self._all)
             return
@@ -491,6 +578,28 @@ class Zero3:
             ledger.free(gradient)
         self._stepped = True
         self.coordinator.gather_persistent(self._all)
+
+    def _check_overflow(self) -> None:
+        """isinf of all gradients in float16: their absolute values, and a byte for each."""
+        if self.setup.dtype is not float16:
+            return
+        elements = sum(shard.partition for shard in self._trained.values())
+        nbytes = elements * self.setup.accumulation_dtype.itemsize
+        absolute = self.ledger.allocate("temporaries", nbytes, self._optimizer_place)
+        self.ledger.briefly("temporaries", elements, self._optimizer_place)
+        self.ledger.free(absolute)
+
+    def _step_on_host(self, index: int) -> None:
+        """A sub-group's step: its states come from NVMe and go back."""
+        optimizer = self._optimizer
+        if optimizer is None or not self._swaps(index):
+            if not self._stepped and not self.setup.optimizers[index].made_at_construction:
+                self._make_states(index)
+            return
+        optimizer.swap_in_optimizer_state(index)
+        if not self._stepped:
+            optimizer.make_states(index, self.setup.optimizers[index].state_bytes(self.setup.partitions[index]))
+        optimizer.swap_out_optimizer_state(index)
 
     def _make_states(self, index: int) -> None:
         for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
@@ -513,9 +622,9 @@ def zero3_setup(
     """The engine's settings as DeepSpeed and the Trainer resolve them. Raises UnsupportedError for unmodelled ones."""
     keys = strategy.zero
     reasons = {
-        "offload_optimizer": strategy.offload_optimizer == "nvme" and "nvme",
-        "offload_param": strategy.offload_param == "nvme" and "nvme",
         "optim": strategy.offload_optimizer != "none" and not optim.startswith("adamw_torch") and optim,
+        "use_gds": "nvme" in (strategy.offload_optimizer, strategy.offload_param) and keys.aio.use_gds and "true",
+        "ratio": strategy.offload_optimizer != "none" and keys.offload_optimizer.ratio != 1 and "less than 1",
         "zero_hpz_partition_size": keys.zero_hpz_partition_size > 1 and keys.zero_hpz_partition_size,
         "zero_quantized_weights": keys.zero_quantized_weights and "true",
         "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
@@ -531,13 +640,23 @@ def zero3_setup(
     }
     trained = {key for group in model.groups for key in group}
     groups = [[shards[key] for key in group] for group in model.groups]
-    sub_groups = [part for group in groups for part in _sub_groups(group, keys.sub_group_size)]
+    divided = [_sub_groups(group, keys.sub_group_size) for group in groups]
+    sub_groups = [part for parts in divided for part in parts]
+    swap_optimizer, params_in_nvme = strategy.offload_optimizer == "nvme", strategy.offload_param == "nvme"
+    flat_elements = _flat_elements(groups, keys.offload_param.max_in_cpu if params_in_nvme else None)
+    in_cpu = [fits for parts, n in zip(divided, flat_elements, strict=True) for fits in _in_flat_buffer(parts, n)]
     # accelerate puts DeepSpeedCPUAdam in AdamW's place, which has the same states and no temporaries.
     stepping = "adamw_torch_fused" if strategy.offload_optimizer != "none" else optim
     tape = Tape(rules)
     partitions = [
         tape.parameter("flat partition", (sum(shard.partition for shard in part),), float32) for part in sub_groups
     ]
+    if swap_optimizer:
+        swappable = [part.numel for part in partitions if nvme.is_swappable(keys.aio, part.nbytes)]
+        nvme.check_buffer_count(keys.offload_optimizer, len(swappable))
+        if not all(in_cpu):
+            largest = max(part.numel for part in partitions)
+            nvme.check_fast_init(keys.offload_optimizer, keys.offload_param, keys.aio, largest)
     return Zero3Setup(
         sub_groups=sub_groups,
         frozen=[shard for key, shard in shards.items() if key not in trained],
@@ -554,12 +673,34 @@ def zero3_setup(
         reduce_scatter=keys.reduce_scatter,
         offload_optimizer=strategy.offload_optimizer != "none",
         offload_param=strategy.offload_param != "none",
+        swap_optimizer=swap_optimizer,
+        params_in_nvme=params_in_nvme,
+        in_cpu=in_cpu,
+        flat_elements=flat_elements,
+        keys=keys,
         gradients_place="pinned" if keys.offload_optimizer.pin_memory else "host",
         weights_place="pinned" if keys.offload_param.pin_memory else "host",
         groups=groups,
         optimizers=[make_optimizer(stepping, rules, partial(Groups, [partition])) for partition in partitions],
         partitions=partitions,
     )
+
+
+def _flat_elements(groups: Sequence[Sequence[Shard]], max_in_cpu: int | None) -> list[int]:
+    """_create_param_groups_fp16_flat_cpu_memory: with ``max_in_cpu`` a group's buffer is what of it is left."""
+    found, passed = list[int](), 0
+    for group in groups:
+        elements = sum(shard.partition for shard in group)
+        left = elements if max_in_cpu is None else max(0, max_in_cpu - passed)
+        found.append(min(elements, left))
+        passed += elements
+    return found
+
+
+def _in_flat_buffer(sub_groups: Sequence[Sequence[Shard]], elements: int) -> list[bool]:
+    """Which sub-groups of a group fit into its buffer; those that do not take room all the same."""
+    sizes = [sum(shard.partition for shard in group) for group in sub_groups]
+    return [end <= elements for end in accumulate(sizes)]
 
 
 def _sub_groups(shards: Sequence[Shard], size: int) -> list[list[Shard]]:

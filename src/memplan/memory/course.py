@@ -127,17 +127,22 @@ class Block:
         self.nbytes = nbytes
 
 
+_HOST = ("host", "pinned", "locked")
+"""The places of host memory."""
+
+
 class Ledger:
     """What is alive on GPU, host and NVMe while an engine is played, and the fullest moment of each phase.
 
-    Places are ``gpu``, ``host`` (pageable), ``pinned`` (host, page-locked) and ``nvme``. On the GPU blocks are
-    multiples of 512 bytes; pinned ones are powers of two (CachingHostAllocator.h).
+    Places are ``gpu``, ``host`` (pageable), ``pinned`` (host, page-locked by torch), ``locked`` (host, page-locked by
+    DeepSpeed) and ``nvme``. On the GPU blocks are multiples of 512 bytes; pinned ones are powers of two
+    (CachingHostAllocator.h); locked ones are pages (posix_memalign and mlock, deepspeed's pin_memory/page_alloc.cpp).
     """
 
     def __init__(self, pinned_in_powers_of_two: bool = True) -> None:
         self.pinned_in_powers_of_two = pinned_in_powers_of_two
         self.phase = "load"
-        self._engine: dict[str, Parts] = {place: {} for place in ("gpu", "host", "pinned", "nvme")}
+        self._engine: dict[str, Parts] = {place: {} for place in ("gpu", *_HOST, "nvme")}
         self._totals: dict[str, int] = dict.fromkeys(self._engine, 0)
         self._tape = [0] * len(COMPONENTS)
         self._tape_total = 0
@@ -154,6 +159,8 @@ class Ledger:
             nbytes = (nbytes + 511) & -512
         elif place == "pinned" and nbytes and self.pinned_in_powers_of_two:
             nbytes = 1 << (nbytes - 1).bit_length()
+        elif place == "locked":
+            nbytes = (nbytes + 4095) & -4096
         parts = self._engine[place]
         parts[component] = parts.get(component, 0) + nbytes
         self._totals[place] += nbytes
@@ -226,7 +233,7 @@ class Ledger:
     # -- what came of it -----------------------------------------------------------------------------------------------
 
     def fullest(self, phase: str, place: str = "gpu") -> Parts:
-        """The fullest moment of a phase, by component; ``host`` is all of it, ``pinned`` what of it is pinned."""
+        """The fullest moment of a phase, by component; ``host`` is all of it, ``pinned`` what of it is page-locked."""
         return self._fullest.get((phase, place), {})
 
     def begin(self, phase: str) -> None:
@@ -236,12 +243,13 @@ class Ledger:
             self._look(place)
 
     def _look(self, place: str) -> None:
-        if place in ("host", "pinned"):  # one memory: the fullest moment of both together
-            height, key = self._totals["host"] + self._totals["pinned"], (self.phase, "host")
+        if place in _HOST:  # one memory: the fullest moment of all together
+            height, key = sum(self._totals[each] for each in _HOST), (self.phase, "host")
             if height > self._highest.get(key, -1):
                 self._highest[key] = height
-                self._fullest[key] = self._added(self._engine["host"], self._engine["pinned"])
-                self._fullest[self.phase, "pinned"] = dict(self._engine["pinned"])
+                page_locked = self._added(self._engine["pinned"], self._engine["locked"])
+                self._fullest[key] = self._added(self._engine["host"], page_locked)
+                self._fullest[self.phase, "pinned"] = page_locked
             return
         key = self.phase, place
         height = self._totals[place] + (self._tape_total if place == "gpu" else 0)

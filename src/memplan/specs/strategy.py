@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, model_validator
 from memplan.errors import SpecError
 from memplan.specs._base import Names, NonNegativeInt, PositiveInt, Spec, integer
 
-__all__ = ["DdpSpec", "FsdpSpec", "OffloadOptimizerSpec", "OffloadParamSpec", "Strategy", "ZeroSpec"]
+__all__ = ["AioSpec", "DdpSpec", "FsdpSpec", "OffloadOptimizerSpec", "OffloadParamSpec", "Strategy", "ZeroSpec"]
 
 Kind: TypeAlias = Literal["single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"]
 Offload: TypeAlias = Literal["none", "cpu", "nvme"]
@@ -91,6 +91,23 @@ class OffloadParamSpec(Spec):
     """NVMe: elements that stay in host memory."""
 
 
+class AioSpec(Spec):
+    """``aio`` of a DeepSpeed config, 0.19.8: how it reads and writes NVMe."""
+
+    block_size: PositiveInt = 1024**2
+    """Bytes of a request; tensors smaller than this, or than 1 MiB, are not offloaded to NVMe."""
+    intra_op_parallelism: PositiveInt = 1
+    """Threads that share a transfer, which is padded to 1 KiB for each."""
+    queue_depth: PositiveInt = 8
+    """Requests at once; no memory."""
+    single_submit: bool = False
+    """Submit requests one by one; no memory."""
+    overlap_events: bool = True
+    """Submit and wait at the same time; no memory."""
+    use_gds: bool = False
+    """Read into the GPU's memory (GPUDirect Storage)."""
+
+
 class ZeroSpec(Spec):
     """``zero_optimization`` of a DeepSpeed config; names and defaults of DeepSpeed 0.19.8, in elements."""
 
@@ -136,6 +153,8 @@ class ZeroSpec(Spec):
     """Details of ``Strategy.offload_optimizer``."""
     offload_param: OffloadParamSpec = OffloadParamSpec()
     """Details of ``Strategy.offload_param``."""
+    aio: AioSpec = AioSpec()
+    """``aio``, which is beside ``zero_optimization`` in the file: offload to NVMe."""
 
 
 class FsdpSpec(Spec):

@@ -472,10 +472,12 @@ class Tape:
                 saved = self._unpack(saved)
             if node.outputs == 1:
                 grads = grads[0]
+            held: list[int] = []
+            if self.watches and saved.__class__ is Recomputed:  # what it saved, an operation may let go early
+                held = [id(x) for x in saved if x.__class__ is Parameter]
             results = list(node.fn(self, node, grads, saved))
-            if self.watches and saved.__class__ is Recomputed:
-                dropped = (id(x) for x in saved if x.__class__ is Parameter)
-                self.events += [Event(len(self.log), "drop", subject) for subject in dropped]
+            if held:
+                self.events += [Event(len(self.log), "drop", subject) for subject in held]
             del grads, saved
             edges = node.edges
             node.edges = []
