@@ -437,8 +437,24 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
         knobs = dict(options.get("fsdp", {}))
         if options.get("offload_param", "none") != "none":
             knobs["cpu_offload"] = True
+        if knobs.get("version") == 1:
+            _let_fsdp1_run_on_cpu()
+            # Of accelerate's own configuration; it does not look at what the Trainer passes on (reshard_after_forward).
+            os.environ["FSDP_SHARDING_STRATEGY"] = knobs.pop("sharding_strategy", "FULL_SHARD")
         return transformers.TrainingArguments(**arguments, fsdp=True, fsdp_config=knobs)
     return transformers.TrainingArguments(**arguments, deepspeed=engine_config(options))
+
+
+def _let_fsdp1_run_on_cpu() -> None:
+    """sync_module_states, the Trainer's default, asks for an accelerator; its broadcast does without one."""
+    import torch
+
+    dataclasses_of_accelerate = importlib.import_module("accelerate.utils.dataclasses")
+    dataclasses_of_accelerate.is_cuda_available = lambda: True  # type: ignore[attr-defined]
+    torch.cuda.current_device = lambda: 0  # where an empty model would be made
+    torch.cpu.Stream.synchronize = lambda _: None  # type: ignore[attr-defined]
+    init = importlib.import_module("torch.distributed.fsdp._init_utils")
+    init._check_module_states_for_sync_module_states = lambda _: None  # type: ignore[attr-defined]
 
 
 def _model(values: dict[str, Any], options: dict[str, Any]) -> Any:
@@ -607,14 +623,9 @@ class TwoSides:
         fully_shard = importlib.import_module("torch.distributed.fsdp._fully_shard._fully_shard")
         mesh_device = {"_get_device_from_mesh": lambda mesh: torch.device("cpu:0")}
         self._stack.enter_context(unittest.mock.patch.multiple(fully_shard, **mesh_device))
-        parameters = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
-        allocate = parameters.alloc_storage
-
-        def alloc_storage(tensor: Any) -> None:  # resize_ of a storage is no operation that a mode sees
-            allocate(tensor)
-            self.put(tensor, "device")
-
-        self._stack.enter_context(unittest.mock.patch.object(parameters, "alloc_storage", alloc_storage))
+        self._stack.enter_context(unittest.mock.patch.object(torch.cpu, "current_device", return_value="cpu:0"))
+        for module, name in (("_fully_shard._fsdp_param", "alloc_storage"), ("_flat_param", "_alloc_storage")):
+            self._follow_resizing(importlib.import_module(f"torch.distributed.fsdp.{module}"), name)
         dispatch, functions = _side_modes(self)
         self._stack.enter_context(functions)
         run_backward = torch.autograd._engine_run_backward
@@ -626,6 +637,16 @@ class TwoSides:
         self._stack.enter_context(unittest.mock.patch.object(torch.autograd, "_engine_run_backward", with_functions))
         self._stack.enter_context(dispatch)
         return self
+
+    def _follow_resizing(self, module: Any, name: str) -> None:
+        """resize_ of a storage is no operation that a mode sees; both versions of FSDP gather into such storages."""
+        allocate = getattr(module, name)
+
+        def alloc_storage(tensor: Any, *size: Any) -> None:
+            allocate(tensor, *size)
+            self.put(tensor, "device")
+
+        self._stack.enter_context(unittest.mock.patch.object(module, name, alloc_storage))
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
@@ -743,6 +764,8 @@ def groups() -> dict[str, list[Setup]]:
     made["offload"] = [_setup("small", **variant) for variant in _offload_variants()]
     made["fsdp"] = [_setup("small", "fsdp", **variant) for variant in _fsdp_variants()]
     made["fsdp"] += [_setup("wide", "fsdp", **variant) for variant in ({}, {"gpus": 64}, {"grad_accum_steps": 3})]
+    made["fsdp"] += [_setup("small", "fsdp", **variant) for variant in (*_fsdp_wraps(), *_fsdp_optimizers())]
+    made["fsdp1"] = [_fsdp1("small", **variant) for variant in _fsdp1_variants()]
     for group, options in _untied_variants():
         made[group].append(Setup("qwen2", "small", _setup("small", **options).options))
     return made
@@ -865,6 +888,70 @@ def _fsdp_variants() -> list[dict[str, Any]]:
         {"fsdp": {"activation_checkpointing": True}, "micro_batch_size": 2, "seq_len": 200},
         {**LORA, "grad_accum_steps": 3},
         {"fsdp": {"auto_wrap_policy": "NO_WRAP"}},
+    ]
+
+
+def _fsdp_wraps() -> list[dict[str, Any]]:
+    """Units other than the blocks."""
+    long = {"micro_batch_size": 2, "seq_len": 200}
+    return [
+        {"fsdp": {"transformer_layer_cls_to_wrap": ["LlamaMLP"]}},
+        {"fsdp": {"transformer_layer_cls_to_wrap": ["LlamaAttention", "LlamaMLP"]}, "grad_accum_steps": 3},
+        {"fsdp": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "LlamaMLP"]}, **long},
+        {"fsdp": {"auto_wrap_policy": "SIZE_BASED_WRAP"}},
+        {"fsdp": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 100_000}},
+        {"fsdp": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 10_000_000}},
+    ]
+
+
+def _fsdp_optimizers() -> list[dict[str, Any]]:
+    return [{"optim": name} for name in ("adamw_torch", "sgd", "adagrad", "rmsprop", "adafactor")]
+
+
+def _fsdp1(config: str, **options: Any) -> Setup:
+    return _setup(config, "fsdp", **{**options, "fsdp": {"version": 1, **options.get("fsdp", {})}})
+
+
+def _fsdp1_variants() -> list[dict[str, Any]]:
+    more, offload = {"grad_accum_steps": 3}, {"offload_param": "cpu"}
+    grad_op, no_shard = ({"fsdp": {"sharding_strategy": name}} for name in ("SHARD_GRAD_OP", "NO_SHARD"))
+    flat = {"fsdp": {"use_orig_params": False}}
+    long = {"micro_batch_size": 2, "seq_len": 200}
+    return [
+        {},
+        more,
+        *({"gpus": gpus} for gpus in (1, 2, 8, 64)),
+        grad_op,
+        {**grad_op, **more},
+        no_shard,
+        {**no_shard, **more},
+        flat,
+        {**flat, **more},
+        LORA,
+        {**LORA, **more},
+        {"dtype": "bfloat16"},
+        FP32,
+        {**FP32, **more},
+        {"dtype": "bfloat16", "mixed_precision": "no"},
+        {"num_layers": 4, "fsdp": {"backward_prefetch": "BACKWARD_PRE"}},
+        {"num_layers": 4, "fsdp": {"backward_prefetch": "BACKWARD_POST"}},
+        {"num_layers": 4, "fsdp": {"forward_prefetch": True}},
+        long,
+        {**long, "gradient_checkpointing": True},
+        {**long, "fsdp": {"activation_checkpointing": True}},
+        offload,
+        {**offload, **more},
+        {**offload, "gpus": 1},
+        {**offload, "gpus": 64},
+        {**offload, **FP32},
+        {**offload, **LORA},
+        {"two_sides": True},
+        {"two_sides": True, "fsdp": {"sync_module_states": False}},
+        {"fsdp": {"auto_wrap_policy": "NO_WRAP"}},
+        {"fsdp": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 100_000}},
+        {"fsdp": {"transformer_layer_cls_to_wrap": ["LlamaAttention", "LlamaMLP"]}},
+        *({"optim": name} for name in ("adamw_torch", "sgd", "adafactor")),
+        {**FP32, "gpus": 1, **more},
     ]
 
 

@@ -43,8 +43,11 @@ class Event(NamedTuple):
 
     position: int
     """In the log."""
-    kind: Literal["gradient", "pre_forward", "post_forward", "pre_backward", "post_backward", "hold", "drop"]
-    """hold and drop: a recomputation saves a weight as it is then, for one node."""
+    kind: Literal[
+        "gradient", "pre_forward", "post_forward", "pre_backward", "post_backward", "end_backward", "hold", "drop"
+    ]
+    """end_backward: post_backward, of a module whose inputs need no gradient. hold and drop: a recomputation saves a
+    weight as it is then, for one node."""
     subject: int
     """id() of the weight or the module."""
     storage: int = -1
@@ -515,8 +518,8 @@ class Tape:
 
     def _leave(self, watched: tuple[int, int, int, bool]) -> None:
         """The backward of a watched module is done."""
-        if watched[3]:
-            self.events.append(Event(len(self.log), "post_backward", watched[2]))
+        kind: Literal["post_backward", "end_backward"] = "post_backward" if watched[3] else "end_backward"
+        self.events.append(Event(len(self.log), kind, watched[2]))
 
     def _gradients_flow(self, targets: Sequence[Node | AccumulateGrad], left: LayerKey | None) -> None:
         """At the border of the layer that is left: the gradients on their way pass from one layer to the next."""
