@@ -169,12 +169,23 @@ def resolve(
 
 
 def _activation_checkpointing(training: TrainingSpec, strategy: Strategy) -> TrainingSpec:
-    """fsdp2_apply_ac wraps the layers that ``gradient_checkpointing`` would."""
+    """fsdp2_apply_ac, and prepare_model for version 1, wrap the layers that ``gradient_checkpointing`` would."""
     name = "activation_checkpointing"
     if training.gradient_checkpointing:
         remedy = "Leave one of them out."
         raise SpecError.at(name, True, "and gradient_checkpointing are both set, which the Trainer refuses", remedy)
-    if strategy.fsdp.auto_wrap_policy == "NO_WRAP":
+    keys = strategy.fsdp
+    if keys.auto_wrap_policy == "SIZE_BASED_WRAP" or keys.transformer_layer_cls_to_wrap:
+        raise UnsupportedError(
+            f"{name}: of units other than the blocks it is not modelled. Use gradient_checkpointing, or "
+            "TRANSFORMER_BASED_WRAP without classes of your own."
+        )
+    if keys.auto_wrap_policy == "NO_WRAP" and keys.version == 1:
+        raise UnsupportedError(
+            f"{name}: with NO_WRAP version 1 checkpoints every module by itself, which is not modelled. Use "
+            "gradient_checkpointing, or TRANSFORMER_BASED_WRAP."
+        )
+    if keys.auto_wrap_policy == "NO_WRAP":
         remedy = "Use gradient_checkpointing, or TRANSFORMER_BASED_WRAP."
         raise SpecError.at(name, True, "checkpoints what auto_wrap_policy wraps, and NO_WRAP wraps nothing", remedy)
     if training.lora is not None:

@@ -766,6 +766,9 @@ def groups() -> dict[str, list[Setup]]:
     made["fsdp"] += [_setup("wide", "fsdp", **variant) for variant in ({}, {"gpus": 64}, {"grad_accum_steps": 3})]
     made["fsdp"] += [_setup("small", "fsdp", **variant) for variant in (*_fsdp_wraps(), *_fsdp_optimizers())]
     made["fsdp1"] = [_fsdp1("small", **variant) for variant in _fsdp1_variants()]
+    for family, config, options in _fsdp_held_out():
+        group = "fsdp1" if options["fsdp"].get("version") == 1 else "fsdp"
+        made[group].append(Setup(family, config, _setup(config, "fsdp", **options).options))
     for group, options in _untied_variants():
         made[group].append(Setup("qwen2", "small", _setup("small", **options).options))
     return made
@@ -953,6 +956,44 @@ def _fsdp1_variants() -> list[dict[str, Any]]:
         *({"optim": name} for name in ("adamw_torch", "sgd", "adafactor")),
         {**FP32, "gpus": 1, **more},
     ]
+
+
+def _fsdp_held_out() -> list[tuple[str, str, dict[str, Any]]]:
+    """Rows that were first looked at when FSDP1 and the wrap policies had been written."""
+    long = {"micro_batch_size": 3, "seq_len": 120}
+    rows: list[tuple[str, str, dict[str, Any]]] = [
+        ("qwen2", "small", {"gpus": 3, "num_layers": 3, "grad_accum_steps": 2, "fsdp": {"backward_prefetch": _PRE}}),
+        ("llama", "small", {"gpus": 8, **long, **LORA, "gradient_checkpointing": True}),
+        ("qwen2", "small", {"gpus": 2, "dtype": "bfloat16", "mixed_precision": "no", "fsdp": _strategy("NO_SHARD")}),
+        (
+            "llama",
+            "small",
+            {"gpus": 5, "offload_param": "cpu", "grad_accum_steps": 2, "fsdp": _strategy("SHARD_GRAD_OP")},
+        ),
+        ("llama", "tied", {"gpus": 4}),
+        ("qwen2", "small", {"gpus": 7, "num_layers": 3, "optim": "adamw_torch", "fsdp": _FLAT_POST}),
+        ("qwen2", "small", {"fsdp": {"transformer_layer_cls_to_wrap": ["Qwen2MLP"], "forward_prefetch": True}}),
+        ("llama", "small", {**LORA, "grad_accum_steps": 3, "fsdp": _strategy("SHARD_GRAD_OP")}),
+        ("llama", "small", {**LORA, **FP32, **long, "offload_param": "cpu", "fsdp": {"backward_prefetch": _PRE}}),
+        ("llama", "small", {"gpus": 64, "num_layers": 4, "dtype": "bfloat16", "gradient_checkpointing": True, **long}),
+        ("llama", "small", {"optim": "adagrad"}),
+    ]
+    rows = [(*model, {**more, "fsdp": {"version": 1, **more.get("fsdp", {})}}) for *model, more in rows]
+    attention = {"transformer_layer_cls_to_wrap": ["Qwen2Attention"]}
+    return [
+        *rows,
+        ("qwen2", "small", {"gpus": 8, "num_layers": 3, "grad_accum_steps": 2, "fsdp": attention}),
+        ("qwen2", "small", {"gpus": 2, "offload_param": "cpu", "optim": "rmsprop", "fsdp": attention}),
+        ("llama", "tied", {"gpus": 2, "fsdp": {"auto_wrap_policy": "SIZE_BASED_WRAP"}}),
+    ]
+
+
+_PRE = "BACKWARD_PRE"
+_FLAT_POST = {"use_orig_params": False, "backward_prefetch": "BACKWARD_POST"}
+
+
+def _strategy(name: str) -> dict[str, Any]:
+    return {"sharding_strategy": name}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

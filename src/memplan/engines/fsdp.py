@@ -240,6 +240,11 @@ def fsdp_setup(
     """The units that accelerate makes; ``loaded`` is the dtype of frozen weights. Raises MemplanError."""
     keys, offload = strategy.fsdp, strategy.offload_param != "none"
     _check_optimizer(training.optim, keys.version)
+    if training.lora is not None and not mixed and loaded is not float32:
+        raise UnsupportedError(
+            "lora: without mixed precision its adapters stay in float32 beside 16-bit weights, which is not modelled "
+            "under fsdp. Use --mixed-precision bf16, or --dtype float32."
+        )
     trained = {key for group in model.groups for key in group}
     master = float32 if mixed else loaded  # accelerate upcasts what is trained
     rows = {
@@ -298,6 +303,11 @@ def _check_optimizer(optim: str, version: int) -> None:
     if optim == "adafactor" and version == 2:  # transformers/optimization.py adds a plain tensor to a DTensor
         remedy = "Use adamw_torch_fused, or FSDP's version 1."
         raise SpecError.at("optim", optim, "cannot step on the DTensors of fsdp's version 2", remedy)
+    if optim == "adagrad" and version == 2:
+        raise UnsupportedError(
+            "optim: 'adagrad' makes its states of the whole weights before fsdp's version 2 shards them, which is not "
+            "modelled. Use adamw_torch_fused, or version 1."
+        )
     if optim not in ELEMENTWISE and optim != "adafactor":
         raise UnsupportedError(f"optim: {optim!r} is not modelled under fsdp. Use one of {', '.join(ELEMENTWISE)}.")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from memplan.engines.wrapping import Row, Unit
@@ -22,7 +23,7 @@ ALIGNMENT = 16
 """Bytes: with ``use_orig_params`` every weight begins at a multiple (_get_aligned_numel in _flat_param.py)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FlatParam:
     """A unit's weights in one tensor (FlatParamHandle)."""
 
@@ -34,21 +35,21 @@ class FlatParam:
     """In which it is gathered and its gradient is reduced."""
     use_orig_params: bool
 
-    @property
+    @cached_property
     def itemsize(self) -> int:
         """Bytes of an element of the shard."""
         return max(row.itemsize for row in self.unit.weights)
 
-    @property
+    @cached_property
     def trained(self) -> bool:
         return any(row.trained for row in self.unit.weights)
 
-    @property
+    @cached_property
     def is_cast(self) -> bool:
         """_uses_param_mixed_precision."""
         return self.itemsize != self.dtype.itemsize
 
-    @property
+    @cached_property
     def offsets(self) -> list[tuple[Row, int]]:
         """Each weight with where it begins."""
         aligned = ALIGNMENT // self.dtype.itemsize if self.use_orig_params else 1
@@ -59,19 +60,19 @@ class FlatParam:
             at += row.elements
         return found
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Of the unsharded tensor; with ``use_orig_params`` padded so that it divides."""
         row, at = self.offsets[-1]
         end = at + row.elements
         return -(-end // self.ranks) * self.ranks if self.use_orig_params else end
 
-    @property
+    @cached_property
     def shard(self) -> int:
         """Elements of one rank's, padding included."""
         return -(-self.elements // self.ranks) if self.is_sharded else self.elements
 
-    @property
+    @cached_property
     def padded(self) -> int:
         """Elements of all shards together."""
         return self.shard * self.ranks if self.is_sharded else self.elements
@@ -122,6 +123,7 @@ class _Handle:
         """What the shard was in before it was upcast or pinned: views of it live until the first reshard."""
         self.grad: Block | None = None
         """The unsharded gradient, which no_sync leaves."""
+        self.zeros: Block | None = None
         self.sharded_grad: Block | None = None
 
 
@@ -165,6 +167,8 @@ class Fsdp1:
             handle.stale = [shard]
         for handle in self._handles:
             self._upcast(handle)
+        if self.setup.optimizer.made_at_construction:
+            self._make_states()
 
     def _upcast(self, handle: _Handle) -> None:
         """prepare_model: 16-bit weights that are trained under mixed precision get a float32 shard."""
@@ -261,7 +265,8 @@ class Fsdp1:
         if self.setup.forward_prefetch and after < len(self._pre_forward_order):
             target = self._pre_forward_order[after]
             if target.needs_pre_forward and not target.prefetched:
-                self._prefetch(target)
+                self._unshard(target)
+                target.prefetched = True
                 target.viewed_by = handle
 
     def _post_forward(self, handle: _Handle) -> None:
@@ -269,10 +274,6 @@ class Fsdp1:
         self._reshard(handle, free=handle.flat.unit.reshard_after_forward and not handle.is_root)
         handle.needs_pre_backward = True
         handle.state = "idle"
-
-    def _prefetch(self, handle: _Handle) -> None:
-        self._unshard(handle)
-        handle.prefetched = True
 
     # -- gathering -------------------------------------------------------------------------------------------------
 
@@ -288,7 +289,10 @@ class Fsdp1:
         shard = self._pre_unshard(flat)
         if handle.unsharded is None:
             handle.unsharded = self.ledger.allocate("communication", flat.padded * flat.dtype.itemsize)
-        self.ledger.free(shard)
+        if shard is not None and flat.use_orig_params and not flat.is_cast:
+            handle.stale.append(shard)  # flat_param_to refreshes the weights' views
+        else:
+            self.ledger.free(shard)
 
     def _pre_unshard(self, flat: FlatParam) -> Block | None:
         """The shard that is gathered, where it is not the one that is kept: _mp_shard, or a copy on the GPU."""
@@ -313,10 +317,20 @@ class Fsdp1:
     def _pre_backward(self, handle: _Handle) -> None:
         handle.state = "backward_pre"
         if handle.needs_pre_backward and not handle.prefetched:
-            self._unshard(handle)
+            self._unshard_for_backward(handle)
         handle.needs_pre_backward = False
         if self.setup.backward_prefetch == "BACKWARD_PRE":
             self._prefetch_before(handle)
+        self.ledger.free(handle.zeros)  # prepare_gradient_for_backward
+        handle.zeros = None
+
+    def _unshard_for_backward(self, handle: _Handle) -> None:
+        """_writeback_orig_params takes the views of _cpu_grad, which weights got after the forward, for gradients."""
+        flat = handle.flat
+        shows_shard = flat.is_sharded and flat.use_orig_params and flat.unit.reshard_after_forward
+        if self.setup.offload and flat.trained and shows_shard and handle.grad is None:
+            handle.zeros = self.ledger.allocate("temporaries", flat.shard * flat.itemsize, "host")
+        self._unshard(handle)
 
     def _prefetch_before(self, handle: _Handle) -> None:
         """get_handle_to_backward_prefetch."""
@@ -324,7 +338,8 @@ class Fsdp1:
         if before >= 0:
             target = self._post_forward_order[before]
             if target.needs_pre_backward and not target.prefetched:
-                self._prefetch(target)
+                self._unshard_for_backward(target)
+                target.prefetched = True
 
     def _should_free_in_backward(self, handle: _Handle) -> bool:
         return self._boundary or handle.flat.unit.reshard_after_forward
@@ -384,16 +399,19 @@ class Fsdp1:
     # -- step ----------------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        optimizer, place = self.setup.optimizer, "host" if self.setup.offload else "gpu"
         if not self._has_states:
-            self._has_states = True
-            for p in self.setup.stepped:
-                for nbytes in optimizer.state_bytes(p):
-                    self.ledger.allocate("optimizer", nbytes, place)
-        self.ledger.briefly("temporaries", optimizer.temporaries.peak, place)
+            self._make_states()
+        place = "host" if self.setup.offload else "gpu"
+        self.ledger.briefly("temporaries", self.setup.optimizer.temporaries.peak, place)
         self._gradients_are_none = True
         if not self.setup.flats[0].use_orig_params:
             self._free_gradients()  # otherwise zero_grad clears the weights' gradients, which are views of what stays
+
+    def _make_states(self) -> None:
+        self._has_states = True
+        for p in self.setup.stepped:
+            for nbytes in self.setup.optimizer.state_bytes(p):
+                self.ledger.allocate("optimizer", nbytes, "host" if self.setup.offload else "gpu")
 
     def _free_gradients(self) -> None:
         """_reset_flat_param_grad_info_if_needed."""

@@ -124,12 +124,12 @@ class Units:
                     "transformer_layer_cls_to_wrap: with LoRA the Trainer has PEFT choose what version 1 wraps, and "
                     "PEFT looks for classes of your own in accelerate's environment only. Leave it out."
                 )
-            found = self._wrapped(lambda each: each.is_block or self._is_adapter(each), reshard)
+            found = self._wrapped(lambda each: each.module.no_split or self._is_adapter(each), reshard)
         elif keys.auto_wrap_policy == "SIZE_BASED_WRAP" and keys.min_num_params:
             found, _ = self._of_size(self.tree, keys.min_num_params, reshard)
         else:
             found = self._wrapped(self._policy(), reshard)
-        rest = self._taken([self.tree], reshard_after_forward=False)
+        rest = self._taken([self.tree], reshard)
         return [unit for unit in (rest, *found) if unit.weights]
 
     def version_2(self) -> list[Unit]:
@@ -146,6 +146,11 @@ class Units:
             [places[id(module)] for module in modules if module is not None and id(module) not in chosen]
             for modules in ([None if tied else embedding], [embedding if tied else None, _final_norm(root, head), head])
         )
+        for each in (*first, *tail):
+            if each.key in self._unit_of:  # fully_shard sees a DTensor and takes it for tensor parallelism's
+                remedy = "Give the blocks' class alone as transformer_layer_cls_to_wrap, or use version 1."
+                problem = f"puts {type(each.module).__name__} into another's unit, where accelerate shards it once more"
+                raise SpecError.at("auto_wrap_policy", self._keys.auto_wrap_policy, problem, remedy)
         first_units = [self._taken([each], reshard) for each in first]
         last_units = [self._taken(tail, reshard_after_forward=False)] if tail else []
         rest = self._taken([self.tree], reshard_after_forward=False, shares=True)
@@ -157,7 +162,7 @@ class Units:
         keys = self._keys
         if keys.auto_wrap_policy == "TRANSFORMER_BASED_WRAP":
             if not keys.transformer_layer_cls_to_wrap:
-                return lambda each: each.is_block
+                return lambda each: each.module.no_split
             return self._of_classes(keys.transformer_layer_cls_to_wrap)
         if (
             keys.auto_wrap_policy == "SIZE_BASED_WRAP" and keys.min_num_params
@@ -238,7 +243,7 @@ class Units:
                 elif self._owner[own] != places[0].key and not shares:
                     raise UnsupportedError(
                         "auto_wrap_policy: a weight that modules share, as a tied embedding is, would be in the unit "
-                        "of one and used in that of another. Wrap blocks only."
+                        "of one and used in that of another. Wrap blocks only, with transformer_layer_cls_to_wrap."
                     )
         return Unit(weights, places[0].key, places[-1].key, reshard_after_forward)
 
