@@ -159,11 +159,11 @@ def resolve(
         training = training.replace(lora=training.lora.replace(autocast_adapter_dtype=False))
     if strategy.kind == "fsdp" and strategy.fsdp.activation_checkpointing:
         training = _activation_checkpointing(training, strategy)
-    engine: Literal["torch", "zero12", "zero3", "fsdp"] = "torch"
+    engine: Literal["torch", "zero12", "zero3", "fsdp", "fsdp1"] = "torch"
     if strategy.is_deepspeed:
         engine = "zero3" if strategy.kind == "zero3" else "zero12"
     elif strategy.kind == "fsdp":
-        engine = "fsdp"
+        engine = "fsdp" if strategy.fsdp.version == 2 else "fsdp1"
     copies = strategy.kind == "ddp" and strategy.ddp.gradient_as_bucket_view and training.grad_accum_steps == 1
     return Setup(model, training, precision, rules, software, engine, copies)
 

@@ -960,7 +960,7 @@ def _fsdp1_variants() -> list[dict[str, Any]]:
 
 def _fsdp_held_out() -> list[tuple[str, str, dict[str, Any]]]:
     """Rows that were first looked at when FSDP1 and the wrap policies had been written."""
-    long = {"micro_batch_size": 3, "seq_len": 120}
+    long, more = {"micro_batch_size": 3, "seq_len": 120}, {"grad_accum_steps": 3}
     rows: list[tuple[str, str, dict[str, Any]]] = [
         ("qwen2", "small", {"gpus": 3, "num_layers": 3, "grad_accum_steps": 2, "fsdp": {"backward_prefetch": _PRE}}),
         ("llama", "small", {"gpus": 8, **long, **LORA, "gradient_checkpointing": True}),
@@ -977,19 +977,32 @@ def _fsdp_held_out() -> list[tuple[str, str, dict[str, Any]]]:
         ("llama", "small", {**LORA, **FP32, **long, "offload_param": "cpu", "fsdp": {"backward_prefetch": _PRE}}),
         ("llama", "small", {"gpus": 64, "num_layers": 4, "dtype": "bfloat16", "gradient_checkpointing": True, **long}),
         ("llama", "small", {"optim": "adagrad"}),
+        # once more, after the first had shown that PEFT sees sharded adapters
+        ("llama", "wide", {**LORA, "grad_accum_steps": 2, "fsdp": {"backward_prefetch": "BACKWARD_POST"}}),
+        ("qwen2", "small", {**LORA, "gpus": 2, "offload_param": "cpu", **more, "fsdp": _strategy("SHARD_GRAD_OP")}),
+        ("llama", "small", {**FP32, **long, "gradient_checkpointing": True, "fsdp": _wrapping("LlamaAttention")}),
+        ("qwen2", "small", {"gpus": 2, "offload_param": "cpu", "grad_accum_steps": 2, "fsdp": _strategy("NO_SHARD")}),
+        ("llama", "small", {"gpus": 3, **more, "optim": "sgd", "fsdp": {**_FLAT_POST, "auto_wrap_policy": "NO_WRAP"}}),
+        ("qwen2", "small", {"num_layers": 3, **more, "fsdp": {**_strategy("SHARD_GRAD_OP"), "forward_prefetch": True}}),
+        ("qwen3", "small", {"gpus": 8, "num_layers": 5, **long, "fsdp": {"backward_prefetch": _PRE}}),
     ]
-    rows = [(*model, {**more, "fsdp": {"version": 1, **more.get("fsdp", {})}}) for *model, more in rows]
-    attention = {"transformer_layer_cls_to_wrap": ["Qwen2Attention"]}
+    rows = [(*model, {**own, "fsdp": {"version": 1, **own.get("fsdp", {})}}) for *model, own in rows]
+    attention = _wrapping("Qwen2Attention")
     return [
         *rows,
         ("qwen2", "small", {"gpus": 8, "num_layers": 3, "grad_accum_steps": 2, "fsdp": attention}),
         ("qwen2", "small", {"gpus": 2, "offload_param": "cpu", "optim": "rmsprop", "fsdp": attention}),
         ("llama", "tied", {"gpus": 2, "fsdp": {"auto_wrap_policy": "SIZE_BASED_WRAP"}}),
+        ("qwen3", "small", {"gpus": 2, "offload_param": "cpu", **more, "fsdp": _wrapping("Qwen3MLP")}),
     ]
 
 
 _PRE = "BACKWARD_PRE"
 _FLAT_POST = {"use_orig_params": False, "backward_prefetch": "BACKWARD_POST"}
+
+
+def _wrapping(name: str) -> dict[str, Any]:
+    return {"transformer_layer_cls_to_wrap": [name]}
 
 
 def _strategy(name: str) -> dict[str, Any]:

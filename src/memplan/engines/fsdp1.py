@@ -370,13 +370,19 @@ class Fsdp1:
         zeros = [ledger.allocate("gradients", row.elements * size) for row in flat.unit.weights if not row.trained]
         grad = ledger.allocate("gradients", flat.elements * size)  # SplitWithSizesBackward0
         ledger.free(*grads, *zeros)
-        if handle.grad is not None:  # AccumulateGrad
-            ledger.free(grad)
-        else:
+        is_first = handle.grad is None
+        if is_first:
             handle.grad = grad
+        else:  # AccumulateGrad
+            ledger.free(grad)
         self._post_backward_reshard(handle)
         if self._boundary:
             self._reduce_grad(handle)
+        elif (
+            is_first and flat.use_orig_params
+        ):  # _use_unsharded_grad_views gives each piece a gradient to point elsewhere
+            for _, elements in flat.pieces():
+                ledger.briefly("temporaries", elements * flat.itemsize, "host" if self.setup.offload else "gpu")
 
     def _reduce_grad(self, handle: _Handle) -> None:
         """_reduce_grad and _reduce_grad_no_shard, with the cast to the shard's dtype."""
