@@ -113,6 +113,7 @@ def micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation
     if setup.engine in ("zero3", "fsdp", "fsdp1"):
         watch(root, tape)
         tape.zero3_linear = setup.engine == "zero3"
+        tape.flat_parameters = setup.engine == "fsdp1"
     if not isinstance(root, Model):
         heads = " or ".join(trainable_heads(setup.model.model_type))
         raise SpecError.at("head", "base", "has no loss to train", f"Use --head {heads}, or --task load.")

@@ -960,6 +960,7 @@ def _fsdp1_variants() -> list[dict[str, Any]]:
 
 def _fsdp_held_out() -> list[tuple[str, str, dict[str, Any]]]:
     """Rows that were first looked at when FSDP1 and the wrap policies had been written."""
+    first = {"backward_prefetch": _PRE, "forward_prefetch": True}
     long, more = {"micro_batch_size": 3, "seq_len": 120}, {"grad_accum_steps": 3}
     rows: list[tuple[str, str, dict[str, Any]]] = [
         ("qwen2", "small", {"gpus": 3, "num_layers": 3, "grad_accum_steps": 2, "fsdp": {"backward_prefetch": _PRE}}),
@@ -985,6 +986,14 @@ def _fsdp_held_out() -> list[tuple[str, str, dict[str, Any]]]:
         ("llama", "small", {"gpus": 3, **more, "optim": "sgd", "fsdp": {**_FLAT_POST, "auto_wrap_policy": "NO_WRAP"}}),
         ("qwen2", "small", {"num_layers": 3, **more, "fsdp": {**_strategy("SHARD_GRAD_OP"), "forward_prefetch": True}}),
         ("qwen3", "small", {"gpus": 8, "num_layers": 5, **long, "fsdp": {"backward_prefetch": _PRE}}),
+        # and a last time
+        ("qwen2", "small", {**LORA, **FP32, **long, "gpus": 8, "gradient_checkpointing": True, "fsdp": first}),
+        ("llama", "wide", {"gpus": 2, "grad_accum_steps": 2, "gradient_checkpointing": True, "fsdp": _FLAT_POST}),
+        ("mistral", "small", {"gpus": 64, "dtype": "bfloat16", "fsdp": {**_strategy("SHARD_GRAD_OP"), **first}}),
+        ("qwen2", "small", {**LORA, **more, "offload_param": "cpu", "fsdp": first}),
+        ("gemma", "small", {"gpus": 2, "grad_accum_steps": 2, "seq_len": 200}),
+        ("llama", "small", {**long, "gradient_checkpointing": True, "fsdp": {**_wrapping("LlamaMLP"), **first}}),
+        ("qwen2", "small", {**more, "offload_param": "cpu", "fsdp": _sized(200_000)}),
     ]
     rows = [(*model, {**own, "fsdp": {"version": 1, **own.get("fsdp", {})}}) for *model, own in rows]
     attention = _wrapping("Qwen2Attention")
@@ -993,7 +1002,7 @@ def _fsdp_held_out() -> list[tuple[str, str, dict[str, Any]]]:
         ("qwen2", "small", {"gpus": 8, "num_layers": 3, "grad_accum_steps": 2, "fsdp": attention}),
         ("qwen2", "small", {"gpus": 2, "offload_param": "cpu", "optim": "rmsprop", "fsdp": attention}),
         ("llama", "tied", {"gpus": 2, "fsdp": {"auto_wrap_policy": "SIZE_BASED_WRAP"}}),
-        ("qwen3", "small", {"gpus": 2, "offload_param": "cpu", **more, "fsdp": _wrapping("Qwen3MLP")}),
+        ("qwen3", "small", {"gpus": 2, "num_layers": 1, "offload_param": "cpu", **more, "fsdp": _wrapping("Qwen3MLP")}),
     ]
 
 
@@ -1003,6 +1012,10 @@ _FLAT_POST = {"use_orig_params": False, "backward_prefetch": "BACKWARD_POST"}
 
 def _wrapping(name: str) -> dict[str, Any]:
     return {"transformer_layer_cls_to_wrap": [name]}
+
+
+def _sized(elements: int) -> dict[str, Any]:
+    return {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": elements}
 
 
 def _strategy(name: str) -> dict[str, Any]:

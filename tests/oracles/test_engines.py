@@ -68,7 +68,7 @@ def measured(row: o2.Row, side: str = "device") -> dict[str, int]:
         return max(phase["peak"][exact] for name, phase in phases.items() if name.startswith(beginnings))
 
     return {
-        "first_step": peak("1.forward", "1.backward", "1.between", "1.step"),
+        "first_step": peak("0.idle", "1.forward", "1.backward", "1.between", "1.step"),
         "forward": peak("2.forward"),
         "backward": peak("2.backward"),
         "step": peak("2.step"),
@@ -95,8 +95,15 @@ def scratch(row: o2.Row, phase: str) -> int:
         options.get("lora", {}).get("rank", 0),
     }
     tokens = options["micro_batch_size"] * options["seq_len"]
-    results = {size * rows * width for size in (2, 4) for rows in (hidden, tokens) for width in widths}
-    names = {"first_step": ("1.",), "forward": ("2.forward",), "backward": ("2.backward",), "step": ("2.step",)}[phase]
+    size = 4 if (options["dtype"], options["mixed_precision"]) == ("float32", "no") else 2
+    results = {size * rows * width for rows in (hidden, tokens) for width in widths}
+    backward = ("1.backward", "2.backward")
+    names = {
+        "first_step": ("1.forward", "1.step", *backward),
+        "forward": ("2.forward",),
+        "backward": backward,
+        "step": ("2.step",),
+    }[phase]
     found = [each for name, each in row.result["phases"]["device"].items() if name.startswith(names)]
     return max(
         sum(

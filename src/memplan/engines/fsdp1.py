@@ -378,11 +378,15 @@ class Fsdp1:
         self._post_backward_reshard(handle)
         if self._boundary:
             self._reduce_grad(handle)
-        elif (
-            is_first and flat.use_orig_params
-        ):  # _use_unsharded_grad_views gives each piece a gradient to point elsewhere
-            for _, elements in flat.pieces():
-                ledger.briefly("temporaries", elements * flat.itemsize, "host" if self.setup.offload else "gpu")
+        elif is_first and flat.use_orig_params:
+            self._use_unsharded_grad_views(flat)
+
+    def _use_unsharded_grad_views(self, flat: FlatParam) -> None:
+        """Each piece of a shard gets an empty gradient in order to point it elsewhere, unless it has one: _cpu_grad."""
+        if self.setup.offload and (flat.unit.reshard_after_forward or not flat.is_sharded):
+            return
+        for _, elements in flat.pieces():
+            self.ledger.briefly("temporaries", elements * flat.itemsize, "host" if self.setup.offload else "gpu")
 
     def _reduce_grad(self, handle: _Handle) -> None:
         """_reduce_grad and _reduce_grad_no_shard, with the cast to the shard's dtype."""

@@ -188,6 +188,8 @@ class Tape:
         """DeepSpeed's own function stands in F.linear's place."""
         self.watches = False
         """Modules are watched."""
+        self.flat_parameters = False
+        """FSDP1 hooks into its weights, not into a module's inputs: it acts where these need no gradient too."""
         self._watched: list[tuple[int, int, int, bool]] = []
         """Watched modules with a backward: the number before their first node, that of their last one, their id(), and
         whether an input needs a gradient: the hook after a backward sits there."""
@@ -518,8 +520,10 @@ class Tape:
 
     def _leave(self, watched: tuple[int, int, int, bool]) -> None:
         """The backward of a watched module is done."""
-        kind: Literal["post_backward", "end_backward"] = "post_backward" if watched[3] else "end_backward"
-        self.events.append(Event(len(self.log), kind, watched[2]))
+        if watched[3]:
+            self.events.append(Event(len(self.log), "post_backward", watched[2]))
+        elif self.flat_parameters:
+            self.events.append(Event(len(self.log), "end_backward", watched[2]))
 
     def _gradients_flow(self, targets: Sequence[Node | AccumulateGrad], left: LayerKey | None) -> None:
         """At the border of the layer that is left: the gradients on their way pass from one layer to the next."""
