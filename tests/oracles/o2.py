@@ -15,7 +15,8 @@ tensor a side: the accelerator answers to "cpu:0", the host to "cpu", and what c
 
 What the instrument does not see: buffers of a real communication library (NCCL's channels, gloo's staging), the memory
 that streams keep alive (``record_stream``), pinned blocks' rounding to powers of two, and the CUDA context.
-Kernels are CPU's: attention and the loss keep what they keep on CPU, as in O1.
+Kernels are CPU's: attention and the loss keep what they keep on CPU, as in O1. Under FSDP1 streams do nothing, so how
+far the CPU runs ahead (``limit_all_gathers``) cannot be seen; hybrid sharding, which needs nodes, is not measured.
 """
 
 from __future__ import annotations
