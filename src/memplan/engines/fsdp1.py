@@ -203,11 +203,11 @@ class Fsdp1:
             self._pre_forward(handle)
         elif kind == "post_forward":
             self._post_forward(handle)
-        elif kind in ("post_backward", "end_backward") and handle.flat.trained:
+        elif kind in ("post_backward", "end_backward"):
             self._backward_of_views(handle)
-        elif kind == "post_backward":
-            handle.state = "backward_post"
-            self._frozen_done.append(handle)
+            if kind == "post_backward" and not handle.flat.trained:
+                handle.state = "backward_post"
+                self._frozen_done.append(handle)
 
     def process_gradients(self, key: Key, gradient: Block | None) -> None:
         if gradient is not None:
@@ -354,7 +354,9 @@ class Fsdp1:
         for delayed in handle.delayed:
             self._post_backward(delayed)
         handle.delayed.clear()
-        if handle.viewed_by is None:
+        if not handle.flat.trained:
+            handle.viewed_by = None
+        elif handle.viewed_by is None:
             self._post_backward(handle)
         else:
             handle.viewed_by.delayed.append(handle)
