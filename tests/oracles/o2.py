@@ -909,7 +909,7 @@ def _fsdp_wraps() -> list[dict[str, Any]]:
 
 
 def _fsdp_optimizers() -> list[dict[str, Any]]:
-    return [{"optim": name} for name in ("adamw_torch", "sgd", "adagrad", "rmsprop", "adafactor")]
+    return [{"optim": name} for name in ("adamw_torch", "sgd", "rmsprop", "adafactor")]
 
 
 def _fsdp1(config: str, **options: Any) -> Setup:

@@ -9,6 +9,7 @@ from tests.oracles.families import CONFIGS
 from memplan import estimator, sharded
 from memplan.api import _model
 from memplan.catalog.gpus import find_gpu
+from memplan.errors import SpecError
 from memplan.memory.course import Ledger
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.software import SoftwareSpec
@@ -138,5 +139,15 @@ def test_the_host_holds_what_an_engine_leaves_there(row: o2.Row) -> None:
         assert found[phase] == pytest.approx(nbytes, rel=IDLE if phase == "idle" else PEAK, abs=SCALARS), phase
 
 
+REFUSED = [row for group in ("fsdp", "fsdp1") for row in o2.load_archives()[group].rows if row.result is None]
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.setup.key)
+def test_what_accelerate_or_an_optimizer_refuses_is_refused(row: o2.Row) -> None:
+    with pytest.raises(SpecError):
+        played(row)
+
+
 def test_there_are_rows() -> None:
+    assert len(REFUSED) >= 2
     assert len(ROWS) >= 150

@@ -193,8 +193,9 @@ class Fsdp:
         rows = [row for row in unit.weights if row.key in grads]
         size = self.setup.dtype.itemsize
         self._reduce_input = self.ledger.allocate("communication", sum(row.padded for row in rows) * size)
-        for key in grads:
-            self.ledger.free(self._grads.pop(key))
+        whole = [self._grads.pop(key) for key in grads]
+        held = whole.pop() if self.setup.ranks > 1 else None  # by the variable of foreach_reduce's loop
+        self.ledger.free(*whole)
         output = self.ledger.allocate("gradients", sum(row.shard for row in rows) * size)
         if rows[0].itemsize != size:
             cast = self.ledger.allocate("gradients", sum(row.shard for row in rows) * rows[0].itemsize)
@@ -206,6 +207,7 @@ class Fsdp:
             self.ledger.free(output)
         else:
             self._sharded_grads.append(output)
+        self.ledger.free(held)
 
     # -- step ----------------------------------------------------------------------------------------------------------
 
