@@ -164,22 +164,33 @@ def resolve(
         training = training.replace(lora=training.lora.replace(autocast_adapter_dtype=False))
     if strategy.kind == "fsdp" and strategy.fsdp.activation_checkpointing:
         training = _activation_checkpointing(training, strategy)
-    engine: Literal["torch", "zero12", "zero3", "fsdp"] = "torch"
+    engine: Literal["torch", "zero12", "zero3", "fsdp", "fsdp1"] = "torch"
     if strategy.is_deepspeed:
         engine = "zero3" if strategy.kind == "zero3" else "zero12"
     elif strategy.kind == "fsdp":
-        engine = "fsdp"
+        engine = "fsdp" if strategy.fsdp.version == 2 else "fsdp1"
     copies = strategy.kind == "ddp" and strategy.ddp.gradient_as_bucket_view and training.grad_accum_steps == 1
     return Setup(model, training, precision, rules, software, engine, copies)
 
 
 def _activation_checkpointing(training: TrainingSpec, strategy: Strategy) -> TrainingSpec:
-    """fsdp2_apply_ac wraps the layers that ``gradient_checkpointing`` would."""
+    """fsdp2_apply_ac, and prepare_model for version 1, wrap the layers that ``gradient_checkpointing`` would."""
     name = "activation_checkpointing"
     if training.gradient_checkpointing:
         remedy = "Leave one of them out."
         raise SpecError.at(name, True, "and gradient_checkpointing are both set, which the Trainer refuses", remedy)
-    if strategy.fsdp.auto_wrap_policy == "NO_WRAP":
+    keys = strategy.fsdp
+    if keys.auto_wrap_policy == "SIZE_BASED_WRAP" or keys.transformer_layer_cls_to_wrap:
+        raise UnsupportedError(
+            f"{name}: of units other than the blocks it is not modelled. Use gradient_checkpointing, or "
+            "TRANSFORMER_BASED_WRAP without classes of your own."
+        )
+    if keys.auto_wrap_policy == "NO_WRAP" and keys.version == 1:
+        raise UnsupportedError(
+            f"{name}: with NO_WRAP version 1 checkpoints every module by itself, which is not modelled. Use "
+            "gradient_checkpointing, or TRANSFORMER_BASED_WRAP."
+        )
+    if keys.auto_wrap_policy == "NO_WRAP":
         remedy = "Use gradient_checkpointing, or TRANSFORMER_BASED_WRAP."
         raise SpecError.at(name, True, "checkpoints what auto_wrap_policy wraps, and NO_WRAP wraps nothing", remedy)
     if training.lora is not None:

@@ -55,7 +55,7 @@ ENGINES = {
     "zero1": "deepspeed/runtime/zero/stage_1_and_2.py",
     "zero2": "deepspeed/runtime/zero/stage_1_and_2.py",
     "zero3": "deepspeed/runtime/zero/stage3.py, partitioned_param_coordinator.py",
-    "fsdp": "torch/distributed/fsdp/_fully_shard",
+    "fsdp": "torch/distributed/fsdp (version 2: _fully_shard)",
 }
 
 

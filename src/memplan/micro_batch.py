@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
 from memplan.adapters.liger import apply_liger_kernel
-from memplan.adapters.lora import apply_lora, tells_layers_apart
+from memplan.adapters.lora import apply_lora, sees_sharded_adapters, tells_layers_apart
 from memplan.adapters.quantization import prepare_for_kbit_training, quantize
 from memplan.architectures.cache import DynamicCache
 from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, Module, watch
@@ -64,7 +64,7 @@ class Setup:
     precision: Precision
     rules: DeviceRules
     software: SoftwareSpec
-    engine: Literal["torch", "zero12", "zero3", "fsdp"] = "torch"
+    engine: Literal["torch", "zero12", "zero3", "fsdp", "fsdp1"] = "torch"
     """Who makes the precision 16 bit: autocast, or DeepSpeed, which casts the model. DeepSpeed also takes each gradient
     as it comes."""
     copies_gradients: bool = False
@@ -80,7 +80,7 @@ class Setup:
     @property
     def autocast(self) -> DType | None:
         """autocast's lower precision, if it is on."""
-        return _AUTOCAST[self.precision.mixed_precision] if self.engine in ("torch", "fsdp") else None
+        return _AUTOCAST[self.precision.mixed_precision] if self.engine in ("torch", "fsdp", "fsdp1") else None
 
 
 @dataclass
@@ -110,9 +110,10 @@ def micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation
     tape = Tape(setup.rules)
     tape.engine_takes_gradients = setup.engine != "torch" or setup.copies_gradients
     root = build(setup, tape, full_depth=full_depth)
-    if setup.engine in ("zero3", "fsdp"):
+    if setup.engine in ("zero3", "fsdp", "fsdp1"):
         watch(root, tape)
         tape.zero3_linear = setup.engine == "zero3"
+        tape.flat_parameters = setup.engine == "fsdp1"
     if not isinstance(root, Model):
         heads = " or ".join(trainable_heads(setup.model.model_type))
         raise SpecError.at("head", "base", "has no loss to train", f"Use --head {heads}, or --task load.")
@@ -169,6 +170,8 @@ def build(
         apply_liger_kernel(b, root, model.model_type)
     if training.lora is not None:
         apply_lora(b, root, training.lora, model.model_type)
+        if setup.engine == "fsdp1":
+            sees_sharded_adapters(root, dtypes.float32)
         if training.gradient_checkpointing:
             for _, module in root.named_modules():
                 if isinstance(module, InputEmbeddings):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from memplan.architectures.nn import Module
-from memplan.engines import bf16, fsdp, plain, zero, zero0, zero3
+from memplan.engines import bf16, fsdp, fsdp1, plain, zero, zero0, zero3
 from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, layout, play
 from memplan.engines.plain import Parts
 from memplan.memory.course import Ledger, ReplayLedger, course
@@ -78,7 +78,8 @@ def play_engine(
     if accumulates and not full_depth:
         first = micro_batch(setup, full_depth=False, accumulated=False)
     later = first
-    if accumulates and strategy.kind in ("zero0", "zero1", "fsdp"):  # gradients stay where autograd put them
+    flat = strategy.kind == "fsdp" and strategy.fsdp.version == 1  # autograd makes one gradient of a unit's
+    if accumulates and strategy.kind in ("zero0", "zero1", "fsdp") and not flat:  # they stay where autograd put them
         later = all_layers(setup, True) if full_depth else closed
     model = layout(first.root)
     played = Played(
@@ -97,9 +98,19 @@ def _engine(
     hidden_size, optim = setup.model.hidden_size, setup.training.optim
     if strategy.kind == "fsdp":
         loaded, mixed = dtypes.dtype_named(setup.precision.dtype), setup.autocast is not None
-        return fsdp.Fsdp(
-            fsdp.fsdp_setup(strategy, root, model, ranks, setup.dtype, loaded, mixed, optim, setup.rules), ledger
+        placed = fsdp.fsdp_setup(
+            strategy,
+            root,
+            model,
+            ranks,
+            setup.dtype,
+            loaded,
+            mixed,
+            setup.training,
+            setup.model.model_type,
+            setup.rules,
         )
+        return fsdp1.Fsdp1(placed, ledger) if isinstance(placed, fsdp1.Fsdp1Setup) else fsdp.Fsdp(placed, ledger)
     if strategy.kind == "zero3":
         sharded = zero3.zero3_setup(strategy, model, ranks, setup.dtype, hidden_size, optim, setup.rules)
         return zero3.Zero3(sharded, ledger)

@@ -39,6 +39,10 @@ ENGINES = [
     memplan.Strategy(kind="zero3", offload_optimizer="nvme", offload_param="nvme", zero=AWAY),
     memplan.Strategy(kind="fsdp"),
     memplan.Strategy(kind="fsdp", offload_param="cpu"),
+    memplan.Strategy(kind="fsdp", fsdp=FsdpSpec(version=1)),
+    memplan.Strategy(kind="fsdp", fsdp=FsdpSpec(version=1, sharding_strategy="NO_SHARD")),
+    memplan.Strategy(kind="fsdp", fsdp=FsdpSpec(version=1, use_orig_params=False, forward_prefetch=True)),
+    memplan.Strategy(kind="fsdp", offload_param="cpu", fsdp=FsdpSpec(version=1, backward_prefetch="BACKWARD_PRE")),
 ]
 RUNS: list[dict[str, Any]] = [
     {},
@@ -50,7 +54,7 @@ RUNS: list[dict[str, Any]] = [
 
 
 def name(strategy: memplan.Strategy) -> str:
-    keys = strategy.zero.model_dump(exclude_defaults=True)
+    keys = strategy.zero.model_dump(exclude_defaults=True) | strategy.fsdp.model_dump(exclude_defaults=True)
     return "-".join([strategy.kind, strategy.offload_optimizer, strategy.offload_param, *keys])
 
 

@@ -15,7 +15,8 @@ tensor a side: the accelerator answers to "cpu:0", the host to "cpu", and what c
 
 What the instrument does not see: buffers of a real communication library (NCCL's channels, gloo's staging), the memory
 that streams keep alive (``record_stream``), pinned blocks' rounding to powers of two, and the CUDA context.
-Kernels are CPU's: attention and the loss keep what they keep on CPU, as in O1.
+Kernels are CPU's: attention and the loss keep what they keep on CPU, as in O1. Under FSDP1 streams do nothing, so how
+far the CPU runs ahead (``limit_all_gathers``) cannot be seen; hybrid sharding, which needs nodes, is not measured.
 """
 
 from __future__ import annotations
@@ -458,8 +459,24 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
         knobs = dict(options.get("fsdp", {}))
         if options.get("offload_param", "none") != "none":
             knobs["cpu_offload"] = True
+        if knobs.get("version") == 1:
+            _let_fsdp1_run_on_cpu()
+            # Of accelerate's own configuration; it does not look at what the Trainer passes on (reshard_after_forward).
+            os.environ["FSDP_SHARDING_STRATEGY"] = knobs.pop("sharding_strategy", "FULL_SHARD")
         return transformers.TrainingArguments(**arguments, fsdp=True, fsdp_config=knobs)
     return transformers.TrainingArguments(**arguments, deepspeed=engine_config(options, str(directory / "nvme")))
+
+
+def _let_fsdp1_run_on_cpu() -> None:
+    """sync_module_states, the Trainer's default, asks for an accelerator; its broadcast does without one."""
+    import torch
+
+    dataclasses_of_accelerate = importlib.import_module("accelerate.utils.dataclasses")
+    dataclasses_of_accelerate.is_cuda_available = lambda: True  # type: ignore[attr-defined]
+    torch.cuda.current_device = lambda: 0  # where an empty model would be made
+    torch.cpu.Stream.synchronize = lambda _: None  # type: ignore[attr-defined]
+    init = importlib.import_module("torch.distributed.fsdp._init_utils")
+    init._check_module_states_for_sync_module_states = lambda _: None  # type: ignore[attr-defined]
 
 
 def _model(values: dict[str, Any], options: dict[str, Any]) -> Any:
@@ -628,14 +645,9 @@ class TwoSides:
         fully_shard = importlib.import_module("torch.distributed.fsdp._fully_shard._fully_shard")
         mesh_device = {"_get_device_from_mesh": lambda mesh: torch.device("cpu:0")}
         self._stack.enter_context(unittest.mock.patch.multiple(fully_shard, **mesh_device))
-        parameters = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
-        allocate = parameters.alloc_storage
-
-        def alloc_storage(tensor: Any) -> None:  # resize_ of a storage is no operation that a mode sees
-            allocate(tensor)
-            self.put(tensor, "device")
-
-        self._stack.enter_context(unittest.mock.patch.object(parameters, "alloc_storage", alloc_storage))
+        self._stack.enter_context(unittest.mock.patch.object(torch.cpu, "current_device", return_value="cpu:0"))
+        for module, name in (("_fully_shard._fsdp_param", "alloc_storage"), ("_flat_param", "_alloc_storage")):
+            self._follow_resizing(importlib.import_module(f"torch.distributed.fsdp.{module}"), name)
         # Where tensors are packed they are "cpu", where they are recomputed "cpu:0": torch compares them.
         metadata = {"default": lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype}}
         checks = importlib.import_module("torch.utils.checkpoint")._allowed_determinism_checks_to_fns
@@ -651,6 +663,16 @@ class TwoSides:
         self._stack.enter_context(unittest.mock.patch.object(torch.autograd, "_engine_run_backward", with_functions))
         self._stack.enter_context(dispatch)
         return self
+
+    def _follow_resizing(self, module: Any, name: str) -> None:
+        """resize_ of a storage is no operation that a mode sees; both versions of FSDP gather into such storages."""
+        allocate = getattr(module, name)
+
+        def alloc_storage(tensor: Any, *size: Any) -> None:
+            allocate(tensor, *size)
+            self.put(tensor, "device")
+
+        self._stack.enter_context(unittest.mock.patch.object(module, name, alloc_storage))
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
@@ -776,6 +798,11 @@ def groups() -> dict[str, list[Setup]]:
     made["nvme"] += _other_nvme_setups()
     made["fsdp"] = [_setup("small", "fsdp", **variant) for variant in _fsdp_variants()]
     made["fsdp"] += [_setup("wide", "fsdp", **variant) for variant in ({}, {"gpus": 64}, {"grad_accum_steps": 3})]
+    made["fsdp"] += [_setup("small", "fsdp", **variant) for variant in (*_fsdp_wraps(), *_fsdp_optimizers())]
+    made["fsdp1"] = [_fsdp1("small", **variant) for variant in _fsdp1_variants()]
+    for family, config, options in _fsdp_held_out():
+        group = "fsdp1" if options["fsdp"].get("version") == 1 else "fsdp"
+        made[group].append(Setup(family, config, _setup(config, "fsdp", **options).options))
     for group, options in _untied_variants():
         made[group].append(Setup("qwen2", "small", _setup("small", **options).options))
     made["grid"] = _grid()
@@ -1086,6 +1113,134 @@ def _fsdp_variants() -> list[dict[str, Any]]:
         {**LORA, "grad_accum_steps": 3},
         {"fsdp": {"auto_wrap_policy": "NO_WRAP"}},
     ]
+
+
+def _fsdp_wraps() -> list[dict[str, Any]]:
+    """Units other than the blocks."""
+    long = {"micro_batch_size": 2, "seq_len": 200}
+    return [
+        {"fsdp": {"transformer_layer_cls_to_wrap": ["LlamaMLP"]}},
+        {"fsdp": {"transformer_layer_cls_to_wrap": ["LlamaAttention", "LlamaMLP"]}, "grad_accum_steps": 3},
+        {"fsdp": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "LlamaMLP"]}, **long},
+        {"fsdp": {"auto_wrap_policy": "SIZE_BASED_WRAP"}},
+        {"fsdp": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 100_000}},
+        {"fsdp": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 10_000_000}},
+    ]
+
+
+def _fsdp_optimizers() -> list[dict[str, Any]]:
+    return [{"optim": name} for name in ("adamw_torch", "sgd", "rmsprop", "adafactor")]
+
+
+def _fsdp1(config: str, **options: Any) -> Setup:
+    return _setup(config, "fsdp", **{**options, "fsdp": {"version": 1, **options.get("fsdp", {})}})
+
+
+def _fsdp1_variants() -> list[dict[str, Any]]:
+    more, offload = {"grad_accum_steps": 3}, {"offload_param": "cpu"}
+    grad_op, no_shard = ({"fsdp": {"sharding_strategy": name}} for name in ("SHARD_GRAD_OP", "NO_SHARD"))
+    flat = {"fsdp": {"use_orig_params": False}}
+    long = {"micro_batch_size": 2, "seq_len": 200}
+    return [
+        {},
+        more,
+        *({"gpus": gpus} for gpus in (1, 2, 8, 64)),
+        grad_op,
+        {**grad_op, **more},
+        no_shard,
+        {**no_shard, **more},
+        flat,
+        {**flat, **more},
+        LORA,
+        {**LORA, **more},
+        {"dtype": "bfloat16"},
+        FP32,
+        {**FP32, **more},
+        {"dtype": "bfloat16", "mixed_precision": "no"},
+        {"num_layers": 4, "fsdp": {"backward_prefetch": "BACKWARD_PRE"}},
+        {"num_layers": 4, "fsdp": {"backward_prefetch": "BACKWARD_POST"}},
+        {"num_layers": 4, "fsdp": {"forward_prefetch": True}},
+        long,
+        {**long, "gradient_checkpointing": True},
+        {**long, "fsdp": {"activation_checkpointing": True}},
+        offload,
+        {**offload, **more},
+        {**offload, "gpus": 1},
+        {**offload, "gpus": 64},
+        {**offload, **FP32},
+        {**offload, **LORA},
+        {"two_sides": True},
+        {"two_sides": True, "fsdp": {"sync_module_states": False}},
+        {"fsdp": {"auto_wrap_policy": "NO_WRAP"}},
+        {"fsdp": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 100_000}},
+        {"fsdp": {"transformer_layer_cls_to_wrap": ["LlamaAttention", "LlamaMLP"]}},
+        *({"optim": name} for name in ("adamw_torch", "sgd", "adafactor")),
+        {**FP32, "gpus": 1, **more},
+    ]
+
+
+def _fsdp_held_out() -> list[tuple[str, str, dict[str, Any]]]:
+    """Rows that were first looked at when FSDP1 and the wrap policies had been written."""
+    first = {"backward_prefetch": _PRE, "forward_prefetch": True}
+    long, more = {"micro_batch_size": 3, "seq_len": 120}, {"grad_accum_steps": 3}
+    rows: list[tuple[str, str, dict[str, Any]]] = [
+        ("qwen2", "small", {"gpus": 3, "num_layers": 3, "grad_accum_steps": 2, "fsdp": {"backward_prefetch": _PRE}}),
+        ("llama", "small", {"gpus": 8, **long, **LORA, "gradient_checkpointing": True}),
+        ("qwen2", "small", {"gpus": 2, "dtype": "bfloat16", "mixed_precision": "no", "fsdp": _strategy("NO_SHARD")}),
+        (
+            "llama",
+            "small",
+            {"gpus": 5, "offload_param": "cpu", "grad_accum_steps": 2, "fsdp": _strategy("SHARD_GRAD_OP")},
+        ),
+        ("llama", "tied", {"gpus": 4}),
+        ("qwen2", "small", {"gpus": 7, "num_layers": 3, "optim": "adamw_torch", "fsdp": _FLAT_POST}),
+        ("qwen2", "small", {"fsdp": {"transformer_layer_cls_to_wrap": ["Qwen2MLP"], "forward_prefetch": True}}),
+        ("llama", "small", {**LORA, "grad_accum_steps": 3, "fsdp": _strategy("SHARD_GRAD_OP")}),
+        ("llama", "small", {**LORA, **FP32, **long, "offload_param": "cpu", "fsdp": {"backward_prefetch": _PRE}}),
+        ("llama", "small", {"gpus": 64, "num_layers": 4, "dtype": "bfloat16", "gradient_checkpointing": True, **long}),
+        ("llama", "small", {"optim": "adagrad"}),
+        # once more, after the first had shown that PEFT sees sharded adapters
+        ("llama", "wide", {**LORA, "grad_accum_steps": 2, "fsdp": {"backward_prefetch": "BACKWARD_POST"}}),
+        ("qwen2", "small", {**LORA, "gpus": 2, "offload_param": "cpu", **more, "fsdp": _strategy("SHARD_GRAD_OP")}),
+        ("llama", "small", {**FP32, **long, "gradient_checkpointing": True, "fsdp": _wrapping("LlamaAttention")}),
+        ("qwen2", "small", {"gpus": 2, "offload_param": "cpu", "grad_accum_steps": 2, "fsdp": _strategy("NO_SHARD")}),
+        ("llama", "small", {"gpus": 3, **more, "optim": "sgd", "fsdp": {**_FLAT_POST, "auto_wrap_policy": "NO_WRAP"}}),
+        ("qwen2", "small", {"num_layers": 3, **more, "fsdp": {**_strategy("SHARD_GRAD_OP"), "forward_prefetch": True}}),
+        ("qwen3", "small", {"gpus": 8, "num_layers": 5, **long, "fsdp": {"backward_prefetch": _PRE}}),
+        # and a last time
+        ("qwen2", "small", {**LORA, **FP32, **long, "gpus": 8, "gradient_checkpointing": True, "fsdp": first}),
+        ("llama", "wide", {"gpus": 2, "grad_accum_steps": 2, "gradient_checkpointing": True, "fsdp": _FLAT_POST}),
+        ("mistral", "small", {"gpus": 64, "dtype": "bfloat16", "fsdp": {**_strategy("SHARD_GRAD_OP"), **first}}),
+        ("qwen2", "small", {**LORA, **more, "offload_param": "cpu", "fsdp": first}),
+        ("gemma", "small", {"gpus": 2, "grad_accum_steps": 2, "seq_len": 200}),
+        ("llama", "small", {**long, "gradient_checkpointing": True, "fsdp": {**_wrapping("LlamaMLP"), **first}}),
+        ("qwen2", "small", {**more, "offload_param": "cpu", "fsdp": _sized(200_000)}),
+    ]
+    rows = [(*model, {**own, "fsdp": {"version": 1, **own.get("fsdp", {})}}) for *model, own in rows]
+    attention = _wrapping("Qwen2Attention")
+    return [
+        *rows,
+        ("qwen2", "small", {"gpus": 8, "num_layers": 3, "grad_accum_steps": 2, "fsdp": attention}),
+        ("qwen2", "small", {"gpus": 2, "offload_param": "cpu", "optim": "rmsprop", "fsdp": attention}),
+        ("llama", "tied", {"gpus": 2, "fsdp": {"auto_wrap_policy": "SIZE_BASED_WRAP"}}),
+        ("qwen3", "small", {"gpus": 2, "num_layers": 1, "offload_param": "cpu", **more, "fsdp": _wrapping("Qwen3MLP")}),
+    ]
+
+
+_PRE = "BACKWARD_PRE"
+_FLAT_POST = {"use_orig_params": False, "backward_prefetch": "BACKWARD_POST"}
+
+
+def _wrapping(name: str) -> dict[str, Any]:
+    return {"transformer_layer_cls_to_wrap": [name]}
+
+
+def _sized(elements: int) -> dict[str, Any]:
+    return {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": elements}
+
+
+def _strategy(name: str) -> dict[str, Any]:
+    return {"sharding_strategy": name}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

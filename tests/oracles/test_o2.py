@@ -61,6 +61,7 @@ def test_the_archive_has_every_engine() -> None:
         "DeepSpeedZeroOptimizer_Stage3",
         "FP16_UnfusedOptimizer",
         "FSDPLlamaForCausalLM",
+        "FullyShardedDataParallel",
     }
 
 

@@ -61,6 +61,7 @@ class LoraLinear(Module):
     def __init__(self, b: Build, base: AnyLinear, lora: LoraSpec, dtype: DType) -> None:
         self.base_layer = base
         self.dropout = lora.dropout
+        self.input_dtype = dtype
         self.lora_A = _Adapter(b, lora.rank, base.in_features, dtype)
         self.lora_B = _Adapter(b, base.out_features, lora.rank, dtype)
 
@@ -72,7 +73,7 @@ class LoraLinear(Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.base_layer(x)
         result_dtype = result.dtype
-        x = x.to(self.lora_A.weight.dtype)
+        x = x.to(self.input_dtype)
         result = result + self.lora_B(self.lora_A(ops.dropout(x, self.dropout))) * 2.0
         return result.to(result_dtype)
 
@@ -127,6 +128,13 @@ class ModulesToSave(Module):
 def tells_layers_apart(lora: LoraSpec) -> bool:
     """Whether a name holds a layer's index, as in ``layers.3.mlp``: then no layer can stand for another."""
     return any(part.isdigit() for name in (*lora.targets, *lora.modules_to_save) for part in name.split("."))
+
+
+def sees_sharded_adapters(root: Module, dtype: DType) -> None:
+    """FSDP1 gathers an adapter in its own forward only; where PEFT casts the input to its dtype, its shard's shows."""
+    for _, module in root.named_modules():
+        if isinstance(module, LoraLinear):
+            module.input_dtype = dtype
 
 
 def freeze(root: Module) -> None:

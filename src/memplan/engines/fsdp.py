@@ -9,57 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 
-from memplan.architectures.nn import InputEmbeddings, Layers, Model, Module
+from memplan.architectures.nn import Module
+from memplan.engines.fsdp1 import FlatParam, Fsdp1Setup
 from memplan.engines.layout import Layout
-from memplan.errors import UnsupportedError
+from memplan.engines.wrapping import Row, Unit, Units
+from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
-from memplan.memory.optimizers import OUTSIDE, Groups, Optimizer, make_optimizer
-from memplan.specs.strategy import Strategy
+from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
+from memplan.specs.strategy import FsdpSpec, Strategy
+from memplan.specs.training import TrainingSpec
 from memplan.tape.dispatch import CPU, DeviceRules
 from memplan.tape.tape import Tape
-from memplan.tape.tensor import DType, Parameter, float32
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A weight, of which every rank keeps rows."""
-
-    key: Key
-    rows: int
-    width: int
-    """Elements of a row."""
-    itemsize: int
-    """Bytes of an element of the shard: trained weights are in float32 under mixed precision."""
-    trained: bool
-    ranks: int
-
-    @property
-    def shard(self) -> int:
-        """Elements of one rank's shard, padding included."""
-        return -(-self.rows // self.ranks) * self.width
-
-    @property
-    def padded(self) -> int:
-        """Elements of all shards together."""
-        return self.shard * self.ranks
-
-    @property
-    def elements(self) -> int:
-        return self.rows * self.width
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """What ``fully_shard`` was called with."""
-
-    weights: Sequence[Row]
-    first: Key
-    last: Key
-    """The modules whose forward begins and ends the unit's."""
-    reshard_after_forward: bool
+from memplan.tape.tensor import DType, Parameter, Shape, float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +193,9 @@ class Fsdp:
         rows = [row for row in unit.weights if row.key in grads]
         size = self.setup.dtype.itemsize
         self._reduce_input = self.ledger.allocate("communication", sum(row.padded for row in rows) * size)
-        for key in grads:
-            self.ledger.free(self._grads.pop(key))
+        whole = [self._grads.pop(key) for key in grads]
+        held = whole.pop() if self.setup.ranks > 1 else None  # by the variable of foreach_reduce's loop
+        self.ledger.free(*whole)
         output = self.ledger.allocate("gradients", sum(row.shard for row in rows) * size)
         if rows[0].itemsize != size:
             cast = self.ledger.allocate("gradients", sum(row.shard for row in rows) * rows[0].itemsize)
@@ -243,6 +207,7 @@ class Fsdp:
             self.ledger.free(output)
         else:
             self._sharded_grads.append(output)
+        self.ledger.free(held)
 
     # -- step ----------------------------------------------------------------------------------------------------------
 
@@ -258,6 +223,10 @@ class Fsdp:
         self._sharded_grads.clear()
 
 
+ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""Optimizers that have been seen to step on shards (tests/oracles/o2.py)."""
+
+
 def fsdp_setup(
     strategy: Strategy,
     root: Module,
@@ -266,23 +235,20 @@ def fsdp_setup(
     dtype: DType,
     loaded: DType,
     mixed: bool,
-    optim: str,
+    training: TrainingSpec,
+    model_type: str,
     rules: DeviceRules,
-) -> FsdpSetup:
-    """The units that accelerate makes; ``loaded`` is the dtype of frozen weights. Raises UnsupportedError."""
-    keys = strategy.fsdp
-    reasons = {
-        "version": keys.version != 2 and keys.version,
-        "auto_wrap_policy": keys.auto_wrap_policy == "SIZE_BASED_WRAP" and keys.auto_wrap_policy,
-        "transformer_layer_cls_to_wrap": bool(keys.transformer_layer_cls_to_wrap) and "a class of your own",
-        "optim": not optim.startswith("adamw_torch") and optim,
-    }
-    for key, value in reasons.items():
-        if value:
-            raise UnsupportedError(f"{key}: {value!r} is not modelled yet under fsdp. Leave it out.")
-    offload = strategy.offload_param != "none"
+) -> FsdpSetup | Fsdp1Setup:
+    """The units that accelerate makes; ``loaded`` is the dtype of frozen weights. Raises MemplanError."""
+    keys, offload = strategy.fsdp, strategy.offload_param != "none"
+    _check_optimizer(training.optim, keys.version)
+    if training.lora is not None and not mixed and loaded is not float32:
+        raise UnsupportedError(
+            "lora: without mixed precision its adapters stay in float32 beside 16-bit weights, which is not modelled "
+            "under fsdp. Use --mixed-precision bf16, or --dtype float32."
+        )
     trained = {key for group in model.groups for key in group}
-    master = float32 if mixed else loaded  # fsdp2_prepare_model upcasts what is trained
+    master = float32 if mixed else loaded  # accelerate upcasts what is trained
     rows = {
         key: Row(
             key,
@@ -294,64 +260,88 @@ def fsdp_setup(
         )
         for key, p in model.parameters.items()
     }
-    wraps = keys.auto_wrap_policy != "NO_WRAP"
-    units = _Units(root, model, rows, keys.reshard_after_forward, wraps).units
+    units = Units(root, model, rows, keys, model_type)
     tape = Tape(rules)
-    stepped = [
-        tape.parameter("shard", (-(-row.rows // ranks), *model.parameters[row.key].shape[1:]), master)
-        for group in model.groups
-        for row in (rows[key] for key in group)
+    places = CPU if offload else rules
+    if keys.version == 1:
+        flats = _flat_params(units.version_1(), keys, ranks, dtype, offload)
+        sizes = {row.key: elements for flat in flats for row, elements in flat.pieces()}
+        shapes: list[list[Shape]] = [[(sizes[key],) for key in group if key in sizes] for group in model.groups]
+        if not keys.use_orig_params:
+            shapes = [[(flat.shard,) for flat in flats if flat.trained]]
+        stepped = _stepped(tape, shapes, master)
+        return Fsdp1Setup(
+            flats=flats,
+            root=model.numbers[id(root)],
+            offload=offload,
+            loaded=loaded,
+            backward_prefetch=keys.backward_prefetch,
+            forward_prefetch=keys.forward_prefetch,
+            optimizer=make_optimizer(training.optim, places, lambda: stepped),
+            stepped=stepped.parameters,
+        )
+    found = units.version_2()
+    if units.below_blocks and training.gradient_checkpointing:
+        raise UnsupportedError(
+            "transformer_layer_cls_to_wrap: units inside of blocks are gathered once more where a block is recomputed, "
+            "which is not modelled. Leave it out, or use --no-gradient-checkpointing."
+        )
+    shapes = [
+        [(-(-rows[key].rows // ranks), *model.parameters[key].shape[1:]) for key in group] for group in model.groups
     ]
+    stepped = _stepped(tape, shapes, master)
     return FsdpSetup(
-        units=units,
+        units=found,
         root=model.numbers[id(root)],
         ranks=ranks,
         dtype=dtype,
         offload=offload,
-        optimizer=make_optimizer(optim, CPU if offload else rules, partial(Groups, stepped)),
-        stepped=stepped,
+        optimizer=make_optimizer(training.optim, places, lambda: stepped),
+        stepped=stepped.parameters,
     )
 
 
-class _Units:
-    """fsdp2_prepare_model: blocks, the input embedding, the tail (final norm and head), and the root with the rest."""
-
-    def __init__(self, root: Module, model: Layout, rows: Mapping[Key, Row], reshard: bool, wraps: bool) -> None:
-        self._model = model
-        self._left = dict(rows)
-        embedding = next((m for _, m in root.named_modules() if isinstance(m, InputEmbeddings)), None)
-        head = root.output_embeddings() if isinstance(root, Model) else None
-        tied = embedding is not None and getattr(embedding, "weight", None) is getattr(head, "weight", None)
-        blocks = [unit for layers in _lists(root) for unit in self._blocks(layers, reshard)] if wraps else []
-        first = [] if tied or embedding is None else [self._made([embedding], reshard)]
-        norm = _final_norm(root)
-        tail = [m for m in (*([embedding] if tied else []), norm, head) if m is not None]
-        last = [self._made(tail, reshard=False)] if tail else []
-        everything = model.numbers[id(root)][0], OUTSIDE
-        rest = Unit([*self._left.values()], everything, everything, reshard_after_forward=False)
-        found = [*([rest] if rest.weights else []), *first, *blocks, *last]
-        self.units = [unit for unit in found if unit.weights]
-
-    def _blocks(self, layers: Layers, reshard: bool) -> list[Unit]:
-        made = dict(layers.children())
-        return [self._made([made[str(m)]], reshard, layer) for layer, m in enumerate(layers.sequence())]
-
-    def _made(self, modules: Sequence[Module], reshard: bool, layer: int = OUTSIDE) -> Unit:
-        weights: list[Row] = []
-        for module in modules:
-            for _, each in module.named_modules():
-                key = self._model.numbers[id(each)][0], layer
-                weights += [self._left.pop(own) for own in self._model.modules.get(key, ()) if own in self._left]
-        first, last = ((self._model.numbers[id(module)][0], layer) for module in (modules[0], modules[-1]))
-        return Unit(weights, first, last, reshard)
+def _check_optimizer(optim: str, version: int) -> None:
+    if optim == "adafactor" and version == 2:  # transformers/optimization.py adds a plain tensor to a DTensor
+        remedy = "Use adamw_torch_fused, or FSDP's version 1."
+        raise SpecError.at("optim", optim, "cannot step on the DTensors of fsdp's version 2", remedy)
+    if optim == "adagrad" and version == 2:
+        raise UnsupportedError(
+            "optim: 'adagrad' makes its states of the whole weights before fsdp's version 2 shards them, which is not "
+            "modelled. Use adamw_torch_fused, or version 1."
+        )
+    if optim not in ELEMENTWISE and optim != "adafactor":
+        raise UnsupportedError(f"optim: {optim!r} is not modelled under fsdp. Use one of {', '.join(ELEMENTWISE)}.")
 
 
-def _lists(root: Module) -> list[Layers]:
-    return [module for _, module in root.named_modules() if isinstance(module, Layers)]
+def _stepped(tape: Tape, shapes: Sequence[Sequence[Shape]], dtype: DType) -> Groups:
+    """What the optimizer is given on the first rank, in the Trainer's groups, of which the last has no decay."""
+    groups = [[tape.parameter("shard", shape, dtype) for shape in group] for group in shapes]
+    undecayed = {id(p) for p in groups[-1]} if len(groups) > 1 else set()
+    return Groups([p for group in groups for p in group], undecayed=undecayed)
 
 
-def _final_norm(root: Module) -> Module | None:
-    """_find_final_norm: the last norm among the children of the base model."""
-    base = getattr(root, getattr(root, "_prefix", ""), root)
-    norms = [child for _, child in base.children() if "Norm" in type(child).__name__]
-    return norms[-1] if norms else None
+def _flat_params(units: Sequence[Unit], keys: FsdpSpec, ranks: int, dtype: DType, offload: bool) -> list[FlatParam]:
+    """Raises MemplanError for what FSDP1 refuses and for what is not modelled."""
+    strategy = keys.sharding_strategy or "FULL_SHARD"
+    if strategy.startswith("HYBRID"):
+        raise UnsupportedError(
+            f"sharding_strategy: {strategy!r} is not modelled: it shards within a node and reduces across nodes, of "
+            "which nothing could be checked. Use FULL_SHARD or SHARD_GRAD_OP."
+        )
+    if not keys.limit_all_gathers:
+        raise UnsupportedError(
+            "limit_all_gathers: False lets the CPU run ahead, and how many units are gathered at a time depends on how "
+            "far. That is not modelled. Leave it out."
+        )
+    is_sharded = strategy != "NO_SHARD" and ranks > 1
+    flats = [FlatParam(unit, ranks, is_sharded, dtype, keys.use_orig_params) for unit in units]
+    if offload and not is_sharded and not all(flat.is_cast for flat in flats):
+        raise UnsupportedError(
+            "offload_param: 'cpu' without sharding leaves copies of weights on the GPU where nothing is cast, for as "
+            "long as the backward needs them, which is not modelled. Use more GPUs, mixed precision, or none."
+        )
+    if not keys.use_orig_params and any(len({row.trained for row in flat.unit.weights}) > 1 for flat in flats):
+        remedy = "Leave it out."
+        raise SpecError.at("use_orig_params", False, "cannot have frozen weights beside trained ones in a unit", remedy)
+    return flats

@@ -163,7 +163,11 @@ class FsdpSpec(Spec):
     version: Literal[1, 2] = 2
     """``fsdp_version``: 2 is ``fully_shard``, 1 is ``FullyShardedDataParallel``."""
     reshard_after_forward: bool = True
-    """Free a block's gathered parameters after its forward; version 1: FULL_SHARD, else SHARD_GRAD_OP."""
+    """Version 2: free a block's gathered parameters after its forward."""
+    sharding_strategy: (
+        Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2"] | None
+    ) = None
+    """Version 1; None is FULL_SHARD. accelerate takes it from its own configuration only, not from the Trainer's."""
     auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] = "TRANSFORMER_BASED_WRAP"
     """What becomes a unit of sharding."""
     transformer_layer_cls_to_wrap: Names = ()
@@ -176,14 +180,27 @@ class FsdpSpec(Spec):
     """Only rank 0 reads the checkpoint; the others receive their shards."""
     state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] = "FULL_STATE_DICT"
     """How a checkpoint is saved; a full one gathers the model."""
-    backward_prefetch: Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"] = "BACKWARD_PRE"
+    backward_prefetch: Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"] = "NO_PREFETCH"
     """Version 1: when the next unit of the backward is gathered."""
     forward_prefetch: bool = False
     """Version 1: gather the next unit of the forward ahead."""
+    limit_all_gathers: bool = True
+    """Version 1: keep the CPU from asking for further units while the GPU is busy with the last ones."""
     use_orig_params: bool = True
     """Version 1: keep the parameters as they were; needed for frozen ones beside trained ones."""
     sync_module_states: bool = True
     """Version 1: rank 0 broadcasts its parameters at the start."""
+
+    @model_validator(mode="after")
+    def _legal(self) -> FsdpSpec:
+        if self.version == 1 and not self.reshard_after_forward:
+            # accelerate/utils/dataclasses.py: a bool "is not supported with FSDP1"
+            remedy = "Use sharding_strategy: SHARD_GRAD_OP, or version 2."
+            raise SpecError.at("reshard_after_forward", False, "cannot go with version 1", remedy)
+        if self.version == 2 and self.sharding_strategy is not None:
+            remedy = "Use reshard_after_forward, or version 1."
+            raise SpecError.at("sharding_strategy", self.sharding_strategy, "cannot go with version 2", remedy)
+        return self
 
 
 class Strategy(Spec):

@@ -43,8 +43,11 @@ class Event(NamedTuple):
 
     position: int
     """In the log."""
-    kind: Literal["gradient", "pre_forward", "post_forward", "pre_backward", "post_backward", "hold", "drop"]
-    """hold and drop: a recomputation saves a weight as it is then, for one node."""
+    kind: Literal[
+        "gradient", "pre_forward", "post_forward", "pre_backward", "post_backward", "end_backward", "hold", "drop"
+    ]
+    """end_backward: post_backward, of a module whose inputs need no gradient. hold and drop: a recomputation saves a
+    weight as it is then, for one node."""
     subject: int
     """id() of the weight or the module."""
     storage: int = -1
@@ -185,6 +188,8 @@ class Tape:
         """DeepSpeed's own function stands in F.linear's place."""
         self.watches = False
         """Modules are watched."""
+        self.flat_parameters = False
+        """FSDP1 hooks into its weights, not into a module's inputs: it acts where these need no gradient too."""
         self._watched: list[tuple[int, int, int, bool]] = []
         """Watched modules with a backward: the number before their first node, that of their last one, their id(), and
         whether an input needs a gradient: the hook after a backward sits there."""
@@ -519,6 +524,8 @@ class Tape:
         """The backward of a watched module is done."""
         if watched[3]:
             self.events.append(Event(len(self.log), "post_backward", watched[2]))
+        elif self.flat_parameters:
+            self.events.append(Event(len(self.log), "end_backward", watched[2]))
 
     def _gradients_flow(self, targets: Sequence[Node | AccumulateGrad], left: LayerKey | None) -> None:
         """At the border of the layer that is left: the gradients on their way pass from one layer to the next."""
