@@ -30,6 +30,7 @@ from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
 if TYPE_CHECKING:
     from torch import nn
 
+    from memplan.configs.setup import EngineConfig
     from memplan.introspect.extrapolate import Inputs
 
 __all__ = ["LADDER", "REMEDIES", "Advice", "Setup", "advise", "estimate", "ladder", "rungs"]
@@ -42,6 +43,8 @@ ClusterLike: TypeAlias = str | ClusterSpec | Mapping[str, Any] | None
 StrategyLike: TypeAlias = str | Strategy | Mapping[str, Any] | None
 SoftwareLike: TypeAlias = str | SoftwareSpec | Mapping[str, Any] | None
 """A spec, its fields as a mapping, or the text that is short for it; None is its defaults."""
+EngineConfigLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | None
+"""A path, or the values of the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,8 @@ class Setup:
 
     training: TrainingSpec
     strategy: Strategy
+    notes: tuple[Assumption, ...] = ()
+    """Where an option has won over a config, and what else the config's engine does."""
 
 
 Change: TypeAlias = Callable[[Setup], "Setup | None"]
@@ -62,6 +67,7 @@ def estimate(
     cluster: ClusterLike = None,
     strategy: StrategyLike = None,
     *,
+    engine_config: EngineConfigLike = None,
     software: SoftwareLike = None,
     replay: bool = True,
     explain: bool = False,
@@ -77,6 +83,8 @@ def estimate(
         cluster: ``"2xA100-80GB"``, ``"2x8xH100-80GB"`` (2 nodes of 8), a ClusterSpec or its fields; without a GPU
             this machine's are used, and where there is none the capacity and the verdict are unknown.
         strategy: a Strategy, its fields, or its kind as text; None is plain training on one GPU and DDP on several.
+        engine_config: a DeepSpeed JSON or accelerate YAML, as a path or as its values. What the other arguments say
+            wins over it, and ``Estimate.assumptions`` name it.
         software: versions, as text (``"transformers=4.46"``), a SoftwareSpec or its fields.
         replay: simulate the caching allocator; without it ``peak_reserved`` is an upper bound.
         explain: fill ``Estimate.explanation``.
@@ -91,9 +99,11 @@ def estimate(
         SpecError: a value or a combination is wrong.
         UnsupportedError: memplan does not model it.
     """
-    case = _resolved(model, cluster, software, trace=trace, inputs=inputs)
-    asked = _asked(case, case.decided(_training(training)), strategy)
-    return case.estimate(asked, replay=replay, explain=explain)
+    config = None if engine_config is None else _engine_config(engine_config)
+    case = _resolved(model, cluster, software, config, trace=trace, inputs=inputs)
+    asked = _asked(case, case.decided(_training(training)), strategy, config)
+    result = case.estimate(asked, replay=replay, explain=explain)
+    return result.model_copy(update={"assumptions": (*result.assumptions, *asked.notes)}) if asked.notes else result
 
 
 def ladder(
@@ -139,6 +149,7 @@ def advise(
     cluster: ClusterLike = None,
     strategy: StrategyLike = None,
     *,
+    engine_config: EngineConfigLike = None,
     software: SoftwareLike = None,
 ) -> Advice:
     """Return what to do next about ``result``, which the other arguments gave; nothing if it fits.
@@ -147,8 +158,9 @@ def advise(
     """
     if result.verdict == "fits":
         return Advice()
-    case = _resolved(model, cluster, software)
-    asked = _asked(case, _training(training), strategy)
+    config = None if engine_config is None else _engine_config(engine_config)
+    case = _resolved(model, cluster, software, config)
+    asked = _asked(case, _training(training), strategy, config)
     first = result.estimates[0] if isinstance(result, EstimateList) else result
     if result.verdict != "unknown":
         return Advice(gpus=(_fitting_gpus(case, asked, first),), options=_remedies(case, asked))
@@ -162,7 +174,12 @@ def advise(
     return Advice(gpus=tuple(gpus))
 
 
-def _asked(case: _Case, training: TrainingSpec, strategy: StrategyLike) -> Setup:
+def _asked(case: _Case, training: TrainingSpec, strategy: StrategyLike, config: EngineConfig | None = None) -> Setup:
+    if config is not None:
+        from memplan.configs.setup import with_training
+
+        training, spread, notes = with_training(config, training, _strategy_fields(strategy), case.cluster.gpus)
+        return Setup(training, spread, (*case.notes, *notes, *config.assumptions))
     return Setup(training, _default_strategy(training, case.cluster) if strategy is None else _strategy(strategy))
 
 
@@ -351,6 +368,7 @@ class _Case:
     cluster: ClusterSpec
     software: SoftwareSpec
     tracer: _Tracer | None = None
+    notes: tuple[Assumption, ...] = ()
 
     def estimate(self, setup: Setup, *, replay: bool = True, explain: bool = False) -> Estimate:
         specs = (self.model, setup.training, self.cluster, setup.strategy, self.software)
@@ -445,21 +463,27 @@ def _resolved(
     model: ModelLike,
     cluster: ClusterLike,
     software: SoftwareLike,
+    config: EngineConfig | None = None,
     *,
     trace: bool = False,
     inputs: Inputs | None = None,
 ) -> _Case:
     versions = _software(software)
+    notes: list[Assumption] = []
+    if config is not None:
+        from memplan.configs.setup import with_cluster
+
+        cluster, notes = with_cluster(config, _cluster_spec(cluster))
     if not trace and not _is_module(model):
         if inputs is not None:
             raise SpecError.at("inputs", inputs, "are for a trace", "Use trace=True, or leave them out.")
-        return _Case(_model(model), _cluster(cluster), versions)
+        return _Case(_model(model), _cluster(cluster), versions, notes=tuple(notes))
     from memplan.introspect import extrapolate
 
     known = extrapolate.known_model_types()
     module = model if _is_module(model) else None
     spec = _model(model, known) if module is None else extrapolate.module_spec(module)
-    return _Case(spec, _cluster(cluster), extrapolate.installed(versions), _Tracer(module, inputs))
+    return _Case(spec, _cluster(cluster), extrapolate.installed(versions), _Tracer(module, inputs), tuple(notes))
 
 
 def _is_module(model: object) -> TypeGuard[nn.Module]:
@@ -491,6 +515,21 @@ def _strategy(strategy: StrategyLike) -> Strategy:
     return _spec(Strategy, strategy, "strategy", "Give a kind, as in ddp, a Strategy, or its fields as a mapping.")
 
 
+def _strategy_fields(strategy: StrategyLike) -> Mapping[str, Any]:
+    """What a strategy says beside a config, which may be what makes it whole."""
+    if isinstance(strategy, Strategy):
+        return {name: getattr(strategy, name) for name in strategy.model_fields_set}
+    if isinstance(strategy, Mapping):
+        return strategy
+    return {} if strategy is None else {"kind": strategy}
+
+
+def _engine_config(config: EngineConfigLike) -> EngineConfig:
+    from memplan.configs.read import read_engine_config  # here, because most runs have none
+
+    return read_engine_config(config)
+
+
 def _software(software: SoftwareLike) -> SoftwareSpec:
     if isinstance(software, str):
         return SoftwareSpec.parse(software)
@@ -509,11 +548,15 @@ def _spec(cls: type[S], value: object, field: str, remedy: str) -> S:
     return cls.from_dict(value or {})
 
 
-def _cluster(cluster: ClusterLike) -> ClusterSpec:
+def _cluster_spec(cluster: ClusterLike) -> ClusterSpec:
     if isinstance(cluster, str):
         return parse_cluster(cluster)
     remedy = "Write it as 2xA100-80GB, or give a ClusterSpec, or its fields as a mapping."
-    spec = _spec(ClusterSpec, cluster, "cluster", remedy)
+    return _spec(ClusterSpec, cluster, "cluster", remedy)
+
+
+def _cluster(cluster: ClusterLike) -> ClusterSpec:
+    spec = _cluster_spec(cluster)
     if isinstance(spec.gpu, str):
         return spec.replace(gpu=find_gpu(spec.gpu))
     return _on_this_machine(spec) if spec.gpu is None else spec

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from memplan.architectures.nn import Module
 from memplan.engines import bf16, fsdp, plain, zero, zero0, zero3
 from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, layout, play
 from memplan.engines.plain import Parts
+from memplan.errors import UnsupportedError
 from memplan.memory.course import Ledger, ReplayLedger, course
 from memplan.memory.trace import Replayed, configured, engines_bound
 from memplan.micro_batch import Setup, all_layers, micro_batch, run_of
@@ -17,6 +21,7 @@ from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import AllocatorSpec
 from memplan.tape import tensor as dtypes
+from memplan.tape.tensor import DType
 
 PHASES = ("load", "first_step", "forward", "loss", "backward", "step", "idle")
 
@@ -91,7 +96,9 @@ def play_engine(
 def _engine(
     setup: Setup, strategy: Strategy, root: Module, model: Layout, ranks: int, rank: int, ledger: Ledger
 ) -> Engine:
-    hidden_size, optim = setup.model.config.get("hidden_size"), setup.training.optim
+    hidden_size, optim = hidden_size_of(setup.model.config), setup.training.optim
+    if strategy.is_deepspeed:
+        _check_zero(strategy, setup.dtype)
     if strategy.kind == "fsdp":
         loaded, mixed = dtypes.dtype_named(setup.precision.dtype), setup.autocast is not None
         return fsdp.Fsdp(
@@ -108,6 +115,30 @@ def _engine(
     if zero.uses_bf16_optimizer(strategy, setup.dtype):
         return bf16.Bf16(places, ledger)
     return zero.Zero12(places, ledger)
+
+
+def hidden_size_of(config: Mapping[str, Any]) -> int | None:
+    """``config.hidden_size`` as transformers has it, under the name that the family's files use (attribute_map)."""
+    names = ("hidden_size", "n_embd", "d_model", "dim")
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+
+
+def _check_zero(strategy: Strategy, dtype: DType) -> None:
+    """Keys of DeepSpeed that no stage models for other values than these."""
+    keys = strategy.zero
+    in_stage_3 = strategy.kind == "zero3"
+    reasons = {
+        "communication_data_type": keys.communication_data_type is not None
+        and zero.ACCUMULATION[keys.communication_data_type] is not dtype
+        and "another type than the model's",
+        "stage3_model_persistence_threshold": in_stage_3
+        and keys.stage3_model_persistence_threshold != sys.maxsize
+        and keys.stage3_model_persistence_threshold,
+        "ratio": in_stage_3 and strategy.offload_optimizer != "none" and keys.offload_optimizer.ratio != 1.0 and "< 1",
+    }
+    for key, value in reasons.items():
+        if value:
+            raise UnsupportedError(f"{key}: {value!r} is not modelled yet under {strategy.kind}. Leave it out.")
 
 
 def _ranks(strategy: Strategy, model: Layout, ranks: int) -> list[int]:

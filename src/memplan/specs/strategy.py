@@ -132,6 +132,8 @@ class ZeroSpec(Spec):
     """Stage 3: reduce quantized gradients (ZeRO++)."""
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """``data_types.grad_accum_dtype``; None is the model's type."""
+    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
+    """``communication_data_type``: what gradients are reduced in; None is the model's type."""
     offload_optimizer: OffloadOptimizerSpec = OffloadOptimizerSpec()
     """Details of ``Strategy.offload_optimizer``."""
     offload_param: OffloadParamSpec = OffloadParamSpec()
