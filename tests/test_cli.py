@@ -345,7 +345,7 @@ def test_the_page_of_the_command_line_is_current() -> None:
         (["--task", "load", "--optim", "sgd"], "--optim: 'sgd' has no use in task load. Leave it out, or use --task t"),
         (["--task", "load", "--trace"], "--trace: a training step can be traced, task load cannot. Leave --trace out"),
         (["--task", "load", "--nodes", "2", "--gpus", "2", "--device-map", "auto"], "--nodes: 2 is more than task"),
-        (["--engine-config", "x.json"], "--engine-config: 'x.json' cannot be read yet. Leave it out, and give what"),
+        (["--engine-config", "x.json"], "--engine-config: 'x.json' does not exist. Give the path of a file."),
         (["--head", "base"], "--head: 'base' has no loss to train. Use --head causal-lm or sequence-classification"),
         (["--task", "serve"], "--task: 'serve' is not a choice. Use 'train', 'load' or 'generate'."),
         (["--device-map", "auto"], "--device-map: 'auto' spreads one copy of the model, which task train does not."),

@@ -134,7 +134,6 @@ def _check_zero(strategy: Strategy, dtype: DType) -> None:
         "stage3_model_persistence_threshold": in_stage_3
         and keys.stage3_model_persistence_threshold != sys.maxsize
         and keys.stage3_model_persistence_threshold,
-        "ratio": in_stage_3 and strategy.offload_optimizer != "none" and keys.offload_optimizer.ratio != 1.0 and "< 1",
     }
     for key, value in reasons.items():
         if value:

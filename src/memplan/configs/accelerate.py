@@ -109,8 +109,8 @@ class _Reader:
 
     def _kind(self) -> str:
         kind = self.top.get("distributed_type")
-        if kind is False or (kind == "NO" and isinstance(kind, bool)):
-            raise self.top.wrong("distributed_type", "is what YAML makes of NO without quotes", "Write 'NO'.")
+        if kind is False:  # what YAML makes of NO without quotes; accelerate starts one process then too
+            kind = "NO"
         if kind in _OTHER_KINDS:
             raise UnsupportedError(
                 f"{self.top.name('distributed_type')}: {kind!r} is not modelled. Use one of {', '.join(_KINDS)}."
@@ -160,7 +160,11 @@ class _Reader:
         stage = parsed.strategy["zero"].get("stage", int(parsed.strategy["kind"][-1]))
         section.refuse_unmodelled(stage)
         if section.get("zero3_init_flag") is False and stage == 3:
-            self.notes.append("zero3_init_flag false: the model is loaded whole, which the phase load does not show")
+            # DeepSpeedPlugin.set_deepspeed_weakref does not look at it.
+            self.notes.append(
+                "zero3_init_flag false has no effect: accelerate 1.15 tells transformers of ZeRO-3 all the same, which "
+                "makes the model under zero.Init"
+            )
         cluster, refused = self._cluster()
         return EngineConfig(
             source=self.source,
@@ -230,7 +234,6 @@ class _Reader:
         wrap = self._choice(keys, "fsdp_auto_wrap_policy", _WRAPS, "NO_WRAP")
         fsdp: dict[str, Any] = {
             "version": version,
-            "reshard_after_forward": self._reshard(keys, version),
             "auto_wrap_policy": wrap,
             "activation_checkpointing": keys.get("fsdp_activation_checkpointing", False),
             "cpu_ram_efficient_loading": keys.get("fsdp_cpu_ram_efficient_loading", True),
@@ -240,8 +243,11 @@ class _Reader:
             fsdp["transformer_layer_cls_to_wrap"] = keys.get("fsdp_transformer_layer_cls_to_wrap")
         if wrap == "SIZE_BASED_WRAP":
             fsdp["min_num_params"] = keys.get("fsdp_min_num_params", 10**8)
-        if version == 1:
+        if version == 2:
+            fsdp["reshard_after_forward"] = self._reshard(keys)
+        else:
             fsdp |= {
+                "sharding_strategy": self._sharding(keys),
                 "backward_prefetch": self._choice(keys, "fsdp_backward_prefetch", _PREFETCH, "NO_PREFETCH"),
                 "forward_prefetch": keys.get("fsdp_forward_prefetch", False),
                 "use_orig_params": keys.get("fsdp_use_orig_params", True),
@@ -256,27 +262,20 @@ class _Reader:
             remedy = "Leave it out, or set fsdp_activation_checkpointing and fsdp_version 2."
             raise keys.wrong(name, "needs fsdp_activation_checkpointing and fsdp_version 2", remedy)
 
-    def _reshard(self, keys: Section, version: int) -> bool:
-        if version == 2:
-            value = keys.get("fsdp_reshard_after_forward", True)
-            truth = {"true": True, "false": False, "1": True, "0": False}.get(str(value).lower())
-            if truth is None:
-                # str_to_bool: "invalid truth value"
-                raise keys.wrong(
-                    "fsdp_reshard_after_forward", "is refused by accelerate in FSDP2", "Use true or false."
-                )
-            return truth
+    def _reshard(self, keys: Section) -> bool:
+        name = "fsdp_reshard_after_forward"
+        truth = {"true": True, "false": False, "1": True, "0": False}.get(str(keys.get(name, True)).lower())
+        if truth is None:  # str_to_bool: "invalid truth value"
+            raise keys.wrong(name, "is refused by accelerate in FSDP2", "Use true or false.")
+        return truth
+
+    def _sharding(self, keys: Section) -> str:
         if "fsdp_reshard_after_forward" in keys.raw and "fsdp_sharding_strategy" not in keys.raw:
             self.notes.append(
                 "fsdp_reshard_after_forward has no effect in FSDP1 under accelerate launch, which sets "
                 "fsdp_sharding_strategy to FULL_SHARD"
             )
-        strategy = self._choice(keys, "fsdp_sharding_strategy", _SHARDING, "FULL_SHARD")
-        if strategy not in ("FULL_SHARD", "SHARD_GRAD_OP"):
-            raise UnsupportedError(
-                f"{keys.name('fsdp_sharding_strategy')}: {strategy!r} is not modelled. Use FULL_SHARD or SHARD_GRAD_OP."
-            )
-        return strategy == "FULL_SHARD"
+        return self._choice(keys, "fsdp_sharding_strategy", _SHARDING, "FULL_SHARD")
 
     def _state_dict(self, keys: Section, version: int) -> str:
         default = "FULL_STATE_DICT" if version == 1 else "SHARDED_STATE_DICT"

@@ -15,6 +15,7 @@ from memplan.configs.keys import DEEPSPEED, LENIENT, OPTIMIZERS, REMOVED, RENAME
 from memplan.configs.section import Section
 from memplan.configs.setup import Batch, EngineConfig
 from memplan.errors import MemplanError, SpecError, UnsupportedError, did_you_mean
+from memplan.specs.strategy import AioSpec
 
 __all__ = ["parse_deepspeed"]
 
@@ -63,6 +64,7 @@ class _Reader:
         _refuse_removed(data, source)
         self.source, self.trainer = source, trainer
         self.notes: list[str] = []
+        self.refused: dict[str, MemplanError] = {}
         self.top = self._section("", data)
         self.zero = self._zero()
         self.stage = self._stage()
@@ -73,7 +75,7 @@ class _Reader:
         precision, assumed = self._precision()
         mixed = precision.get("mixed_precision")
         zero |= self._data_types(mixed)
-        optimizer, refused = self._optimizer(strategy, mixed)
+        optimizer = self._optimizer(strategy, mixed)
         self._other_sections(strategy)
         self.top.refuse_unmodelled(self.stage)
         return EngineConfig(
@@ -83,7 +85,7 @@ class _Reader:
             assumed=assumed,
             cluster=cluster,
             batch=self._batch(),
-            refused=refused,
+            refused=self.refused,
             notes=tuple(self.notes),
         )
 
@@ -228,11 +230,14 @@ class _Reader:
     def _nvme(self, section: Section, cluster: dict[str, Any]) -> None:
         path = section.get("nvme_path")
         if self.stage != 3:
-            # deepspeed/runtime/zero/config.py: "`nvme` ... Valid only with stage 3."
-            raise section.wrong("device", f"cannot go with stage {self.stage}", "Use cpu, or stage 3.")
+            # runtime/zero/offload_config.py: valid with stage 3 only. The ledger of a run at stage 2 is that of cpu.
+            problem = f"is for stage 3; at stage {self.stage} DeepSpeed keeps the states in host memory"
+            raise section.wrong("device", problem, "Use cpu, or stage 3.")
         if path in (None, "", "none"):
             # AsyncPartitionedParameterSwapper joins it with a file's name, and fails.
-            raise SpecError(f"{section.name('nvme_path')}: missing. Add the folder on the NVMe that device nvme needs.")
+            remedy = "Add the folder on the NVMe that device nvme needs, or give --nvme-path."
+            self.refused["nvme_path"] = SpecError(f"{section.name('nvme_path')}: missing. {remedy}")
+            return
         if cluster.get("nvme_path", path) != path:
             raise UnsupportedError(
                 f"{section.name('nvme_path')}: {path!r} beside {cluster['nvme_path']!r}: two NVMe folders are not "
@@ -310,9 +315,7 @@ class _Reader:
             found["communication_data_type"] = communication.lower()
         return found
 
-    def _optimizer(
-        self, strategy: Mapping[str, Any], mixed: str | None
-    ) -> tuple[dict[str, Any], dict[str, MemplanError]]:
+    def _optimizer(self, strategy: Mapping[str, Any], mixed: str | None) -> dict[str, Any]:
         """The optimizer that DeepSpeed makes itself, or nothing: then it is the Trainer's."""
         offloaded = strategy.get("offload_optimizer", "none") != "none"
         if "optimizer" not in self.top.raw:
@@ -321,12 +324,12 @@ class _Reader:
                     f"{self.top.name('zero_force_ds_cpu_optimizer')}: false is not modelled: torch's optimizer on the "
                     "CPU has temporaries that DeepSpeedCPUAdam has not. Leave it out."
                 )
-            return {}, {}
+            return {}
         section = self._optional("optimizer")
         section.refuse_unmodelled(self.stage)
         kind, params = section.get("type"), section.get("params", {})
         if kind is None:
-            return {}, {}
+            return {}
         if not isinstance(params, Mapping):
             raise section.wrong("params", "is not an object", "Write {...}.")
         if "max_grad_norm" in params:
@@ -337,9 +340,10 @@ class _Reader:
                 "Use gradient_clipping at the top.",
             )
         try:
-            return {"optim": self._optim(section, kind, params, offloaded, mixed)}, {}
+            return {"optim": self._optim(section, kind, params, offloaded, mixed)}
         except UnsupportedError as error:
-            return {}, {"optim": error}
+            self.refused["optim"] = error
+            return {}
 
     def _optim(self, section: Section, kind: str, params: Mapping[str, Any], offloaded: bool, mixed: str | None) -> str:
         name = kind.lower() if kind.lower() in _OWN_OPTIMIZERS else kind
@@ -391,12 +395,7 @@ class _Reader:
         aio = self._optional("aio", null=True)
         on_nvme = "nvme" in (strategy.get("offload_optimizer"), strategy.get("offload_param"))
         if on_nvme:
-            aio.refuse_unmodelled(self.stage)
-            if aio.get("block_size", 2**20) != 2**20 or aio.get("intra_op_parallelism", 1) != 1:
-                raise UnsupportedError(
-                    f"{aio.name()}: block_size and intra_op_parallelism of your own are not modelled: they align what "
-                    "is swapped. Leave them out."
-                )
+            strategy["zero"]["aio"] = {key: aio.get(key) for key in AioSpec.model_fields if aio.has(key)}
         checkpointing = self._optional("activation_checkpointing")
         if any(checkpointing.raw.values()):
             self.notes.append(

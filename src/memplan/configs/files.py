@@ -49,6 +49,8 @@ def _text(path: Path) -> str:
                 content = file.read(LARGEST_FILE + 1)  # bounded: the file may be growing
     except FileNotFoundError:
         raise SpecError.at("engine_config", str(path), "does not exist", "Give the path of a file.") from None
+    except SpecError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         raise SpecError.at("engine_config", str(path), problem, "Give a file that you may read.") from None

@@ -221,12 +221,12 @@ DEEPSPEED: dict[str, dict[str, Key]] = {
     },
     "aio": {
         "block_size": _sets(Positive, "block_size"),
-        "queue_depth": _idle("it is about requests in flight", int),
+        "queue_depth": _sets(Positive, "queue_depth"),
         "intra_op_parallelism": _sets(Positive, "intra_op_parallelism"),
-        "thread_count": _idle("DeepSpeed has renamed it to intra_op_parallelism, and ignores it", int),
-        "single_submit": _idle("it is about requests in flight", bool),
-        "overlap_events": _idle("it is about requests in flight", bool),
-        "use_gds": _only(bool, False, why="GPUDirect Storage keeps buffers on the GPU, which is not modelled"),
+        "thread_count": _idle("DeepSpeed has renamed it to intra_op_parallelism, and ignores it"),
+        "single_submit": _sets(bool, "single_submit"),
+        "overlap_events": _sets(bool, "overlap_events"),
+        "use_gds": _sets(bool, "use_gds"),
     },
     "activation_checkpointing": {
         name: _idle("it is for modules that call deepspeed.checkpointing, which transformers' do not")

@@ -87,7 +87,8 @@ class Section:
     def _known(self, name: str, value: object, lenient: bool) -> bool:
         if name in self._keys:
             return True
-        if lenient and not suggest_names(name, self._keys, 1):
+        comment = name.startswith(("_", "#", "/")) or "comment" in name.lower()
+        if lenient and (comment or not suggest_names(name, self._keys, 1)):
             self.ignored.append(name)
             return False
         problem = f"is given to a key that {self.library} does not have"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memplan.errors import MemplanError, SpecError
-from memplan.results import Assumption
+from memplan.results import ENGINE_CONFIG, Assumption
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
@@ -53,7 +53,7 @@ class EngineConfig:
 
 
 def _said(note: str) -> Assumption:
-    return Assumption(name="engine config", value=0, low=0, high=0, source=note)
+    return Assumption(name=ENGINE_CONFIG, value=0, low=0, high=0, source=note)
 
 
 def with_cluster(config: EngineConfig, cluster: ClusterSpec) -> tuple[ClusterSpec, list[Assumption]]:

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, model_validator
 from memplan.errors import SpecError
 from memplan.specs._base import Names, NonNegativeInt, PositiveInt, Spec, integer
 
-__all__ = ["DdpSpec", "FsdpSpec", "OffloadOptimizerSpec", "OffloadParamSpec", "Strategy", "ZeroSpec"]
+__all__ = ["AioSpec", "DdpSpec", "FsdpSpec", "OffloadOptimizerSpec", "OffloadParamSpec", "Strategy", "ZeroSpec"]
 
 Kind: TypeAlias = Literal["single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"]
 Offload: TypeAlias = Literal["none", "cpu", "nvme"]
@@ -91,6 +91,23 @@ class OffloadParamSpec(Spec):
     """NVMe: elements that stay in host memory."""
 
 
+class AioSpec(Spec):
+    """``aio`` of a DeepSpeed config, 0.19.8: how it reads and writes NVMe."""
+
+    block_size: PositiveInt = 1024**2
+    """Bytes of a request; tensors smaller than this, or than 1 MiB, are not offloaded to NVMe."""
+    intra_op_parallelism: PositiveInt = 1
+    """Threads that share a transfer, which is padded to 1 KiB for each."""
+    queue_depth: PositiveInt = 8
+    """Requests at once; no memory."""
+    single_submit: bool = False
+    """Submit requests one by one; no memory."""
+    overlap_events: bool = True
+    """Submit and wait at the same time; no memory."""
+    use_gds: bool = False
+    """Read into the GPU's memory (GPUDirect Storage)."""
+
+
 class ZeroSpec(Spec):
     """``zero_optimization`` of a DeepSpeed config; names and defaults of DeepSpeed 0.19.8, in elements."""
 
@@ -138,6 +155,8 @@ class ZeroSpec(Spec):
     """Details of ``Strategy.offload_optimizer``."""
     offload_param: OffloadParamSpec = OffloadParamSpec()
     """Details of ``Strategy.offload_param``."""
+    aio: AioSpec = AioSpec()
+    """``aio``, which is beside ``zero_optimization`` in the file: offload to NVMe."""
 
 
 class FsdpSpec(Spec):
@@ -146,7 +165,11 @@ class FsdpSpec(Spec):
     version: Literal[1, 2] = 2
     """``fsdp_version``: 2 is ``fully_shard``, 1 is ``FullyShardedDataParallel``."""
     reshard_after_forward: bool = True
-    """Free a block's gathered parameters after its forward; version 1: FULL_SHARD, else SHARD_GRAD_OP."""
+    """Version 2: free a block's gathered parameters after its forward."""
+    sharding_strategy: (
+        Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2"] | None
+    ) = None
+    """Version 1; None is FULL_SHARD. accelerate takes it from its own configuration only, not from the Trainer's."""
     auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] = "TRANSFORMER_BASED_WRAP"
     """What becomes a unit of sharding."""
     transformer_layer_cls_to_wrap: Names = ()
@@ -159,14 +182,27 @@ class FsdpSpec(Spec):
     """Only rank 0 reads the checkpoint; the others receive their shards."""
     state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] = "FULL_STATE_DICT"
     """How a checkpoint is saved; a full one gathers the model."""
-    backward_prefetch: Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"] = "BACKWARD_PRE"
+    backward_prefetch: Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"] = "NO_PREFETCH"
     """Version 1: when the next unit of the backward is gathered."""
     forward_prefetch: bool = False
     """Version 1: gather the next unit of the forward ahead."""
+    limit_all_gathers: bool = True
+    """Version 1: keep the CPU from asking for further units while the GPU is busy with the last ones."""
     use_orig_params: bool = True
     """Version 1: keep the parameters as they were; needed for frozen ones beside trained ones."""
     sync_module_states: bool = True
     """Version 1: rank 0 broadcasts its parameters at the start."""
+
+    @model_validator(mode="after")
+    def _legal(self) -> FsdpSpec:
+        if self.version == 1 and not self.reshard_after_forward:
+            # accelerate/utils/dataclasses.py: a bool "is not supported with FSDP1"
+            remedy = "Use sharding_strategy: SHARD_GRAD_OP, or version 2."
+            raise SpecError.at("reshard_after_forward", False, "cannot go with version 1", remedy)
+        if self.version == 2 and self.sharding_strategy is not None:
+            remedy = "Use reshard_after_forward, or version 1."
+            raise SpecError.at("sharding_strategy", self.sharding_strategy, "cannot go with version 2", remedy)
+        return self
 
 
 class Strategy(Spec):
