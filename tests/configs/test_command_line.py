@@ -177,6 +177,30 @@ def test_int8_under_zero3_of_a_file(run: Callable[..., Any]) -> None:
     assert "zero3" in message
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"communication_data_type": "fp32", "bf16": {"enabled": True}}, "communication_data_type: "),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_model_persistence_threshold": 5}},
+            "stage3_model_persistence_threshold: 5 is not modelled yet under zero3",
+        ),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights: 'true' is not"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size: 2 is not"),
+    ],
+)
+def test_keys_that_the_engine_does_not_model(run: Callable[..., Any], changes: dict[str, Any], message: str) -> None:
+    assert message in refused(run("--gpus=2", "--engine-config", write("ds.json", {**AUTO, **changes})))
+
+
+def test_gradients_reduced_in_the_models_type_are_the_default(run: Callable[..., Any]) -> None:
+    plain = json.loads(run("--gpus=2", "--engine-config", write("a.json", AUTO), "--json")[1])
+    same = json.loads(
+        run("--gpus=2", "--engine-config", write("b.json", {**AUTO, "communication_data_type": "bf16"}), "--json")[1]
+    )
+    assert same["gpu"] == plain["gpu"]
+
+
 def test_in_python(run: Callable[..., Any]) -> None:
     cluster = {"gpu": "A100-80GB", "gpus": 2}
     of_values = memplan.estimate("config.json", {"seq_len": 64}, cluster, engine_config=AUTO)

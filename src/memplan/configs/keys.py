@@ -320,7 +320,7 @@ _LAUNCH = "it is about starting processes"
 ACCELERATE: dict[str, dict[str, Key]] = {
     "": {
         "compute_environment": _only(Any, "LOCAL_MACHINE", 0, why="SageMaker's runs are not modelled"),
-        "distributed_type": _sets(Any, "distributed_type"),
+        "distributed_type": _sets(str | bool, "distributed_type"),
         "mixed_precision": _sets(Any, "mixed_precision"),
         "fp16": _sets(bool | None, "fp16"),
         "num_processes": _sets(Any, "gpus"),
