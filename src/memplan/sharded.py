@@ -51,7 +51,7 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
     micro_batches = min(run.grad_accum_steps, MICRO_BATCHES) * STEPS
     counts = micro.unrolled.size_counts()
     found: list[Sharded] = []
-    for rank in _ranks(strategy, layout(micro.root), ranks):
+    for rank in _ranks(strategy, layout(micro.root, strategy.zero.ds_optimizer), ranks):
         ledger = Ledger()
         play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=False)
         placed = {phase: ledger.fullest(phase) for phase in PHASES}
@@ -82,7 +82,7 @@ def play_engine(
     later = first
     if accumulates and strategy.kind in ("zero0", "zero1", "fsdp"):  # gradients stay where autograd put them
         later = all_layers(setup, True) if full_depth else closed
-    model = layout(first.root)
+    model = layout(first.root, strategy.zero.ds_optimizer)
     played = Played(
         held=first.inventory.buffer_blocks,
         workspaces=run.workspaces,

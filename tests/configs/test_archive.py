@@ -6,7 +6,7 @@ import pytest
 from tests.oracles import o2
 from tests.oracles.test_engines import AUTO
 
-from memplan.configs.deepspeed import parse_deepspeed
+from memplan.configs.deepspeed import parse_deepspeed, to_deepspeed
 from memplan.configs.setup import with_training
 from memplan.specs.strategy import Strategy, ZeroSpec
 from memplan.specs.training import TrainingSpec
@@ -31,3 +31,5 @@ def test_a_config_is_the_strategy_that_was_measured(row: o2.Row) -> None:
     expected = Strategy(kind=options["strategy"], zero=ZeroSpec(**keys), **places)
     assert strategy.to_dict() == expected.to_dict()
     assert (training, notes) == (asked.replace(grad_accum_steps=1), [])
+    again = parse_deepspeed(to_deepspeed(strategy, training), "again.json")
+    assert with_training(again, TrainingSpec(), {}, options["gpus"])[:2] == (training, strategy)

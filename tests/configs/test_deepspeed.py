@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from memplan.configs import keys
-from memplan.configs.deepspeed import DTYPES, parse_deepspeed
+from memplan.configs.deepspeed import DTYPES, parse_deepspeed, to_deepspeed
 from memplan.configs.setup import with_cluster, with_training
 from memplan.engines.zero import AUTO, resolved
 from memplan.errors import SpecError, UnsupportedError
@@ -79,6 +79,9 @@ TAKEN: list[dict[str, Any]] = [
     {**zero(stage=1), "communication_data_type": "FP32"},
     {**zero(stage=1), "data_types": {"grad_accum_dtype": "float32"}},
     {**zero(stage=1), "aio": None, "checkpoint": {"tag_validation": "Warn"}},
+    {**zero(stage=1), "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}},
+    {**zero(stage=0), "optimizer": {"type": "Adam", "params": {"torch_adam": True, "foreach": False}}},
+    {**zero(stage=2), "optimizer": {"type": "Adagrad"}},
     {**zero(stage=1), "wandb": {"enabled": False}, "steps_per_print": 10, "gradient_clipping": 1.0},
 ]
 """What DeepSpeed takes, and so does memplan: to the same values."""
@@ -161,6 +164,7 @@ def test_what_deepspeed_takes_means_the_same(config: dict[str, Any]) -> None:
         if device != "none":
             assert details == {name: there[name] for name in details}
     own.pop("aio")
+    assert own.pop("ds_optimizer") == (real.optimizer_name is not None)
     own["overlap_comm"] = real.zero_config.stage == 3 if own["overlap_comm"] is None else own["overlap_comm"]
     assert own.pop("grad_accum_dtype") == DTYPES.get(str(real.grad_accum_dtype))
     assert own.pop("communication_data_type") == DTYPES.get(str(real.communication_data_type))
@@ -221,7 +225,14 @@ def test_defaults_are_those_of_the_library() -> None:
     ):
         real = {field.alias or name: field.default for name, field in model.model_fields.items()}
         data = own.to_dict()
-        nested = ("offload_optimizer", "offload_param", "grad_accum_dtype", "communication_data_type", "aio")
+        nested = (
+            "offload_optimizer",
+            "offload_param",
+            "grad_accum_dtype",
+            "communication_data_type",
+            "aio",
+            "ds_optimizer",
+        )
         same = {name: value for name, value in data.items() if name in real and name not in nested}
         assert same == {name: real[name] for name in same}
         assert data.keys() <= {*real, *nested}
@@ -535,3 +546,21 @@ def test_the_nvme_folder_goes_to_the_cluster() -> None:
     cluster, notes = with_cluster(parsed, ClusterSpec(nvme_path="/other"))
     assert (cluster.nvme_path, len(notes)) == ("/other", 1)
     assert strategy_of(config).zero.offload_optimizer.buffer_count == 5
+
+
+@pytest.mark.parametrize("config", TAKEN, ids=shown)
+def test_a_setup_has_a_config_of_its_own(config: dict[str, Any]) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    parsed = parse_deepspeed(config, "ds.json")
+    training, strategy, _ = with_training(parsed, TrainingSpec(), {}, 1)
+    emitted = json.loads(json.dumps(to_deepspeed(strategy, training, parsed.cluster.get("nvme_path"))))
+    again = parse_deepspeed(emitted, "again.json")
+    assert with_training(again, TrainingSpec(), {}, 1)[:2] == (training, strategy)
+    assert again.cluster == parsed.cluster
+    DeepSpeedConfig(emitted)
+
+
+def test_a_setup_of_another_engine_has_none() -> None:
+    with pytest.raises(SpecError, match="strategy: 'fsdp' is not DeepSpeed's"):
+        to_deepspeed(Strategy(kind="fsdp"), TrainingSpec())

@@ -15,9 +15,10 @@ from memplan.configs.keys import DEEPSPEED, LENIENT, OPTIMIZERS, REMOVED, RENAME
 from memplan.configs.section import Section
 from memplan.configs.setup import Batch, EngineConfig
 from memplan.errors import MemplanError, SpecError, UnsupportedError, did_you_mean
-from memplan.specs.strategy import AioSpec
+from memplan.specs.strategy import AioSpec, Strategy
+from memplan.specs.training import TrainingSpec
 
-__all__ = ["parse_deepspeed"]
+__all__ = ["parse_deepspeed", "to_deepspeed"]
 
 FROM_HIDDEN_SIZE = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 """Keys whose ``auto`` the Trainer makes a number (``trainer_config_finalize``)."""
@@ -49,6 +50,50 @@ def parse_deepspeed(data: Mapping[str, Any], source: str, *, trainer: bool | Non
     Raises SpecError for what DeepSpeed refuses or would ignore by mistake, UnsupportedError for what is not modelled.
     """
     return _Reader(data, source, _has_auto(data) if trainer is None else trainer).config()
+
+
+def to_deepspeed(strategy: Strategy, training: TrainingSpec, nvme_path: str | None = None) -> dict[str, Any]:
+    """Return the DeepSpeed JSON of a setup, of which :func:`parse_deepspeed` gives the setup back.
+
+    A mixed precision that the setup leaves open is ``"auto"``. Raises SpecError for a strategy of another engine.
+    """
+    if not strategy.is_deepspeed:
+        raise SpecError.at("strategy", strategy.kind, "is not DeepSpeed's", "Use zero0, zero1, zero2 or zero3.")
+    values = strategy.zero.model_dump(mode="json", exclude_defaults=True)
+    zero: dict[str, Any] = {"stage": strategy.zero_stage}
+    zero |= {name: value for name, value in values.items() if name in DEEPSPEED["zero_optimization"]}
+    for name, device in (("offload_optimizer", strategy.offload_optimizer), ("offload_param", strategy.offload_param)):
+        details = zero.pop(name, {})
+        if device != "none":
+            path = {"nvme_path": nvme_path} if device == "nvme" else {}
+            zero[name] = {"device": device, **path, **details}
+    mixed = training.mixed_precision
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": training.grad_accum_steps,
+        "bf16": {"enabled": "auto" if mixed is None else mixed == "bf16"},
+        "fp16": {"enabled": "auto" if mixed is None else mixed == "fp16"},
+        "zero_optimization": zero,
+    }
+    if "grad_accum_dtype" in values:
+        config["data_types"] = {"grad_accum_dtype": values["grad_accum_dtype"]}
+    if strategy.zero.ds_optimizer:
+        config["optimizer"] = _section_of(strategy, training)
+    return config | {name: values[name] for name in ("communication_data_type", "aio") if name in values}
+
+
+def _section_of(strategy: Strategy, training: TrainingSpec) -> dict[str, Any]:
+    """The section ``optimizer`` that stands for ``training.optim``. Raises SpecError where there is none."""
+    torch_adam = {"adamw_torch": {}, "adamw_torch_foreach": {"foreach": True}, "adamw_torch_loop": {"foreach": False}}
+    if training.optim == "adamw_torch_fused":
+        stage_0 = {"torch_adam": True, "fused": True} if strategy.kind == "zero0" else {}
+        return {"type": "AdamW", "params": stage_0}
+    if training.optim in torch_adam:
+        return {"type": "AdamW", "params": {"torch_adam": True, **torch_adam[training.optim]}}
+    kinds = {optim: kind for kind, optim in OPTIMIZERS.items()}
+    if training.optim not in kinds:
+        raise SpecError.at("optim", training.optim, "is not made by DeepSpeed", f"Use {', '.join(kinds)} or AdamW.")
+    return {"type": kinds[training.optim], "params": {}}
 
 
 def _has_auto(value: object) -> bool:
@@ -340,6 +385,7 @@ class _Reader:
                 "Use gradient_clipping at the top.",
             )
         try:
+            strategy["zero"]["ds_optimizer"] = True
             return {"optim": self._optim(section, kind, params, offloaded, mixed)}
         except UnsupportedError as error:
             self.refused["optim"] = error
