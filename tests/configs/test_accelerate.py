@@ -212,6 +212,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (fsdp(activation_checkpointing_offload=True), "needs fsdp_activation_checkpointing and fsdp_version 2"),
     (fsdp(sharding_strategy="SOME"), "is refused by accelerate. Use FULL"),
     (deepspeed(deepspeed_config_file="none.json"), "does not exist"),
+    (deepspeed(zero_stage="x"), "a.yaml: deepspeed_config.zero_stage: 'x' is refused by accelerate"),
     (
         {**deepspeed(deepspeed_config_file="ds.json", zero_stage=2), "mixed_precision": "bf16"},
         "stands beside zero_stage, mixed_precision, which accelerate",
@@ -277,6 +278,16 @@ def test_the_flag_of_zero_init_has_no_effect() -> None:
     assert is_deepspeed_zero3_enabled()
     found = parsed({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": False}})
     assert found.notes[0].startswith("zero3_init_flag false has no effect")
+
+
+def test_what_deepspeed_refuses_of_an_accelerate_config() -> None:
+    seen = "a.yaml: deepspeed_config, as DeepSpeed sees it: zero_optimization."
+    with pytest.raises(SpecError) as caught:
+        parsed(deepspeed(zero_stage=7))
+    assert str(caught.value).startswith(f"{seen}stage: 7 is not a stage of ZeRO")
+    with pytest.raises(SpecError) as caught:
+        with_cluster(parsed(deepspeed(zero_stage=3, offload_param_device="nvme")), ClusterSpec())
+    assert str(caught.value).startswith(f"{seen}offload_param.nvme_path: missing")
 
 
 def test_gpus_and_nodes() -> None:

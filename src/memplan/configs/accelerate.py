@@ -154,7 +154,8 @@ class _Reader:
         section = self._optional("deepspeed_config")
         named = section.get("deepspeed_config_file")
         if named is None:
-            parsed = parse_deepspeed(self._plugin(section, precision), self.source, trainer=True)
+            seen = f"{section.name()}, as DeepSpeed sees it"
+            parsed = parse_deepspeed(self._plugin(section, precision), seen, trainer=True)
         else:
             parsed = self._referenced(section, str(named))
         stage = parsed.strategy["zero"].get("stage", int(parsed.strategy["kind"][-1]))
