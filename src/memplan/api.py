@@ -179,7 +179,7 @@ def _asked(case: _Case, training: TrainingSpec, strategy: StrategyLike, config: 
         from memplan.configs.setup import with_training
 
         training, spread, notes = with_training(config, training, _strategy_fields(strategy), case.cluster.gpus)
-        return Setup(training, spread, (*case.notes, *notes, *config.assumptions))
+        return Setup(training, spread, notes=(*case.notes, *notes, *config.assumptions))
     return Setup(training, _default_strategy(training, case.cluster) if strategy is None else _strategy(strategy))
 
 
@@ -483,7 +483,7 @@ def _resolved(
     known = extrapolate.known_model_types()
     module = model if _is_module(model) else None
     spec = _model(model, known) if module is None else extrapolate.module_spec(module)
-    return _Case(spec, _cluster(cluster), extrapolate.installed(versions), _Tracer(module, inputs), tuple(notes))
+    return _Case(spec, _cluster(cluster), extrapolate.installed(versions), _Tracer(module, inputs), notes=tuple(notes))
 
 
 def _is_module(model: object) -> TypeGuard[nn.Module]:
