@@ -30,6 +30,7 @@ from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
 if TYPE_CHECKING:
     from torch import nn
 
+    from memplan.configs.setup import EngineConfig
     from memplan.introspect.extrapolate import Inputs
 
 __all__ = ["LADDER", "REMEDIES", "Advice", "Setup", "advise", "compare", "estimate", "ladder", "rungs"]
@@ -42,6 +43,8 @@ ClusterLike: TypeAlias = str | ClusterSpec | Mapping[str, Any] | None
 StrategyLike: TypeAlias = str | Strategy | Mapping[str, Any] | None
 SoftwareLike: TypeAlias = str | SoftwareSpec | Mapping[str, Any] | None
 """A spec, its fields as a mapping, or the text that is short for it; None is its defaults."""
+EngineConfigLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | None
+"""A path, or the values of the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ class Setup:
     nvme_buffer_size: int | None = None
     """Elements of the largest partition of a weight, which a buffer must hold if weights are offloaded to NVMe; None
     where there is no NVMe."""
+    notes: tuple[Assumption, ...] = ()
+    """Where an option has won over a config, and what else the config's engine does."""
 
 
 Change: TypeAlias = Callable[[Setup], "Setup | None"]
@@ -65,6 +70,7 @@ def estimate(
     cluster: ClusterLike = None,
     strategy: StrategyLike = None,
     *,
+    engine_config: EngineConfigLike = None,
     software: SoftwareLike = None,
     replay: bool = True,
     explain: bool = False,
@@ -80,6 +86,8 @@ def estimate(
         cluster: ``"2xA100-80GB"``, ``"2x8xH100-80GB"`` (2 nodes of 8), a ClusterSpec or its fields; without a GPU
             this machine's are used, and where there is none the capacity and the verdict are unknown.
         strategy: a Strategy, its fields, or its kind as text; None is plain training on one GPU and DDP on several.
+        engine_config: a DeepSpeed JSON or accelerate YAML, as a path or as its values. What the other arguments say
+            wins over it, and ``Estimate.assumptions`` name it.
         software: versions, as text (``"transformers=4.46"``), a SoftwareSpec or its fields.
         replay: simulate the caching allocator; without it ``peak_reserved`` is an upper bound.
         explain: fill ``Estimate.explanation``.
@@ -94,9 +102,11 @@ def estimate(
         SpecError: a value or a combination is wrong.
         UnsupportedError: memplan does not model it.
     """
-    case = _resolved(model, cluster, software, trace=trace, inputs=inputs)
-    asked = _asked(case, case.decided(_training(training)), strategy)
-    return case.estimate(asked, replay=replay, explain=explain)
+    config = None if engine_config is None else _engine_config(engine_config)
+    case = _resolved(model, cluster, software, config, trace=trace, inputs=inputs)
+    asked = _asked(case, case.decided(_training(training)), strategy, config)
+    result = case.estimate(asked, replay=replay, explain=explain)
+    return result.model_copy(update={"assumptions": (*result.assumptions, *asked.notes)}) if asked.notes else result
 
 
 def ladder(
@@ -130,27 +140,31 @@ def compare(
     cluster: ClusterLike = None,
     strategy: StrategyLike = None,
     *,
+    engine_config: EngineConfigLike = None,
     software: SoftwareLike = None,
     replay: bool = True,
 ) -> Comparison:
     """Compare what DeepSpeed's and accelerate's estimators, the rule of thumb and memplan say, in bytes.
 
     Arguments and errors are those of :func:`estimate`, for a training run of a model that is not a module. Without a
-    strategy, plain training (or DDP) and the setups that DeepSpeed's estimators print are compared. One that memplan
-    does not model gets a row that says so.
+    strategy or an engine's config, plain training (or DDP) and the setups that DeepSpeed's estimators print are
+    compared. One that memplan does not model gets a row that says so.
     """
     from memplan import comparison  # here, because estimates do not need it
 
     if _is_module(model):
         remedy = "Give its hub id or its config."
         raise UnsupportedError(f"model: a module is traced, and compare counts by the architecture files. {remedy}")
-    case, run = _resolved(model, cluster, software), _training(training)
+    config = None if engine_config is None else _engine_config(engine_config)
+    case, run = _resolved(model, cluster, software, config), _training(training)
     if run.task != "train":
         remedy = "Leave it out: accelerate's total size is what loading takes."
         raise SpecError.at("task", run.task, "is not a training run, which compare is for", remedy)
-    asked = _asked(case, run, strategy).strategy
-    strategies = (asked, *(comparison.DEEPSPEEDS if strategy is None else ()))
-    return comparison.compare(case.model, run, case.cluster, strategies, case.software, replay=replay)
+    asked = _asked(case, run, strategy, config)
+    others = comparison.DEEPSPEEDS if strategy is None and config is None else ()
+    return comparison.compare(
+        case.model, asked.training, case.cluster, (asked.strategy, *others), case.software, replay=replay
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +185,7 @@ def advise(
     cluster: ClusterLike = None,
     strategy: StrategyLike = None,
     *,
+    engine_config: EngineConfigLike = None,
     software: SoftwareLike = None,
 ) -> Advice:
     """Return what to do next about ``result``, which the other arguments gave; nothing if it fits.
@@ -179,8 +194,9 @@ def advise(
     """
     if result.verdict == "fits":
         return Advice()
-    case = _resolved(model, cluster, software)
-    asked = _asked(case, _training(training), strategy)
+    config = None if engine_config is None else _engine_config(engine_config)
+    case = _resolved(model, cluster, software, config)
+    asked = _asked(case, _training(training), strategy, config)
     first = result.estimates[0] if isinstance(result, EstimateList) else result
     if result.verdict != "unknown":
         return Advice(gpus=(_fitting_gpus(case, asked, first),), options=_remedies(case, asked))
@@ -194,7 +210,12 @@ def advise(
     return Advice(gpus=tuple(gpus))
 
 
-def _asked(case: _Case, training: TrainingSpec, strategy: StrategyLike) -> Setup:
+def _asked(case: _Case, training: TrainingSpec, strategy: StrategyLike, config: EngineConfig | None = None) -> Setup:
+    if config is not None:
+        from memplan.configs.setup import with_training
+
+        training, spread, notes = with_training(config, training, _strategy_fields(strategy), case.cluster.gpus)
+        return Setup(training, spread, notes=(*case.notes, *notes, *config.assumptions))
     return Setup(training, _default_strategy(training, case.cluster) if strategy is None else _strategy(strategy))
 
 
@@ -399,6 +420,7 @@ class _Case:
     cluster: ClusterSpec
     software: SoftwareSpec
     tracer: _Tracer | None = None
+    notes: tuple[Assumption, ...] = ()
 
     def estimate(self, setup: Setup, *, replay: bool = True, explain: bool = False) -> Estimate:
         specs = (self.model, setup.training, self.cluster, setup.strategy, self.software)
@@ -503,21 +525,27 @@ def _resolved(
     model: ModelLike,
     cluster: ClusterLike,
     software: SoftwareLike,
+    config: EngineConfig | None = None,
     *,
     trace: bool = False,
     inputs: Inputs | None = None,
 ) -> _Case:
     versions = _software(software)
+    notes: list[Assumption] = []
+    if config is not None:
+        from memplan.configs.setup import with_cluster
+
+        cluster, notes = with_cluster(config, _cluster_spec(cluster))
     if not trace and not _is_module(model):
         if inputs is not None:
             raise SpecError.at("inputs", inputs, "are for a trace", "Use trace=True, or leave them out.")
-        return _Case(_model(model), _cluster(cluster), versions)
+        return _Case(_model(model), _cluster(cluster), versions, notes=tuple(notes))
     from memplan.introspect import extrapolate
 
     known = extrapolate.known_model_types()
     module = model if _is_module(model) else None
     spec = _model(model, known) if module is None else extrapolate.module_spec(module)
-    return _Case(spec, _cluster(cluster), extrapolate.installed(versions), _Tracer(module, inputs))
+    return _Case(spec, _cluster(cluster), extrapolate.installed(versions), _Tracer(module, inputs), notes=tuple(notes))
 
 
 def _is_module(model: object) -> TypeGuard[nn.Module]:
@@ -549,6 +577,21 @@ def _strategy(strategy: StrategyLike) -> Strategy:
     return _spec(Strategy, strategy, "strategy", "Give a kind, as in ddp, a Strategy, or its fields as a mapping.")
 
 
+def _strategy_fields(strategy: StrategyLike) -> Mapping[str, Any]:
+    """What a strategy says beside a config, which may be what makes it whole."""
+    if isinstance(strategy, Strategy):
+        return {name: getattr(strategy, name) for name in strategy.model_fields_set}
+    if isinstance(strategy, Mapping):
+        return strategy
+    return {} if strategy is None else {"kind": strategy}
+
+
+def _engine_config(config: EngineConfigLike) -> EngineConfig:
+    from memplan.configs.read import read_engine_config  # here, because most runs have none
+
+    return read_engine_config(config)
+
+
 def _software(software: SoftwareLike) -> SoftwareSpec:
     if isinstance(software, str):
         return SoftwareSpec.parse(software)
@@ -567,11 +610,15 @@ def _spec(cls: type[S], value: object, field: str, remedy: str) -> S:
     return cls.from_dict(value or {})
 
 
-def _cluster(cluster: ClusterLike) -> ClusterSpec:
+def _cluster_spec(cluster: ClusterLike) -> ClusterSpec:
     if isinstance(cluster, str):
         return parse_cluster(cluster)
     remedy = "Write it as 2xA100-80GB, or give a ClusterSpec, or its fields as a mapping."
-    spec = _spec(ClusterSpec, cluster, "cluster", remedy)
+    return _spec(ClusterSpec, cluster, "cluster", remedy)
+
+
+def _cluster(cluster: ClusterLike) -> ClusterSpec:
+    spec = _cluster_spec(cluster)
     if isinstance(spec.gpu, str):
         return spec.replace(gpu=find_gpu(spec.gpu))
     return _on_this_machine(spec) if spec.gpu is None else spec

@@ -75,7 +75,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("offload_optimizer", "none|cpu|nvme", "Where optimizer states live (default: none).", _SPREAD),
     Option("offload_param", "none|cpu|nvme", "Where sharded parameters live (default: none).", _SPREAD),
-    Option("engine_config", "FILE", "A DeepSpeed JSON or accelerate YAML.", _SPREAD),
+    Option("engine_config", "FILE", "A DeepSpeed JSON or accelerate YAML; other options win over it.", _SPREAD),
     Option(
         "dtype",
         "auto|float32|bfloat16|float16",
@@ -248,11 +248,12 @@ def estimate(
         "explain": given.get("explain", False),
         "trace": given.get("trace", False),
     }
+    config = given.get("engine_config")
     result: Estimate | EstimateList
-    if strategy is None and training.task == "train":
+    if strategy is None and config is None and training.task == "train":
         result = api.ladder(model, training, cluster, software=software, **mode)
     else:
-        result = api.estimate(model, training, cluster, strategy, software=software, **mode)
+        result = api.estimate(model, training, cluster, strategy, engine_config=config, software=software, **mode)
     code = EXIT_CODES[result.verdict]
     if given.get("json"):
         return _Answer(result.to_json(indent=2, explain=mode["explain"]), code)
@@ -261,7 +262,9 @@ def estimate(
 
     # Advice estimates dozens of setups: too many to trace.
     traced = mode["trace"]
-    advice = api.Advice() if traced else api.advise(result, model, training, cluster, strategy, software=software)
+    advice = api.Advice()
+    if not traced:
+        advice = api.advise(result, model, training, cluster, strategy, engine_config=config, software=software)
     if isinstance(result, EstimateList):
         return _Answer(table.estimates_text(result, gpus=advice.gpus, options=advice.options), code)
     gpus = next(iter(advice.gpus), ())
@@ -287,6 +290,7 @@ def compare(
         _training(given),
         _cluster(given),
         _strategy(given),
+        engine_config=given.get("engine_config"),
         software=given.get("software"),
         replay=not given.get("no_replay", False),
     )
@@ -379,17 +383,12 @@ def _only_estimated(given: Mapping[str, Any]) -> None:
             raise SpecError.at(name, True, "is for one estimate", f"Leave it out, or use memplan estimate --{name}.")
 
 
-def _strategy(given: Mapping[str, Any]) -> Strategy | None:
-    from memplan.errors import UnsupportedError
+def _strategy(given: Mapping[str, Any]) -> Strategy | Mapping[str, Any] | None:
     from memplan.specs.strategy import Strategy
 
-    if "engine_config" in given:
-        remedy = (
-            "Leave it out, and give what it says as options: --strategy, --offload-optimizer, --offload-param, "
-            "--mixed-precision, --micro-batch-size, --grad-accum-steps. Its other keys are fields of memplan.Strategy."
-        )
-        raise UnsupportedError.at("engine_config", given["engine_config"], "cannot be read yet", remedy)
     fields = {("kind" if name == "strategy" else name): given[name] for name in _STRATEGY if name in given}
+    if "engine_config" in given:
+        return fields  # the file may have the rest
     return Strategy(**fields) if fields else None
 
 

@@ -130,6 +130,7 @@ def estimate(
             *assumptions,
             *_of_checkpoint(model),
             *_paged(run),
+            *_emulated(setup, gpu),
             *(Assumption.of(constant) for constant in micro.assumptions),
             *(traced.assumptions if traced is not None else ()),
         ),
@@ -550,6 +551,16 @@ def _paged(run: Run) -> list[Assumption]:
         "the GPU is full (bitsandbytes/optim/optimizer.py). A weight that grows past that size takes less of the GPU"
     )
     return [Assumption(name="paged optimizer states", value=paged, low=paged, high=paged, source=source)]
+
+
+def _emulated(setup: Setup, gpu: GPUSpec | None) -> list[Assumption]:
+    """A GPU without bf16 units takes it all the same: torch.cuda.is_bf16_supported says yes, and the engines ask it."""
+    if gpu is None or gpu.is_cpu or gpu.supports_bf16:
+        return []
+    if setup.precision.mixed_precision != "bf16" and setup.precision.dtype != "bfloat16":
+        return []
+    source = f"{gpu.name} has no units for it: torch emulates it, slowly. Use --mixed-precision fp16"
+    return [Assumption(name="bf16", value=0, low=0, high=0, source=source)]
 
 
 def _other_versions(software: SoftwareSpec) -> list[Assumption]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMPONENTS",
+    "ENGINE_CONFIG",
     "PHASES",
     "SCHEMA_VERSION",
     "Assumption",
@@ -231,6 +232,10 @@ class ModelInfo(Result):
     """Elements of the parameters that get a gradient."""
     source: str
     """Where the config was found."""
+
+
+ENGINE_CONFIG = "engine config"
+"""The name of assumptions that say what became of an engine's config: a statement each, without a number."""
 
 
 class Assumption(Result):

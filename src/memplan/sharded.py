@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,6 +10,7 @@ from memplan.architectures.nn import Module
 from memplan.engines import bf16, fsdp, fsdp1, plain, zero, zero0, zero3
 from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, layout, play
 from memplan.engines.plain import Parts
+from memplan.errors import UnsupportedError
 from memplan.memory.course import Ledger, ReplayLedger, course
 from memplan.memory.trace import Replayed, configured, engines_bound
 from memplan.micro_batch import Setup, all_layers, micro_batch, run_of
@@ -17,6 +19,7 @@ from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import AllocatorSpec
 from memplan.tape import tensor as dtypes
+from memplan.tape.tensor import DType
 
 PHASES = ("load", "first_step", "forward", "loss", "backward", "step", "idle")
 
@@ -48,7 +51,7 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
     micro_batches = min(run.grad_accum_steps, MICRO_BATCHES) * STEPS
     counts = micro.unrolled.size_counts()
     found: list[Sharded] = []
-    for rank in _ranks(strategy, layout(micro.root), ranks):
+    for rank in _ranks(strategy, layout(micro.root, strategy.zero.ds_optimizer), ranks):
         ledger = Ledger()
         play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=False)
         placed = {phase: ledger.fullest(phase) for phase in PHASES}
@@ -81,7 +84,7 @@ def play_engine(
     flat = strategy.kind == "fsdp" and strategy.fsdp.version == 1  # autograd makes one gradient of a unit's
     if accumulates and strategy.kind in ("zero0", "zero1", "fsdp") and not flat:  # they stay where autograd put them
         later = all_layers(setup, True) if full_depth else closed
-    model = layout(first.root)
+    model = layout(first.root, strategy.zero.ds_optimizer)
     played = Played(
         held=first.inventory.buffer_blocks,
         workspaces=run.workspaces,
@@ -96,6 +99,8 @@ def _engine(
     setup: Setup, strategy: Strategy, root: Module, model: Layout, ranks: int, rank: int, ledger: Ledger
 ) -> Engine:
     hidden_size, optim = setup.model.hidden_size, setup.training.optim
+    if strategy.is_deepspeed:
+        _check_zero(strategy, setup.dtype)
     if strategy.kind == "fsdp":
         loaded, mixed = dtypes.dtype_named(setup.precision.dtype), setup.autocast is not None
         placed = fsdp.fsdp_setup(
@@ -122,6 +127,23 @@ def _engine(
     if zero.uses_bf16_optimizer(strategy, setup.dtype):
         return bf16.Bf16(places, ledger)
     return zero.Zero12(places, ledger)
+
+
+def _check_zero(strategy: Strategy, dtype: DType) -> None:
+    """Keys of DeepSpeed that no stage models for other values than these."""
+    keys = strategy.zero
+    in_stage_3 = strategy.kind == "zero3"
+    reasons = {
+        "communication_data_type": keys.communication_data_type is not None
+        and zero.ACCUMULATION[keys.communication_data_type] is not dtype
+        and "another type than the model's",
+        "stage3_model_persistence_threshold": in_stage_3
+        and keys.stage3_model_persistence_threshold != sys.maxsize
+        and keys.stage3_model_persistence_threshold,
+    }
+    for key, value in reasons.items():
+        if value:
+            raise UnsupportedError(f"{key}: {value!r} is not modelled yet under {strategy.kind}. Leave it out.")
 
 
 def _ranks(strategy: Strategy, model: Layout, ranks: int) -> list[int]:

@@ -23,11 +23,11 @@ class Layout:
     modules: dict[Key, list[Key]] = field(default_factory=dict)
     """Every module's own weights."""
     groups: list[list[Key]] = field(default_factory=list)
-    """The Trainer's groups of trained weights, with and without weight decay, those that are not empty."""
+    """Groups of trained weights: the Trainer's, with and without weight decay, those that are not empty; or one."""
 
 
-def layout(root: Module) -> Layout:
-    """Walk the model."""
+def layout(root: Module, one_group: bool = False) -> Layout:
+    """Walk the model; ``one_group`` is how the Trainer hands weights to an optimizer that DeepSpeed makes."""
     found = Layout()
 
     def number(thing: object, layer: int) -> Key:
@@ -55,6 +55,8 @@ def layout(root: Module) -> Layout:
     undecayed = groups_of(root).undecayed
     trained = [(key, p) for key, p in found.parameters.items() if p.node is not None]
     groups = [[key for key, p in trained if (id(p) in undecayed) is plain] for plain in (False, True)]
+    if one_group:
+        groups = [[key for key, _ in trained]]
     found.groups = [group for group in groups if group]
     return found
 

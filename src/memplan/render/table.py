@@ -12,7 +12,7 @@ from rich.text import Text
 
 from memplan.render import words
 from memplan.render.explain import explanation, levers
-from memplan.results import Assumption, Comparison, Estimate, EstimateList, Verdict
+from memplan.results import ENGINE_CONFIG, Assumption, Comparison, Estimate, EstimateList, Verdict
 
 if TYPE_CHECKING:
     from memplan.catalog.models import CatalogModel
@@ -186,8 +186,13 @@ def _body(estimate: Estimate, width: int, next_steps: str) -> list[RenderableTyp
     else:
         parts += [_components(estimate, width), Text(), _phases(estimate, width)]
     parts += [*_elsewhere(estimate, width), Text(), _conclusion(estimate, next_steps)]
-    if estimate.assumptions:
-        parts += [Text(), _assumptions(estimate.assumptions)]
+    said = [each.source for each in estimate.assumptions if each.name == ENGINE_CONFIG]
+    if said:
+        notes = Text("\n".join(said))
+        parts += [Text(), Group(Text("The engine's config", style="bold"), _indented(notes))]
+    others = [each for each in estimate.assumptions if each.name != ENGINE_CONFIG]
+    if others:
+        parts += [Text(), _assumptions(others)]
     if estimate.explanation:
         parts += [Text(), explanation(estimate.explanation)]
     if estimate.levers:

@@ -142,4 +142,5 @@ class ClusterSpec(Spec):
         if 0 in counts:
             raise SpecError.at("cluster", text, "has a count of zero", "Write it as 2xA100-80GB or 2x8xH100-80GB.")
         nodes, per_node = [1, 1, *counts][-2:]
-        return cls(gpu=resolver(name) if resolver else name, gpus=nodes * per_node, nodes=nodes)
+        given = {"gpus": nodes * per_node, "nodes": nodes} if counts else {}
+        return cls(gpu=resolver(name) if resolver else name, **given)

@@ -149,6 +149,11 @@ class ZeroSpec(Spec):
     """Stage 3: reduce quantized gradients (ZeRO++)."""
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """``data_types.grad_accum_dtype``; None is the model's type."""
+    communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
+    """``communication_data_type``: what gradients are reduced in; None is the model's type."""
+    ds_optimizer: bool = False
+    """The file has a section ``optimizer``: DeepSpeed makes it, and the Trainer hands it all weights as one group, not
+    those with weight decay and those without (``deepspeed_optim_sched``)."""
     offload_optimizer: OffloadOptimizerSpec = OffloadOptimizerSpec()
     """Details of ``Strategy.offload_optimizer``."""
     offload_param: OffloadParamSpec = OffloadParamSpec()

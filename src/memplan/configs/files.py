@@ -1,0 +1,120 @@
+"""From a file to plain values: JSON or YAML, of a bounded size, without tags, aliases or duplicate keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from memplan.errors import SpecError
+
+__all__ = ["LARGEST_FILE", "read_mapping"]
+
+LARGEST_FILE = 2**20
+"""Bytes: engine configs have a few KiB."""
+
+
+def read_mapping(path: str | os.PathLike[str]) -> tuple[dict[str, Any], bool]:
+    """Return the object in a JSON or YAML file, and whether it is YAML. Raises SpecError, naming the file."""
+    text = _text(Path(path))
+    source = str(path)
+    is_yaml = not text.lstrip().startswith("{") and not source.endswith(".json")
+    try:
+        data = _yaml(text, source) if is_yaml else _json(text, source)
+    except RecursionError:
+        raise SpecError(f"{source}: nested too deeply. A config has a few levels.") from None
+    if not isinstance(data, dict):
+        kind = {list: "a list", str: "text", type(None): "nothing", bool: "a boolean"}.get(type(data), "a number")
+        remedy = "Give a DeepSpeed JSON or an accelerate YAML."
+        raise SpecError(f"{source}: holds {kind}, where a config holds keys and values. {remedy}")
+    for key in data:
+        if not isinstance(key, str):
+            raise SpecError.at(source, key, "is a key that is not text", "Write the name of a setting.")
+    return data, is_yaml
+
+
+def _text(path: Path) -> str:
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise SpecError(f"engine_config: {str(path)!r} is a directory. Give the file in it.")
+        if not stat.S_ISREG(status.st_mode):
+            raise SpecError(f"engine_config: {str(path)!r} is not a regular file. Give a JSON or YAML file.")
+        content = b""
+        if status.st_size <= LARGEST_FILE:
+            with path.open("rb") as file:
+                content = file.read(LARGEST_FILE + 1)  # bounded: the file may be growing
+    except FileNotFoundError:
+        raise SpecError.at("engine_config", str(path), "does not exist", "Give the path of a file.") from None
+    except SpecError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise SpecError.at("engine_config", str(path), problem, "Give a file that you may read.") from None
+    size = max(status.st_size, len(content))
+    if size > LARGEST_FILE:
+        raise SpecError(f"engine_config: {str(path)!r} has {size} bytes, too many for a config. Give the config.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise SpecError(
+            f"{path}: is not UTF-8 text: byte {error.start} is {byte:#04x}. Give a JSON or YAML file."
+        ) from None
+
+
+def _json(text: str, source: str) -> Any:
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        # DeepSpeed refuses them (config_utils.dict_raise_error_on_duplicate_keys); json alone would take the last.
+        _refuse_duplicates((key for key, _ in found), source)
+        return dict(found)
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        remedy = "It ends too early." if error.pos >= len(text.rstrip()) else "Correct it there."
+        raise SpecError(f"{source}: is not JSON: {where}. {remedy}") from None
+    except SpecError:
+        raise
+    except ValueError as error:  # an integer of thousands of digits
+        raise SpecError(f"{source}: is not JSON that can be read: {error}. Correct it there.") from None
+
+
+def _yaml(text: str, source: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Plain values only, as accelerate loads them; what could hide or repeat a value is refused."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise SpecError(f"{source}: has an alias (*), which memplan does not follow. Write the value out.")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            _refuse_duplicates((str(key.value) for key, _ in node.value), source)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        problem = str(getattr(error, "problem", None) or error).split("\n")[0]
+        raise SpecError(f"{source}: is not plain YAML: {problem}{where}. Correct it there.") from None
+    except ValueError as error:  # a date that does not exist, an integer of thousands of digits
+        if isinstance(error, SpecError):
+            raise
+        raise SpecError(f"{source}: is not YAML that can be read: {error}. Correct it there.") from None
+
+
+def _refuse_duplicates(keys: Iterable[str], source: str) -> None:
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            raise SpecError.at(source, key, "is given twice", "Keep the one that is meant.")
+        seen.add(key)
