@@ -243,7 +243,8 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     import_libraries()
     offloads = any(options.get(name, "none") != "none" for name in ("offload_optimizer", "offload_param"))
-    sides = TwoSides() if offloads or options.get("two_sides") else None
+    places = any(options.get(name) for name in ("two_sides", "pretrained", "save"))
+    sides = TwoSides() if offloads or places else None
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu" if sides is None else "cpu:0"
     _become_rank_zero(options["gpus"])
     recorder = Recorder()
@@ -254,6 +255,8 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as directory,
         _quiet(),
     ):
+        if "pretrained" in options:  # before TrainingArguments, which would make it under zero.Init
+            _save_checkpoint(values, options, Path(directory) / "pretrained")
         arguments = _arguments(options, Path(directory))
         with (
             profile(activities=[ProfilerActivity.CPU], profile_memory=True, with_stack=True) as profiler,
@@ -403,7 +406,7 @@ def _train(values: dict[str, Any], options: dict[str, Any], arguments: Any, reco
             return {"input_ids": tokens, "labels": tokens.clone()}
 
     recorder.mark("load")
-    model = _model(values, options)
+    model = _model(values, options, Path(arguments.output_dir) / "pretrained")
     recorder.mark("init")
     trainer = _trainer_class(recorder)(
         model=model, args=arguments, train_dataset=Rows(), callbacks=[_idle_marks(recorder)]
@@ -428,7 +431,8 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
         "optim": options.get("optim", "adamw_torch_fused"),
         "max_steps": 2,
         "logging_steps": 1000,
-        "save_strategy": "no",
+        "save_strategy": "steps" if options.get("save") else "no",
+        "save_steps": 2,
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
@@ -438,21 +442,42 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
         if options.get("offload_param", "none") != "none":
             knobs["cpu_offload"] = True
         return transformers.TrainingArguments(**arguments, fsdp=True, fsdp_config=knobs)
+    if options["strategy"] in ("single", "ddp"):
+        return transformers.TrainingArguments(**arguments)
     return transformers.TrainingArguments(**arguments, deepspeed=engine_config(options))
 
 
-def _model(values: dict[str, Any], options: dict[str, Any]) -> Any:
-    import torch
+def _config(values: dict[str, Any], options: dict[str, Any]) -> Any:
     import transformers
 
     values = dict(values)
     if "num_layers" in options:
         values["num_hidden_layers"] = options["num_layers"]
-    config = transformers.AutoConfig.for_model(**values)
-    config.use_cache = False
-    make = getattr(transformers, values["architectures"][0])._from_config
+    return transformers.AutoConfig.for_model(**values, use_cache=False)
+
+
+def _save_checkpoint(values: dict[str, Any], options: dict[str, Any], directory: Path) -> None:
+    """Write what ``from_pretrained`` will load."""
+    import torch
+    import transformers
+
+    wanted = dict(options["pretrained"])
+    dtype = getattr(torch, wanted.pop("dtype"))
+    model = getattr(transformers, values["architectures"][0])._from_config(_config(values, options), dtype=dtype)
+    model.save_pretrained(directory, **wanted)
+
+
+def _model(values: dict[str, Any], options: dict[str, Any], pretrained: Path) -> Any:
+    import torch
+    import transformers
+
+    kind = getattr(transformers, values["architectures"][0])
+    wanted = {"dtype": getattr(torch, options["dtype"]), "attn_implementation": options.get("attn", "sdpa")}
     with _without_zero_init() if not options.get("zero_init", True) else contextlib.nullcontext():
-        model = make(config, dtype=getattr(torch, options["dtype"]), attn_implementation=options.get("attn", "sdpa"))
+        if "pretrained" in options:
+            model = kind.from_pretrained(pretrained, **wanted)
+        else:
+            model = kind._from_config(_config(values, options), **wanted)
     if "lora" not in options:
         return model
     import peft
@@ -501,6 +526,11 @@ def _trainer_class(recorder: Recorder) -> Any:
             loss = super().compute_loss(*args, **kwargs)
             recorder.in_step("backward")
             return loss
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            recorder.mark("save")
+            super()._save_checkpoint(*args, **kwargs)
+            recorder.mark("saved")
 
     return MarkedTrainer
 
@@ -562,6 +592,8 @@ class TwoSides:
     def __init__(self) -> None:
         self._sides: dict[int, str] = {}
         self._log: dict[int, list[tuple[int, str]]] = {}
+        self.mapped: list[tuple[int, int]] = []
+        """When files were mapped: that is page cache, which the kernel takes back, although the profiler sees it."""
         self._stack = contextlib.ExitStack()
 
     # ---- what is where
@@ -586,6 +618,9 @@ class TwoSides:
     def assign(self, blocks: Sequence[Block]) -> None:
         """Set the side of every block of the profile from the notes made while it was alive."""
         for block in blocks:
+            if any(before <= block.born <= after for before, after in self.mapped):
+                block.side = "file"
+                continue
             for moment, side in self._log.get(block.address, ()):
                 if block.born <= moment and (block.died is None or moment <= block.died):
                     block.side = side
@@ -624,11 +659,107 @@ class TwoSides:
                 return run_backward(*args, **kwargs)
 
         self._stack.enter_context(unittest.mock.patch.object(torch.autograd, "_engine_run_backward", with_functions))
+        for patch in _reading_and_writing(self):
+            self._stack.enter_context(patch)
         self._stack.enter_context(dispatch)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+
+
+def _reading_and_writing(sides: TwoSides) -> list[Any]:
+    """Patches for files: what is read is a mapped file, and what is written from the device comes to the host first.
+
+    The libraries decide both by ``device.type``, which is "cpu" on either side. The rest of what they do is theirs.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers import modeling_utils
+
+    class Opened:
+        """safe_open, whose tensors lie on the host."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            before = time.time_ns()
+            self._file = safe_open(*args, **kwargs)
+            sides.mapped.append((before, time.time_ns()))
+
+        def __enter__(self) -> Opened:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self._file.__exit__(None, None, None)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def get_tensor(self, name: str) -> Any:
+            return mapped(self._file.get_tensor(name))
+
+        def get_slice(self, name: str) -> Any:
+            return Slice(self._file.get_slice(name))
+
+    class Slice:
+        def __init__(self, slice_: Any) -> None:
+            self._slice = slice_
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._slice, name)
+
+        def __getitem__(self, index: Any) -> Any:
+            return mapped(self._slice[index])
+
+    def mapped(tensor: Any) -> Any:
+        sides.put(tensor, "host")
+        return tensor
+
+    context_device = modeling_utils.get_torch_context_manager_or_global_device
+
+    def device_in_context() -> Any:  # asked of an empty tensor, which has no side
+        found = context_device()
+        return None if found == torch.device("cpu:0") else found
+
+    safetensors = importlib.import_module("safetensors.torch")
+    to_ndarray = safetensors._to_ndarray
+    serialization = importlib.import_module("torch.serialization")
+    storage_of = torch.storage.UntypedStorage
+    device_of, to_cpu = storage_of.device, storage_of.cpu
+    writes, saving = serialization._save, [False]
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        saving[0] = True
+        try:
+            writes(*args, **kwargs)
+        finally:
+            saving[0] = False
+
+    def device(storage: Any) -> Any:
+        on_device = saving[0] and sides._sides.get(storage.data_ptr(), "device") == "device"
+        return torch.device("cuda:0") if on_device and storage.data_ptr() else device_of.__get__(storage)
+
+    def cpu(storage: Any) -> Any:
+        if not saving[0]:
+            return to_cpu(storage)
+        copy = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
+        sides.put(copy, "host")
+        return copy.untyped_storage()
+
+    def ndarray(tensor: Any) -> Any:
+        return to_ndarray(tensor.to("cpu") if sides.side_of(tensor) == "device" else tensor)
+
+    return [
+        unittest.mock.patch.object(modeling_utils, "safe_open", Opened),
+        unittest.mock.patch.object(
+            modeling_utils, "get_torch_context_manager_or_global_device", device_in_context
+        ),
+        unittest.mock.patch.object(safetensors, "_to_ndarray", ndarray),
+        unittest.mock.patch.object(serialization, "_save", save),
+        unittest.mock.patch.object(storage_of, "device", property(device)),
+        unittest.mock.patch.object(storage_of, "cpu", cpu),
+        # Modes belong to a thread; the threads would read the same tensors, all of them ahead.
+        unittest.mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"),
+    ]
 
 
 def _address(tensor: Any) -> int:
