@@ -88,7 +88,7 @@ def estimate(
     if strategy.shards:
         from memplan import sharded  # here, because other strategies do not need it, nor its engines
 
-        played = sharded.play_ranks(setup, gpu, strategy, cluster.gpus)
+        played = sharded.play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
         placed = {phase: dict(parts) for phase, parts in played.gpu.items()}
     elif strategy.kind == "ddp":
         placed = ddp.phases(run, strategy.ddp, cluster.gpus)

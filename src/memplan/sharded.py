@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from memplan.architectures.nn import Module
 from memplan.engines import bf16, fsdp, plain, zero, zero0, zero3
+from memplan.engines.checkpoint import Loaded, stored_dtype
 from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, layout, play
 from memplan.engines.plain import Parts
 from memplan.memory.course import Ledger, ReplayLedger, course
@@ -18,7 +19,7 @@ from memplan.specs.strategy import Strategy
 from memplan.specs.training import AllocatorSpec
 from memplan.tape import tensor as dtypes
 
-PHASES = ("load", "first_step", "forward", "loss", "backward", "step", "idle")
+PHASES = ("load", "first_step", "forward", "loss", "backward", "step", "idle", "save")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Sharded:
 
     gpu: dict[str, Parts]
     host: dict[str, Parts]
-    """By phase and component; one rank's."""
+    """By phase and component; one node's."""
     pinned: dict[str, int]
     """The part of ``host`` that is page-locked."""
     bound: int
@@ -40,19 +41,18 @@ class Sharded:
 
 
 @lru_cache(maxsize=64)
-def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> Sharded:
-    """Play the engine on the ranks one of which is the fullest."""
+def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per_node: int) -> Sharded:
+    """Play the engine on the ranks one of which is the fullest; of the host all ``per_node`` hold as much."""
     run, micro = run_of(setup, gpu)
     micro_batches = min(run.grad_accum_steps, MICRO_BATCHES) * STEPS
     counts = micro.unrolled.size_counts()
     found: list[Sharded] = []
     for rank in _ranks(strategy, layout(micro.root), ranks):
-        ledger = Ledger()
+        ledger = Ledger(ranks=per_node)
         play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=False)
         placed = {phase: ledger.fullest(phase) for phase in PHASES}
         host = {phase: ledger.fullest(phase, "host") for phase in PHASES}
         pinned = {phase: plain.total(ledger.fullest(phase, "pinned")) for phase in PHASES}
-        placed["save"], host["save"], pinned["save"] = placed["idle"], host["idle"], pinned["idle"]
         found.append(Sharded(placed, host, pinned, engines_bound(ledger.sizes, counts, micro_batches), rank))
     return max(found, key=lambda each: each.peak)
 
@@ -79,6 +79,8 @@ def play_engine(
         later = all_layers(setup, True) if full_depth else closed
     model = layout(first.root)
     played = Played(
+        loaded=_loaded(setup, strategy, model),
+        state_dict=[(key, model.parameters[key].numel) for key in model.names],
         held=first.inventory.buffer_blocks,
         workspaces=run.workspaces,
         first=course(first.unrolled, model.numbers, measured=not full_depth),
@@ -86,6 +88,33 @@ def play_engine(
         grad_accum_steps=run.grad_accum_steps,
     )
     play(_engine(setup, strategy, first.root, model, ranks, rank, ledger), ledger, played)
+
+
+def _loaded(setup: Setup, strategy: Strategy, model: Layout) -> list[Loaded]:
+    """The model that the script hands to the Trainer, on the host, and what the engine makes of it there."""
+    if strategy.kind == "zero3" and strategy.zero.zero3_init_flag:
+        return []  # rank 0 copies from the mapped file to the GPU, where PEFT puts adapters too
+    trained = {key for group in model.groups for key in group}
+    adapted = setup.training.lora is not None
+    asked, stored = dtypes.dtype_named(setup.precision.dtype), stored_dtype(setup.model.config)
+    found = []
+    for key, p in model.parameters.items():
+        made = adapted and key in trained  # by PEFT, in float32
+        loaded = dtypes.float32 if made else asked
+        if strategy.kind == "fsdp":  # fsdp2_prepare_model upcasts what is trained
+            wanted = dtypes.float32 if setup.autocast is not None and key in trained else loaded
+        elif strategy.kind == "zero3" and made:
+            wanted = loaded
+        else:
+            wanted = setup.dtype
+        view = not made and asked is stored and len(p.shape) < FUSED_EXPERTS
+        cast = p.numel * wanted.itemsize if wanted is not loaded else None
+        found.append(Loaded(0 if view else p.numel * loaded.itemsize, cast))
+    return found
+
+
+FUSED_EXPERTS = 3
+"""Dimensions of the weights of all experts: a checkpoint has one expert's at a time, which are stacked."""
 
 
 def _engine(
@@ -98,7 +127,10 @@ def _engine(
             fsdp.fsdp_setup(strategy, root, model, ranks, setup.dtype, loaded, mixed, optim, setup.rules), ledger
         )
     if strategy.kind == "zero3":
-        sharded = zero3.zero3_setup(strategy, model, ranks, setup.dtype, hidden_size, optim, setup.rules)
+        adapted = setup.training.lora is not None
+        sharded = zero3.zero3_setup(
+            strategy, model, ranks, setup.dtype, hidden_size, optim, setup.rules, adapted=adapted
+        )
         return zero3.Zero3(sharded, ledger)
     frozen = [p.numel for p in model.parameters.values() if p.node is None]
     if strategy.kind == "zero0":
@@ -118,15 +150,14 @@ def _ranks(strategy: Strategy, model: Layout, ranks: int) -> list[int]:
 
 
 def host_memory(played: Sharded, cluster: ClusterSpec) -> HostMemory:
-    """What the ranks of one node hold together, each as much as the fullest."""
-    ranks = cluster.gpus_per_node
-    totals = {phase: plain.total(parts) * ranks for phase, parts in played.host.items()}
+    """What the ranks of one node hold together, the main process among them."""
+    totals = {phase: plain.total(parts) for phase, parts in played.host.items()}
     fullest = max(totals, key=lambda phase: totals[phase])
     return HostMemory(
         capacity=cluster.host_memory,
         peak=totals[fullest],
-        pinned=played.pinned[fullest] * ranks,
-        ranks=ranks,
-        components={name: size * ranks for name, size in played.host[fullest].items() if size},
+        pinned=played.pinned[fullest],
+        ranks=cluster.gpus_per_node,
+        components={name: size for name, size in played.host[fullest].items() if size},
         phases=tuple(Phase(name=phase, allocated=size) for phase, size in totals.items()),
     )

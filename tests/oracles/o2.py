@@ -754,6 +754,12 @@ def _reading_and_writing(sides: TwoSides) -> list[Any]:
             modeling_utils, "get_torch_context_manager_or_global_device", device_in_context
         ),
         unittest.mock.patch.object(safetensors, "_to_ndarray", ndarray),
+        # Of N ranks' plans there is one.
+        unittest.mock.patch.object(
+            importlib.import_module("torch.distributed.checkpoint.default_planner"),
+            "_validate_global_plan",
+            lambda *_: [],
+        ),
         unittest.mock.patch.object(serialization, "_save", save),
         unittest.mock.patch.object(storage_of, "device", property(device)),
         unittest.mock.patch.object(storage_of, "cpu", cpu),
@@ -764,7 +770,7 @@ def _reading_and_writing(sides: TwoSides) -> list[Any]:
 
 def _address(tensor: Any) -> int:
     try:
-        return int(tensor.untyped_storage().data_ptr())
+        return int(getattr(tensor, "_local_tensor", tensor).untyped_storage().data_ptr())
     except Exception:
         return 0
 
@@ -817,6 +823,8 @@ def _side_modes(sides: TwoSides) -> tuple[Any, Any]:
                 target = next((arg for arg in args[1:] if isinstance(arg, str | torch.device)), None)
                 other = next((arg for arg in args[1:] if isinstance(arg, torch.Tensor)), None)
                 side = named(target) if other is None else sides.side_of(other)
+                if target == "cpu" and isinstance(args[0], DTensor):  # its mesh's device type
+                    side = "device"
             elif name == "cpu":
                 side = "host"
             else:
@@ -873,6 +881,7 @@ def groups() -> dict[str, list[Setup]]:
         made[stage] += [_setup("wide", stage, **variant) for variant in _wide_variants(stage)]
     made["offload"] = [_setup("small", **variant) for variant in _offload_variants()]
     made["fsdp"] = [_setup("small", "fsdp", **variant) for variant in _fsdp_variants()]
+    made["checkpoint"] = [_setup("small", **variant) for variant in _checkpoint_variants()]
     made["fsdp"] += [_setup("wide", "fsdp", **variant) for variant in ({}, {"gpus": 64}, {"grad_accum_steps": 3})]
     for group, options in _untied_variants():
         made[group].append(Setup("qwen2", "small", _setup("small", **options).options))
@@ -974,6 +983,35 @@ def _offload_variants() -> list[dict[str, Any]]:
         {"strategy": "zero3", "offload_param": "cpu"},
         *({"strategy": stage, **optimizer, **fp32} for stage in ("zero2", "zero3")),
         *({**engine, **more} for more in (LORA, {"gpus": 64}, {"gpus": 1}) for engine in engines),
+    ]
+
+
+def _checkpoint_variants() -> list[dict[str, Any]]:
+    """A model that is read by from_pretrained and saved after the second step."""
+    bf16, fp32 = ({"pretrained": {"dtype": dtype}, "save": True} for dtype in ("bfloat16", "float32"))
+    gather = {"zero": {"stage3_gather_16bit_weights_on_model_save": True}}
+    both = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+    sharded = {"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    return [
+        {"strategy": "single", "gpus": 1, "dtype": "float32", **bf16},
+        *({"strategy": stage, **fp32} for stage in STAGES),
+        {"strategy": "zero1", **bf16, "zero": {"grad_accum_dtype": "fp32"}},
+        {"strategy": "zero2", "dtype": "float32", **bf16},
+        {"strategy": "zero2", **fp32, **LORA},
+        {"strategy": "zero2", **fp32, "gpus": 1},
+        {"strategy": "zero2", **fp32, "offload_optimizer": "cpu"},
+        {"strategy": "zero3", **fp32, **gather},
+        {"strategy": "zero3", **bf16, **gather, "gpus": 64},
+        {"strategy": "zero3", **bf16, **gather, "gpus": 1},
+        {"strategy": "zero3", **bf16, **LORA},
+        {"strategy": "zero3", **fp32, "zero_init": False, "gpus": 64},
+        {"strategy": "zero3", **bf16, **both},
+        {"strategy": "zero3", **fp32, **both, **gather, "zero_init": False},
+        {"strategy": "fsdp", "dtype": "float32", **bf16},
+        {"strategy": "fsdp", "dtype": "bfloat16", **bf16, "gpus": 64},
+        {"strategy": "fsdp", "dtype": "float32", **fp32, **LORA},
+        {"strategy": "fsdp", "dtype": "float32", **bf16, "offload_param": "cpu"},
+        {"strategy": "fsdp", "dtype": "float32", **bf16, **sharded},
     ]
 
 

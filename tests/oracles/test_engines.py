@@ -38,12 +38,14 @@ KNOWN_MISS = {"stage3_max_live_parameters": 600000, "stage3_max_reuse_distance":
 
 def played(row: o2.Row) -> Ledger:
     """The engine of a row, as its rank 0."""
-    options = {name: value for name, value in row.setup.options.items() if name not in ("zero_init", "two_sides")}
+    options = {name: value for name, value in row.setup.options.items() if name not in ("two_sides", "save")}
     config = dict(CONFIGS[row.setup.family][row.setup.config])
+    config |= {"dtype": options.pop("pretrained", {"dtype": options["dtype"]})["dtype"]}
     if "num_layers" in options:
         config["num_hidden_layers"] = options.pop("num_layers")
     kind, gpus = options.pop("strategy"), options.pop("gpus")
     keys = {**dict.fromkeys(AUTO[kind], "auto"), **options.pop("zero", {})}
+    keys["zero3_init_flag"] = options.pop("zero_init", True)
     places = {name: options.pop(name) for name in ("offload_optimizer", "offload_param") if name in options}
     strategy = Strategy(kind=kind, zero=ZeroSpec(**keys), fsdp=FsdpSpec(**options.pop("fsdp", {})), **places)
     cpu = find_gpu("cpu")
@@ -69,11 +71,11 @@ def measured(row: o2.Row, side: str = "device") -> dict[str, int]:
         "backward": peak("2.backward"),
         "step": peak("2.step"),
         "idle": phases["2.idle"]["start"][exact],
-    }
+    } | ({"load": peak("load", "init"), "save": peak("save")} if "save" in phases else {})
 
 
 def estimated(ledger: Ledger, place: str = "gpu") -> dict[str, int]:
-    names = ("first_step", "forward", "loss", "backward", "step", "idle")
+    names = ("load", "first_step", "forward", "loss", "backward", "step", "idle", "save")
     totals = {name: sum(ledger.fullest(name, place).values()) for name in names}
     return totals | {"forward": max(totals["forward"], totals["loss"])}
 

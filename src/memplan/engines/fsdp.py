@@ -13,7 +13,7 @@ from functools import partial
 from math import prod
 
 from memplan.architectures.nn import InputEmbeddings, Layers, Model, Module
-from memplan.engines.layout import Layout
+from memplan.engines.layout import Layout, StateDict
 from memplan.errors import UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
 from memplan.memory.optimizers import OUTSIDE, Groups, Optimizer, make_optimizer
@@ -68,6 +68,8 @@ class FsdpSetup:
 
     units: Sequence[Unit]
     """In the order of their forward."""
+    as_sharded: Sequence[Unit]
+    """In the order in which ``fully_shard`` is called."""
     root: Key
     ranks: int
     dtype: DType
@@ -77,10 +79,15 @@ class FsdpSetup:
     optimizer: Optimizer
     stepped: Sequence[Parameter]
     """The shards that are trained."""
+    whole: Sequence[tuple[Key, Parameter]]
+    """The weights that they are shards of."""
+    state_dict_type: str
 
 
 class Fsdp:
     """One rank."""
+
+    keeps_loaded = True  # fsdp2_prepare_model has a state_dict of the model before it was sharded
 
     def __init__(self, setup: FsdpSetup, ledger: Ledger) -> None:
         self.setup = setup
@@ -105,11 +112,20 @@ class Fsdp:
 
     def initialize(self) -> None:
         """fully_shard: unit by unit the weights come to the GPU whole, and only their shards stay."""
-        for unit in self.setup.units:
+        for unit in self.setup.as_sharded:
             whole = [self.ledger.allocate("temporaries", row.elements * row.itemsize) for row in unit.weights]
             for row in unit.weights:
-                self._on_host_or_gpu("weights", row.shard * row.itemsize)
+                self._shard(row)
             self.ledger.free(*whole)
+
+    def _shard(self, row: Row) -> None:
+        """_init_sharded_param: cut on the GPU, and under offloading copied to the host, and there into pinned memory."""
+        shard = self.ledger.allocate("weights", row.shard * row.itemsize)
+        if self.setup.offload:
+            copy = self.ledger.allocate("weights", row.shard * row.itemsize, "host")
+            self.ledger.free(shard)
+            self._on_host_or_gpu("weights", row.shard * row.itemsize)
+            self.ledger.free(copy)
 
     def _on_host_or_gpu(self, component: str, nbytes: int) -> Block:
         """A shard, or its gradient."""
@@ -257,6 +273,29 @@ class Fsdp:
         self.ledger.free(*self._sharded_grads)
         self._sharded_grads.clear()
 
+    # -- save ----------------------------------------------------------------------------------------------------------
+
+    def save(self, state_dict: StateDict) -> None:
+        """The model, then the optimizer's states: whole on rank 0's host, or every rank's shards on its own."""
+        optimizer = self.setup.optimizer
+        rows = {row.key: row for unit in self.setup.units for row in unit.weights}
+        model = [(rows[key], rows[key].elements * rows[key].itemsize) for key, _ in state_dict]
+        states = [(rows[key], nbytes) for key, p in self.setup.whole for nbytes in optimizer.state_bytes(p)]
+        for component, entries in (("weights", model), ("optimizer", states)):
+            made = [self._saved(component, row, nbytes) for row, nbytes in entries]
+            self.ledger.free(*made)
+
+    def _saved(self, component: str, row: Row, nbytes: int) -> Block | None:
+        """A tensor of a state_dict, whose weight has ``nbytes``, on the host."""
+        shard, padded = (nbytes * part // row.elements for part in (row.shard, row.padded))
+        if self.setup.state_dict_type == "SHARDED_STATE_DICT":
+            return None if self.setup.offload else self.ledger.allocate(component, shard, "host")
+        staged = self.ledger.allocate("communication", shard) if self.setup.offload else None
+        gathered = self.ledger.allocate("communication", padded) if self.setup.ranks > 1 else None
+        block = self.ledger.allocate(component, nbytes, "main")
+        self.ledger.free(staged, gathered)
+        return block
+
 
 def fsdp_setup(
     strategy: Strategy,
@@ -295,7 +334,7 @@ def fsdp_setup(
         for key, p in model.parameters.items()
     }
     wraps = keys.auto_wrap_policy != "NO_WRAP"
-    units = _Units(root, model, rows, keys.reshard_after_forward, wraps).units
+    units = _Units(root, model, rows, keys.reshard_after_forward, wraps)
     tape = Tape(rules)
     stepped = [
         tape.parameter("shard", (-(-row.rows // ranks), *model.parameters[row.key].shape[1:]), master)
@@ -303,13 +342,18 @@ def fsdp_setup(
         for row in (rows[key] for key in group)
     ]
     return FsdpSetup(
-        units=units,
+        units=units.units,
+        as_sharded=units.as_sharded,
         root=model.numbers[id(root)],
         ranks=ranks,
         dtype=dtype,
         offload=offload,
         optimizer=make_optimizer(optim, CPU if offload else rules, partial(Groups, stepped)),
         stepped=stepped,
+        whole=[
+            (key, tape.parameter("whole", model.parameters[key].shape, master)) for group in model.groups for key in group
+        ],
+        state_dict_type=keys.state_dict_type,
     )
 
 
@@ -329,8 +373,8 @@ class _Units:
         last = [self._made(tail, reshard=False)] if tail else []
         everything = model.numbers[id(root)][0], OUTSIDE
         rest = Unit([*self._left.values()], everything, everything, reshard_after_forward=False)
-        found = [*([rest] if rest.weights else []), *first, *blocks, *last]
-        self.units = [unit for unit in found if unit.weights]
+        self.units = [unit for unit in (rest, *first, *blocks, *last) if unit.weights]
+        self.as_sharded = [unit for unit in (*blocks, *first, *last, rest) if unit.weights]
 
     def _blocks(self, layers: Layers, reshard: bool) -> list[Unit]:
         made = dict(layers.children())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from memplan.architectures.nn import Layers, Module
+from memplan.engines import checkpoint
 from memplan.memory.course import Block, Course, Key, Ledger
 from memplan.memory.optimizers import OUTSIDE, groups_of
 from memplan.tape.tensor import Parameter
@@ -22,6 +23,8 @@ class Layout:
     """Every weight, trained or frozen, in the order of ``named_parameters()``."""
     modules: dict[Key, list[Key]] = field(default_factory=dict)
     """Every module's own weights."""
+    names: list[Key] = field(default_factory=list)
+    """The weights as ``model.state_dict()`` lists them, tied ones more than once."""
     groups: list[list[Key]] = field(default_factory=list)
     """The Trainer's groups of trained weights, with and without weight decay, those that are not empty."""
 
@@ -42,6 +45,7 @@ def layout(root: Module) -> Layout:
             known = found.numbers.get(id(p))
             key = known if known is not None and known[1] == OUTSIDE else number(p, layer)
             own.append(key)
+            found.names.append(key)
             found.parameters.setdefault(key, p)
         if isinstance(module, Layers):
             made = dict(module.children())
@@ -57,6 +61,10 @@ def layout(root: Module) -> Layout:
     groups = [[key for key, p in trained if (id(p) in undecayed) is plain] for plain in (False, True)]
     found.groups = [group for group in groups if group]
     return found
+
+
+StateDict: TypeAlias = Sequence[tuple[Key, int]]
+"""``model.state_dict()``: weights, tied ones more than once, each with its elements."""
 
 
 class Engine(Protocol):
@@ -80,10 +88,18 @@ class Engine(Protocol):
     def step(self) -> None:
         """The optimizer's step."""
 
+    def save(self, state_dict: StateDict) -> None:
+        """The Trainer's ``_save_checkpoint``: the model, whose ``state_dict`` names tied weights twice; the rest."""
+
+    keeps_loaded: bool
+    """The model as it was loaded stays on the host until the engine is set up."""
+
 
 class WholeWeights:
     """What engines have in common under which every rank has all weights whole."""
 
+    keeps_loaded = False
+    ledger: Ledger
     _boundary = True
     """The micro-batch that runs is the last before a step."""
 
@@ -93,13 +109,21 @@ class WholeWeights:
     def module_event(self, kind: str, module: Key) -> None:
         """No module needs anything."""
 
+    def _save_model(self, state_dict: StateDict, itemsize: int) -> None:
+        """accelerate's get_state_dict: on every rank a clone of it on the host, tied weights apart."""
+        clones = [self.ledger.allocate("weights", elements * itemsize, "host") for _, elements in state_dict]
+        self.ledger.free(*clones)
+
 
 @dataclass(frozen=True, slots=True)
 class Played:
     """What is there beside the engine, and the micro-batches of each step."""
 
+    loaded: Sequence[checkpoint.Loaded]
+    """The model that the engine is given."""
     held: Sequence[int]
     """Bytes of each buffer of the model."""
+    state_dict: StateDict
     workspaces: Sequence[int]
     """cuBLAS's."""
     first: Course
@@ -115,11 +139,15 @@ MICRO_BATCHES = 3
 
 
 def play(engine: Engine, ledger: Ledger, run: Played) -> None:
-    """Load, and run the steps."""
+    """Load, run the steps, and save."""
     ledger.begin("load")
+    loaded = checkpoint.load(ledger, run.loaded)
+    if not engine.keeps_loaded:
+        ledger.free(*loaded)  # by .to(device)
     for nbytes in run.held:
         ledger.allocate("weights", nbytes)
     engine.initialize()
+    ledger.free(*loaded)
     ledger.begin("first_step")
     for nbytes in run.workspaces:
         ledger.allocate("workspace", nbytes)
@@ -132,6 +160,8 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
         ledger.begin("step" if step else "first_step")
         engine.step()
     ledger.begin("idle")
+    ledger.begin("save")
+    engine.save(run.state_dict)
 
 
 def _micro_batch(engine: Engine, ledger: Ledger, course: Course, *, first: bool) -> None:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 
-from memplan.engines.layout import Layout
-from memplan.engines.zero import ACCUMULATION, NORM_ITEMSIZE, resolved
+from memplan.engines import checkpoint
+from memplan.engines.layout import Layout, StateDict
+from memplan.engines.zero import ACCUMULATION, NORM_ITEMSIZE, optimizer_storages, resolved
 from memplan.errors import UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
 from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
@@ -54,6 +55,10 @@ class Zero3Setup:
     frozen: Sequence[Shard]
     modules: Mapping[Key, Sequence[Shard]]
     """Every module's own weights, in the model's order."""
+    made_partitioned: frozenset[Key]
+    """Weights that zero.Init partitions as their module is made; others come whole, when the engine is set up."""
+    saves: frozenset[Key]
+    """Weights of the model that is gathered to be saved."""
     ranks: int
     dtype: DType
     accumulation_dtype: DType
@@ -314,6 +319,8 @@ class Coordinator:
 class Zero3:
     """One rank of ``DeepSpeedZeroOptimizer_Stage3``."""
 
+    keeps_loaded = False
+
     def __init__(self, setup: Zero3Setup, ledger: Ledger) -> None:
         self.setup = setup
         self.ledger = ledger
@@ -355,27 +362,67 @@ class Zero3:
             ledger.allocate("gradients", nbytes)
         for shard in self._trained.values():  # create_reduce_and_remove_grad_hooks gathers each once
             if setup.ranks > 1:
-                ledger.briefly("communication", shard.partition * shard.ranks * shard.itemsize)
+                ledger.free(*self._gathered([shard]))
 
     def _place_partitions(self) -> None:
+        """Weights are cut into partitions; those that are trained then move into flat buffers."""
         setup, ledger = self.setup, self.ledger
-        for shard in setup.frozen:
-            stays = not setup.offload_param or shard.persistent
-            place = "gpu" if stays else setup.weights_place
-            ledger.allocate("weights", shard.partition * shard.itemsize, place)
+        partitions = self._made_partitions()
         if setup.offload_param:
-            for group in setup.groups:
+            for group in setup.groups:  # _create_param_groups_fp16_flat_cpu_memory
                 nbytes = sum(shard.partition * shard.itemsize for shard in group)
                 self._on_host("weights", nbytes, setup.weights_place)
-        else:
-            ledger.allocate("weights", sum(shard.partition * shard.itemsize for shard in self._trained.values()))
+            ledger.free(*(partitions[key] for key in self._trained))
+            return
+        nbytes = sum(shard.partition * shard.itemsize for shard in self._trained.values())
+        flat = ledger.allocate("weights", nbytes, "host")  # defragment: by way of the host
+        ledger.free(*(partitions[key] for key in self._trained))
+        ledger.allocate("weights", nbytes)
+        ledger.free(flat)
 
-    def _on_host(self, component: str, nbytes: int, place: str) -> None:
+    def _made_partitions(self) -> dict[Key, Block]:
+        """zero.Init, module by module, and what from_pretrained gathers then; the other weights come whole."""
+        setup, ledger = self.setup, self.ledger
+        partitions: dict[Key, Block] = {}
+        for own in setup.modules.values():
+            self._partition([s for s in own if s.key in setup.made_partitioned and s.key not in partitions], partitions)
+        for own in setup.modules.values():  # _load_state_dict_into_zero3_model
+            ledger.free(*self._gathered([shard for shard in own if shard.key in partitions]))
+        self._partition([shard for shard in self._all if shard.key not in partitions], partitions)
+        return partitions
+
+    def _partition(self, shards: Sequence[Shard], partitions: dict[Key, Block]) -> None:
+        """All of them are there whole, and are cut one by one."""
+        setup = self.setup
+        whole = [self.ledger.allocate("weights", shard.elements * shard.itemsize) for shard in shards]
+        for shard, block in zip(shards, whole, strict=True):
+            nbytes = shard.partition * shard.itemsize
+            stays = not setup.offload_param or shard.persistent
+            if stays:
+                partitions[shard.key] = self.ledger.allocate("weights", nbytes)
+            else:
+                partitions[shard.key] = self._on_host("weights", nbytes, setup.weights_place)
+            self.ledger.free(block)
+
+    def _gathered(self, shards: Sequence[Shard]) -> list[Block]:
+        """GatheredParameters."""
+        blocks = []
+        staged: list[Block] = []
+        for shard in shards:
+            blocks.append(self.ledger.allocate("communication", shard.partition * shard.ranks * shard.itemsize))
+            if self.setup.offload_param and not shard.persistent:
+                staged.append(self.ledger.allocate("communication", shard.partition * shard.itemsize))
+        self.ledger.free(*staged)
+        return blocks
+
+    def _on_host(self, component: str, nbytes: int, place: str) -> Block:
         """Made in pageable memory and, if it is to be pinned, copied."""
         made = self.ledger.allocate(component, nbytes, "host")
-        if place != "host":
-            self.ledger.allocate(component, nbytes, place)
-            self.ledger.free(made)
+        if place == "host":
+            return made
+        pinned = self.ledger.allocate(component, nbytes, place)
+        self.ledger.free(made)
+        return pinned
 
     @property
     def _optimizer_place(self) -> str:
@@ -489,6 +536,33 @@ class Zero3:
         self._stepped = True
         self.coordinator.gather_persistent(self._all)
 
+    # -- save ------------------------------------------------------------------------------------------------------
+
+    def save(self, state_dict: StateDict) -> None:
+        """The model, if it is to be gathered; then every rank writes its partitions of the optimizer."""
+        setup, ledger = self.setup, self.ledger
+        model = self._consolidated() if setup.saves else []
+        self.coordinator.release_and_reset_all(self._all)  # checkpoint_event_prologue
+        storages = [] if setup.offload_optimizer else optimizer_storages(setup.optimizers, setup.partitions)
+        checkpoint.write(ledger, storages)
+        self.coordinator.gather_persistent(self._all)
+        # get_layer_state_dict calls itself, a cycle that holds the model until the garbage collector comes by.
+        ledger.free(*model)
+
+    def _consolidated(self) -> list[Block]:
+        """_zero3_consolidated_16bit_state_dict: gathered module by module, kept on rank 0's host."""
+        ledger = self.ledger
+        self.coordinator.release_and_reset_all(self._all)
+        model: dict[Key, Block] = {}
+        for own in self.setup.modules.values():
+            gathered = self._gathered(own)
+            for shard in own:
+                if shard.key in self.setup.saves and shard.key not in model:
+                    model[shard.key] = ledger.allocate("weights", shard.elements * shard.itemsize, "main")
+            ledger.free(*gathered)
+        self.coordinator.gather_persistent(self._all)
+        return list(model.values())
+
     def _make_states(self, index: int) -> None:
         for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
             self.ledger.allocate("optimizer", nbytes, self._optimizer_place)
@@ -506,8 +580,13 @@ def zero3_setup(
     hidden_size: int | None,
     optim: str,
     rules: DeviceRules,
+    *,
+    adapted: bool,
 ) -> Zero3Setup:
-    """The engine's settings as DeepSpeed and the Trainer resolve them. Raises UnsupportedError for unmodelled ones."""
+    """The engine's settings as DeepSpeed and the Trainer resolve them; PEFT has ``adapted`` the model, or not.
+
+    Raises UnsupportedError for unmodelled ones.
+    """
     keys = strategy.zero
     reasons = {
         "offload_optimizer": strategy.offload_optimizer == "nvme" and "nvme",
@@ -539,6 +618,9 @@ def zero3_setup(
         sub_groups=sub_groups,
         frozen=[shard for key, shard in shards.items() if key not in trained],
         modules={module: [shards[key] for key in own] for module, own in model.modules.items()},
+        made_partitioned=frozenset(key for key in shards if keys.zero3_init_flag and not (adapted and key in trained)),
+        # Of an adapted model the Trainer saves what is trained, whatever the key says.
+        saves=frozenset(trained if adapted else shards if keys.stage3_gather_16bit_weights_on_model_save else ()),
         ranks=ranks,
         dtype=dtype,
         accumulation_dtype=ACCUMULATION[keys.grad_accum_dtype] if keys.grad_accum_dtype is not None else dtype,

@@ -130,14 +130,17 @@ class Block:
 class Ledger:
     """What is alive on GPU, host and NVMe while an engine is played, and the fullest moment of each phase.
 
-    Places are ``gpu``, ``host`` (pageable), ``pinned`` (host, page-locked) and ``nvme``. On the GPU blocks are
-    multiples of 512 bytes; pinned ones are powers of two (CachingHostAllocator.h).
+    Places are ``gpu``, ``host`` (pageable), ``pinned`` (host, page-locked), ``main`` (pageable, but the main process's
+    alone) and ``nvme``. On the GPU blocks are multiples of 512 bytes; pinned ones are powers of two
+    (CachingHostAllocator.h). The host is told of a node on which ``ranks`` ranks do the same, the main process among
+    them.
     """
 
-    def __init__(self, pinned_in_powers_of_two: bool = True) -> None:
+    def __init__(self, pinned_in_powers_of_two: bool = True, ranks: int = 1) -> None:
         self.pinned_in_powers_of_two = pinned_in_powers_of_two
+        self.ranks = ranks
         self.phase = "load"
-        self._engine: dict[str, Parts] = {place: {} for place in ("gpu", "host", "pinned", "nvme")}
+        self._engine: dict[str, Parts] = {place: {} for place in ("gpu", "host", "pinned", "main", "nvme")}
         self._totals: dict[str, int] = dict.fromkeys(self._engine, 0)
         self._tape = [0] * len(COMPONENTS)
         self._tape_total = 0
@@ -236,12 +239,14 @@ class Ledger:
             self._look(place)
 
     def _look(self, place: str) -> None:
-        if place in ("host", "pinned"):  # one memory: the fullest moment of both together
-            height, key = self._totals["host"] + self._totals["pinned"], (self.phase, "host")
+        if place in ("host", "pinned", "main"):  # one memory: the fullest moment of all together
+            height = (self._totals["host"] + self._totals["pinned"]) * self.ranks + self._totals["main"]
+            key = self.phase, "host"
             if height > self._highest.get(key, -1):
                 self._highest[key] = height
-                self._fullest[key] = self._added(self._engine["host"], self._engine["pinned"])
-                self._fullest[self.phase, "pinned"] = dict(self._engine["pinned"])
+                self._fullest[key] = self._node()
+                pinned = self._engine["pinned"].items()
+                self._fullest[self.phase, "pinned"] = {name: size * self.ranks for name, size in pinned}
             return
         key = self.phase, place
         height = self._totals[place] + (self._tape_total if place == "gpu" else 0)
@@ -249,8 +254,12 @@ class Ledger:
             self._highest[key] = height
             self._fullest[key] = self._sum(self._tape) if place == "gpu" else dict(self._engine[place])
 
-    def _added(self, one: Parts, other: Parts) -> Parts:
-        return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
+    def _node(self) -> Parts:
+        parts: Counter[str] = Counter()
+        for place, times in (("host", self.ranks), ("pinned", self.ranks), ("main", 1)):
+            for name, size in self._engine[place].items():
+                parts[name] += size * times
+        return dict(parts)
 
     def _sum(self, tape: list[int]) -> Parts:
         parts = dict(self._engine["gpu"])

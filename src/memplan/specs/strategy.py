@@ -120,6 +120,9 @@ class ZeroSpec(Spec):
     """Stage 3: elements that prefetching may keep gathered."""
     stage3_max_reuse_distance: Count = 1_000_000_000
     """Stage 3: a parameter used again within this many elements stays gathered."""
+    zero3_init_flag: bool = True
+    """Stage 3: the model is made under ``zero.Init``, as it is after TrainingArguments; False makes it whole on every
+    rank. accelerate's name; in a DeepSpeed config there is no such key."""
     stage3_gather_16bit_weights_on_model_save: bool = False
     """Stage 3: gather the whole 16-bit model to save it."""
     stage3_allgather_sequential: bool = False
