@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from memplan.adapters.quantization import default_dtype
 from memplan.architectures.nn import Inventory
 from memplan.architectures.registry import attention_implementations, head_of
 from memplan.constants import Constant
-from memplan.engines import ddp, plain
+from memplan.engines import checkpoint, ddp, plain
 from memplan.engines.plain import Parts, Run
 from memplan.errors import SpecError, UnsupportedError
 from memplan.inference import Inference, Machine, infer
@@ -53,7 +54,7 @@ from memplan.specs.strategy import Strategy
 from memplan.specs.training import STEPS_ONLY, TrainingSpec
 from memplan.tape.dispatch import CPU, DeviceRules, cuda
 from memplan.tape.tape import Tape
-from memplan.tape.tensor import Parameter
+from memplan.tape.tensor import Parameter, dtype_named
 from memplan.units import MiB
 
 
@@ -111,7 +112,7 @@ def estimate(
             else:
                 replayed = Replayed({}, _bound(setup, gpu, strategy, cluster.gpus))
     memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
-    host = sharded.host_memory(played, cluster) if strategy.shards else _host_memory(run, cluster)
+    host = sharded.host_memory(played, cluster) if strategy.shards else _host_memory(setup, run, cluster, placed)
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
     return Estimate(
         model=_model_info(model, run),
@@ -448,16 +449,47 @@ NO_GPU_CONTEXT = Constant(
 )
 
 
-def _host_memory(run: Run, cluster: ClusterSpec) -> HostMemory:
-    """Paged optimizer states, as far as the driver does not find room for them on the GPU."""
-    paged = sum(run.optimizer.paged_bytes(p) * count for p, count in run.trainable) * cluster.gpus_per_node
+def _host_memory(setup: Setup, run: Run, cluster: ClusterSpec, phases: Iterable[str]) -> HostMemory:
+    """Of one node: the model on its way to the GPUs, what the main process saves, and paged optimizer states, as far as
+    the driver does not find room for them on the GPU.
+    """
+    ranks = cluster.gpus_per_node
+    paged = sum(run.optimizer.paged_bytes(p) * count for p, count in run.trainable) * ranks
+    parts: dict[str, Parts] = {phase: {"optimizer": paged} if paged and phase != "load" else {} for phase in phases}
+    if setup.rules.kind != "cpu":
+        parts["load"] |= {"weights": _loaded(setup, run) * ranks}
+        model, state = _saved(setup, run)
+        saving = {"weights": model} if model >= state else {"temporaries": state}
+        parts["save"] |= saving
+    totals = {phase: plain.total(each) for phase, each in parts.items()}
+    fullest = max(totals, key=lambda phase: totals[phase])
     return HostMemory(
         capacity=cluster.host_memory,
-        peak=paged,
+        peak=totals[fullest],
         pinned=0,
-        ranks=cluster.gpus_per_node,
-        components={"optimizer": paged} if paged else {},
+        ranks=ranks,
+        components={name: size for name, size in parts[fullest].items() if size},
+        phases=tuple(Phase(name=phase, allocated=size) for phase, size in totals.items()),
     )
+
+
+def _loaded(setup: Setup, run: Run) -> int:
+    """Bytes of one process's own once from_pretrained is done, before the Trainer moves the model to the GPU."""
+    if setup.training.quantization is not None:
+        return 0  # tensor by tensor straight to the GPU
+    stored, asked = checkpoint.stored_dtype(setup.model.config), dtype_named(setup.precision.dtype)
+    adapted = setup.training.lora is not None
+    return sum(
+        (p.nbytes if adapted and p.node is not None else checkpoint.from_pretrained(p, asked, stored)) * count
+        for p, count in run.parameters
+    )
+
+
+def _saved(setup: Setup, run: Run) -> tuple[int, int]:
+    """Bytes that the main process copies to the host to write the fullest file of the model, then the largest state."""
+    model = run.trainable if setup.training.lora is not None else run.parameters
+    states = [nbytes for p, _ in run.trainable for nbytes in run.optimizer.state_bytes(p)]
+    return checkpoint.largest_file(p.nbytes for p, count in model for _ in range(count)), max(states, default=0)
 
 
 def _gpu_memory(

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from memplan.architectures.nn import Module
 from memplan.engines import bf16, fsdp, plain, zero, zero0, zero3
-from memplan.engines.checkpoint import Loaded, stored_dtype
+from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
 from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, layout, play
 from memplan.engines.plain import Parts
 from memplan.memory.course import Ledger, ReplayLedger, course
@@ -107,14 +107,9 @@ def _loaded(setup: Setup, strategy: Strategy, model: Layout) -> list[Loaded]:
             wanted = loaded
         else:
             wanted = setup.dtype
-        view = not made and asked is stored and len(p.shape) < FUSED_EXPERTS
         cast = p.numel * wanted.itemsize if wanted is not loaded else None
-        found.append(Loaded(0 if view else p.numel * loaded.itemsize, cast))
+        found.append(Loaded(p.numel * loaded.itemsize if made else from_pretrained(p, asked, stored), cast))
     return found
-
-
-FUSED_EXPERTS = 3
-"""Dimensions of the weights of all experts: a checkpoint has one expert's at a time, which are stacked."""
 
 
 def _engine(

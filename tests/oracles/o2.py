@@ -592,6 +592,8 @@ class TwoSides:
     def __init__(self) -> None:
         self._sides: dict[int, str] = {}
         self._log: dict[int, list[tuple[int, str]]] = {}
+        self.distributes = False
+        """accelerate cuts a whole state_dict into shards, on the device of their mesh."""
         self.mapped: list[tuple[int, int]] = []
         """When files were mapped: that is page cache, which the kernel takes back, although the profiler sees it."""
         self._stack = contextlib.ExitStack()
@@ -720,6 +722,16 @@ def _reading_and_writing(sides: TwoSides) -> list[Any]:
         found = context_device()
         return None if found == torch.device("cpu:0") else found
 
+    accelerates = importlib.import_module("accelerate.utils.fsdp_utils")
+    load_full = accelerates.fsdp2_load_full_state_dict
+
+    def load_full_state_dict(*args: Any, **kwargs: Any) -> Any:
+        sides.distributes = True
+        try:
+            return load_full(*args, **kwargs)
+        finally:
+            sides.distributes = False
+
     safetensors = importlib.import_module("safetensors.torch")
     to_ndarray = safetensors._to_ndarray
     serialization = importlib.import_module("torch.serialization")
@@ -750,15 +762,14 @@ def _reading_and_writing(sides: TwoSides) -> list[Any]:
 
     return [
         unittest.mock.patch.object(modeling_utils, "safe_open", Opened),
-        unittest.mock.patch.object(
-            modeling_utils, "get_torch_context_manager_or_global_device", device_in_context
-        ),
+        unittest.mock.patch.object(modeling_utils, "get_torch_context_manager_or_global_device", device_in_context),
         unittest.mock.patch.object(safetensors, "_to_ndarray", ndarray),
+        unittest.mock.patch.object(accelerates, "fsdp2_load_full_state_dict", load_full_state_dict),
         # Of N ranks' plans there is one.
         unittest.mock.patch.object(
             importlib.import_module("torch.distributed.checkpoint.default_planner"),
             "_validate_global_plan",
-            lambda *_: [],
+            return_value=[],
         ),
         unittest.mock.patch.object(serialization, "_save", save),
         unittest.mock.patch.object(storage_of, "device", property(device)),
@@ -823,7 +834,7 @@ def _side_modes(sides: TwoSides) -> tuple[Any, Any]:
                 target = next((arg for arg in args[1:] if isinstance(arg, str | torch.device)), None)
                 other = next((arg for arg in args[1:] if isinstance(arg, torch.Tensor)), None)
                 side = named(target) if other is None else sides.side_of(other)
-                if target == "cpu" and isinstance(args[0], DTensor):  # its mesh's device type
+                if target == "cpu" and (sides.distributes or isinstance(args[0], DTensor)):  # its mesh's device type
                     side = "device"
             elif name == "cpu":
                 side = "host"
@@ -883,6 +894,7 @@ def groups() -> dict[str, list[Setup]]:
     made["fsdp"] = [_setup("small", "fsdp", **variant) for variant in _fsdp_variants()]
     made["checkpoint"] = [_setup("small", **variant) for variant in _checkpoint_variants()]
     made["fsdp"] += [_setup("wide", "fsdp", **variant) for variant in ({}, {"gpus": 64}, {"grad_accum_steps": 3})]
+    made["checkpoint"] += [Setup(family, config, _setup(config, **o).options) for family, config, o in _read_variants()]
     for group, options in _untied_variants():
         made[group].append(Setup("qwen2", "small", _setup("small", **options).options))
     return made
@@ -1012,6 +1024,27 @@ def _checkpoint_variants() -> list[dict[str, Any]]:
         {"strategy": "fsdp", "dtype": "float32", **fp32, **LORA},
         {"strategy": "fsdp", "dtype": "float32", **bf16, "offload_param": "cpu"},
         {"strategy": "fsdp", "dtype": "float32", **bf16, **sharded},
+        {"strategy": "fsdp", "dtype": "float32", **bf16, "fsdp": {"cpu_ram_efficient_loading": True}},
+    ]
+
+
+def _read_variants() -> list[tuple[str, str, dict[str, Any]]]:
+    """The same of models with tied weights, biases, stacked experts, and of checkpoints in several files."""
+    fp32 = {"pretrained": {"dtype": "float32"}, "save": True}
+    bf16 = {"pretrained": {"dtype": "bfloat16"}, "save": True}
+    files = {"pretrained": {"dtype": "float32", "max_shard_size": "2MB"}, "save": True}
+    gather = {"zero": {"stage3_gather_16bit_weights_on_model_save": True}}
+    return [
+        ("llama", "tied", {"strategy": "zero2", "gpus": 3, **fp32}),
+        ("llama", "tied", {"strategy": "fsdp", "gpus": 2, **bf16}),
+        ("llama", "tied", {"strategy": "fsdp", "gpus": 2, **bf16, "fsdp": {"cpu_ram_efficient_loading": True}}),
+        ("mixtral", "small", {"strategy": "zero2", **bf16}),
+        ("qwen2", "small", {"strategy": "zero3", "gpus": 5, **files, **gather}),
+        ("qwen2", "small", {"strategy": "fsdp", "gpus": 3, **bf16, "offload_param": "cpu", "num_layers": 3}),
+        ("llama", "wide", {"strategy": "zero1", "gpus": 8, **bf16, "offload_optimizer": "cpu"}),
+        ("llama", "tied", {"strategy": "zero3", "gpus": 8, **bf16, **gather, "offload_optimizer": "cpu"}),
+        ("qwen2", "small", {"strategy": "zero0", "gpus": 2, **bf16, "dtype": "float32", **LORA}),
+        ("gpt2", "small", {"strategy": "single", "gpus": 1, **bf16, "dtype": "float32"}),
     ]
 
 

@@ -17,8 +17,10 @@ from typing import Any
 
 from memplan.memory.course import Block, Ledger
 from memplan.tape import tensor as dtypes
-from memplan.tape.tensor import DType
+from memplan.tape.tensor import DType, Parameter
 
+STACKED = 3
+"""Dimensions of the weights of all experts, of which a checkpoint has one at a time: stacking them is a copy."""
 MAX_SHARD_SIZE = 50 * 10**9
 """Bytes: save_pretrained starts another file before it gets larger (``max_shard_size="50GB"``)."""
 
@@ -37,6 +39,12 @@ def stored_dtype(config: Mapping[str, Any]) -> DType | None:
     """The checkpoint's dtype, as its config tells it; None is unknown."""
     name = config.get("dtype") or config.get("torch_dtype")
     return dtypes.dtype_named(name) if name in ("float32", "bfloat16", "float16") else None
+
+
+def from_pretrained(weight: Parameter, dtype: DType, stored: DType | None) -> int:
+    """Bytes of the process's own that a weight loaded as ``dtype`` has; of an unknown checkpoint it is a copy."""
+    view = dtype is stored and len(weight.shape) != STACKED
+    return 0 if view else weight.numel * dtype.itemsize
 
 
 def load(ledger: Ledger, weights: Sequence[Loaded]) -> list[Block]:

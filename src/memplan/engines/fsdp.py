@@ -70,6 +70,8 @@ class FsdpSetup:
     """In the order of their forward."""
     as_sharded: Sequence[Unit]
     """In the order in which ``fully_shard`` is called."""
+    distributed: Sequence[Row]
+    """With cpu_ram_efficient_loading: the state_dict that rank 0 sends to all, after sharding without memory."""
     root: Key
     ranks: int
     dtype: DType
@@ -112,20 +114,36 @@ class Fsdp:
 
     def initialize(self) -> None:
         """fully_shard: unit by unit the weights come to the GPU whole, and only their shards stay."""
+        if self.setup.distributed:
+            self._distribute(self.setup.distributed)
+            return
         for unit in self.setup.as_sharded:
             whole = [self.ledger.allocate("temporaries", row.elements * row.itemsize) for row in unit.weights]
             for row in unit.weights:
                 self._shard(row)
             self.ledger.free(*whole)
 
-    def _shard(self, row: Row) -> None:
-        """_init_sharded_param: cut on the GPU, and under offloading copied to the host, and there into pinned memory."""
+    def _distribute(self, rows: Sequence[Row]) -> None:
+        """fsdp2_load_full_state_dict: weights come to the GPU one by one, tied ones twice until they are tied again."""
+        twice: list[Block] = []
+        seen: set[Key] = set()
+        for row in rows:
+            whole = self.ledger.allocate("temporaries", row.elements * row.itemsize)
+            shard = self._shard(row)
+            self.ledger.free(whole)
+            twice += [shard] if row.key in seen else []
+            seen.add(row.key)
+        self.ledger.free(*twice)
+
+    def _shard(self, row: Row) -> Block:
+        """_init_sharded_param: cut on the GPU; under offloading copied to the host, and there into pinned memory."""
         shard = self.ledger.allocate("weights", row.shard * row.itemsize)
         if self.setup.offload:
             copy = self.ledger.allocate("weights", row.shard * row.itemsize, "host")
             self.ledger.free(shard)
-            self._on_host_or_gpu("weights", row.shard * row.itemsize)
+            shard = self._on_host_or_gpu("weights", row.shard * row.itemsize)
             self.ledger.free(copy)
+        return shard
 
     def _on_host_or_gpu(self, component: str, nbytes: int) -> Block:
         """A shard, or its gradient."""
@@ -344,6 +362,7 @@ def fsdp_setup(
     return FsdpSetup(
         units=units.units,
         as_sharded=units.as_sharded,
+        distributed=[rows[key] for key in model.names] if keys.cpu_ram_efficient_loading else [],
         root=model.numbers[id(root)],
         ranks=ranks,
         dtype=dtype,
@@ -351,7 +370,9 @@ def fsdp_setup(
         optimizer=make_optimizer(optim, CPU if offload else rules, partial(Groups, stepped)),
         stepped=stepped,
         whole=[
-            (key, tape.parameter("whole", model.parameters[key].shape, master)) for group in model.groups for key in group
+            (key, tape.parameter("whole", model.parameters[key].shape, master))
+            for group in model.groups
+            for key in group
         ],
         state_dict_type=keys.state_dict_type,
     )

@@ -377,6 +377,7 @@ class Zero3:
         nbytes = sum(shard.partition * shard.itemsize for shard in self._trained.values())
         flat = ledger.allocate("weights", nbytes, "host")  # defragment: by way of the host
         ledger.free(*(partitions[key] for key in self._trained))
+        ledger.empty_cache()
         ledger.allocate("weights", nbytes)
         ledger.free(flat)
 

@@ -157,7 +157,8 @@ class FsdpSpec(Spec):
     activation_checkpointing: bool = False
     """Let FSDP do the checkpointing; not together with ``gradient_checkpointing``."""
     cpu_ram_efficient_loading: bool = False
-    """Only rank 0 reads the checkpoint; the others receive their shards."""
+    """Weights are sharded without memory, and rank 0 sends them one by one. With transformers 5.23 every rank reads the
+    whole checkpoint nevertheless: on the host it saves nothing."""
     state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] = "FULL_STATE_DICT"
     """How a checkpoint is saved; a full one gathers the model."""
     backward_prefetch: Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"] = "BACKWARD_PRE"
