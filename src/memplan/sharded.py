@@ -8,7 +8,7 @@ from functools import lru_cache
 from memplan.architectures.nn import Module
 from memplan.engines import bf16, fsdp, plain, zero, zero0, zero3
 from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
-from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, layout, play
+from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, StateDict, layout, play
 from memplan.engines.plain import Parts
 from memplan.memory.course import Ledger, ReplayLedger, course
 from memplan.memory.trace import Replayed, configured, engines_bound
@@ -80,7 +80,10 @@ def play_engine(
     model = layout(first.root)
     played = Played(
         loaded=_loaded(setup, strategy, model),
-        state_dict=[(key, model.parameters[key].numel) for key in model.names],
+        state_dict=StateDict(
+            [(key, model.parameters[key].numel) for key in model.names],
+            sum(model.parameters[key].numel for key in model.merged),
+        ),
         held=first.inventory.buffer_blocks,
         workspaces=run.workspaces,
         first=course(first.unrolled, model.numbers, measured=not full_depth),
@@ -108,7 +111,8 @@ def _loaded(setup: Setup, strategy: Strategy, model: Layout) -> list[Loaded]:
         else:
             wanted = setup.dtype
         cast = p.numel * wanted.itemsize if wanted is not loaded else None
-        found.append(Loaded(p.numel * loaded.itemsize if made else from_pretrained(p, asked, stored), cast))
+        nbytes = p.numel * loaded.itemsize if made else from_pretrained(p, asked, stored)
+        found.append(Loaded(nbytes, cast, merged=key in model.merged))
     return found
 
 

@@ -33,6 +33,8 @@ class Loaded:
     """Of the process's own: none where it is a view of the mapped file."""
     cast: int | None = None
     """What it has once the engine has cast it; None leaves it as it is."""
+    merged: bool = False
+    """Two weights of every expert are stacked, and the stacks put together."""
 
 
 def stored_dtype(config: Mapping[str, Any]) -> DType | None:
@@ -49,7 +51,11 @@ def from_pretrained(weight: Parameter, dtype: DType, stored: DType | None) -> in
 
 def load(ledger: Ledger, weights: Sequence[Loaded]) -> list[Block]:
     """The whole model is read; then the engine casts it, weight by weight."""
-    blocks = [ledger.allocate("weights", weight.nbytes, "host") for weight in weights]
+    blocks = []
+    for weight in weights:
+        stacks = ledger.allocate("temporaries", weight.nbytes, "host") if weight.merged else None
+        blocks.append(ledger.allocate("weights", weight.nbytes, "host"))
+        ledger.free(stacks)
     for i, weight in enumerate(weights):
         if weight.cast is not None:
             cast = ledger.allocate("weights", weight.cast, "host")

@@ -297,10 +297,12 @@ class Fsdp:
         """The model, then the optimizer's states: whole on rank 0's host, or every rank's shards on its own."""
         optimizer = self.setup.optimizer
         rows = {row.key: row for unit in self.setup.units for row in unit.weights}
-        model = [(rows[key], rows[key].elements * rows[key].itemsize) for key, _ in state_dict]
+        model = [(rows[key], rows[key].elements * rows[key].itemsize) for key, _ in state_dict.weights]
         states = [(rows[key], nbytes) for key, p in self.setup.whole for nbytes in optimizer.state_bytes(p)]
         for component, entries in (("weights", model), ("optimizer", states)):
             made = [self._saved(component, row, nbytes) for row, nbytes in entries]
+            if entries is model and self.setup.state_dict_type == "FULL_STATE_DICT":
+                self.ledger.briefly("temporaries", state_dict.split * model[0][0].itemsize, "main")
             self.ledger.free(*made)
 
     def _saved(self, component: str, row: Row, nbytes: int) -> Block | None:

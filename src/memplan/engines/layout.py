@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from memplan.architectures.nn import Layers, Module
 from memplan.engines import checkpoint
@@ -25,8 +25,14 @@ class Layout:
     """Every module's own weights."""
     names: list[Key] = field(default_factory=list)
     """The weights as ``model.state_dict()`` lists them, tied ones more than once."""
+    merged: list[Key] = field(default_factory=list)
+    """Experts' gates and up-projections, of which each has its own weight in a checkpoint."""
     groups: list[list[Key]] = field(default_factory=list)
     """The Trainer's groups of trained weights, with and without weight decay, those that are not empty."""
+
+    def stacked(self, own: Sequence[Key]) -> list[Key]:
+        """Of a module's weights those of all experts."""
+        return [key for key in own if len(self.parameters[key].shape) == checkpoint.STACKED]
 
 
 def layout(root: Module) -> Layout:
@@ -56,6 +62,7 @@ def layout(root: Module) -> Layout:
             visit(child, layer)
 
     visit(root, OUTSIDE)
+    found.merged = [stacked[0] for stacked in map(found.stacked, found.modules.values()) if len(stacked) > 1]
     undecayed = groups_of(root).undecayed
     trained = [(key, p) for key, p in found.parameters.items() if p.node is not None]
     groups = [[key for key, p in trained if (id(p) in undecayed) is plain] for plain in (False, True)]
@@ -63,8 +70,14 @@ def layout(root: Module) -> Layout:
     return found
 
 
-StateDict: TypeAlias = Sequence[tuple[Key, int]]
-"""``model.state_dict()``: weights, tied ones more than once, each with its elements."""
+@dataclass(frozen=True, slots=True)
+class StateDict:
+    """``model.state_dict()``, and what writing it in the checkpoint's format takes."""
+
+    weights: Sequence[tuple[Key, int]]
+    """Tied ones more than once, each with its elements."""
+    split: int
+    """Elements of the experts' weights that are halved, which copies them (revert_weight_conversion)."""
 
 
 class Engine(Protocol):
@@ -111,7 +124,8 @@ class WholeWeights:
 
     def _save_model(self, state_dict: StateDict, itemsize: int) -> None:
         """accelerate's get_state_dict: on every rank a clone of it on the host, tied weights apart."""
-        clones = [self.ledger.allocate("weights", elements * itemsize, "host") for _, elements in state_dict]
+        clones = [self.ledger.allocate("weights", elements * itemsize, "host") for _, elements in state_dict.weights]
+        self.ledger.briefly("temporaries", state_dict.split * itemsize, "main")
         self.ledger.free(*clones)
 
 

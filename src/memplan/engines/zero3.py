@@ -385,16 +385,21 @@ class Zero3:
         """zero.Init, module by module, and what from_pretrained gathers then; the other weights come whole."""
         setup, ledger = self.setup, self.ledger
         partitions: dict[Key, Block] = {}
+        twice: list[Block] = []
+        """Weights that will be tied, which are made nevertheless."""
         for own in setup.modules.values():
-            self._partition([s for s in own if s.key in setup.made_partitioned and s.key not in partitions], partitions)
+            made = self._partition([shard for shard in own if shard.key in setup.made_partitioned])
+            twice += [made.pop(key) for key in list(made) if key in partitions]
+            partitions |= made
         for own in setup.modules.values():  # _load_state_dict_into_zero3_model
             ledger.free(*self._gathered([shard for shard in own if shard.key in partitions]))
-        self._partition([shard for shard in self._all if shard.key not in partitions], partitions)
-        return partitions
+        ledger.free(*twice)
+        return partitions | self._partition([shard for shard in self._all if shard.key not in partitions])
 
-    def _partition(self, shards: Sequence[Shard], partitions: dict[Key, Block]) -> None:
+    def _partition(self, shards: Sequence[Shard]) -> dict[Key, Block]:
         """All of them are there whole, and are cut one by one."""
         setup = self.setup
+        partitions: dict[Key, Block] = {}
         whole = [self.ledger.allocate("weights", shard.elements * shard.itemsize) for shard in shards]
         for shard, block in zip(shards, whole, strict=True):
             nbytes = shard.partition * shard.itemsize
@@ -404,6 +409,7 @@ class Zero3:
             else:
                 partitions[shard.key] = self._on_host("weights", nbytes, setup.weights_place)
             self.ledger.free(block)
+        return partitions
 
     def _gathered(self, shards: Sequence[Shard]) -> list[Block]:
         """GatheredParameters."""
@@ -543,6 +549,8 @@ class Zero3:
         """The model, if it is to be gathered; then every rank writes its partitions of the optimizer."""
         setup, ledger = self.setup, self.ledger
         model = self._consolidated() if setup.saves else []
+        if len(setup.saves) == len(self._all):
+            self.ledger.briefly("temporaries", state_dict.split * setup.dtype.itemsize, "main")
         self.coordinator.release_and_reset_all(self._all)  # checkpoint_event_prologue
         storages = [] if setup.offload_optimizer else optimizer_storages(setup.optimizers, setup.partitions)
         checkpoint.write(ledger, storages)
