@@ -50,6 +50,11 @@ class Row:
     def elements(self) -> int:
         return self.rows * self.width
 
+    @property
+    def short(self) -> int:
+        """How many ranks' shards have fewer rows than the first's."""
+        return self.ranks - self.rows // -(-self.rows // self.ranks)
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -129,8 +134,9 @@ class Fsdp:
         seen: set[Key] = set()
         for row in rows:
             whole = self.ledger.allocate("temporaries", row.elements * row.itemsize)
+            pads = [self.ledger.allocate("temporaries", row.shard * row.itemsize) for _ in range(row.short)]
             shard = self._shard(row)
-            self.ledger.free(whole)
+            self.ledger.free(whole, *pads)  # distribute_tensor copies the shards that it pads
             twice += [shard] if row.key in seen else []
             seen.add(row.key)
         self.ledger.free(*twice)
