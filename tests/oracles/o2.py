@@ -1045,6 +1045,9 @@ def _read_variants() -> list[tuple[str, str, dict[str, Any]]]:
         ("llama", "tied", {"strategy": "zero3", "gpus": 8, **bf16, **gather, "offload_optimizer": "cpu"}),
         ("qwen2", "small", {"strategy": "zero0", "gpus": 2, **bf16, "dtype": "float32", **LORA}),
         ("gpt2", "small", {"strategy": "single", "gpus": 1, **bf16, "dtype": "float32"}),
+        ("mixtral", "small", {"strategy": "single", "gpus": 1, **bf16, "dtype": "bfloat16"}),
+        ("mixtral", "small", {"strategy": "zero3", **bf16, **gather}),
+        ("qwen3_moe", "small", {"strategy": "fsdp", "gpus": 2, **bf16, "dtype": "bfloat16"}),
     ]
 
 

@@ -90,8 +90,8 @@ def estimated(ledger: Ledger, place: str = "gpu") -> dict[str, int]:
 
 
 def others(row: o2.Row, side: str) -> int:
-    """Bytes when saving that do not grow with the weights: plans of torch.distributed.checkpoint, pickled to be gathered,
-    and a scalar of each rank in store_flos.
+    """Bytes when saving that do not grow with the weights: plans of torch.distributed.checkpoint, which are pickled to
+    be gathered, and a scalar of each rank in store_flos.
     """
     assert row.result is not None
     phase = row.result["phases"][side].get("save", {"blocks": ()})
