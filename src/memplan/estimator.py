@@ -10,14 +10,16 @@ from typing import Any, Literal
 from memplan.adapters.lora import DEFAULT_TARGETS
 from memplan.adapters.prequantized import DEQUANTIZED_SOURCE, checkpoint_quantization, is_dequantized
 from memplan.adapters.quantization import default_dtype
-from memplan.architectures.nn import Inventory
+from memplan.architectures.nn import Inventory, Module
 from memplan.architectures.registry import attention_implementations, head_of
 from memplan.constants import Constant
 from memplan.engines import checkpoint, ddp, plain
+from memplan.engines.layout import Layout, layout
 from memplan.engines.plain import Parts, Run
 from memplan.errors import SpecError, UnsupportedError
 from memplan.inference import Inference, Machine, infer
 from memplan.memory import loading
+from memplan.memory.course import Ledger
 from memplan.memory.generation import DEFAULT_NEW_TOKENS
 from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
@@ -95,6 +97,9 @@ def estimate(
         placed = ddp.phases(run, strategy.ddp, cluster.gpus)
     else:
         placed = plain.phases(run)
+    if not strategy.shards and training.lora is None:
+        split = layout(micro.root).split * setup.dtype.itemsize  # save_pretrained, of rank 0
+        placed["save"]["temporaries"] = placed["save"].get("temporaries", 0) + split
     if training.quantization is not None:
         placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
     replayed = None
@@ -112,7 +117,11 @@ def estimate(
             else:
                 replayed = Replayed({}, _bound(setup, gpu, strategy, cluster.gpus))
     memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
-    host = sharded.host_memory(played, cluster) if strategy.shards else _host_memory(setup, run, cluster, placed)
+    host = (
+        sharded.host_memory(played, cluster)
+        if strategy.shards
+        else _host_memory(setup, run, micro.root, cluster, placed)
+    )
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
     return Estimate(
         model=_model_info(model, run),
@@ -449,7 +458,7 @@ NO_GPU_CONTEXT = Constant(
 )
 
 
-def _host_memory(setup: Setup, run: Run, cluster: ClusterSpec, phases: Iterable[str]) -> HostMemory:
+def _host_memory(setup: Setup, run: Run, root: Module, cluster: ClusterSpec, phases: Iterable[str]) -> HostMemory:
     """Of one node: the model on its way to the GPUs, what the main process saves, and paged optimizer states, as far as
     the driver does not find room for them on the GPU.
     """
@@ -457,7 +466,7 @@ def _host_memory(setup: Setup, run: Run, cluster: ClusterSpec, phases: Iterable[
     paged = sum(run.optimizer.paged_bytes(p) * count for p, count in run.trainable) * ranks
     parts: dict[str, Parts] = {phase: {"optimizer": paged} if paged and phase != "load" else {} for phase in phases}
     if setup.rules.kind != "cpu":
-        parts["load"] |= {"weights": _loaded(setup, run) * ranks}
+        parts["load"] |= {name: size * ranks for name, size in _loaded(setup, layout(root)).items()}
         model, state = _saved(setup, run)
         saving = {"weights": model} if model >= state else {"temporaries": state}
         parts["save"] |= saving
@@ -473,16 +482,24 @@ def _host_memory(setup: Setup, run: Run, cluster: ClusterSpec, phases: Iterable[
     )
 
 
-def _loaded(setup: Setup, run: Run) -> int:
-    """Bytes of one process's own once from_pretrained is done, before the Trainer moves the model to the GPU."""
+def _loaded(setup: Setup, model: Layout) -> Parts:
+    """The most that from_pretrained leaves one process, before the Trainer moves the model to the GPU."""
     if setup.training.quantization is not None:
-        return 0  # tensor by tensor straight to the GPU
+        return {}  # tensor by tensor straight to the GPU
     stored, asked = checkpoint.stored_dtype(setup.model.config), dtype_named(setup.precision.dtype)
     adapted = setup.training.lora is not None
-    return sum(
-        (p.nbytes if adapted and p.node is not None else checkpoint.from_pretrained(p, asked, stored)) * count
-        for p, count in run.parameters
+    ledger = Ledger()
+    checkpoint.load(
+        ledger,
+        [
+            checkpoint.Loaded(
+                p.nbytes if adapted and p.node is not None else checkpoint.from_pretrained(p, asked, stored),
+                merged=key in model.merged,
+            )
+            for key, p in model.parameters.items()
+        ],
     )
+    return ledger.fullest("load", "host")
 
 
 def _saved(setup: Setup, run: Run) -> tuple[int, int]:

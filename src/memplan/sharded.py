@@ -80,9 +80,10 @@ def play_engine(
     model = layout(first.root)
     played = Played(
         loaded=_loaded(setup, strategy, model),
+        converted=_converted(setup, strategy, model),
         state_dict=StateDict(
             [(key, model.parameters[key].numel) for key in model.names],
-            sum(model.parameters[key].numel for key in model.merged),
+            model.split,
         ),
         held=first.inventory.buffer_blocks,
         workspaces=run.workspaces,
@@ -114,6 +115,14 @@ def _loaded(setup: Setup, strategy: Strategy, model: Layout) -> list[Loaded]:
         nbytes = p.numel * loaded.itemsize if made else from_pretrained(p, asked, stored)
         found.append(Loaded(nbytes, cast, merged=key in model.merged))
     return found
+
+
+def _converted(setup: Setup, strategy: Strategy, model: Layout) -> int:
+    """_apply_weight_conversions_to_state_dict, on rank 0 alone: the stacks, and both put together."""
+    if strategy.kind != "zero3" or not strategy.zero.zero3_init_flag:
+        return 0
+    itemsize = (stored_dtype(setup.model.config) or dtypes.float32).itemsize
+    return 2 * itemsize * max((model.parameters[key].numel for key in model.merged), default=0)
 
 
 def _engine(

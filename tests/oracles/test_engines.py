@@ -129,6 +129,8 @@ SHARDED = [row for row in ROWS if row.setup.options["strategy"] != "single"]
 def test_an_engine_holds_what_deepspeed_holds(row: o2.Row, request: pytest.FixtureRequest) -> None:
     if row.setup.options.get("zero") == KNOWN_MISS:
         request.applymarker(pytest.mark.xfail(strict=True, reason="modules without weights prefetch too"))
+    if row.setup.family == "mixtral" and row.setup.options["strategy"] == "zero3":
+        request.applymarker(pytest.mark.xfail(strict=True, reason="grouped_mm saves experts' weights as gathered"))
     found, truth = estimated(played(row)), measured(row)
     assert found["idle"] == pytest.approx(truth["idle"], rel=IDLE, abs=SCALARS)
     slack = scratch(row)
@@ -156,7 +158,12 @@ def test_loading_and_saving_take_what_they_take_of_gpu_and_host(row: o2.Row, sid
 def test_the_host_holds_a_plain_model_while_it_is_loaded_and_saved(row: o2.Row) -> None:
     cluster = ClusterSpec(gpu=find_gpu("A100-80GB"))
     model, training, strategy = specs(row)
-    host = estimator.estimate(model, training, cluster, strategy, SoftwareSpec(), replay=False).host
+    found = estimator.estimate(model, training, cluster, strategy, SoftwareSpec(), replay=False)
+    host = found.host
+    on_gpu = {phase.name: phase.allocated for phase in found.gpu.phases}
+    device = row.result["phases"]["device"]["save"]
+    grows = device["peak"][0] - device["start"][0]
+    assert on_gpu["save"] - on_gpu["idle"] == pytest.approx(grows, abs=SCALARS)
     phases = {phase.name: phase.allocated for phase in host.phases}
     truth = measured(row, "host")
     assert phases["idle"] == 0

@@ -30,6 +30,11 @@ class Layout:
     groups: list[list[Key]] = field(default_factory=list)
     """The Trainer's groups of trained weights, with and without weight decay, those that are not empty."""
 
+    @property
+    def split(self) -> int:
+        """Elements of those weights."""
+        return sum(self.parameters[key].numel for key in self.merged)
+
     def stacked(self, own: Sequence[Key]) -> list[Key]:
         """Of a module's weights those of all experts."""
         return [key for key in own if len(self.parameters[key].shape) == checkpoint.STACKED]
@@ -135,6 +140,8 @@ class Played:
 
     loaded: Sequence[checkpoint.Loaded]
     """The model that the engine is given."""
+    converted: int
+    """Bytes that the main process has of the largest weight of experts while it is put together for ``zero.Init``."""
     held: Sequence[int]
     """Bytes of each buffer of the model."""
     state_dict: StateDict
@@ -156,6 +163,7 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
     """Load, run the steps, and save."""
     ledger.begin("load")
     loaded = checkpoint.load(ledger, run.loaded)
+    ledger.briefly("temporaries", run.converted, "main")
     if not engine.keeps_loaded:
         ledger.free(*loaded)  # by .to(device)
     for nbytes in run.held:
