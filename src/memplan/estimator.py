@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -9,14 +10,16 @@ from typing import Any, Literal
 from memplan.adapters.lora import DEFAULT_TARGETS
 from memplan.adapters.prequantized import DEQUANTIZED_SOURCE, checkpoint_quantization, is_dequantized
 from memplan.adapters.quantization import default_dtype
-from memplan.architectures.nn import Inventory
+from memplan.architectures.nn import Inventory, Module
 from memplan.architectures.registry import attention_implementations, head_of
 from memplan.constants import Constant
-from memplan.engines import ddp, plain
+from memplan.engines import checkpoint, ddp, plain
+from memplan.engines.layout import Layout, layout
 from memplan.engines.plain import Parts, Run
 from memplan.errors import SpecError, UnsupportedError
 from memplan.inference import Inference, Machine, infer
 from memplan.memory import loading
+from memplan.memory.course import Ledger
 from memplan.memory.generation import DEFAULT_NEW_TOKENS
 from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
@@ -54,7 +57,7 @@ from memplan.specs.strategy import Strategy
 from memplan.specs.training import STEPS_ONLY, TrainingSpec
 from memplan.tape.dispatch import CPU, DeviceRules, cuda
 from memplan.tape.tape import Tape
-from memplan.tape.tensor import Parameter
+from memplan.tape.tensor import Parameter, dtype_named
 from memplan.units import MiB
 
 
@@ -90,12 +93,15 @@ def estimate(
     if strategy.shards:
         from memplan import sharded  # here, because other strategies do not need it, nor its engines
 
-        played = sharded.play_ranks(setup, gpu, strategy, cluster.gpus)
+        played = sharded.play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
         placed = {phase: dict(parts) for phase, parts in played.gpu.items()}
     elif strategy.kind == "ddp":
         placed = ddp.phases(run, strategy.ddp, cluster.gpus)
     else:
         placed = plain.phases(run)
+    if not strategy.shards and training.lora is None:
+        split = layout(micro.root).split * setup.dtype.itemsize  # save_pretrained, of rank 0
+        placed["save"]["temporaries"] = placed["save"].get("temporaries", 0) + split
     if training.quantization is not None:
         placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
     replayed = None
@@ -113,7 +119,11 @@ def estimate(
             else:
                 replayed = Replayed({}, _bound(setup, gpu, strategy, cluster.gpus))
     memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
-    host = sharded.host_memory(played, cluster) if strategy.shards else _host_memory(run, cluster)
+    host = (
+        sharded.host_memory(played, cluster)
+        if strategy.shards
+        else _host_memory(setup, run, micro.root, cluster, placed)
+    )
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
     if strategy.shards:
         nvme = sharded.nvme_memory(played, cluster)
@@ -135,7 +145,7 @@ def estimate(
             *(traced.assumptions if traced is not None else ()),
         ),
         explanation=_explanation(setup, run, placed, memory, strategy.kind) if explain else (),
-        levers=_levers(setup, gpu, strategy, cluster.gpus) if explain and strategy.shards else (),
+        levers=_levers(setup, gpu, strategy, cluster) if explain and strategy.shards else (),
     )
 
 
@@ -238,10 +248,10 @@ def _explanation(setup: Setup, run: Run, placed: dict[str, Parts], memory: GpuMe
     return explain(run, tape, memory.peak_phase, placed[memory.peak_phase], memory)
 
 
-def _levers(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> tuple[Lever, ...]:
+def _levers(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, cluster: ClusterSpec) -> tuple[Lever, ...]:
     from memplan.levers import levers
 
-    return levers(setup, gpu, strategy, ranks)
+    return levers(setup, gpu, strategy, cluster)
 
 
 def device_rules(gpu: GPUSpec | None, software: SoftwareSpec) -> DeviceRules:
@@ -480,16 +490,55 @@ NO_GPU_CONTEXT = Constant(
 )
 
 
-def _host_memory(run: Run, cluster: ClusterSpec) -> HostMemory:
-    """Paged optimizer states, as far as the driver does not find room for them on the GPU."""
-    paged = sum(run.optimizer.paged_bytes(p) * count for p, count in run.trainable) * cluster.gpus_per_node
+def _host_memory(setup: Setup, run: Run, root: Module, cluster: ClusterSpec, phases: Iterable[str]) -> HostMemory:
+    """Of one node: the model on its way to the GPUs, what the main process saves, and paged optimizer states, as far as
+    the driver does not find room for them on the GPU.
+    """
+    ranks = cluster.gpus_per_node
+    paged = sum(run.optimizer.paged_bytes(p) * count for p, count in run.trainable) * ranks
+    parts: dict[str, Parts] = {phase: {"optimizer": paged} if paged and phase != "load" else {} for phase in phases}
+    if setup.rules.kind != "cpu":
+        parts["load"] |= {name: size * ranks for name, size in _loaded(setup, layout(root)).items()}
+        model, state = _saved(setup, run)
+        saving = {"weights": model} if model >= state else {"temporaries": state}
+        parts["save"] |= saving
+    totals = {phase: plain.total(each) for phase, each in parts.items()}
+    fullest = max(totals, key=lambda phase: totals[phase])
     return HostMemory(
         capacity=cluster.host_memory,
-        peak=paged,
+        peak=totals[fullest],
         pinned=0,
-        ranks=cluster.gpus_per_node,
-        components={"optimizer": paged} if paged else {},
+        ranks=ranks,
+        components={name: size for name, size in parts[fullest].items() if size},
+        phases=tuple(Phase(name=phase, allocated=size) for phase, size in totals.items()),
     )
+
+
+def _loaded(setup: Setup, model: Layout) -> Parts:
+    """The most that from_pretrained leaves one process, before the Trainer moves the model to the GPU."""
+    if setup.training.quantization is not None:
+        return {}  # tensor by tensor straight to the GPU
+    stored, asked = checkpoint.stored_dtype(setup.model.config), dtype_named(setup.precision.dtype)
+    adapted = setup.training.lora is not None
+    ledger = Ledger()
+    checkpoint.load(
+        ledger,
+        [
+            checkpoint.Loaded(
+                p.nbytes if adapted and p.node is not None else checkpoint.from_pretrained(p, asked, stored),
+                merged=key in model.merged,
+            )
+            for key, p in model.parameters.items()
+        ],
+    )
+    return ledger.fullest("load", "host")
+
+
+def _saved(setup: Setup, run: Run) -> tuple[int, int]:
+    """Bytes that the main process copies to the host to write the fullest file of the model, then the largest state."""
+    model = run.trainable if setup.training.lora is not None else run.parameters
+    states = [nbytes for p, _ in run.trainable for nbytes in run.optimizer.state_bytes(p)]
+    return checkpoint.largest_file(p.nbytes for p, count in model for _ in range(count)), max(states, default=0)
 
 
 def _gpu_memory(

@@ -10,7 +10,7 @@ from memplan.errors import MemplanError
 from memplan.micro_batch import Setup
 from memplan.results import Lever
 from memplan.sharded import Sharded, play_ranks
-from memplan.specs.hardware import GPUSpec
+from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.strategy import Strategy
 
 TENTH = ("reduce_bucket_size", "sub_group_size")
@@ -24,16 +24,16 @@ NOTHING = (
 SWITCHES = ("overlap_comm", "contiguous_gradients")
 
 
-def levers(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> tuple[Lever, ...]:
+def levers(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, cluster: ClusterSpec) -> tuple[Lever, ...]:
     """Every key that moves the peak of GPU or host, the one that saves the GPU most first.
 
     A setup with the key changed that memplan does not model, or the engine refuses, is left out.
     """
-    before = play_ranks(setup, gpu, strategy, ranks)
+    before = play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
     found = []
     for key, value, instead, changed in _changes(setup, strategy):
         try:
-            after = play_ranks(setup, gpu, changed, ranks)
+            after = play_ranks(setup, gpu, changed, cluster.gpus, cluster.gpus_per_node)
         except MemplanError:
             continue
         gains = after.peak - before.peak, _host(after) - _host(before)

@@ -184,6 +184,12 @@ class HostMemory(Result):
     phases: tuple[Phase, ...] = ()
     """The maximum within each phase, in order."""
 
+    @property
+    def steady(self) -> int:
+        """The maximum over forward .. idle, or the peak where no phases are told."""
+        steps = [phase.allocated for phase in self.phases if phase.name in STEADY_PHASES]
+        return max(steps, default=self.peak)
+
     @model_validator(mode="after")
     def _sums(self) -> Self:
         _equal("host components", sum(self.components.values()), "peak", self.peak)
@@ -267,7 +273,7 @@ class Term(Result):
 
 
 class Lever(Result):
-    """What changing one key of the engine, and it alone, does to the peaks of one rank."""
+    """What changing one key of the engine, and it alone, does to the peaks of a rank and of its node's host."""
 
     key: str
     """As the library names it."""
@@ -504,9 +510,13 @@ def verdict_for(low: int, high: int, capacity: int | None) -> Verdict:
 
 
 def verdict_by_place(gpu: GpuMemory, host: HostMemory, nvme: NvmeMemory) -> dict[str, Verdict]:
-    """Judge every place that holds something: ``gpu`` always, ``host`` and ``nvme`` where they are used."""
+    """Judge every place that holds something: ``gpu`` always, ``host`` and ``nvme`` where they are used.
+
+    Every run passes through the host as it loads and saves. Where its size is not known, that alone is not judged.
+    """
     verdicts = {"gpu": verdict_for(gpu.low, gpu.high, gpu.capacity)}
-    for name, used, capacity in (("host", host.peak, host.capacity), ("nvme", nvme.bytes, nvme.capacity)):
+    used_on_host = host.steady if host.capacity is None else host.peak
+    for name, used, capacity in (("host", used_on_host, host.capacity), ("nvme", nvme.bytes, nvme.capacity)):
         if used:
             verdicts[name] = verdict_for(used, used, capacity)
     return verdicts

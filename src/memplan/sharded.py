@@ -8,7 +8,8 @@ from functools import lru_cache
 
 from memplan.architectures.nn import Module
 from memplan.engines import bf16, fsdp, fsdp1, plain, zero, zero0, zero3
-from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, layout, play
+from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
+from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, StateDict, layout, play
 from memplan.engines.plain import Parts
 from memplan.errors import UnsupportedError
 from memplan.memory.course import Ledger, ReplayLedger, course
@@ -21,7 +22,7 @@ from memplan.specs.training import AllocatorSpec
 from memplan.tape import tensor as dtypes
 from memplan.tape.tensor import DType
 
-PHASES = ("load", "first_step", "forward", "loss", "backward", "step", "idle")
+PHASES = ("load", "first_step", "forward", "loss", "backward", "step", "idle", "save")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Sharded:
 
     gpu: dict[str, Parts]
     host: dict[str, Parts]
-    """By phase and component; one rank's."""
+    """By phase and component; one node's."""
     pinned: dict[str, int]
     """The part of ``host`` that is page-locked."""
     nvme: Parts
@@ -45,19 +46,18 @@ class Sharded:
 
 
 @lru_cache(maxsize=64)
-def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> Sharded:
-    """Play the engine on the ranks one of which is the fullest."""
+def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per_node: int) -> Sharded:
+    """Play the engine on the ranks one of which is the fullest; of the host all ``per_node`` hold as much."""
     run, micro = run_of(setup, gpu)
     micro_batches = min(run.grad_accum_steps, MICRO_BATCHES) * STEPS
     counts = micro.unrolled.size_counts()
     found: list[Sharded] = []
     for rank in _ranks(strategy, layout(micro.root, strategy.zero.ds_optimizer), ranks):
-        ledger = Ledger()
+        ledger = Ledger(ranks=per_node)
         play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=False)
         placed = {phase: ledger.fullest(phase) for phase in PHASES}
         host = {phase: ledger.fullest(phase, "host") for phase in PHASES}
         pinned = {phase: plain.total(ledger.fullest(phase, "pinned")) for phase in PHASES}
-        placed["save"], host["save"], pinned["save"] = placed["idle"], host["idle"], pinned["idle"]
         bound = engines_bound(ledger.sizes, counts, micro_batches)
         found.append(Sharded(placed, host, pinned, ledger.fullest("idle", "nvme"), bound, rank))
     return max(found, key=lambda each: each.peak)
@@ -86,6 +86,12 @@ def play_engine(
         later = all_layers(setup, True) if full_depth else closed
     model = layout(first.root, strategy.zero.ds_optimizer)
     played = Played(
+        loaded=_loaded(setup, strategy, model),
+        converted=_converted(setup, strategy, model),
+        state_dict=StateDict(
+            [(key, model.parameters[key].numel) for key in model.names],
+            model.split,
+        ),
         held=first.inventory.buffer_blocks,
         workspaces=run.workspaces,
         first=course(first.unrolled, model.numbers, measured=not full_depth),
@@ -93,6 +99,38 @@ def play_engine(
         grad_accum_steps=run.grad_accum_steps,
     )
     play(_engine(setup, strategy, first.root, model, ranks, rank, ledger), ledger, played)
+
+
+def _loaded(setup: Setup, strategy: Strategy, model: Layout) -> list[Loaded]:
+    """The model that the script hands to the Trainer, on the host, and what the engine makes of it there."""
+    if strategy.kind == "zero3" and strategy.zero.zero3_init_flag:
+        return []  # rank 0 copies from the mapped file to the GPU, where PEFT puts adapters too
+    trained = {key for group in model.groups for key in group}
+    adapted = setup.training.lora is not None
+    asked, stored = dtypes.dtype_named(setup.precision.dtype), stored_dtype(setup.model.config)
+    found = []
+    for key, p in model.parameters.items():
+        made = adapted and key in trained  # by PEFT, in float32
+        loaded = dtypes.float32 if made else asked
+        if strategy.kind == "fsdp":  # fsdp2_prepare_model upcasts what is trained, version 1 does once it is sharded
+            upcasts = strategy.fsdp.version == 2 and setup.autocast is not None
+            wanted = dtypes.float32 if upcasts and key in trained else loaded
+        elif strategy.kind == "zero3" and made:
+            wanted = loaded
+        else:
+            wanted = setup.dtype
+        cast = p.numel * wanted.itemsize if wanted is not loaded else None
+        nbytes = p.numel * loaded.itemsize if made else from_pretrained(p, asked, stored)
+        found.append(Loaded(nbytes, cast, merged=key in model.merged))
+    return found
+
+
+def _converted(setup: Setup, strategy: Strategy, model: Layout) -> int:
+    """_apply_weight_conversions_to_state_dict, on rank 0 alone: the stacks, and both put together."""
+    if strategy.kind != "zero3" or not strategy.zero.zero3_init_flag:
+        return 0
+    itemsize = (stored_dtype(setup.model.config) or dtypes.float32).itemsize
+    return 2 * itemsize * max((model.parameters[key].numel for key in model.merged), default=0)
 
 
 def _engine(
@@ -117,7 +155,10 @@ def _engine(
         )
         return fsdp1.Fsdp1(placed, ledger) if isinstance(placed, fsdp1.Fsdp1Setup) else fsdp.Fsdp(placed, ledger)
     if strategy.kind == "zero3":
-        sharded = zero3.zero3_setup(strategy, model, ranks, setup.dtype, hidden_size, optim, setup.rules)
+        adapted = setup.training.lora is not None
+        sharded = zero3.zero3_setup(
+            strategy, model, ranks, setup.dtype, hidden_size, optim, setup.rules, adapted=adapted
+        )
         return zero3.Zero3(sharded, ledger)
     frozen = [p.numel for p in model.parameters.values() if p.node is None]
     if strategy.kind == "zero0":
@@ -154,16 +195,15 @@ def _ranks(strategy: Strategy, model: Layout, ranks: int) -> list[int]:
 
 
 def host_memory(played: Sharded, cluster: ClusterSpec) -> HostMemory:
-    """What the ranks of one node hold together, each as much as the fullest."""
-    ranks = cluster.gpus_per_node
-    totals = {phase: plain.total(parts) * ranks for phase, parts in played.host.items()}
+    """What the ranks of one node hold together, the main process among them."""
+    totals = {phase: plain.total(parts) for phase, parts in played.host.items()}
     fullest = max(totals, key=lambda phase: totals[phase])
     return HostMemory(
         capacity=cluster.host_memory,
         peak=totals[fullest],
-        pinned=played.pinned[fullest] * ranks,
-        ranks=ranks,
-        components={name: size * ranks for name, size in played.host[fullest].items() if size},
+        pinned=played.pinned[fullest],
+        ranks=cluster.gpus_per_node,
+        components={name: size for name, size in played.host[fullest].items() if size},
         phases=tuple(Phase(name=phase, allocated=size) for phase, size in totals.items()),
     )
 

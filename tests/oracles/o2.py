@@ -249,7 +249,8 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     import_libraries()
     places = {options.get(name, "none") for name in ("offload_optimizer", "offload_param")}
-    sides = TwoSides() if places != {"none"} or options.get("two_sides") else None
+    told_apart = places != {"none"} or any(options.get(name) for name in ("two_sides", "pretrained", "save"))
+    sides = TwoSides() if told_apart else None
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu" if sides is None else "cpu:0"
     _become_rank_zero(options["gpus"])
     recorder = Recorder()
@@ -260,6 +261,8 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as directory,
         _quiet(),
     ):
+        if "pretrained" in options:  # before TrainingArguments, which would make it under zero.Init
+            _save_checkpoint(values, options, Path(directory) / "pretrained")
         recorder.swapping = nvme.Swapping(Path(directory) / "nvme", sides) if "nvme" in places else None
         with recorder.swapping or contextlib.nullcontext():
             arguments = _arguments(options, Path(directory))
@@ -425,7 +428,7 @@ def _train(values: dict[str, Any], options: dict[str, Any], arguments: Any, reco
             return {"input_ids": tokens, "labels": tokens.clone()}
 
     recorder.mark("load")
-    model = _model(values, options)
+    model = _model(values, options, Path(arguments.output_dir) / "pretrained")
     recorder.mark("init")
     trainer = _trainer_class(recorder)(
         model=model, args=arguments, train_dataset=Rows(), callbacks=[_idle_marks(recorder)]
@@ -450,7 +453,8 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
         "optim": options.get("optim", "adamw_torch_fused"),
         "max_steps": 2,
         "logging_steps": 1000,
-        "save_strategy": "no",
+        "save_strategy": "steps" if options.get("save") else "no",
+        "save_steps": 2,
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
@@ -464,6 +468,8 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
             # Of accelerate's own configuration; it does not look at what the Trainer passes on (reshard_after_forward).
             os.environ["FSDP_SHARDING_STRATEGY"] = knobs.pop("sharding_strategy", "FULL_SHARD")
         return transformers.TrainingArguments(**arguments, fsdp=True, fsdp_config=knobs)
+    if options["strategy"] in ("single", "ddp"):
+        return transformers.TrainingArguments(**arguments)
     return transformers.TrainingArguments(**arguments, deepspeed=engine_config(options, str(directory / "nvme")))
 
 
@@ -479,18 +485,37 @@ def _let_fsdp1_run_on_cpu() -> None:
     init._check_module_states_for_sync_module_states = lambda _: None  # type: ignore[attr-defined]
 
 
-def _model(values: dict[str, Any], options: dict[str, Any]) -> Any:
-    import torch
+def _config(values: dict[str, Any], options: dict[str, Any]) -> Any:
     import transformers
 
     values = {**values, **options.get("values", {})}
     if "num_layers" in options:
         values["num_hidden_layers"] = options["num_layers"]
-    config = transformers.AutoConfig.for_model(**values)
-    config.use_cache = False
-    make = getattr(transformers, values["architectures"][0])._from_config
+    return transformers.AutoConfig.for_model(**values, use_cache=False)
+
+
+def _save_checkpoint(values: dict[str, Any], options: dict[str, Any], directory: Path) -> None:
+    """Write what ``from_pretrained`` will load."""
+    import torch
+    import transformers
+
+    wanted = dict(options["pretrained"])
+    dtype = getattr(torch, wanted.pop("dtype"))
+    model = getattr(transformers, values["architectures"][0])._from_config(_config(values, options), dtype=dtype)
+    model.save_pretrained(directory, **wanted)
+
+
+def _model(values: dict[str, Any], options: dict[str, Any], pretrained: Path) -> Any:
+    import torch
+    import transformers
+
+    kind = getattr(transformers, values["architectures"][0])
+    wanted = {"dtype": getattr(torch, options["dtype"]), "attn_implementation": options.get("attn", "sdpa")}
     with _without_zero_init() if not options.get("zero_init", True) else contextlib.nullcontext():
-        model = make(config, dtype=getattr(torch, options["dtype"]), attn_implementation=options.get("attn", "sdpa"))
+        if "pretrained" in options:
+            model = kind.from_pretrained(pretrained, **wanted)
+        else:
+            model = kind._from_config(_config(values, options), **wanted)
     if "lora" not in options:
         return model
     import peft
@@ -539,6 +564,11 @@ def _trainer_class(recorder: Recorder) -> Any:
             loss = super().compute_loss(*args, **kwargs)
             recorder.in_step("backward")
             return loss
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            recorder.mark("save")
+            super()._save_checkpoint(*args, **kwargs)
+            recorder.mark("saved")
 
     return MarkedTrainer
 
@@ -600,6 +630,10 @@ class TwoSides:
     def __init__(self) -> None:
         self._sides: dict[int, str] = {}
         self._log: dict[int, list[tuple[int, str]]] = {}
+        self.distributes = False
+        """accelerate cuts a whole state_dict into shards, on the device of their mesh."""
+        self.mapped: list[tuple[int, int]] = []
+        """When files were mapped: that is page cache, which the kernel takes back, although the profiler sees it."""
         self._stack = contextlib.ExitStack()
 
     # ---- what is where
@@ -624,6 +658,9 @@ class TwoSides:
     def assign(self, blocks: Sequence[Block]) -> None:
         """Set the side of every block of the profile from the notes made while it was alive."""
         for block in blocks:
+            if any(before <= block.born <= after for before, after in self.mapped):
+                block.side = "file"
+                continue
             for moment, side in self._log.get(block.address, ()):
                 if block.born <= moment and (block.died is None or moment <= block.died):
                     block.side = side
@@ -661,6 +698,8 @@ class TwoSides:
                 return run_backward(*args, **kwargs)
 
         self._stack.enter_context(unittest.mock.patch.object(torch.autograd, "_engine_run_backward", with_functions))
+        for patch in _reading_and_writing(self):
+            self._stack.enter_context(patch)
         self._stack.enter_context(dispatch)
         return self
 
@@ -678,9 +717,118 @@ class TwoSides:
         self._stack.close()
 
 
+def _reading_and_writing(sides: TwoSides) -> list[Any]:
+    """Patches for files: what is read is a mapped file, and what is written from the device comes to the host first.
+
+    The libraries decide both by ``device.type``, which is "cpu" on either side. The rest of what they do is theirs.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers import modeling_utils
+
+    class Opened:
+        """safe_open, whose tensors lie on the host."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            before = time.time_ns()
+            self._file = safe_open(*args, **kwargs)
+            sides.mapped.append((before, time.time_ns()))
+
+        def __enter__(self) -> Opened:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self._file.__exit__(None, None, None)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def get_tensor(self, name: str) -> Any:
+            return mapped(self._file.get_tensor(name))
+
+        def get_slice(self, name: str) -> Any:
+            return Slice(self._file.get_slice(name))
+
+    class Slice:
+        def __init__(self, slice_: Any) -> None:
+            self._slice = slice_
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._slice, name)
+
+        def __getitem__(self, index: Any) -> Any:
+            return mapped(self._slice[index])
+
+    def mapped(tensor: Any) -> Any:
+        sides.put(tensor, "host")
+        return tensor
+
+    context_device = modeling_utils.get_torch_context_manager_or_global_device
+
+    def device_in_context() -> Any:  # asked of an empty tensor, which has no side
+        found = context_device()
+        return None if found == torch.device("cpu:0") else found
+
+    accelerates = importlib.import_module("accelerate.utils.fsdp_utils")
+    load_full = accelerates.fsdp2_load_full_state_dict
+
+    def load_full_state_dict(*args: Any, **kwargs: Any) -> Any:
+        sides.distributes = True
+        try:
+            return load_full(*args, **kwargs)
+        finally:
+            sides.distributes = False
+
+    safetensors = importlib.import_module("safetensors.torch")
+    to_ndarray = safetensors._to_ndarray
+    serialization = importlib.import_module("torch.serialization")
+    storage_of = torch.storage.UntypedStorage
+    device_of, to_cpu = storage_of.device, storage_of.cpu
+    writes, saving = serialization._save, [False]
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        saving[0] = True
+        try:
+            writes(*args, **kwargs)
+        finally:
+            saving[0] = False
+
+    def device(storage: Any) -> Any:
+        on_device = saving[0] and sides._sides.get(storage.data_ptr(), "device") == "device"
+        return torch.device("cuda:0") if on_device and storage.data_ptr() else device_of.__get__(storage)
+
+    def cpu(storage: Any) -> Any:
+        if not saving[0]:
+            return to_cpu(storage)
+        copy = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
+        sides.put(copy, "host")
+        return copy.untyped_storage()
+
+    def ndarray(tensor: Any) -> Any:
+        return to_ndarray(tensor.to("cpu") if sides.side_of(tensor) == "device" else tensor)
+
+    return [
+        unittest.mock.patch.object(modeling_utils, "safe_open", Opened),
+        unittest.mock.patch.object(modeling_utils, "get_torch_context_manager_or_global_device", device_in_context),
+        unittest.mock.patch.object(safetensors, "_to_ndarray", ndarray),
+        unittest.mock.patch.object(accelerates, "fsdp2_load_full_state_dict", load_full_state_dict),
+        # Of N ranks' plans there is one.
+        unittest.mock.patch.object(
+            importlib.import_module("torch.distributed.checkpoint.default_planner"),
+            "_validate_global_plan",
+            return_value=[],
+        ),
+        unittest.mock.patch.object(serialization, "_save", save),
+        unittest.mock.patch.object(storage_of, "device", property(device)),
+        unittest.mock.patch.object(storage_of, "cpu", cpu),
+        # Modes belong to a thread; the threads would read the same tensors, all of them ahead.
+        unittest.mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"),
+    ]
+
+
 def _address(tensor: Any) -> int:
     try:
-        return int(tensor.untyped_storage().data_ptr())
+        return int(getattr(tensor, "_local_tensor", tensor).untyped_storage().data_ptr())
     except Exception:
         return 0
 
@@ -738,6 +886,8 @@ def _side_modes(sides: TwoSides) -> tuple[Any, Any]:
                 target = next((arg for arg in args[1:] if isinstance(arg, str | torch.device)), None)
                 other = next((arg for arg in args[1:] if isinstance(arg, torch.Tensor)), None)
                 side = named(target) if other is None else sides.side_of(other)
+                if target == "cpu" and (sides.distributes or isinstance(args[0], DTensor)):  # its mesh's device type
+                    side = "device"
             elif name == "cpu":
                 side = "host"
             else:
@@ -797,12 +947,14 @@ def groups() -> dict[str, list[Setup]]:
     made["nvme"] += [_setup("wide", "zero3", offload_param="nvme", zero=zero) for zero in _wide_nvme_keys()]
     made["nvme"] += _other_nvme_setups()
     made["fsdp"] = [_setup("small", "fsdp", **variant) for variant in _fsdp_variants()]
+    made["checkpoint"] = [_setup("small", **variant) for variant in _checkpoint_variants()]
     made["fsdp"] += [_setup("wide", "fsdp", **variant) for variant in ({}, {"gpus": 64}, {"grad_accum_steps": 3})]
     made["fsdp"] += [_setup("small", "fsdp", **variant) for variant in (*_fsdp_wraps(), *_fsdp_optimizers())]
     made["fsdp1"] = [_fsdp1("small", **variant) for variant in _fsdp1_variants()]
     for family, config, options in _fsdp_held_out():
         group = "fsdp1" if options["fsdp"].get("version") == 1 else "fsdp"
         made[group].append(Setup(family, config, _setup(config, "fsdp", **options).options))
+    made["checkpoint"] += [Setup(family, config, _setup(config, **o).options) for family, config, o in _read_variants()]
     for group, options in _untied_variants():
         made[group].append(Setup("qwen2", "small", _setup("small", **options).options))
     made["grid"] = _grid()
@@ -1090,6 +1242,59 @@ def _other_nvme_setups() -> list[Setup]:
         _setup("tied", "zero3", values=narrow, gpus=2, **both, micro_batch_size=2, seq_len=200, zero=small_bucket),
         _setup("small", "zero3", values=odd, gpus=2, **both, **checkpointed, zero=thirty),
         _setup("small", "zero3", values=twelve, gpus=3, offload_optimizer="cpu", offload_param="nvme", zero=mixed),
+    ]
+
+
+def _checkpoint_variants() -> list[dict[str, Any]]:
+    """A model that is read by from_pretrained and saved after the second step."""
+    bf16, fp32 = ({"pretrained": {"dtype": dtype}, "save": True} for dtype in ("bfloat16", "float32"))
+    gather = {"zero": {"stage3_gather_16bit_weights_on_model_save": True}}
+    both = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+    sharded = {"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    return [
+        {"strategy": "single", "gpus": 1, "dtype": "float32", **bf16},
+        *({"strategy": stage, **fp32} for stage in STAGES),
+        {"strategy": "zero1", **bf16, "zero": {"grad_accum_dtype": "fp32"}},
+        {"strategy": "zero2", "dtype": "float32", **bf16},
+        {"strategy": "zero2", **fp32, **LORA},
+        {"strategy": "zero2", **fp32, "gpus": 1},
+        {"strategy": "zero2", **fp32, "offload_optimizer": "cpu"},
+        {"strategy": "zero3", **fp32, **gather},
+        {"strategy": "zero3", **bf16, **gather, "gpus": 64},
+        {"strategy": "zero3", **bf16, **gather, "gpus": 1},
+        {"strategy": "zero3", **bf16, **LORA},
+        {"strategy": "zero3", **fp32, "zero_init": False, "gpus": 64},
+        {"strategy": "zero3", **bf16, **both},
+        {"strategy": "zero3", **fp32, **both, **gather, "zero_init": False},
+        {"strategy": "fsdp", "dtype": "float32", **bf16},
+        {"strategy": "fsdp", "dtype": "bfloat16", **bf16, "gpus": 64},
+        {"strategy": "fsdp", "dtype": "float32", **fp32, **LORA},
+        {"strategy": "fsdp", "dtype": "float32", **bf16, "offload_param": "cpu"},
+        {"strategy": "fsdp", "dtype": "float32", **bf16, **sharded},
+        {"strategy": "fsdp", "dtype": "float32", **bf16, "fsdp": {"cpu_ram_efficient_loading": True}},
+    ]
+
+
+def _read_variants() -> list[tuple[str, str, dict[str, Any]]]:
+    """The same of models with tied weights, biases, stacked experts, and of checkpoints in several files."""
+    fp32 = {"pretrained": {"dtype": "float32"}, "save": True}
+    bf16 = {"pretrained": {"dtype": "bfloat16"}, "save": True}
+    files = {"pretrained": {"dtype": "float32", "max_shard_size": "2MB"}, "save": True}
+    gather = {"zero": {"stage3_gather_16bit_weights_on_model_save": True}}
+    return [
+        ("llama", "tied", {"strategy": "zero2", "gpus": 3, **fp32}),
+        ("llama", "tied", {"strategy": "fsdp", "gpus": 2, **bf16}),
+        ("llama", "tied", {"strategy": "fsdp", "gpus": 2, **bf16, "fsdp": {"cpu_ram_efficient_loading": True}}),
+        ("mixtral", "small", {"strategy": "zero2", **bf16}),
+        ("qwen2", "small", {"strategy": "zero3", "gpus": 5, **files, **gather}),
+        ("qwen2", "small", {"strategy": "fsdp", "gpus": 3, **bf16, "offload_param": "cpu", "num_layers": 3}),
+        ("llama", "wide", {"strategy": "zero1", "gpus": 8, **bf16, "offload_optimizer": "cpu"}),
+        ("llama", "tied", {"strategy": "zero3", "gpus": 8, **bf16, **gather, "offload_optimizer": "cpu"}),
+        ("qwen2", "small", {"strategy": "zero0", "gpus": 2, **bf16, "dtype": "float32", **LORA}),
+        ("gpt2", "small", {"strategy": "single", "gpus": 1, **bf16, "dtype": "float32"}),
+        ("mixtral", "small", {"strategy": "single", "gpus": 1, **bf16, "dtype": "bfloat16"}),
+        ("mixtral", "small", {"strategy": "zero3", **bf16, **gather}),
+        ("qwen3_moe", "small", {"strategy": "fsdp", "gpus": 2, **bf16, "dtype": "bfloat16"}),
     ]
 
 

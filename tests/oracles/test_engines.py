@@ -14,6 +14,7 @@ from memplan.catalog.gpus import find_gpu
 from memplan.errors import SpecError
 from memplan.memory.course import Ledger
 from memplan.specs.hardware import ClusterSpec
+from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import FsdpSpec, Strategy, ZeroSpec
 from memplan.specs.training import TrainingSpec
@@ -52,24 +53,34 @@ KNOWN_MISSES = (
 )
 """Modules without weights (SiLU, the rotary tables) prefetch too, which shows where little may be live (-2.8 %), and
 perhaps where weights in host memory and on NVMe alternate (-15 % of a backward; not traced to its cause)."""
+PLANS = "torch/distributed/distributed_c10d.py"
 
 
 def played(row: o2.Row) -> Ledger:
     """The engine of a row, as its rank 0."""
-    options = {name: value for name, value in row.setup.options.items() if name not in ("zero_init", "two_sides")}
+    cpu = find_gpu("cpu")
+    cluster = ClusterSpec(gpu=cpu, gpus=row.setup.options["gpus"])
+    model, training, strategy = specs(row)
+    setup = estimator.resolve(model, training, cluster, strategy, SoftwareSpec())
+    ledger = Ledger(pinned_in_powers_of_two=False)  # the truth has no pinned blocks
+    sharded.play_engine(setup, cpu, strategy, cluster.gpus, 0, ledger, full_depth=False)
+    return ledger
+
+
+def specs(row: o2.Row) -> tuple[ModelSpec, TrainingSpec, Strategy]:
+    """The specs that a row's options are."""
+    options = {name: value for name, value in row.setup.options.items() if name not in ("two_sides", "save")}
     config = CONFIGS[row.setup.family][row.setup.config] | options.pop("values", {})
+    config |= {"dtype": options.pop("pretrained", {"dtype": options["dtype"]})["dtype"]}
     if "num_layers" in options:
-        config["num_hidden_layers"] = options.pop("num_layers")
-    kind, gpus = options.pop("strategy"), options.pop("gpus")
-    keys = {**dict.fromkeys(AUTO[kind], "auto"), **options.pop("zero", {})}
+        config["n_layer" if "n_layer" in config else "num_hidden_layers"] = options.pop("num_layers")
+    kind = options.pop("strategy")
+    del options["gpus"]
+    keys = {**dict.fromkeys(AUTO.get(kind, ()), "auto"), **options.pop("zero", {})}
+    keys["zero3_init_flag"] = options.pop("zero_init", True)
     places = {name: options.pop(name) for name in ("offload_optimizer", "offload_param") if name in options}
     strategy = Strategy(kind=kind, zero=ZeroSpec(**keys), fsdp=FsdpSpec(**options.pop("fsdp", {})), **places)
-    cpu = find_gpu("cpu")
-    cluster = ClusterSpec(gpu=cpu, gpus=gpus)
-    setup = estimator.resolve(_model(config), TrainingSpec(**options), cluster, strategy, SoftwareSpec())
-    ledger = Ledger(pinned_in_powers_of_two=False)  # the truth has no pinned blocks
-    sharded.play_engine(setup, cpu, strategy, gpus, 0, ledger, full_depth=False)
-    return ledger
+    return _model(config), TrainingSpec(**options), strategy
 
 
 def measured(row: o2.Row, side: str = "device") -> dict[str, int]:
@@ -87,13 +98,22 @@ def measured(row: o2.Row, side: str = "device") -> dict[str, int]:
         "backward": peak("2.backward"),
         "step": peak("2.step"),
         "idle": phases["2.idle"]["start"][exact],
-    }
+    } | ({"load": peak("load", "init"), "save": peak("save")} if "save" in phases else {})
 
 
 def estimated(ledger: Ledger, place: str = "gpu") -> dict[str, int]:
-    names = ("first_step", "forward", "loss", "backward", "step", "idle")
+    names = ("load", "first_step", "forward", "loss", "backward", "step", "idle", "save")
     totals = {name: sum(ledger.fullest(name, place).values()) for name in names}
     return totals | {"forward": max(totals["forward"], totals["loss"])}
+
+
+def others(row: o2.Row, side: str) -> int:
+    """Bytes when saving that do not grow with the weights: plans of torch.distributed.checkpoint, which are pickled to
+    be gathered, and a scalar of each rank in store_flos.
+    """
+    assert row.result is not None
+    phase = row.result["phases"][side].get("save", {"blocks": ()})
+    return sum(n * count for n, count, site in phase["blocks"] if PLANS in site) + 512 * row.setup.options["gpus"]
 
 
 def scratch(row: o2.Row, phase: str) -> int:
@@ -127,10 +147,15 @@ def scratch(row: o2.Row, phase: str) -> int:
     )
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.setup.key)
+SHARDED = [row for row in ROWS if row.setup.options["strategy"] != "single"]
+
+
+@pytest.mark.parametrize("row", SHARDED, ids=lambda row: row.setup.key)
 def test_an_engine_holds_what_deepspeed_holds(row: o2.Row, request: pytest.FixtureRequest) -> None:
     if row.setup.options.get("zero") in KNOWN_MISSES:
         request.applymarker(pytest.mark.xfail(strict=True, reason="modules without weights prefetch too"))
+    if row.setup.family == "mixtral" and row.setup.options["strategy"] == "zero3":
+        request.applymarker(pytest.mark.xfail(strict=True, reason="grouped_mm saves experts' weights as gathered"))
     check_gpu(row)
 
 
@@ -143,7 +168,39 @@ def check_gpu(row: o2.Row) -> None:
         assert low * (1 - PEAK) - SCALARS <= found[phase] <= truth[phase] * (1 + PEAK) + SCALARS, phase
 
 
-OFFLOADED = [row for row in ROWS if "host" in row.result["phases"]]
+PLACES = {"device": "gpu", "host": "host"}
+READ = [row for row in ROWS if row.setup.options.get("save") and row.setup.options["strategy"] != "single"]
+
+
+@pytest.mark.parametrize("side", PLACES)
+@pytest.mark.parametrize("row", READ, ids=lambda row: row.setup.key)
+def test_loading_and_saving_take_what_they_take_of_gpu_and_host(row: o2.Row, side: str) -> None:
+    found, truth = estimated(played(row), PLACES[side]), measured(row, side)
+    assert found["load"] == pytest.approx(truth["load"], rel=PEAK, abs=SCALARS)
+    low = truth["save"] - others(row, side)
+    assert low * (1 - PEAK) - SCALARS <= found["save"] <= truth["save"] * (1 + PEAK) + SCALARS
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.setup.options["strategy"] == "single"], ids=lambda row: row.setup.key
+)
+def test_the_host_holds_a_plain_model_while_it_is_loaded_and_saved(row: o2.Row) -> None:
+    cluster = ClusterSpec(gpu=find_gpu("A100-80GB"))
+    model, training, strategy = specs(row)
+    found = estimator.estimate(model, training, cluster, strategy, SoftwareSpec(), replay=False)
+    host = found.host
+    on_gpu = {phase.name: phase.allocated for phase in found.gpu.phases}
+    device = row.result["phases"]["device"]["save"]
+    grows = device["peak"][0] - device["start"][0]
+    assert on_gpu["save"] - on_gpu["idle"] == pytest.approx(grows, abs=SCALARS)
+    phases = {phase.name: phase.allocated for phase in host.phases}
+    truth = measured(row, "host")
+    assert phases["idle"] == 0
+    for phase in ("load", "save"):
+        assert phases[phase] == pytest.approx(truth[phase], rel=IDLE), phase
+
+
+OFFLOADED = [row for row in SHARDED if "host" in row.result["phases"]]
 
 
 @pytest.mark.parametrize("row", OFFLOADED, ids=lambda row: row.setup.key)
@@ -155,6 +212,8 @@ def check_host(row: o2.Row) -> None:
     """As :func:`check_gpu`, of host memory: page-locked blocks as they were asked for."""
     found, truth = estimated(played(row), "host"), measured(row, "host")
     for phase, nbytes in truth.items():
+        if phase in ("load", "save"):
+            continue  # see above
         assert found[phase] == pytest.approx(nbytes, rel=IDLE if phase == "idle" else PEAK, abs=SCALARS), phase
 
 

@@ -7,8 +7,9 @@ beside those that autograd makes.
 
 from __future__ import annotations
 
-from memplan.engines.layout import WholeWeights
-from memplan.engines.zero import ZeroSetup, flattened
+from memplan.engines import checkpoint
+from memplan.engines.layout import StateDict, WholeWeights
+from memplan.engines.zero import ZeroSetup, flattened, optimizer_storages
 from memplan.engines.zero0 import buckets
 from memplan.memory.course import Block, Key, Ledger
 from memplan.tape.tensor import float32
@@ -62,3 +63,12 @@ class Bf16(WholeWeights):
         self._has_states = True
         self.ledger.free(*self._grads.values())
         self._grads.clear()
+
+    def save(self, state_dict: StateDict) -> None:
+        """As stages 1 and 2 do."""
+        setup = self.setup
+        size = setup.dtype.itemsize
+        self._save_model(state_dict, size)
+        flat = [n * size for n in (*setup.frozen, *(group.elements for group in setup.groups))]
+        checkpoint.write(self.ledger, flat, "main")
+        checkpoint.write(self.ledger, optimizer_storages(setup.optimizers, setup.partitions))

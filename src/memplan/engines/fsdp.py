@@ -13,7 +13,7 @@ from math import prod
 
 from memplan.architectures.nn import Module
 from memplan.engines.fsdp1 import FlatParam, Fsdp1Setup
-from memplan.engines.layout import Layout
+from memplan.engines.layout import Layout, StateDict
 from memplan.engines.wrapping import Row, Unit, Units
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
@@ -31,6 +31,10 @@ class FsdpSetup:
 
     units: Sequence[Unit]
     """In the order of their forward."""
+    as_sharded: Sequence[Unit]
+    """In the order in which ``fully_shard`` is called."""
+    distributed: Sequence[Row]
+    """With cpu_ram_efficient_loading: the state_dict that rank 0 sends to all, after sharding without memory."""
     root: Key
     ranks: int
     dtype: DType
@@ -40,10 +44,15 @@ class FsdpSetup:
     optimizer: Optimizer
     stepped: Sequence[Parameter]
     """The shards that are trained."""
+    whole: Sequence[tuple[Key, Parameter]]
+    """The weights that they are shards of."""
+    state_dict_type: str
 
 
 class Fsdp:
     """One rank."""
+
+    keeps_loaded = True  # fsdp2_prepare_model has a state_dict of the model before it was sharded
 
     def __init__(self, setup: FsdpSetup, ledger: Ledger) -> None:
         self.setup = setup
@@ -68,11 +77,37 @@ class Fsdp:
 
     def initialize(self) -> None:
         """fully_shard: unit by unit the weights come to the GPU whole, and only their shards stay."""
-        for unit in self.setup.units:
+        if self.setup.distributed:
+            self._distribute(self.setup.distributed)
+            return
+        for unit in self.setup.as_sharded:
             whole = [self.ledger.allocate("temporaries", row.elements * row.itemsize) for row in unit.weights]
             for row in unit.weights:
-                self._on_host_or_gpu("weights", row.shard * row.itemsize)
+                self._shard(row)
             self.ledger.free(*whole)
+
+    def _distribute(self, rows: Sequence[Row]) -> None:
+        """fsdp2_load_full_state_dict: weights come to the GPU one by one, tied ones twice until they are tied again."""
+        twice: list[Block] = []
+        seen: set[Key] = set()
+        for row in rows:
+            whole = self.ledger.allocate("temporaries", row.elements * row.itemsize)
+            pads = [self.ledger.allocate("temporaries", row.shard * row.itemsize) for _ in range(row.short)]
+            shard = self._shard(row)
+            self.ledger.free(whole, *pads)  # distribute_tensor copies the shards that it pads
+            twice += [shard] if row.key in seen else []
+            seen.add(row.key)
+        self.ledger.free(*twice)
+
+    def _shard(self, row: Row) -> Block:
+        """_init_sharded_param: cut on the GPU; under offloading copied to the host, and there into pinned memory."""
+        shard = self.ledger.allocate("weights", row.shard * row.itemsize)
+        if self.setup.offload:
+            copy = self.ledger.allocate("weights", row.shard * row.itemsize, "host")
+            self.ledger.free(shard)
+            shard = self._on_host_or_gpu("weights", row.shard * row.itemsize)
+            self.ledger.free(copy)
+        return shard
 
     def _on_host_or_gpu(self, component: str, nbytes: int) -> Block:
         """A shard, or its gradient."""
@@ -222,6 +257,31 @@ class Fsdp:
         self.ledger.free(*self._sharded_grads)
         self._sharded_grads.clear()
 
+    # -- save ----------------------------------------------------------------------------------------------------------
+
+    def save(self, state_dict: StateDict) -> None:
+        """The model, then the optimizer's states: whole on rank 0's host, or every rank's shards on its own."""
+        optimizer = self.setup.optimizer
+        rows = {row.key: row for unit in self.setup.units for row in unit.weights}
+        model = [(rows[key], rows[key].elements * rows[key].itemsize) for key, _ in state_dict.weights]
+        states = [(rows[key], nbytes) for key, p in self.setup.whole for nbytes in optimizer.state_bytes(p)]
+        for component, entries in (("weights", model), ("optimizer", states)):
+            made = [self._saved(component, row, nbytes) for row, nbytes in entries]
+            if entries is model and self.setup.state_dict_type == "FULL_STATE_DICT":
+                self.ledger.briefly("temporaries", state_dict.split * model[0][0].itemsize, "main")
+            self.ledger.free(*made)
+
+    def _saved(self, component: str, row: Row, nbytes: int) -> Block | None:
+        """A tensor of a state_dict, whose weight has ``nbytes``, on the host."""
+        shard, padded = (nbytes * part // row.elements for part in (row.shard, row.padded))
+        if self.setup.state_dict_type == "SHARDED_STATE_DICT":
+            return None if self.setup.offload else self.ledger.allocate(component, shard, "host")
+        staged = self.ledger.allocate("communication", shard) if self.setup.offload else None
+        gathered = self.ledger.allocate("communication", padded) if self.setup.ranks > 1 else None
+        block = self.ledger.allocate(component, nbytes, "main")
+        self.ledger.free(staged, gathered)
+        return block
+
 
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers that have been seen to step on shards (tests/oracles/o2.py)."""
@@ -263,6 +323,9 @@ def fsdp_setup(
     units = Units(root, model, rows, keys, model_type)
     tape = Tape(rules)
     places = CPU if offload else rules
+    whole = [
+        (key, tape.parameter("whole", model.parameters[key].shape, master)) for group in model.groups for key in group
+    ]
     if keys.version == 1:
         flats = _flat_params(units.version_1(), keys, ranks, dtype, offload)
         sizes = {row.key: elements for flat in flats for row, elements in flat.pieces()}
@@ -279,6 +342,8 @@ def fsdp_setup(
             forward_prefetch=keys.forward_prefetch,
             optimizer=make_optimizer(training.optim, places, lambda: stepped),
             stepped=stepped.parameters,
+            whole=dict(whole),
+            state_dict_type=keys.state_dict_type,
         )
     found = units.version_2()
     if units.below_blocks and training.gradient_checkpointing:
@@ -292,12 +357,16 @@ def fsdp_setup(
     stepped = _stepped(tape, shapes, master)
     return FsdpSetup(
         units=found,
+        as_sharded=units.as_sharded,
+        distributed=[rows[key] for key in model.names] if keys.cpu_ram_efficient_loading else [],
         root=model.numbers[id(root)],
         ranks=ranks,
         dtype=dtype,
         offload=offload,
         optimizer=make_optimizer(training.optim, places, lambda: stepped),
         stepped=stepped.parameters,
+        whole=whole,
+        state_dict_type=keys.state_dict_type,
     )
 
 

@@ -9,11 +9,12 @@ in the order in which Python asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from memplan.engines.layout import StateDict
 from memplan.engines.wrapping import Row, Unit
 from memplan.memory.course import Block, Key, Ledger
 from memplan.memory.optimizers import Optimizer
@@ -100,6 +101,9 @@ class Fsdp1Setup:
     optimizer: Optimizer
     stepped: Sequence[Parameter]
     """The pieces of weights, or the flat parameters, that the optimizer sees on the first rank."""
+    whole: Mapping[Key, Parameter]
+    """The trained weights that they are pieces of."""
+    state_dict_type: str
 
 
 class _Handle:
@@ -129,6 +133,8 @@ class _Handle:
 
 class Fsdp1:
     """One rank."""
+
+    keeps_loaded = False
 
     def __init__(self, setup: Fsdp1Setup, ledger: Ledger) -> None:
         self.setup = setup
@@ -431,3 +437,42 @@ class Fsdp1:
         for handle in self._handles:
             self.ledger.free(handle.sharded_grad)
             handle.sharded_grad = None
+
+    # -- save ----------------------------------------------------------------------------------------------------------
+
+    def save(self, state_dict: StateDict) -> None:
+        """The model, then the optimizer's states: whole on rank 0's host, or every rank's shards on its own.
+
+        From _state_dict_utils.py and _optim_utils.py; not measured, since FSDP1 cannot gather states of one rank alone.
+        """
+        ledger = self.ledger
+        if self.setup.state_dict_type == "SHARDED_STATE_DICT":
+            for component, of in (("weights", lambda p: [p.nbytes]), ("optimizer", self.setup.optimizer.state_bytes)):
+                nbytes = sum(sum(of(p)) for p in self.setup.stepped)
+                ledger.briefly(component, 0 if self.setup.offload else nbytes, "host")
+            return
+        flats = [handle.flat for handle in self._handles]
+        root = self._gathered(flats[0], flats[0].itemsize)  # while those of all other units are
+        model: list[Block] = []
+        for flat in flats:
+            gathered = self._gathered(flat, flat.itemsize) if flat is not flats[0] else None
+            model += [ledger.allocate("weights", row.elements * flat.itemsize, "main") for row in flat.unit.weights]
+            ledger.free(gathered)
+        ledger.free(root)
+        ledger.briefly("temporaries", state_dict.split * flats[0].itemsize, "main")
+        ledger.free(*model)
+        states: list[Block] = []
+        for flat in flats:
+            sizes = [
+                nbytes
+                for row in flat.unit.weights
+                if row.key in self.setup.whole
+                for nbytes in self.setup.optimizer.state_bytes(self.setup.whole[row.key])
+            ]
+            gathered = ledger.allocate("communication", sum(sizes)) if flat.is_sharded else None
+            states += [ledger.allocate("optimizer", nbytes, "main") for nbytes in sizes]
+            ledger.free(gathered)
+        ledger.free(*states)
+
+    def _gathered(self, flat: FlatParam, itemsize: int) -> Block | None:
+        return self.ledger.allocate("communication", flat.padded * itemsize) if flat.is_sharded else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from memplan.architectures.nn import Layers, Module
+from memplan.engines import checkpoint
 from memplan.memory.course import Block, Course, Key, Ledger
 from memplan.memory.optimizers import OUTSIDE, groups_of
 from memplan.tape.tensor import Parameter
@@ -22,8 +23,21 @@ class Layout:
     """Every weight, trained or frozen, in the order of ``named_parameters()``."""
     modules: dict[Key, list[Key]] = field(default_factory=dict)
     """Every module's own weights."""
+    names: list[Key] = field(default_factory=list)
+    """The weights as ``model.state_dict()`` lists them, tied ones more than once."""
+    merged: list[Key] = field(default_factory=list)
+    """Experts' gates and up-projections, of which each has its own weight in a checkpoint."""
     groups: list[list[Key]] = field(default_factory=list)
     """Groups of trained weights: the Trainer's, with and without weight decay, those that are not empty; or one."""
+
+    @property
+    def split(self) -> int:
+        """Elements of those weights."""
+        return sum(self.parameters[key].numel for key in self.merged)
+
+    def stacked(self, own: Sequence[Key]) -> list[Key]:
+        """Of a module's weights those of all experts."""
+        return [key for key in own if len(self.parameters[key].shape) == checkpoint.STACKED]
 
 
 def layout(root: Module, one_group: bool = False) -> Layout:
@@ -42,6 +56,7 @@ def layout(root: Module, one_group: bool = False) -> Layout:
             known = found.numbers.get(id(p))
             key = known if known is not None and known[1] == OUTSIDE else number(p, layer)
             own.append(key)
+            found.names.append(key)
             found.parameters.setdefault(key, p)
         if isinstance(module, Layers):
             made = dict(module.children())
@@ -52,6 +67,7 @@ def layout(root: Module, one_group: bool = False) -> Layout:
             visit(child, layer)
 
     visit(root, OUTSIDE)
+    found.merged = [stacked[0] for stacked in map(found.stacked, found.modules.values()) if len(stacked) > 1]
     undecayed = groups_of(root).undecayed
     trained = [(key, p) for key, p in found.parameters.items() if p.node is not None]
     groups = [[key for key, p in trained if (id(p) in undecayed) is plain] for plain in (False, True)]
@@ -59,6 +75,16 @@ def layout(root: Module, one_group: bool = False) -> Layout:
         groups = [[key for key, _ in trained]]
     found.groups = [group for group in groups if group]
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class StateDict:
+    """``model.state_dict()``, and what writing it in the checkpoint's format takes."""
+
+    weights: Sequence[tuple[Key, int]]
+    """Tied ones more than once, each with its elements."""
+    split: int
+    """Elements of the experts' weights that are halved, which copies them (revert_weight_conversion)."""
 
 
 class Engine(Protocol):
@@ -82,10 +108,18 @@ class Engine(Protocol):
     def step(self) -> None:
         """The optimizer's step."""
 
+    def save(self, state_dict: StateDict) -> None:
+        """The Trainer's ``_save_checkpoint``: the model, whose ``state_dict`` names tied weights twice; the rest."""
+
+    keeps_loaded: bool
+    """The model as it was loaded stays on the host until the engine is set up."""
+
 
 class WholeWeights:
     """What engines have in common under which every rank has all weights whole."""
 
+    keeps_loaded = False
+    ledger: Ledger
     _boundary = True
     """The micro-batch that runs is the last before a step."""
 
@@ -95,13 +129,24 @@ class WholeWeights:
     def module_event(self, kind: str, module: Key) -> None:
         """No module needs anything."""
 
+    def _save_model(self, state_dict: StateDict, itemsize: int) -> None:
+        """accelerate's get_state_dict: on every rank a clone of it on the host, tied weights apart."""
+        clones = [self.ledger.allocate("weights", elements * itemsize, "host") for _, elements in state_dict.weights]
+        self.ledger.briefly("temporaries", state_dict.split * itemsize, "main")
+        self.ledger.free(*clones)
+
 
 @dataclass(frozen=True, slots=True)
 class Played:
     """What is there beside the engine, and the micro-batches of each step."""
 
+    loaded: Sequence[checkpoint.Loaded]
+    """The model that the engine is given."""
+    converted: int
+    """Bytes that the main process has of the largest weight of experts while it is put together for ``zero.Init``."""
     held: Sequence[int]
     """Bytes of each buffer of the model."""
+    state_dict: StateDict
     workspaces: Sequence[int]
     """cuBLAS's."""
     first: Course
@@ -117,11 +162,16 @@ MICRO_BATCHES = 3
 
 
 def play(engine: Engine, ledger: Ledger, run: Played) -> None:
-    """Load, and run the steps."""
+    """Load, run the steps, and save."""
     ledger.begin("load")
+    loaded = checkpoint.load(ledger, run.loaded)
+    ledger.briefly("temporaries", run.converted, "main")
+    if not engine.keeps_loaded:
+        ledger.free(*loaded)  # by .to(device)
     for nbytes in run.held:
         ledger.allocate("weights", nbytes)
     engine.initialize()
+    ledger.free(*loaded)
     ledger.begin("first_step")
     for nbytes in run.workspaces:
         ledger.allocate("workspace", nbytes)
@@ -134,6 +184,8 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
         ledger.begin("step" if step else "first_step")
         engine.step()
     ledger.begin("idle")
+    ledger.begin("save")
+    engine.save(run.state_dict)
 
 
 def _micro_batch(engine: Engine, ledger: Ledger, course: Course, *, first: bool) -> None:

@@ -46,6 +46,11 @@ class Row:
     def elements(self) -> int:
         return self.rows * self.width
 
+    @property
+    def short(self) -> int:
+        """How many ranks' shards have fewer rows than the first's."""
+        return self.ranks - self.rows // -(-self.rows // self.ranks)
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -113,6 +118,8 @@ class Units:
         """The same for weights."""
         self.below_blocks = False
         """Whether a unit lies inside a block."""
+        self.as_sharded: list[Unit] = []
+        """Version 2's units in the order in which ``fully_shard`` is called."""
 
     def version_1(self) -> list[Unit]:
         """Of FullyShardedDataParallel."""
@@ -154,6 +161,7 @@ class Units:
         first_units = [self._taken([each], reshard) for each in first]
         last_units = [self._taken(tail, reshard_after_forward=False)] if tail else []
         rest = self._taken([self.tree], reshard_after_forward=False, shares=True)
+        self.as_sharded = [unit for unit in (*found, *first_units, *last_units, rest) if unit.weights]
         return [unit for unit in (rest, *first_units, *found, *last_units) if unit.weights]
 
     # -- policies --------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 
-from memplan.engines.layout import Layout, WholeWeights
+from memplan.engines import checkpoint
+from memplan.engines.layout import Layout, StateDict, WholeWeights
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
 from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
@@ -371,6 +372,14 @@ class Zero12(WholeWeights):
             self._make_states(index)
         self.ledger.briefly("temporaries", optimizer.temporaries.peak, self._place)
 
+    def save(self, state_dict: StateDict) -> None:
+        """The model; then rank 0 writes the flat weights, and every rank its partitions of the optimizer."""
+        setup, ledger = self.setup, self.ledger
+        size = setup.dtype.itemsize
+        self._save_model(state_dict, size)
+        checkpoint.write(ledger, [n * size for n in (*setup.frozen, *(g.elements for g in setup.groups))], "main")
+        checkpoint.write(ledger, [] if setup.offload else optimizer_storages(setup.optimizers, setup.partitions))
+
     @property
     def _place(self) -> str:
         """Where the optimizer works: DeepSpeedCPUAdam's states are pageable."""
@@ -379,6 +388,12 @@ class Zero12(WholeWeights):
     def _make_states(self, index: int) -> None:
         for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
             self.ledger.allocate("optimizer", nbytes, self._place)
+
+
+def optimizer_storages(optimizers: Sequence[Optimizer], partitions: Sequence[Parameter]) -> list[int]:
+    """Bytes of every master and state of a rank, each in a storage of its own."""
+    states = [n for each, p in zip(optimizers, partitions, strict=True) for n in each.state_bytes(p)]
+    return [*states, *(p.nbytes for p in partitions)]
 
 
 def _batches(pieces: Sequence[tuple[int, int]], limit: int) -> list[list[tuple[int, int]]]:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from memplan.engines.layout import Layout, WholeWeights
+from memplan.engines import checkpoint
+from memplan.engines.layout import Layout, StateDict, WholeWeights
 from memplan.errors import UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
 from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
@@ -86,6 +87,14 @@ class Zero0(WholeWeights):
         self.ledger.free(*upcast)
         self.ledger.free(*self._grads.values())
         self._grads.clear()
+
+    def save(self, state_dict: StateDict) -> None:
+        """The model; then rank 0 writes weights, masters and states."""
+        setup = self.setup
+        size = setup.dtype.itemsize
+        self._save_model(state_dict, size)
+        states = [nbytes for p in setup.stepped for nbytes in (p.nbytes, *setup.optimizer.state_bytes(p))]
+        checkpoint.write(self.ledger, [n * size for n in setup.frozen] + states, "main")
 
     def _step(self) -> None:
         optimizer = self.setup.optimizer

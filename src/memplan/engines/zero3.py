@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 
-from memplan.engines import nvme
-from memplan.engines.layout import Layout
-from memplan.engines.zero import ACCUMULATION, NORM_ITEMSIZE, resolved
+from memplan.engines import checkpoint, nvme
+from memplan.engines.layout import Layout, StateDict
+from memplan.engines.zero import ACCUMULATION, NORM_ITEMSIZE, optimizer_storages, resolved
 from memplan.errors import UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
 from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
@@ -55,6 +55,10 @@ class Zero3Setup:
     frozen: Sequence[Shard]
     modules: Mapping[Key, Sequence[Shard]]
     """Every module's own weights, in the model's order."""
+    made_partitioned: frozenset[Key]
+    """Weights that zero.Init partitions as their module is made; others come whole, when the engine is set up."""
+    saves: frozenset[Key]
+    """Weights of the model that is gathered to be saved."""
     ranks: int
     dtype: DType
     accumulation_dtype: DType
@@ -343,6 +347,8 @@ class Coordinator:
 class Zero3:
     """One rank of ``DeepSpeedZeroOptimizer_Stage3``."""
 
+    keeps_loaded = False
+
     def __init__(self, setup: Zero3Setup, ledger: Ledger) -> None:
         self.setup = setup
         self.ledger = ledger
@@ -386,25 +392,28 @@ class Zero3:
             ledger.allocate("gradients", nbytes)
         for shard in self._trained.values():  # create_reduce_and_remove_grad_hooks gathers each once
             if setup.ranks > 1:
-                ledger.briefly("communication", shard.partition * shard.ranks * shard.itemsize)
+                ledger.free(*self._gathered([shard]))
 
     def _place_partitions(self) -> None:
+        """Weights are cut into partitions; those that are trained then move into flat buffers."""
         setup, ledger = self.setup, self.ledger
         in_nvme = self._place_on_nvme()
-        for shard in setup.frozen:
-            if shard.key not in in_nvme:
-                self._place_alone(shard)
+        partitions = self._made_partitions(in_nvme)
         if not setup.offload_param:
-            ledger.allocate("weights", sum(shard.partition * shard.itemsize for shard in self._trained.values()))
+            nbytes = sum(shard.partition * shard.itemsize for shard in self._trained.values())
+            flat = ledger.allocate("weights", nbytes, "host")  # defragment: by way of the host
+            ledger.free(*(partitions[key] for key in self._trained))
+            ledger.empty_cache()
+            ledger.allocate("weights", nbytes)
+            ledger.free(flat)
             return
         for group, elements in zip(setup.groups, setup.flat_elements, strict=True):
             self._on_host("weights", elements * group[0].itemsize, "pinned")  # whatever pin_memory says
         for sub_group, in_cpu in zip(setup.sub_groups, setup.in_cpu, strict=True):
-            for shard in sub_group:
-                if in_cpu and self._params is not None:
+            for shard in sub_group if in_cpu else ():  # _move_to_flat_buffer
+                if self._params is not None:
                     self._params.keep_in_cpu(shard)
-                elif not in_cpu and shard.key not in in_nvme:
-                    self._place_alone(shard)
+                ledger.free(partitions.get(shard.key))
         if self._params is not None and not all(setup.in_cpu):
             largest = max(setup.sub_groups, key=lambda group: sum(shard.partition for shard in group))
             self._params.reserve_partitioned_swap_space(largest)
@@ -419,11 +428,6 @@ class Zero3:
         for shard in written:
             self._params.write(shard, owners[shard.key])
         return {shard.key for shard in written}
-
-    def _place_alone(self, shard: Shard) -> None:
-        """A partition where zero.Init has put it. It does not know of small weights that stay gathered."""
-        place = self.setup.weights_place if self.setup.offload_param else "gpu"
-        self.ledger.allocate("weights", shard.partition * shard.itemsize, place)
 
     def _create_fp32_partition(self, index: int) -> None:
         """A sub-group's masters."""
@@ -444,12 +448,57 @@ class Zero3:
         """_swappable_optimizer_subgroup."""
         return self._optimizer is not None and self._optimizer.is_swappable(self.setup.partitions[index].nbytes)
 
-    def _on_host(self, component: str, nbytes: int, place: str) -> None:
+    def _made_partitions(self, in_nvme: Set[Key]) -> dict[Key, Block]:
+        """zero.Init, module by module, and what from_pretrained gathers then; the other weights come whole.
+
+        Those ``in_nvme`` have a partition nowhere else.
+        """
+        setup, ledger = self.setup, self.ledger
+        partitions: dict[Key, Block] = {}
+        twice: list[Block] = []
+        """Weights that will be tied, which are made nevertheless."""
+        for own in setup.modules.values():
+            made = self._partition([shard for shard in own if shard.key in setup.made_partitioned], in_nvme)
+            twice += [made.pop(key) for key in list(made) if key in partitions]
+            partitions |= made
+        for own in setup.modules.values():  # _load_state_dict_into_zero3_model
+            ledger.free(*self._gathered([shard for shard in own if shard.key in partitions]))
+        ledger.free(*twice)
+        return partitions | self._partition([shard for shard in self._all if shard.key not in partitions], in_nvme)
+
+    def _partition(self, shards: Sequence[Shard], in_nvme: Set[Key]) -> dict[Key, Block]:
+        """All of them are there whole, and are cut one by one."""
+        setup = self.setup
+        partitions: dict[Key, Block] = {}
+        whole = [self.ledger.allocate("weights", shard.elements * shard.itemsize) for shard in shards]
+        for shard, block in zip(shards, whole, strict=True):
+            nbytes = shard.partition * shard.itemsize
+            if not setup.offload_param:
+                partitions[shard.key] = self.ledger.allocate("weights", nbytes)
+            elif shard.key not in in_nvme:  # small weights too: zero.Init does not know what will stay gathered
+                partitions[shard.key] = self._on_host("weights", nbytes, setup.weights_place)
+            self.ledger.free(block)
+        return partitions
+
+    def _gathered(self, shards: Sequence[Shard]) -> list[Block]:
+        """GatheredParameters."""
+        blocks = []
+        staged: list[Block] = []
+        for shard in shards:
+            blocks.append(self.ledger.allocate("communication", shard.partition * shard.ranks * shard.itemsize))
+            if self.setup.offload_param:
+                staged.append(self.ledger.allocate("communication", shard.partition * shard.itemsize))
+        self.ledger.free(*staged)
+        return blocks
+
+    def _on_host(self, component: str, nbytes: int, place: str) -> Block:
         """Made in pageable memory and, if it is to be pinned, copied."""
         made = self.ledger.allocate(component, nbytes, "host")
-        if place != "host":
-            self.ledger.allocate(component, nbytes, place)
-            self.ledger.free(made)
+        if place == "host":
+            return made
+        pinned = self.ledger.allocate(component, nbytes, place)
+        self.ledger.free(made)
+        return pinned
 
     @property
     def _optimizer_place(self) -> str:
@@ -601,6 +650,35 @@ class Zero3:
             optimizer.make_states(index, self.setup.optimizers[index].state_bytes(self.setup.partitions[index]))
         optimizer.swap_out_optimizer_state(index)
 
+    # -- save ------------------------------------------------------------------------------------------------------
+
+    def save(self, state_dict: StateDict) -> None:
+        """The model, if it is to be gathered; then every rank writes its partitions of the optimizer."""
+        setup, ledger = self.setup, self.ledger
+        model = self._consolidated() if setup.saves else []
+        if len(setup.saves) == len(self._all):
+            self.ledger.briefly("temporaries", state_dict.split * setup.dtype.itemsize, "main")
+        self.coordinator.release_and_reset_all(self._all)  # checkpoint_event_prologue
+        storages = [] if setup.offload_optimizer else optimizer_storages(setup.optimizers, setup.partitions)
+        checkpoint.write(ledger, storages)
+        self.coordinator.gather_persistent(self._all)
+        # get_layer_state_dict calls itself, a cycle that holds the model until the garbage collector comes by.
+        ledger.free(*model)
+
+    def _consolidated(self) -> list[Block]:
+        """_zero3_consolidated_16bit_state_dict: gathered module by module, kept on rank 0's host."""
+        ledger = self.ledger
+        self.coordinator.release_and_reset_all(self._all)
+        model: dict[Key, Block] = {}
+        for own in self.setup.modules.values():
+            gathered = self._gathered(own)
+            for shard in own:
+                if shard.key in self.setup.saves and shard.key not in model:
+                    model[shard.key] = ledger.allocate("weights", shard.elements * shard.itemsize, "main")
+            ledger.free(*gathered)
+        self.coordinator.gather_persistent(self._all)
+        return list(model.values())
+
     def _make_states(self, index: int) -> None:
         for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
             self.ledger.allocate("optimizer", nbytes, self._optimizer_place)
@@ -618,8 +696,13 @@ def zero3_setup(
     hidden_size: int | None,
     optim: str,
     rules: DeviceRules,
+    *,
+    adapted: bool,
 ) -> Zero3Setup:
-    """The engine's settings as DeepSpeed and the Trainer resolve them. Raises UnsupportedError for unmodelled ones."""
+    """The engine's settings as DeepSpeed and the Trainer resolve them; PEFT has ``adapted`` the model, or not.
+
+    Raises UnsupportedError for unmodelled ones.
+    """
     keys = strategy.zero
     reasons = {
         "optim": strategy.offload_optimizer != "none" and not optim.startswith("adamw_torch") and optim,
@@ -661,6 +744,9 @@ def zero3_setup(
         sub_groups=sub_groups,
         frozen=[shard for key, shard in shards.items() if key not in trained],
         modules={module: [shards[key] for key in own] for module, own in model.modules.items()},
+        made_partitioned=frozenset(key for key in shards if keys.zero3_init_flag and not (adapted and key in trained)),
+        # Of an adapted model the Trainer saves what is trained, whatever the key says.
+        saves=frozenset(trained if adapted else shards if keys.stage3_gather_16bit_weights_on_model_save else ()),
         ranks=ranks,
         dtype=dtype,
         accumulation_dtype=ACCUMULATION[keys.grad_accum_dtype] if keys.grad_accum_dtype is not None else dtype,

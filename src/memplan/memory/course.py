@@ -8,7 +8,7 @@ what is alive on the tape at that moment.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from memplan.memory.allocator import CachingAllocator
@@ -135,14 +135,17 @@ class Ledger:
     """What is alive on GPU, host and NVMe while an engine is played, and the fullest moment of each phase.
 
     Places are ``gpu``, ``host`` (pageable), ``pinned`` (host, page-locked by torch), ``locked`` (host, page-locked by
-    DeepSpeed) and ``nvme``. On the GPU blocks are multiples of 512 bytes; pinned ones are powers of two
-    (CachingHostAllocator.h); locked ones are pages (posix_memalign and mlock, deepspeed's pin_memory/page_alloc.cpp).
+    DeepSpeed), ``main`` (pageable, but the main process's alone) and ``nvme``. On the GPU blocks are multiples of 512
+    bytes; pinned ones are powers of two (CachingHostAllocator.h); locked ones are pages (posix_memalign and mlock,
+    deepspeed's pin_memory/page_alloc.cpp). The host is told of a node on which ``ranks`` ranks do the same, the main
+    process among them.
     """
 
-    def __init__(self, pinned_in_powers_of_two: bool = True) -> None:
+    def __init__(self, pinned_in_powers_of_two: bool = True, ranks: int = 1) -> None:
         self.pinned_in_powers_of_two = pinned_in_powers_of_two
+        self.ranks = ranks
         self.phase = "load"
-        self._engine: dict[str, Parts] = {place: {} for place in ("gpu", *_HOST, "nvme")}
+        self._engine: dict[str, Parts] = {place: {} for place in ("gpu", *_HOST, "main", "nvme")}
         self._totals: dict[str, int] = dict.fromkeys(self._engine, 0)
         self._tape = [0] * len(COMPONENTS)
         self._tape_total = 0
@@ -243,13 +246,13 @@ class Ledger:
             self._look(place)
 
     def _look(self, place: str) -> None:
-        if place in _HOST:  # one memory: the fullest moment of all together
-            height, key = sum(self._totals[each] for each in _HOST), (self.phase, "host")
+        if place in (*_HOST, "main"):  # one memory: the fullest moment of all together
+            height = sum(self._totals[each] for each in _HOST) * self.ranks + self._totals["main"]
+            key = self.phase, "host"
             if height > self._highest.get(key, -1):
                 self._highest[key] = height
-                page_locked = self._added(self._engine["pinned"], self._engine["locked"])
-                self._fullest[key] = self._added(self._engine["host"], page_locked)
-                self._fullest[self.phase, "pinned"] = page_locked
+                self._fullest[key] = self._node((*_HOST, "main"))
+                self._fullest[self.phase, "pinned"] = self._node(("pinned", "locked"))
             return
         key = self.phase, place
         height = self._totals[place] + (self._tape_total if place == "gpu" else 0)
@@ -257,8 +260,13 @@ class Ledger:
             self._highest[key] = height
             self._fullest[key] = self._sum(self._tape) if place == "gpu" else dict(self._engine[place])
 
-    def _added(self, one: Parts, other: Parts) -> Parts:
-        return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
+    def _node(self, places: Iterable[str]) -> Parts:
+        """What the ranks of a node have in some places of its host, by component."""
+        parts: Counter[str] = Counter()
+        for place in places:
+            for name, size in self._engine[place].items():
+                parts[name] += size * (1 if place == "main" else self.ranks)
+        return dict(parts)
 
     def _sum(self, tape: list[int]) -> Parts:
         parts = dict(self._engine["gpu"])

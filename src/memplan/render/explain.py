@@ -35,7 +35,7 @@ def _lines(term: Term) -> Table:
 
 
 def levers(found: Iterable[Lever]) -> RenderableType:
-    """Return a table of keys: each alone, with what its other value does to the peaks of a rank."""
+    """Return a table of keys: what the other value of each, alone, does to the peaks of a rank and of its host."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for title in ("key", "now", "instead"):
         table.add_column(title, no_wrap=title == "key")

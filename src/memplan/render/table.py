@@ -249,9 +249,11 @@ def _elsewhere(estimate: Estimate, width: int) -> list[RenderableType]:
     """Host memory and NVMe of a node, where the setup uses them."""
     host, nvme = estimate.host, estimate.nvme
     ranks = f"{host.ranks} rank{'s' if host.ranks > 1 else ''}"
+    fullest = max(host.phases, key=lambda phase: phase.allocated, default=None)
+    during = f", in phase {fullest.name}" if fullest is not None else ""
     pages: list[RenderableType] = []
     for title, components, total, capacity in (
-        (f"Host memory of a node ({ranks}), GiB", host.components, host.peak, host.capacity),
+        (f"Host memory of a node ({ranks}){during}, GiB", host.components, host.peak, host.capacity),
         (f"NVMe of a node ({ranks}), GiB", nvme.components, nvme.bytes, nvme.capacity),
     ):
         if total:

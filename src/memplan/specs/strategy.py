@@ -137,6 +137,9 @@ class ZeroSpec(Spec):
     """Stage 3: elements that prefetching may keep gathered."""
     stage3_max_reuse_distance: Count = 1_000_000_000
     """Stage 3: a parameter used again within this many elements stays gathered."""
+    zero3_init_flag: bool = True
+    """Stage 3: the model is made under ``zero.Init``, as it is after TrainingArguments; False makes it whole on every
+    rank. accelerate's name; in a DeepSpeed config there is no such key."""
     stage3_gather_16bit_weights_on_model_save: bool = False
     """Stage 3: gather the whole 16-bit model to save it."""
     stage3_allgather_sequential: bool = False
@@ -182,7 +185,8 @@ class FsdpSpec(Spec):
     activation_checkpointing: bool = False
     """Let FSDP do the checkpointing; not together with ``gradient_checkpointing``."""
     cpu_ram_efficient_loading: bool = False
-    """Only rank 0 reads the checkpoint; the others receive their shards."""
+    """Weights are sharded without memory, and rank 0 sends them one by one. With transformers 5.23 every rank reads the
+    whole checkpoint nevertheless: on the host it saves nothing."""
     state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] = "FULL_STATE_DICT"
     """How a checkpoint is saved; a full one gathers the model."""
     backward_prefetch: Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"] = "NO_PREFETCH"
