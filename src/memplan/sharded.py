@@ -160,7 +160,7 @@ def _engine(
             strategy, model, ranks, setup.dtype, hidden_size, optim, setup.rules, adapted=adapted
         )
         return zero3.Zero3(sharded, ledger)
-    frozen = [p.numel for p in model.parameters.values() if p.node is None]
+    frozen = [p.nbytes for p in model.parameters.values() if p.node is None]
     if strategy.kind == "zero0":
         return zero0.Zero0(zero0.zero0_setup(model, frozen, setup.dtype, optim, setup.rules), ledger)
     groups = zero.parameter_groups(model, ranks, strategy.zero.round_robin_gradients)

@@ -44,10 +44,21 @@ class Event(NamedTuple):
     position: int
     """In the log."""
     kind: Literal[
-        "gradient", "pre_forward", "post_forward", "pre_backward", "post_backward", "end_backward", "hold", "drop"
+        "gradient",
+        "pre_forward",
+        "post_forward",
+        "pre_backward",
+        "post_backward",
+        "end_backward",
+        "hold",
+        "drop",
+        "keep",
+        "replace",
+        "step",
     ]
     """end_backward: post_backward, of a module whose inputs need no gradient. hold and drop: a recomputation saves a
-    weight as it is then, for one node."""
+    weight as it is then, for one node. keep: a node's ctx holds it until the graph dies. replace: a module has put
+    another tensor in a weight's place. step: backward() is done, and the graph is still alive."""
     subject: int
     """id() of the weight or the module."""
     storage: int = -1
@@ -165,6 +176,8 @@ class Tape:
         self._persistent = Persistent(self)
         self._boundaries: list[tuple[int, LayerKey | None]] = []
         self._context: list[Tensor] = []
+        self._held_in_context: list[int] = []
+        """id() of the weights that a recomputed graph's ctx holds."""
         self.kept: dict[int, LayerKey | None] = {}
         """Storages that lie in a node's ctx until the graph dies -> the first layer that put them there."""
         self.flowing: set[int] = set()
@@ -184,6 +197,8 @@ class Tape:
         """An engine that shards takes each weight's gradient as it comes, and says itself how long it is kept."""
         self.events: list[Event] = []
         """What an engine hooks into, in order: gradients that are ready, and modules that are watched."""
+        self.steps_in_backward = False
+        """accelerate's backward() under DeepSpeed also steps, before the loss and its graph die."""
         self.zero3_linear = False
         """DeepSpeed's own function stands in F.linear's place."""
         self.watches = False
@@ -220,6 +235,7 @@ class Tape:
         p = Parameter(shape, contiguous_strides(shape), dtype, self._persistent)
         p.name = name
         p.elements = p.numel
+        p.loaded = None
         if requires_grad:
             p.node = AccumulateGrad(p)
         return p
@@ -316,6 +332,19 @@ class Tape:
         self._mark_saved(x)
         if self._recording is None:
             self.kept.setdefault(x.storage.id, self._boundaries[-1][1] if self._boundaries else None)
+
+    def keep_weight(self, p: Parameter) -> None:
+        """The same of a weight, which matters where it is gathered into memory that it does not keep."""
+        if not self.watches:
+            return
+        self.events.append(Event(len(self.log), "keep" if self._recording is None else "hold", id(p)))
+        if self._recording is not None:
+            self._held_in_context.append(id(p))
+
+    def replace(self, p: Parameter) -> None:
+        """``module.weight.data = other``: what the weight was gathered into is let go."""
+        if self.watches:
+            self.events.append(Event(len(self.log), "replace", id(p)))
 
     def _mark_saved(self, x: Tensor | None) -> None:
         if x is not None:
@@ -425,7 +454,7 @@ class Tape:
         if frame.recomputed is None:
             frame.recomputed = []
             outer = (self._recording, self._record_limit, self.grad_enabled, self.component, self._context)
-            self._context = []  # the recomputed graph dies with the recomputation
+            self._context, self._held_in_context = [], []  # the recomputed graph dies with the recomputation
             self._recording, self._record_limit, self.grad_enabled = frame.recomputed, frame.count, True
             self.component = TEMPORARY
             try:
@@ -435,6 +464,7 @@ class Tape:
                 pass
             finally:
                 self._recording, self._record_limit, self.grad_enabled, self.component, self._context = outer
+                self.events += [Event(len(self.log), "drop", subject) for subject in self._held_in_context]
         recomputed = frame.recomputed
         end = packed.start + packed.length
         tensors = Recomputed(recomputed[packed.start : end])
@@ -516,6 +546,8 @@ class Tape:
                 self._sink(sink)
         while boundaries:
             self.mark("layer_backward_end", boundaries.pop()[1])
+        if self.steps_in_backward:
+            self.events.append(Event(len(self.log), "step", 0))
         self._leaves.clear()
         self._context.clear()
         self.grad_enabled = True
