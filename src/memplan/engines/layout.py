@@ -108,6 +108,9 @@ class Engine(Protocol):
     def step(self) -> None:
         """The optimizer's step."""
 
+    def end_graph(self) -> None:
+        """The loss dies, and what its graph holds of the engine's."""
+
     def save(self, state_dict: StateDict) -> None:
         """The Trainer's ``_save_checkpoint``: the model, whose ``state_dict`` names tied weights twice; the rest."""
 
@@ -128,6 +131,9 @@ class WholeWeights:
 
     def module_event(self, kind: str, module: Key) -> None:
         """No module needs anything."""
+
+    def end_graph(self) -> None:
+        """No weight is gathered into memory that a graph could hold."""
 
     def _save_model(self, state_dict: StateDict, itemsize: int) -> None:
         """accelerate's get_state_dict: on every rank a clone of it on the host, tied weights apart."""
@@ -194,6 +200,7 @@ def _micro_batch(engine: Engine, ledger: Ledger, course: Course, *, first: bool,
         if boundary:
             ledger.begin("first_step" if first else "step")
             engine.step()
+        engine.end_graph()
 
     ledger.rewind()
     phase = ""
