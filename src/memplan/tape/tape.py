@@ -392,6 +392,16 @@ class Tape:
             self._watched.append((before, self._seq, id(module), hooked))
         return out
 
+    def watch_leaf(self, module: object, x: Tensor) -> Tensor:
+        """x as a watched module gives it out, made a leaf by then: what hooks in before a backward sits behind it."""
+        if not self.watches or not x.requires_grad:
+            return x
+        before = self._seq
+        node = self.node(_give_back, (x,))
+        if self._recording is None:
+            self._watched.append((before, self._seq, id(module), False))
+        return Tensor(x.shape, x.strides, x.dtype, x.storage, node)
+
     def layer_boundary(self, layer: LayerKey | None) -> None:
         """Forward enters ``layer`` (None: what follows the last one) here; backward leaves it at an older node."""
         self._boundaries.append((self._seq, layer))
@@ -617,6 +627,10 @@ def _obeys_layout(grad: Tensor, sink: AccumulateGrad) -> bool:
         return True
     same = zip(grad.shape, grad.strides, sink.strides, strict=True)
     return all(stride == wanted if size != 1 else stride != 0 for size, stride, wanted in same)
+
+
+def _give_back(tape: Tape, node: Node, grad: Any, saved: Any) -> Sequence[Tensor | None]:
+    return (grad,)
 
 
 def _detached(x: Tensor) -> Tensor:
