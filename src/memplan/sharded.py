@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
-from memplan.adapters.quantization import check_quant_storage
+from memplan.adapters.quantization import Linear8bitLt, check_quant_storage
 from memplan.architectures.nn import Module
 from memplan.engines import bf16, fsdp, fsdp1, plain, zero, zero0, zero3
 from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
@@ -92,8 +92,10 @@ def play_engine(
         loaded=_loaded(setup, strategy, model),
         converted=_converted(setup, strategy, model),
         quantizing=_quantizing(setup),
+        quantized_on_host=_quantized_on_host(setup, first.root),
         state_dict=StateDict(
-            [(key, model.parameters[key].numel) for key in model.names],
+            [(key, model.parameters[key].nbytes) for key in model.names],
+            [b.nbytes for b, count in first.inventory.buffers if not b.registered for _ in range(count)],
             model.split,
         ),
         held=first.inventory.buffer_blocks,
@@ -146,6 +148,13 @@ def _quantizing(setup: Setup) -> int:
     root = build(setup, Tape(setup.rules), full_depth=False, as_loaded=True)
     prepare = prepares_for_kbit_training(setup.training)
     return loading.load(loading.tensors(root), direct=True, prepare=prepare).peak_allocated
+
+
+def _quantized_on_host(setup: Setup, root: Module) -> int:
+    """Bytes of the largest weight that Bnb8bitQuantize takes to the host and back, as it is loaded."""
+    layers = [module for _, module in root.named_modules() if isinstance(module, Linear8bitLt)]
+    itemsize = dtypes.dtype_named(setup.precision.dtype).itemsize
+    return max((module.weight.numel * itemsize for module in layers), default=0)
 
 
 def _converted(setup: Setup, strategy: Strategy, model: Layout) -> int:
