@@ -92,13 +92,16 @@ def measured(row: o2.Row, side: str = "device") -> dict[str, int]:
     def peak(*beginnings: str) -> int:
         return max(phase["peak"][exact] for name, phase in phases.items() if name.startswith(beginnings))
 
+    # Quantizing on CPU takes temporaries in float32, which CUDA's kernels do not.
+    quantized_on_cpu = "quantization" in row.setup.options and side == "device"
+    loading = peak("init") if quantized_on_cpu else peak("load", "init")
     return {
         "first_step": peak("0.idle", "1.forward", "1.backward", "1.between", "1.step"),
         "forward": peak("2.forward"),
         "backward": peak("2.backward"),
         "step": peak("2.step"),
         "idle": phases["2.idle"]["start"][exact],
-    } | ({"load": peak("load", "init"), "save": peak("save")} if "save" in phases else {})
+    } | ({"load": loading, "save": peak("save")} if "save" in phases else {})
 
 
 def estimated(ledger: Ledger, place: str = "gpu") -> dict[str, int]:
@@ -260,7 +263,9 @@ def test_the_real_thing_offloads_to_a_folder_here() -> None:
     check_host(row)
 
 
-REFUSED = [row for group in ("fsdp", "fsdp1") for row in o2.load_archives()[group].rows if row.result is None]
+REFUSED = [
+    row for group in ("fsdp", "fsdp1", "quantized") for row in o2.load_archives()[group].rows if row.result is None
+]
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.setup.key)
