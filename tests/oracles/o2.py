@@ -518,7 +518,7 @@ def _model(values: dict[str, Any], options: dict[str, Any], pretrained: Path) ->
     wanted = {"dtype": getattr(torch, options["dtype"]), "attn_implementation": options.get("attn", "sdpa")}
     with _without_zero_init() if not options.get("zero_init", True) else contextlib.nullcontext():
         if "quantization" in options:
-            model = _quantized(kind, options["quantization"], pretrained, wanted)
+            model = _quantized(kind, options, pretrained, wanted)
         elif "pretrained" in options:
             model = kind.from_pretrained(pretrained, **wanted)
         else:
@@ -532,16 +532,18 @@ def _model(values: dict[str, Any], options: dict[str, Any], pretrained: Path) ->
     return peft.get_peft_model(model, peft.LoraConfig(r=lora["rank"], lora_alpha=16, target_modules=targets))
 
 
-def _quantized(kind: Any, quantization: dict[str, Any], pretrained: Path, wanted: dict[str, Any]) -> Any:
+def _quantized(kind: Any, options: dict[str, Any], pretrained: Path, wanted: dict[str, Any]) -> Any:
     """Loaded and prepared as QLoRA's scripts do it; needs bitsandbytes."""
     import peft
     import torch
     import transformers
 
+    quantization = options["quantization"]
+    computes_in = {"bf16": "bfloat16", "fp16": "float16", "no": options["dtype"]}[options["mixed_precision"]]
     four_bit = {
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": quantization["kind"] == "nf4-dq",
-        "bnb_4bit_compute_dtype": getattr(torch, quantization.get("compute_dtype", "bfloat16")),
+        "bnb_4bit_compute_dtype": getattr(torch, quantization.get("compute_dtype", computes_in)),
         "bnb_4bit_quant_storage": getattr(torch, quantization.get("quant_storage", "uint8")),
     }
     in_8_bit = quantization["kind"] == "int8"
@@ -1002,7 +1004,9 @@ def _qlora(config: str, strategy: str, kind: str, **options: Any) -> Setup:
 
 
 def _quantized_variants() -> list[dict[str, Any]]:
-    """Needs bitsandbytes. oneDNN is off, as in quantized.py."""
+    """Needs bitsandbytes. oneDNN is off, as in quantized.py. Where nothing casts an embedding, as in float32, it would
+    be a view of the mapped checkpoint but for the two sides.
+    """
     more, long = {"grad_accum_steps": 3}, {"micro_batch_size": 2, "seq_len": 200}
     checkpointed = {**long, "gradient_checkpointing": True}
     saved = {"two_sides": True, "save": True}
@@ -1023,10 +1027,10 @@ def _quantized_variants() -> list[dict[str, Any]]:
         {"strategy": "zero2", "kind": "nf4", **saved},
         {"strategy": "zero2", "kind": "nf4", "offload_optimizer": "cpu", **more},
         {"strategy": "zero2", "kind": "int8", **checkpointed, **more},
-        {"strategy": "zero2", "kind": "nf4", **FP32},
-        {"strategy": "zero2", "kind": "nf4-dq", **FP16},
+        {"strategy": "zero2", "kind": "nf4", **FP32, "two_sides": True},
+        {"strategy": "zero2", "kind": "nf4-dq", **FP16, "two_sides": True},
         {"strategy": "zero2", "kind": "nf4", **packed, **checkpointed},
-        {"strategy": "zero2", "kind": "nf4", **unprepared},
+        {"strategy": "zero2", "kind": "nf4", **unprepared, "two_sides": True},
         {"strategy": "zero3", "kind": "nf4"},
         {"strategy": "zero3", "kind": "nf4", "gpus": 1},
         {"strategy": "zero3", "kind": "nf4", "gpus": 64},

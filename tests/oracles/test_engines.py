@@ -83,8 +83,11 @@ def specs(row: o2.Row) -> tuple[ModelSpec, TrainingSpec, Strategy]:
     return _model(config), TrainingSpec(**options), strategy
 
 
-def measured(row: o2.Row, side: str = "device") -> dict[str, int]:
-    """The row's peaks by phase and the level between steps: in blocks of 512 bytes, on the host in bytes."""
+def measured(row: o2.Row, side: str = "device", *, quantizing: bool = False) -> dict[str, int]:
+    """The row's peaks by phase and the level between steps: in blocks of 512 bytes, on the host in bytes.
+
+    Loading is without that of a quantized model on the device, but for ``quantizing``.
+    """
     assert row.result is not None
     phases = row.result["phases"][side]
     exact = int(side == "host")
@@ -92,9 +95,8 @@ def measured(row: o2.Row, side: str = "device") -> dict[str, int]:
     def peak(*beginnings: str) -> int:
         return max(phase["peak"][exact] for name, phase in phases.items() if name.startswith(beginnings))
 
-    # Quantizing on CPU takes temporaries in float32, which CUDA's kernels do not.
-    quantized_on_cpu = "quantization" in row.setup.options and side == "device"
-    loading = peak("init") if quantized_on_cpu else peak("load", "init")
+    quantized = "quantization" in row.setup.options and side == "device"
+    loading = peak("init") if quantized and not quantizing else peak("load", "init")
     return {
         "first_step": peak("0.idle", "1.forward", "1.backward", "1.between", "1.step"),
         "forward": peak("2.forward"),
@@ -179,7 +181,9 @@ READ = [row for row in ROWS if row.setup.options.get("save") and row.setup.optio
 @pytest.mark.parametrize("row", READ, ids=lambda row: row.setup.key)
 def test_loading_and_saving_take_what_they_take_of_gpu_and_host(row: o2.Row, side: str) -> None:
     found, truth = estimated(played(row), PLACES[side]), measured(row, side)
-    assert found["load"] == pytest.approx(truth["load"], rel=PEAK, abs=SCALARS)
+    # Quantizing on CPU takes temporaries in float32, which CUDA's kernels do not.
+    most = measured(row, side, quantizing=True)["load"]
+    assert truth["load"] * (1 - PEAK) - SCALARS <= found["load"] <= most * (1 + PEAK) + SCALARS
     low = truth["save"] - others(row, side)
     assert low * (1 - PEAK) - SCALARS <= found["save"] <= truth["save"] * (1 + PEAK) + SCALARS
 
