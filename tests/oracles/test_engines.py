@@ -69,7 +69,7 @@ def played(row: o2.Row) -> Ledger:
 
 def specs(row: o2.Row) -> tuple[ModelSpec, TrainingSpec, Strategy]:
     """The specs that a row's options are."""
-    options = {name: value for name, value in row.setup.options.items() if name not in ("two_sides", "save")}
+    options = {name: value for name, value in row.setup.options.items() if name not in ("two_sides", "save", "fp16")}
     config = CONFIGS[row.setup.family][row.setup.config] | options.pop("values", {})
     config |= {"dtype": options.pop("pretrained", {"dtype": options["dtype"]})["dtype"]}
     if "num_layers" in options:

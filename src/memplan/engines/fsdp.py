@@ -17,7 +17,7 @@ from memplan.engines.layout import Layout, StateDict
 from memplan.engines.wrapping import Row, Unit, Units
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
-from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
+from memplan.memory.optimizers import Groups, Optimizer, clip_grad_norm, make_optimizer
 from memplan.specs.strategy import FsdpSpec, Strategy
 from memplan.specs.training import TrainingSpec
 from memplan.tape.dispatch import CPU, DeviceRules
@@ -248,6 +248,10 @@ class Fsdp:
 
     def step(self) -> None:
         optimizer, place = self.setup.optimizer, "host" if self.setup.offload else "gpu"
+        if not self.setup.offload:  # on the host scalars take what they are
+            clipping = clip_grad_norm([(p, 1) for p in self.setup.stepped], optimizer.rules)
+            norms = [self.ledger.allocate("temporaries", n) for n, count in clipping for _ in range(count)]
+            self.ledger.free(*norms)
         if not self._has_states:
             self._has_states = True
             for p in self.setup.stepped:

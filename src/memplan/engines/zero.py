@@ -147,6 +147,8 @@ class Zero12(WholeWeights):
         """This rank's gradients, each with the last group whose step needs it."""
         self._compact: list[Block] = []
         """With gradients accumulated in float32, each group's flat partition of them (GradPartitionBufferGroup)."""
+        self._norms: list[Block] = []
+        """Of gradients that are on the host now (norm_for_param_grads)."""
         self._stepped = False
         self._micro_step = -1
         """Backwards since the last step that have found buckets, from 0 (micro_step_id)."""
@@ -306,6 +308,7 @@ class Zero12(WholeWeights):
         if not self._boundary:
             return
         ledger.briefly("temporaries", piece * NORM_ITEMSIZE)
+        self._norms.append(ledger.allocate("temporaries", NORM_ITEMSIZE))
         if self.setup.accumulation_dtype is not float32:
             ledger.briefly("temporaries", piece * float32.itemsize)
         ledger.free(self._grads.pop(weight.key, None))
@@ -337,8 +340,8 @@ class Zero12(WholeWeights):
         if setup.offload:
             for i in range(len(setup.groups)):
                 self._step_group(i, first)
-            ledger.free(*self._compact)
-            self._compact = []
+            ledger.free(*self._compact, *self._norms)
+            self._compact, self._norms = [], []
             return
         size = setup.accumulation_dtype.itemsize
         padding: list[Block] = []

@@ -362,6 +362,8 @@ class Zero3:
         self._bucket: list[Shard] = []
         self._bucket_elements = 0
         self._grads: dict[Key, Block] = {}
+        self._norms: list[Block] = []
+        """Of gradients that are on the host now (norm_for_param_grads)."""
         self._boundary = True
         self._stepped = False
 
@@ -595,6 +597,7 @@ class Zero3:
             made.append(ledger.allocate(component, shard.partition * dtype.itemsize))
             if self._boundary and len(made) == 1:
                 ledger.briefly("temporaries", min(shard.partition, NORM_PART) * NORM_ITEMSIZE)
+                self._norms.append(ledger.allocate("temporaries", NORM_ITEMSIZE))
         swapped = [(shard, made.pop())] if swaps else []
         ledger.free(*made)
         return swapped
@@ -610,6 +613,8 @@ class Zero3:
             for i in range(len(setup.optimizers)):
                 self._step_on_host(i)
             self._stepped = True
+            ledger.free(*self._norms)  # reset_cpu_buffers
+            self._norms.clear()
             self.coordinator.gather_persistent(self._all)
             return
         for shard in self._trained.values():
