@@ -10,11 +10,10 @@ from typing import Any, Literal
 from memplan.adapters.lora import DEFAULT_TARGETS
 from memplan.adapters.prequantized import DEQUANTIZED_SOURCE, checkpoint_quantization, is_dequantized
 from memplan.adapters.quantization import default_dtype
-from memplan.architectures.nn import Inventory, Module
+from memplan.architectures.nn import Inventory
 from memplan.architectures.registry import attention_implementations, head_of
 from memplan.constants import Constant
 from memplan.engines import checkpoint, ddp, plain
-from memplan.engines.layout import Layout, layout
 from memplan.engines.plain import Parts, Run
 from memplan.errors import SpecError, UnsupportedError
 from memplan.inference import Inference, Machine, infer
@@ -25,6 +24,7 @@ from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
 from memplan.memory.trace import EvaluationLoop, Replayed, replay_steps, reserved_bound
 from memplan.micro_batch import (
+    MicroBatch,
     Setup,
     Traced,
     all_layers,
@@ -99,8 +99,8 @@ def estimate(
         placed = ddp.phases(run, strategy.ddp, cluster.gpus)
     else:
         placed = plain.phases(run)
-    if not strategy.shards and training.lora is None:
-        split = layout(micro.root).split * setup.dtype.itemsize  # save_pretrained, of rank 0
+    if not strategy.shards and training.lora is None and _has_experts(run):
+        split = micro.layout().split * setup.dtype.itemsize  # save_pretrained, of rank 0
         placed["save"]["temporaries"] = placed["save"].get("temporaries", 0) + split
     if training.quantization is not None:
         placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
@@ -119,11 +119,7 @@ def estimate(
             else:
                 replayed = Replayed({}, _bound(setup, gpu, strategy, cluster.gpus))
     memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
-    host = (
-        sharded.host_memory(played, cluster)
-        if strategy.shards
-        else _host_memory(setup, run, micro.root, cluster, placed)
-    )
+    host = sharded.host_memory(played, cluster) if strategy.shards else _host_memory(setup, run, micro, cluster, placed)
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
     if strategy.shards:
         nvme = sharded.nvme_memory(played, cluster)
@@ -490,7 +486,7 @@ NO_GPU_CONTEXT = Constant(
 )
 
 
-def _host_memory(setup: Setup, run: Run, root: Module, cluster: ClusterSpec, phases: Iterable[str]) -> HostMemory:
+def _host_memory(setup: Setup, run: Run, micro: MicroBatch, cluster: ClusterSpec, phases: Iterable[str]) -> HostMemory:
     """Of one node: the model on its way to the GPUs, what the main process saves, and paged optimizer states, as far as
     the driver does not find room for them on the GPU.
     """
@@ -498,7 +494,7 @@ def _host_memory(setup: Setup, run: Run, root: Module, cluster: ClusterSpec, pha
     paged = sum(run.optimizer.paged_bytes(p) * count for p, count in run.trainable) * ranks
     parts: dict[str, Parts] = {phase: {"optimizer": paged} if paged and phase != "load" else {} for phase in phases}
     if setup.rules.kind != "cpu":
-        parts["load"] |= {name: size * ranks for name, size in _loaded(setup, layout(root)).items()}
+        parts["load"] |= {name: size * ranks for name, size in _loaded(setup, run, micro).items()}
         model, state = _saved(setup, run)
         saving = {"weights": model} if model >= state else {"temporaries": state}
         parts["save"] |= saving
@@ -514,22 +510,28 @@ def _host_memory(setup: Setup, run: Run, root: Module, cluster: ClusterSpec, pha
     )
 
 
-def _loaded(setup: Setup, model: Layout) -> Parts:
+def _has_experts(run: Run) -> bool:
+    """Whether weights of a checkpoint are stacked when they are read, and taken apart when they are written."""
+    return any(len(p.shape) == checkpoint.STACKED for p, _ in run.parameters)
+
+
+def _loaded(setup: Setup, run: Run, micro: MicroBatch) -> Parts:
     """The most that from_pretrained leaves one process, before the Trainer moves the model to the GPU."""
     if setup.training.quantization is not None:
         return {}  # tensor by tensor straight to the GPU
     stored, asked = checkpoint.stored_dtype(setup.model.config), dtype_named(setup.precision.dtype)
     adapted = setup.training.lora is not None
+
+    def nbytes(p: Parameter) -> int:
+        return p.nbytes if adapted and p.node is not None else checkpoint.from_pretrained(p, asked, stored)
+
+    if not _has_experts(run):
+        return {"weights": sum(nbytes(p) * count for p, count in run.parameters)}
+    model = micro.layout()
     ledger = Ledger()
     checkpoint.load(
         ledger,
-        [
-            checkpoint.Loaded(
-                p.nbytes if adapted and p.node is not None else checkpoint.from_pretrained(p, asked, stored),
-                merged=key in model.merged,
-            )
-            for key, p in model.parameters.items()
-        ],
+        [checkpoint.Loaded(nbytes(p), merged=key in model.merged) for key, p in model.parameters.items()],
     )
     return ledger.fullest("load", "host")
 

@@ -15,6 +15,7 @@ from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, M
 from memplan.architectures.registry import build_model, trainable_heads
 from memplan.catalog.gpus import find_gpu
 from memplan.constants import Constant
+from memplan.engines.layout import Layout, layout
 from memplan.engines.plain import Evaluation, Run
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.optimizers import groups_of, make_optimizer
@@ -98,6 +99,16 @@ class MicroBatch:
     def unrolled(self) -> Unrolled:
         """The log of all layers."""
         return unroll(self.tape, self.inventory.stacks)
+
+    @cached_property
+    def _layouts(self) -> dict[bool, Layout]:
+        return {}
+
+    def layout(self, one_group: bool = False) -> Layout:
+        """The model as an engine that shards sees it (:func:`memplan.engines.layout.layout`)."""
+        if one_group not in self._layouts:
+            self._layouts[one_group] = layout(self.root, one_group)
+        return self._layouts[one_group]
 
 
 def micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation: bool = False) -> MicroBatch:

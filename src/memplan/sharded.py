@@ -9,7 +9,7 @@ from functools import lru_cache
 from memplan.architectures.nn import Module
 from memplan.engines import bf16, fsdp, fsdp1, plain, zero, zero0, zero3
 from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
-from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, StateDict, layout, play
+from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, StateDict, play
 from memplan.engines.plain import Parts
 from memplan.errors import UnsupportedError
 from memplan.memory.course import Ledger, ReplayLedger, course
@@ -52,7 +52,7 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
     micro_batches = min(run.grad_accum_steps, MICRO_BATCHES) * STEPS
     counts = micro.unrolled.size_counts()
     found: list[Sharded] = []
-    for rank in _ranks(strategy, layout(micro.root, strategy.zero.ds_optimizer), ranks):
+    for rank in _ranks(strategy, micro.layout(strategy.zero.ds_optimizer), ranks):
         ledger = Ledger(ranks=per_node)
         play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=False)
         placed = {phase: ledger.fullest(phase) for phase in PHASES}
@@ -84,7 +84,7 @@ def play_engine(
     flat = strategy.kind == "fsdp" and strategy.fsdp.version == 1  # autograd makes one gradient of a unit's
     if accumulates and strategy.kind in ("zero0", "zero1", "fsdp") and not flat:  # they stay where autograd put them
         later = all_layers(setup, True) if full_depth else closed
-    model = layout(first.root, strategy.zero.ds_optimizer)
+    model = first.layout(strategy.zero.ds_optimizer)
     played = Played(
         loaded=_loaded(setup, strategy, model),
         converted=_converted(setup, strategy, model),
@@ -95,7 +95,7 @@ def play_engine(
         held=first.inventory.buffer_blocks,
         workspaces=run.workspaces,
         first=course(first.unrolled, model.numbers, measured=not full_depth),
-        later=course(later.unrolled, layout(later.root).numbers, measured=not full_depth),
+        later=course(later.unrolled, later.layout().numbers, measured=not full_depth),
         grad_accum_steps=run.grad_accum_steps,
     )
     play(_engine(setup, strategy, first.root, model, ranks, rank, ledger), ledger, played)
