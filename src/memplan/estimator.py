@@ -140,7 +140,7 @@ def estimate(
             *(Assumption.of(constant) for constant in micro.assumptions),
             *(traced.assumptions if traced is not None else ()),
         ),
-        explanation=_explanation(setup, run, placed, memory, strategy.kind) if explain else (),
+        explanation=_explanation(setup, run, placed, memory, strategy, cluster, gpu) if explain else (),
         levers=_levers(setup, gpu, strategy, cluster) if explain and strategy.shards else (),
     )
 
@@ -232,12 +232,24 @@ def _check_nvme(strategy: Strategy, cluster: ClusterSpec) -> None:
         raise SpecError.at("nvme_path", None, "is no folder, and offloading to nvme needs one", remedy)
 
 
-def _explanation(setup: Setup, run: Run, placed: dict[str, Parts], memory: GpuMemory, kind: str) -> tuple[Term, ...]:
+def _explanation(
+    setup: Setup,
+    run: Run,
+    placed: dict[str, Parts],
+    memory: GpuMemory,
+    strategy: Strategy,
+    cluster: ClusterSpec,
+    gpu: GPUSpec | None,
+) -> tuple[Term, ...]:
     """Run every layer once more and name what is alive at the peak."""
     from memplan.explanation import explain, explain_sharded
 
-    if setup.engine != "torch":
-        return explain_sharded(kind, placed[memory.peak_phase], memory)
+    if strategy.shards:
+        from memplan import sharded
+
+        rank = sharded.play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node).rank
+        found = sharded.explained(setup, gpu, strategy, cluster.gpus, rank, memory.peak_phase)
+        return explain_sharded(strategy.kind, found, memory)
 
     accumulated = run.grad_accum_steps > 1
     tape = all_layers(setup, accumulated).tape

@@ -12,7 +12,7 @@ from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
 from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, StateDict, play
 from memplan.engines.plain import Parts
 from memplan.errors import UnsupportedError
-from memplan.memory.course import Ledger, ReplayLedger, course
+from memplan.memory.course import ExplainingLedger, Ledger, ReplayLedger, course
 from memplan.memory.trace import Replayed, configured, engines_bound
 from memplan.micro_batch import Setup, all_layers, micro_batch, run_of
 from memplan.results import HostMemory, NvmeMemory, Phase
@@ -71,6 +71,15 @@ def replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, ra
     return Replayed(ledger.peaks, ledger.peak_reserved)
 
 
+def explained(
+    setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int, phase: str
+) -> ExplainingLedger:
+    """What one rank has on its GPU at a phase's fullest moment, block by block."""
+    ledger = ExplainingLedger(phase)
+    play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=True)
+    return ledger
+
+
 def play_engine(
     setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int, ledger: Ledger, *, full_depth: bool
 ) -> None:
@@ -94,8 +103,8 @@ def play_engine(
         ),
         held=first.inventory.buffer_blocks,
         workspaces=run.workspaces,
-        first=course(first.unrolled, model.numbers, measured=not full_depth),
-        later=course(later.unrolled, later.layout().numbers, measured=not full_depth),
+        first=course(first.unrolled, model.numbers, measured=ledger.measures),
+        later=course(later.unrolled, later.layout().numbers, measured=ledger.measures),
         grad_accum_steps=run.grad_accum_steps,
     )
     play(_engine(setup, strategy, first.root, model, ranks, rank, ledger), ledger, played)

@@ -169,12 +169,12 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
     if not engine.keeps_loaded:
         ledger.free(*loaded)  # by .to(device)
     for nbytes in run.held:
-        ledger.allocate("weights", nbytes)
+        ledger.allocate("weights", nbytes, name="buffers of the model")
     engine.initialize()
     ledger.free(*loaded)
     ledger.begin("first_step")
     for nbytes in run.workspaces:
-        ledger.allocate("workspace", nbytes)
+        ledger.allocate("workspace", nbytes, name="cuBLAS, one per thread that runs GEMMs")
     micro_batches = min(run.grad_accum_steps, MICRO_BATCHES)
     for step in range(STEPS):
         for number in range(micro_batches):
