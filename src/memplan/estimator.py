@@ -552,7 +552,10 @@ def _saved(setup: Setup, run: Run) -> tuple[int, int]:
     """Bytes that the main process copies to the host to write the fullest file of the model, then the largest state."""
     model = run.trainable if setup.training.lora is not None else run.parameters
     states = [nbytes for p, _ in run.trainable for nbytes in run.optimizer.state_bytes(p)]
-    return checkpoint.largest_file(p.nbytes for p, count in model for _ in range(count)), max(states, default=0)
+    whole = sum(p.nbytes * count for p, count in model)
+    if whole > checkpoint.MAX_SHARD_SIZE:
+        whole = checkpoint.largest_file(p.nbytes for p, count in model for _ in range(count))
+    return whole, max(states, default=0)
 
 
 def _gpu_memory(
