@@ -189,12 +189,16 @@ class Fsdp:
         gathered = self._gathered.pop(unit.first)
         size = self.setup.dtype.itemsize
         blocks: list[Block] = []
+        cast: Block | None = None
         for row in unit.weights:
-            blocks.append(self.ledger.allocate("communication", row.padded * size))
+            before, cast = cast, None
             if self.setup.ranks == 1 and self.setup.offload:
-                self.ledger.free(self._copied(row, row.elements))
+                cast = self._copied(row, row.elements)
             elif self.setup.ranks == 1 and row.itemsize != size:
-                self.ledger.briefly("temporaries", row.elements * size)
+                cast = self.ledger.allocate("temporaries", row.elements * size)
+            self.ledger.free(before)  # by the loop's variable, once it has the next one
+            blocks.append(self.ledger.allocate("communication", row.padded * size))
+        self.ledger.free(cast)
         self._unsharded[unit.first] = blocks
         if forward:  # the one before is held until this copy-out is done
             self.ledger.free(self._last_gathered)
