@@ -73,16 +73,18 @@ def explain_sharded(kind: str, found: ExplainingLedger, memory: GpuMemory) -> tu
     terms = []
     for (component, name), sizes in named.items():
         total = sum(nbytes * count for nbytes, count in sizes.items())
+        what, _, keys = name.partition(" (")
         if total:
             terms.append(
                 Term(
-                    name=f"{component}: {name}" if name else component,
-                    formula="blocks x bytes",
+                    name=f"{component}: {what}" if what else component,
+                    formula="blocks x bytes" + (f", sized by {keys.removesuffix(')')}" if keys else ""),
                     filled=_largest(sizes),
                     bytes=total,
                     source=ENGINES[kind],
                 )
             )
+    terms.sort(key=lambda term: -term.bytes)
     if found.tape is not None:
         terms += _tensors(found.tape, set(found.tensors))
     return (*terms, *_remaining(terms, memory, "what a block is larger than its tensor", SOURCES["blocks"]))

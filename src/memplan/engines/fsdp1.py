@@ -24,6 +24,16 @@ ALIGNMENT = 16
 """Bytes: with ``use_orig_params`` every weight begins at a multiple (_get_aligned_numel in _flat_param.py)."""
 
 
+CAST = "shards in the dtype in which they are gathered (mixed precision)"
+GATHERED = "gathered flat parameters (auto_wrap_policy, sharding_strategy)"
+PADDED = "a flat gradient, padded so that it can be cut"
+FREED = "allocated in order to be freed"
+SAVED = "gathered to be saved (state_dict_type)"
+WHOLE = "weights on their way, whole"
+STAGED = "shards on their way from the host (offload_params)"
+"""Blocks as an explanation names them; in parentheses the keys that size them."""
+
+
 @dataclass(frozen=True)
 class FlatParam:
     """A unit's weights in one tensor (FlatParamHandle)."""
@@ -160,15 +170,18 @@ class Fsdp1:
         """
         for handle in reversed(self._handles):
             flat, size = handle.flat, self.setup.loaded.itemsize
-            whole = [self.ledger.allocate("temporaries", row.elements * size) for row in flat.unit.weights]
-            unsharded = self.ledger.allocate("temporaries", flat.elements * size)
+            sizes = (row.elements * size for row in flat.unit.weights)
+            whole = [self.ledger.allocate("temporaries", nbytes, name=WHOLE) for nbytes in sizes]
+            unsharded = self.ledger.allocate("temporaries", flat.elements * size, name=WHOLE)
             if not flat.use_orig_params:
                 self.ledger.free(*whole)
                 whole.clear()
-            cut = self.ledger.allocate("weights", flat.shard * size) if flat.is_sharded else None
+            cut = self.ledger.allocate("weights", flat.shard * size, name="shards") if flat.is_sharded else None
             self.ledger.free(*whole)
             place = "host" if self.setup.offload else "gpu"
-            shard = cut if cut and place == "gpu" else self.ledger.allocate("weights", flat.shard * size, place)
+            shard = (
+                cut if cut and place == "gpu" else self.ledger.allocate("weights", flat.shard * size, place, "shards")
+            )
             self.ledger.free(unsharded, None if shard is cut else cut)
             handle.stale = [shard]
         for handle in self._handles:
@@ -181,7 +194,8 @@ class Fsdp1:
         flat, offload = handle.flat, self.setup.offload
         if flat.itemsize != self.setup.loaded.itemsize:
             loaded = handle.stale
-            handle.stale = [self.ledger.allocate("weights", flat.shard * flat.itemsize, "host" if offload else "gpu")]
+            place = "host" if offload else "gpu"
+            handle.stale = [self.ledger.allocate("weights", flat.shard * flat.itemsize, place, "shards")]
             if flat.use_orig_params:
                 handle.stale = [*loaded, *handle.stale]
             else:
@@ -254,11 +268,11 @@ class Fsdp1:
             ledger.allocate("gradients", flat.shard * flat.itemsize, "pinned")
             ledger.free(zeros)
         if flat.is_cast:
-            ledger.briefly("temporaries", flat.shard * flat.dtype.itemsize)
+            ledger.briefly("temporaries", flat.shard * flat.dtype.itemsize, name=FREED)
         if flat.is_sharded:
-            ledger.briefly("temporaries", flat.padded * flat.dtype.itemsize)
+            ledger.briefly("temporaries", flat.padded * flat.dtype.itemsize, name=FREED)
             if flat.is_cast:
-                ledger.briefly("temporaries", flat.padded * flat.itemsize)
+                ledger.briefly("temporaries", flat.padded * flat.itemsize, name=FREED)
 
     def _pre_forward(self, handle: _Handle) -> None:
         handle.state = "forward"
@@ -294,7 +308,8 @@ class Fsdp1:
             return
         shard = self._pre_unshard(flat)
         if handle.unsharded is None:
-            handle.unsharded = self.ledger.allocate("communication", flat.padded * flat.dtype.itemsize)
+            nbytes = flat.padded * flat.dtype.itemsize
+            handle.unsharded = self.ledger.allocate("communication", nbytes, name=GATHERED)
         if shard is not None and flat.use_orig_params and not flat.is_cast:
             handle.stale.append(shard)  # flat_param_to refreshes the weights' views
         else:
@@ -303,11 +318,13 @@ class Fsdp1:
     def _pre_unshard(self, flat: FlatParam) -> Block | None:
         """The shard that is gathered, where it is not the one that is kept: _mp_shard, or a copy on the GPU."""
         if flat.is_cast:
-            shard = self.ledger.allocate("communication", flat.shard * flat.dtype.itemsize)
+            shard = self.ledger.allocate("communication", flat.shard * flat.dtype.itemsize, name=CAST)
             if self.setup.offload:
-                self.ledger.briefly("temporaries", flat.shard * flat.itemsize)
+                self.ledger.briefly("temporaries", flat.shard * flat.itemsize, name=STAGED)
             return shard
-        return self.ledger.allocate("communication", flat.shard * flat.itemsize) if self.setup.offload else None
+        if not self.setup.offload:
+            return None
+        return self.ledger.allocate("communication", flat.shard * flat.itemsize, name=STAGED)
 
     def _reshard(self, handle: _Handle, *, free: bool) -> None:
         handle.is_resharded = True
@@ -375,8 +392,9 @@ class Fsdp1:
         grads = [self._grads.pop(row.key) for row in flat.unit.weights if row.key in self._grads]
         if not grads:
             return
-        zeros = [ledger.allocate("gradients", row.elements * size) for row in flat.unit.weights if not row.trained]
-        grad = ledger.allocate("gradients", flat.elements * size)  # SplitWithSizesBackward0
+        frozen = (row.elements * size for row in flat.unit.weights if not row.trained)
+        zeros = [ledger.allocate("gradients", nbytes, name="zeros of frozen weights") for nbytes in frozen]
+        grad = ledger.allocate("gradients", flat.elements * size, name="of a flat parameter")  # SplitWithSizesBackward0
         ledger.free(*grads, *zeros)
         is_first = handle.grad is None
         if is_first:
@@ -401,11 +419,11 @@ class Fsdp1:
         flat, ledger = handle.flat, self.ledger
         size = flat.dtype.itemsize
         padding = flat.padded != flat.elements
-        padded = ledger.allocate("communication", flat.padded * size) if padding else None
+        padded = ledger.allocate("communication", flat.padded * size, name=PADDED) if padding else None
         unsharded, handle.grad = handle.grad, None
-        reduced = ledger.allocate("gradients", flat.shard * size) if flat.is_sharded else None
+        reduced = ledger.allocate("gradients", flat.shard * size, name="shards") if flat.is_sharded else None
         if flat.is_cast:
-            handle.sharded_grad = ledger.allocate("gradients", flat.shard * flat.itemsize)
+            handle.sharded_grad = ledger.allocate("gradients", flat.shard * flat.itemsize, name="shards")
             ledger.free(reduced, unsharded)
         elif reduced is not None:
             handle.sharded_grad = reduced
@@ -420,7 +438,7 @@ class Fsdp1:
         if not self._has_states:
             self._make_states()
         place = "host" if self.setup.offload else "gpu"
-        self.ledger.briefly("temporaries", self.setup.optimizer.temporaries.peak, place)
+        self.ledger.briefly("temporaries", self.setup.optimizer.temporaries.peak, place, "of the optimizer's step")
         self._gradients_are_none = True
         if not self.setup.flats[0].use_orig_params:
             self._free_gradients()  # otherwise zero_grad clears the weights' gradients, which are views of what stays
@@ -429,7 +447,7 @@ class Fsdp1:
         self._has_states = True
         for p in self.setup.stepped:
             for nbytes in self.setup.optimizer.state_bytes(p):
-                self.ledger.allocate("optimizer", nbytes, "host" if self.setup.offload else "gpu")
+                self.ledger.allocate("optimizer", nbytes, "host" if self.setup.offload else "gpu", "states")
 
     def _free_gradients(self) -> None:
         """_reset_flat_param_grad_info_if_needed."""
@@ -469,10 +487,10 @@ class Fsdp1:
                 if row.key in self.setup.whole
                 for nbytes in self.setup.optimizer.state_bytes(self.setup.whole[row.key])
             ]
-            gathered = ledger.allocate("communication", sum(sizes)) if flat.is_sharded else None
+            gathered = ledger.allocate("communication", sum(sizes), name=SAVED) if flat.is_sharded else None
             states += [ledger.allocate("optimizer", nbytes, "main") for nbytes in sizes]
             ledger.free(gathered)
         ledger.free(*states)
 
     def _gathered(self, flat: FlatParam, itemsize: int) -> Block | None:
-        return self.ledger.allocate("communication", flat.padded * itemsize) if flat.is_sharded else None
+        return self.ledger.allocate("communication", flat.padded * itemsize, name=SAVED) if flat.is_sharded else None

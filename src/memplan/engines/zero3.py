@@ -25,6 +25,16 @@ from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import DType, Parameter, float16, float32
 
+BUCKET = "bucket of gradients (reduce_bucket_size)"
+LIVE = "gathered weights (stage3_max_live_parameters, stage3_max_reuse_distance)"
+STAYS = "weights that stay gathered (stage3_param_persistence_threshold)"
+TOGETHER = "what several weights are gathered into together (stage3_prefetch_bucket_size)"
+STAGED = "partitions on their way from the host (offload_param)"
+NORM = "gradients in float64, for their norm"
+TO_HOST = "a gradient on its way to the host (offload_optimizer)"
+SUB_GROUP = "gradient that a sub-group steps with (sub_group_size)"
+"""Blocks as an explanation names them; in parentheses the keys that size them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -232,23 +242,30 @@ class Coordinator:
         for together in [[shard] for shard in away] if alone else [away]:
             staged = self._staged(together)  # _allgather_params_coalesced: all of them before the first is gathered
             for shard in together:
-                self.available[shard.key] = self._allocate(shard.partition * shard.ranks * shard.itemsize)
+                self.available[shard.key] = self._gather(shard)
             self.ledger.free(*staged)
 
     def _is_away(self, shard: Shard) -> bool:
         return shard.key not in self.available and shard.key not in self._inflight
 
-    def _allocate(self, nbytes: int) -> Block | None:
+    def _gather(self, shard: Shard, padded: bool = True) -> Block | None:
+        """A weight, whole, and with what the partitions are padded with."""
+        name = STAYS if shard.persistent else LIVE
+        elements = shard.partition * shard.ranks if padded else shard.elements
+        return self._allocate(elements * shard.itemsize, name)
+
+    def _allocate(self, nbytes: int, name: str) -> Block | None:
         """On one rank a gathered weight is the partition itself, if that is on the GPU."""
         if self.setup.ranks == 1 and not self.setup.offload_param:
             return None
-        return self.ledger.allocate("communication", nbytes)
+        return self.ledger.allocate("communication", nbytes, name=name)
 
     def _staged(self, shards: Sequence[Shard]) -> list[Block]:
         """Partitions come from the host before they are gathered."""
         if not self.setup.offload_param or self.setup.ranks == 1:
             return []
-        return [self.ledger.allocate("communication", shard.partition * shard.itemsize) for shard in shards]
+        sizes = (shard.partition * shard.itemsize for shard in shards)
+        return [self.ledger.allocate("communication", nbytes, name=STAGED) for nbytes in sizes]
 
     def _all_gather(self, shards: Sequence[Shard]) -> None:
         if not shards:
@@ -260,11 +277,12 @@ class Coordinator:
         gather = _Gather(shards, None, left=len(shards))
         if alone or self.setup.ranks == 1:
             for shard in shards:
-                self.available[shard.key] = self._allocate(shard.partition * shard.ranks * shard.itemsize)
+                self.available[shard.key] = self._gather(shard)
                 self.ledger.free(*self._staged([shard]))
             gather.waited = True
         else:
-            gather.flat = self._allocate(sum(shard.partition * shard.ranks * shard.itemsize for shard in shards))
+            elements = (shard.partition * shard.ranks * shard.itemsize for shard in shards)
+            gather.flat = self._allocate(sum(elements), TOGETHER)
             self.ledger.free(*self._staged(shards))
         for shard in shards:
             self._inflight[shard.key] = gather
@@ -274,7 +292,7 @@ class Coordinator:
     def _wait(self, gather: _Gather) -> None:
         if not gather.waited:
             for shard in gather.shards:
-                self.available[shard.key] = self._allocate(shard.elements * shard.itemsize)
+                self.available[shard.key] = self._gather(shard, padded=False)
             gather.waited = True
 
     def _drop(self, gather: _Gather) -> None:
@@ -386,12 +404,12 @@ class Zero3:
             if optimizer.made_at_construction:
                 self._make_states(i)
         if setup.contiguous_gradients:
-            ledger.allocate("communication", setup.reduce_bucket_size * setup.dtype.itemsize)
+            ledger.allocate("communication", setup.reduce_bucket_size * setup.dtype.itemsize, name=BUCKET)
         nbytes = sum(shard.partition for shard in self._trained.values()) * setup.accumulation_dtype.itemsize
         if setup.offload_optimizer:
             self._on_host("gradients", nbytes, setup.gradients_place)
         else:
-            ledger.allocate("gradients", nbytes)
+            ledger.allocate("gradients", nbytes, name="partitions of the gradients")
         for shard in self._trained.values():  # create_reduce_and_remove_grad_hooks gathers each once
             if setup.ranks > 1:
                 ledger.free(*self._gathered([shard]))
@@ -406,7 +424,7 @@ class Zero3:
             flat = ledger.allocate("weights", nbytes, "host")  # defragment: by way of the host
             ledger.free(*(partitions[key] for key in self._trained))
             ledger.empty_cache()
-            ledger.allocate("weights", nbytes)
+            ledger.allocate("weights", nbytes, name="partitions of the weights")
             ledger.free(flat)
             return
         for group, elements in zip(setup.groups, setup.flat_elements, strict=True):
@@ -442,8 +460,10 @@ class Zero3:
         elif setup.offload_optimizer:
             ledger.allocate("optimizer", nbytes, "host")
         else:
-            cast = None if read_from_nvme else ledger.allocate("temporaries", nbytes)  # .to(float32).clone()
-            ledger.allocate("optimizer", nbytes)
+            cast = None  # .to(float32).clone()
+            if not read_from_nvme:
+                cast = ledger.allocate("temporaries", nbytes, name="masters on their way")
+            ledger.allocate("optimizer", nbytes, name="masters")
             ledger.free(cast)
 
     def _swaps(self, index: int) -> bool:
@@ -472,11 +492,12 @@ class Zero3:
         """All of them are there whole, and are cut one by one."""
         setup = self.setup
         partitions: dict[Key, Block] = {}
-        whole = [self.ledger.allocate("weights", shard.elements * shard.itemsize) for shard in shards]
+        sizes = (shard.elements * shard.itemsize for shard in shards)
+        whole = [self.ledger.allocate("weights", nbytes, name="weights of a module, whole") for nbytes in sizes]
         for shard, block in zip(shards, whole, strict=True):
             nbytes = shard.partition * shard.itemsize
             if not setup.offload_param:
-                partitions[shard.key] = self.ledger.allocate("weights", nbytes)
+                partitions[shard.key] = self.ledger.allocate("weights", nbytes, name="partitions of the weights")
             elif shard.key not in in_nvme:  # small weights too: zero.Init does not know what will stay gathered
                 partitions[shard.key] = self._on_host("weights", nbytes, setup.weights_place)
             self.ledger.free(block)
@@ -487,9 +508,11 @@ class Zero3:
         blocks = []
         staged: list[Block] = []
         for shard in shards:
-            blocks.append(self.ledger.allocate("communication", shard.partition * shard.ranks * shard.itemsize))
+            nbytes = shard.partition * shard.ranks * shard.itemsize
+            blocks.append(self.ledger.allocate("communication", nbytes, name="weights gathered module by module"))
             if self.setup.offload_param:
-                staged.append(self.ledger.allocate("communication", shard.partition * shard.itemsize))
+                nbytes = shard.partition * shard.itemsize
+                staged.append(self.ledger.allocate("communication", nbytes, name=STAGED))
         self.ledger.free(*staged)
         return blocks
 
@@ -566,10 +589,10 @@ class Zero3:
         setup, made = self.setup, list[Block]()
         if len(self._bucket) > 1 or self._bucket[0].elements % setup.ranks:
             nbytes = sum(shard.partition * setup.ranks for shard in self._bucket) * setup.dtype.itemsize
-            made.append(self.ledger.allocate("communication", nbytes))
+            made.append(self.ledger.allocate("communication", nbytes, name="reduce-scatter's input"))
         if setup.accumulation_dtype is not setup.dtype:
             sizes = [shard.partition * setup.accumulation_dtype.itemsize for shard in self._bucket]
-            made += [self.ledger.allocate("temporaries", nbytes) for nbytes in sizes]
+            made += [self.ledger.allocate("temporaries", nbytes, name="gradients, cast") for nbytes in sizes]
         return made
 
     def _avg_scatter_contiguous_grads(self) -> list[Block]:
@@ -577,9 +600,10 @@ class Zero3:
         setup, made = self.setup, list[Block]()
         itemsize = setup.accumulation_dtype.itemsize
         if setup.accumulation_dtype is not setup.dtype:
-            made.append(self.ledger.allocate("temporaries", self._bucket_elements * itemsize))
+            nbytes = self._bucket_elements * itemsize
+            made.append(self.ledger.allocate("temporaries", nbytes, name="gradients, cast"))
         padded = [shard.partition * itemsize for shard in self._bucket if shard.elements % setup.ranks]
-        return made + [self.ledger.allocate("temporaries", nbytes) for nbytes in padded]
+        return made + [self.ledger.allocate("temporaries", nbytes, name="padded partitions") for nbytes in padded]
 
     def _offload_gradient(self, shard: Shard) -> list[tuple[Shard, Block]]:
         """partition_grads: the sum is on the GPU for its norm, and in float32 on its way to the host.
@@ -594,10 +618,10 @@ class Zero3:
         made: list[Block] = []
         for dtype in dtypes:
             component = "gradients" if swaps and dtype is float32 else "temporaries"
-            made.append(ledger.allocate(component, shard.partition * dtype.itemsize))
+            made.append(ledger.allocate(component, shard.partition * dtype.itemsize, name=TO_HOST))
             if self._boundary and len(made) == 1:
-                ledger.briefly("temporaries", min(shard.partition, NORM_PART) * NORM_ITEMSIZE)
-                self._norms.append(ledger.allocate("temporaries", NORM_ITEMSIZE))
+                ledger.briefly("temporaries", min(shard.partition, NORM_PART) * NORM_ITEMSIZE, name=NORM)
+                self._norms.append(ledger.allocate("temporaries", NORM_ITEMSIZE, name=NORM))
         swapped = [(shard, made.pop())] if swaps else []
         ledger.free(*made)
         return swapped
@@ -618,24 +642,25 @@ class Zero3:
             self.coordinator.gather_persistent(self._all)
             return
         for shard in self._trained.values():
-            ledger.briefly("temporaries", shard.partition * NORM_ITEMSIZE)
+            ledger.briefly("temporaries", shard.partition * NORM_ITEMSIZE, name=NORM)
         for i, (group, partition) in enumerate(zip(setup.sub_groups, setup.partitions, strict=True)):
             nbytes = partition.numel * setup.accumulation_dtype.itemsize
-            flat = ledger.allocate("temporaries", nbytes) if len(group) > 1 else None
+            flat = ledger.allocate("temporaries", nbytes, name=SUB_GROUP) if len(group) > 1 else None
             gradient = flat
             if setup.accumulation_dtype is not float32:
-                gradient = ledger.allocate("gradients", partition.nbytes)
+                gradient = ledger.allocate("gradients", partition.nbytes, name=SUB_GROUP)
                 ledger.free(flat)
             if not self._stepped and not setup.optimizers[i].made_at_construction:
                 self._make_states(i)
-            ledger.briefly("temporaries", setup.optimizers[i].temporaries.peak)
+            ledger.briefly("temporaries", setup.optimizers[i].temporaries.peak, name="of the optimizer's step")
             ledger.free(gradient)
         self._stepped = True
         self.coordinator.gather_persistent(self._all)
 
     def _check_overflow(self) -> None:
-        """isinf of all gradients in float16: their absolute values, and a byte for each."""
-        if self.setup.dtype is not float16:
+        """isinf of gradients in float16, which adapters' are not: their absolute values, and a byte for each."""
+        first = next(iter(self._trained.values()), None)
+        if first is None or self.setup.dtype is not float16 or first.itemsize != float16.itemsize:
             return
         elements = sum(shard.partition for shard in self._trained.values())
         nbytes = elements * self.setup.accumulation_dtype.itemsize
@@ -686,7 +711,7 @@ class Zero3:
 
     def _make_states(self, index: int) -> None:
         for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
-            self.ledger.allocate("optimizer", nbytes, self._optimizer_place)
+            self.ledger.allocate("optimizer", nbytes, self._optimizer_place, "states")
 
 
 NORM_PART = 250_000_000
