@@ -959,6 +959,7 @@ def groups() -> dict[str, list[Setup]]:
     made["checkpoint"] += [Setup(family, config, _setup(config, **o).options) for family, config, o in _read_variants()]
     for group, options in _untied_variants():
         made[group].append(Setup("qwen2", "small", _setup("small", **options).options))
+    made["fsdp"].append(Setup("t5", "small", {**BASE, "dtype": "float32", "num_layers": 4, "strategy": "fsdp"}))
     made["grid"] = _grid()
     return made
 

@@ -156,6 +156,9 @@ def test_an_engine_holds_what_deepspeed_holds(row: o2.Row, request: pytest.Fixtu
         request.applymarker(pytest.mark.xfail(strict=True, reason="modules without weights prefetch too"))
     if row.setup.family == "mixtral" and row.setup.options["strategy"] == "zero3":
         request.applymarker(pytest.mark.xfail(strict=True, reason="grouped_mm saves experts' weights as gathered"))
+    if row.setup.family == "t5" and row.setup.options["strategy"] == "zero3" and row.setup.options["gpus"] == 64:
+        reason = "T5DenseActDense looks at wo.weight, which is then gathered with it (register_external_parameter)"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     check_gpu(row)
 
 

@@ -371,11 +371,12 @@ class T5Block(CheckpointLayer):
 
 
 class T5Stack(Module):
-    def __init__(self, b: Build, c: T5Config, embed_tokens: Embedding, is_decoder: bool) -> None:
+    def __init__(self, b: Build, c: T5Config, shared: Embedding, is_decoder: bool) -> None:
         self.b = b
         self.is_decoder = is_decoder
         self.dropout = c.dropout_rate
-        self.embed_tokens = embed_tokens
+        self.embed_tokens = Embedding(b, c.vocab_size, c.d_model)
+        self.embed_tokens.weight = shared.weight
         # The first block has the table of biases. The last one is where the gradients of what all blocks share begin.
         depth = c.num_decoder_layers if is_decoder else c.num_layers
         kinds = ["inner"] * (depth - 1) + ["last"]

@@ -271,7 +271,7 @@ class Fsdp:
         if not self._has_states:
             self._has_states = True
             for p in self.setup.stepped:
-                for nbytes in optimizer.state_bytes(p):
+                for nbytes in optimizer.states(p):
                     self.ledger.allocate("optimizer", nbytes, place, "states")
         self.ledger.briefly("temporaries", optimizer.temporaries.peak, place, "of the optimizer's step")
         self.ledger.free(*self._sharded_grads)

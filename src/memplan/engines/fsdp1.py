@@ -446,7 +446,7 @@ class Fsdp1:
     def _make_states(self) -> None:
         self._has_states = True
         for p in self.setup.stepped:
-            for nbytes in self.setup.optimizer.state_bytes(p):
+            for nbytes in self.setup.optimizer.states(p):
                 self.ledger.allocate("optimizer", nbytes, "host" if self.setup.offload else "gpu", "states")
 
     def _free_gradients(self) -> None:
