@@ -117,6 +117,17 @@ def test_a_ladder_has_a_row_per_rung_and_the_page_of_the_best(width: int) -> Non
     assert line_of(page, "activations").split()[1] == "1.00"
 
 
+def test_a_ladder_says_where_it_is_not_the_gpu_that_decides() -> None:
+    host = HostMemory(capacity=8 * GiB, peak=9 * GiB, pinned=0, ranks=2, components={"weights": 9 * GiB})
+    nvme = NvmeMemory(capacity=None, bytes=GiB, components={"weights": GiB})
+    fits = {"capacity": 90 * GiB}
+    ladder = EstimateList(
+        estimates=(estimate(capacity=8 * GiB, host=host), estimate(**fits, host=host), estimate(**fits, nvme=nvme))
+    )
+    rows = [line for line in table.estimates_text(ladder, console=console()).split("\n") if line.startswith("ddp  ")]
+    assert [row.split("  ")[-1].strip() for row in rows] == ["does not fit", "does not fit (host)", "unknown (NVMe)"]
+
+
 def test_a_ladder_of_a_huge_model_cuts_names_and_never_numbers() -> None:
     parts = {**PARTS, "weights": 12_000 * GiB}
     setup = {**SETUP, "strategy": "zero2", "offload_optimizer": "cpu", "gradient_checkpointing": True}

@@ -206,7 +206,7 @@ def _rungs(estimates: EstimateList, gpus: Sequence[Sequence[str]]) -> Renderable
     columns: dict[str, list[str]] = {
         "peak GiB": [words.gib(each.gpu.peak_device) for each in estimates.estimates],
         "low .. high": [words.interval(each.gpu.low, each.gpu.high) for each in estimates.estimates],
-        "verdict": [words.VERDICTS[each.verdict] for each in estimates.estimates],
+        "verdict": [words.verdict_in_a_row(each) for each in estimates.estimates],
     }
     if each_has_gpus:
         columns["fits on"] = [next(iter(names), "no GPU") for names in gpus]
