@@ -165,7 +165,8 @@ def resolve(
             raise SpecError.at("attn", training.attn, f"does not exist for {model.model_type} in transformers", remedy)
         training = training.replace(attn="eager")  # as transformers does
     _check_attention(training, precision, rules)
-    if strategy.kind in ("zero0", "zero1", "zero2", "fsdp") and training.lora is not None:
+    engine_casts = strategy.kind in ("zero0", "zero1", "zero2", "fsdp") and training.quantization is None
+    if engine_casts and training.lora is not None:
         # DeepSpeedEngine casts all parameters to the 16-bit type; of ZeRO-3's, zero.Init those that were there before.
         # FSDP gathers all of them in it.
         training = training.replace(lora=training.lora.replace(autocast_adapter_dtype=False))
@@ -212,7 +213,6 @@ def _check_sharded(training: TrainingSpec, strategy: Strategy, traced: Traced | 
     """What is not modelled under the engines that shard yet."""
     reasons = {
         "trace": traced is not None and "a trace has no hooks for an engine",
-        "quantization": training.quantization is not None and "quantized weights in partitions are not modelled",
         "liger": training.liger
         and strategy.kind in ("zero3", "fsdp")
         and "its fused loss uses a weight that is not gathered",
@@ -702,6 +702,7 @@ def _setup_dict(
     if quantization is not None:
         data["prepare_for_kbit_training"] = prepares_for_kbit_training(training)
         data["bnb_4bit_compute_dtype"] = compute_dtype(setup).name if quantization.kind != "int8" else None
+        data["bnb_4bit_quant_storage"] = quantization.quant_storage if quantization.kind != "int8" else None
     return data
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from memplan.adapters.liger import apply_liger_kernel
 from memplan.adapters.lora import apply_lora, sees_sharded_adapters, tells_layers_apart
-from memplan.adapters.quantization import prepare_for_kbit_training, quantize
+from memplan.adapters.quantization import cast, prepare_for_kbit_training, quantize
 from memplan.architectures.cache import DynamicCache
 from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, Module, watch
 from memplan.architectures.registry import build_model, trainable_heads
@@ -120,6 +120,7 @@ def micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation
     training = setup.training
     tape = Tape(setup.rules)
     tape.engine_takes_gradients = setup.engine != "torch" or setup.copies_gradients
+    tape.steps_in_backward = setup.engine in ("zero12", "zero3")
     root = build(setup, tape, full_depth=full_depth)
     if setup.engine in ("zero3", "fsdp", "fsdp1"):
         watch(root, tape)
@@ -158,19 +159,19 @@ def build(
     With ``as_loaded`` they are left as from_pretrained leaves them.
     """
     training, model = setup.training, setup.model
+    quantization = training.quantization
     b = Build(
         tape,
-        setup.dtype,
+        setup.dtype if quantization is None else dtypes.dtype_named(setup.precision.dtype),
         attn=training.attn,
         gradient_checkpointing=training.gradient_checkpointing,
         padded=not training.packed,
         software=setup.software,
         full_depth=full_depth or (training.lora is not None and tells_layers_apart(training.lora)),
-        last_layer_apart=training.quantization is not None,  # the model's last parameter stays, wherever it is
+        last_layer_apart=quantization is not None,  # the model's last parameter stays, wherever it is
         cache=cache,
     )
     root = build_model(b, resized(model, training), training.head)
-    quantization = training.quantization
     if quantization is not None:
         quantize(b, root, quantization, compute_dtype(setup))
     if as_loaded:
@@ -188,6 +189,9 @@ def build(
                 if isinstance(module, InputEmbeddings):
                     module.require_output_grad = True
                     break
+    if quantization is not None and setup.engine != "torch":
+        cast(root, setup.dtype)
+        sees_sharded_adapters(root, setup.dtype)
     return root
 
 

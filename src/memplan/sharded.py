@@ -164,12 +164,19 @@ def _engine(
         )
         return fsdp1.Fsdp1(placed, ledger) if isinstance(placed, fsdp1.Fsdp1Setup) else fsdp.Fsdp(placed, ledger)
     if strategy.kind == "zero3":
-        adapted = setup.training.lora is not None
         sharded = zero3.zero3_setup(
-            strategy, model, ranks, setup.dtype, hidden_size, optim, setup.rules, adapted=adapted
+            strategy,
+            model,
+            ranks,
+            setup.dtype,
+            hidden_size,
+            optim,
+            setup.rules,
+            adapted=setup.training.lora is not None,
+            quantized=setup.training.quantization is not None,
         )
         return zero3.Zero3(sharded, ledger)
-    frozen = [p.numel for p in model.parameters.values() if p.node is None]
+    frozen = [p.nbytes for p in model.parameters.values() if p.node is None]
     if strategy.kind == "zero0":
         return zero0.Zero0(zero0.zero0_setup(model, frozen, setup.dtype, optim, setup.rules), ledger)
     groups = zero.parameter_groups(model, ranks, strategy.zero.round_robin_gradients)

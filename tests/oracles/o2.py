@@ -248,6 +248,8 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 
     torch.manual_seed(0)
     import_libraries()
+    if "quantization" in options:
+        torch.backends.mkldnn.enabled = False  # its products take scratch memory
     places = {options.get(name, "none") for name in ("offload_optimizer", "offload_param")}
     told_apart = places != {"none"} or any(options.get(name) for name in ("two_sides", "pretrained", "save"))
     sides = TwoSides() if told_apart else None
@@ -261,7 +263,7 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as directory,
         _quiet(),
     ):
-        if "pretrained" in options:  # before TrainingArguments, which would make it under zero.Init
+        if "pretrained" in options or "quantization" in options:  # TrainingArguments would make it under zero.Init
             _save_checkpoint(values, options, Path(directory) / "pretrained")
         recorder.swapping = nvme.Swapping(Path(directory) / "nvme", sides) if "nvme" in places else None
         with recorder.swapping or contextlib.nullcontext():
@@ -499,7 +501,7 @@ def _save_checkpoint(values: dict[str, Any], options: dict[str, Any], directory:
     import torch
     import transformers
 
-    wanted = dict(options["pretrained"])
+    wanted = dict(options.get("pretrained", {"dtype": options["dtype"]}))
     dtype = getattr(torch, wanted.pop("dtype"))
     model = getattr(transformers, values["architectures"][0])._from_config(_config(values, options), dtype=dtype)
     model.save_pretrained(directory, **wanted)
@@ -512,7 +514,9 @@ def _model(values: dict[str, Any], options: dict[str, Any], pretrained: Path) ->
     kind = getattr(transformers, values["architectures"][0])
     wanted = {"dtype": getattr(torch, options["dtype"]), "attn_implementation": options.get("attn", "sdpa")}
     with _without_zero_init() if not options.get("zero_init", True) else contextlib.nullcontext():
-        if "pretrained" in options:
+        if "quantization" in options:
+            model = _quantized(kind, options["quantization"], pretrained, wanted)
+        elif "pretrained" in options:
             model = kind.from_pretrained(pretrained, **wanted)
         else:
             model = kind._from_config(_config(values, options), **wanted)
@@ -523,6 +527,32 @@ def _model(values: dict[str, Any], options: dict[str, Any], pretrained: Path) ->
     lora = options["lora"]
     targets = lora.get("targets", LORA_TARGETS.get(values["model_type"], ["q_proj", "v_proj"]))
     return peft.get_peft_model(model, peft.LoraConfig(r=lora["rank"], lora_alpha=16, target_modules=targets))
+
+
+def _quantized(kind: Any, quantization: dict[str, Any], pretrained: Path, wanted: dict[str, Any]) -> Any:
+    """Loaded and prepared as QLoRA's scripts do it; needs bitsandbytes."""
+    import peft
+    import torch
+    import transformers
+
+    four_bit = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": quantization["kind"] == "nf4-dq",
+        "bnb_4bit_compute_dtype": getattr(torch, quantization.get("compute_dtype", "bfloat16")),
+        "bnb_4bit_quant_storage": getattr(torch, quantization.get("quant_storage", "uint8")),
+    }
+    in_8_bit = quantization["kind"] == "int8"
+    config = transformers.BitsAndBytesConfig(
+        load_in_8bit=in_8_bit, load_in_4bit=not in_8_bit, **({} if in_8_bit else four_bit)
+    )
+    device = {"": os.environ["ACCELERATE_TORCH_DEVICE"]}  # transformers would ask torch.cuda for it
+    quantizers = importlib.import_module("transformers.quantizers.auto").AUTO_QUANTIZER_MAPPING
+    quantizer = quantizers["bitsandbytes_8bit" if in_8_bit else "bitsandbytes_4bit"]
+    with unittest.mock.patch.object(quantizer, "update_device_map", lambda _, device_map: device_map or device):
+        model = kind.from_pretrained(pretrained, quantization_config=config, **wanted)
+    if not quantization.get("prepare_for_kbit_training", True):
+        return model
+    return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 @contextlib.contextmanager

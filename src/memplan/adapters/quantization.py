@@ -14,18 +14,21 @@ from memplan.architectures.nn import Build, Conv1D, Linear, Model, Module
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.training import QuantizationSpec
 from memplan.tape.quantized import NESTED_BLOCK, Weight4bit, matmul_4bit, matmul_8bit
-from memplan.tape.tensor import DType, Parameter, Tensor, float32, int8, uint8
+from memplan.tape.tensor import DType, Parameter, Tensor, dtype_named, float32, int8, uint8
 
 
 class Linear4bit(Module):
     """bitsandbytes.nn.Linear4bit: the packed weight, with its scales and tables as tensors of their own."""
 
-    def __init__(self, b: Build, base: Linear | Conv1D, compute_dtype: DType, nested: bool) -> None:
+    def __init__(
+        self, b: Build, base: Linear | Conv1D, compute_dtype: DType, nested: bool, quant_storage: str = "uint8"
+    ) -> None:
         self.in_features = base.in_features
         self.out_features = base.out_features
         self.compute_dtype = compute_dtype
         self.shape = Weight4bit(base.out_features, base.in_features, base.weight.dtype, nested)
-        self.weight = _packed(b, base.weight, ((self.shape.numel + 1) // 2, 1), uint8)
+        storage = dtype_named(quant_storage)
+        self.weight = _packed(b, base.weight, ((self.shape.numel + 1) // (2 * storage.itemsize), 1), storage)
         self.bias = base.bias
         blocks = self.shape.blocks
         loaded = (base.weight.nbytes,) * (2 if isinstance(base, Conv1D) else 1)  # transposed by a copy
@@ -44,7 +47,7 @@ class Linear4bit(Module):
         x = x.to(self.compute_dtype)
         if self.bias is not None:
             self.bias.dtype = self.compute_dtype  # bias.data = bias.data.to(x.dtype), which changes it for good
-        return matmul_4bit(x, self.shape, self.bias).to(inp_dtype)
+        return matmul_4bit(x, self.shape, self.bias, self.weight).to(inp_dtype)
 
 
 class Linear8bitLt(Module):
@@ -62,7 +65,9 @@ class Linear8bitLt(Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:
             self.bias.dtype = x.dtype
-        return matmul_8bit(x, self.out_features, self.bias)
+        out = matmul_8bit(x, self.out_features, self.bias)
+        x.tape.replace(self.weight)  # by state.CB, the whole weight as it was quantized
+        return out
 
 
 def _packed(b: Build, weight: Parameter, shape: tuple[int, int], dtype: DType) -> Parameter:
@@ -82,7 +87,8 @@ def quantize(b: Build, root: Module, spec: QuantizationSpec, compute_dtype: DTyp
         if spec.kind == "int8":
             parent.replace_child(name, Linear8bitLt(b, module))
         else:
-            parent.replace_child(name, Linear4bit(b, module, compute_dtype, nested=spec.kind == "nf4-dq"))
+            nested = spec.kind == "nf4-dq"
+            parent.replace_child(name, Linear4bit(b, module, compute_dtype, nested, spec.quant_storage))
 
 
 def keys_to_not_convert(root: Module) -> list[str]:
@@ -109,8 +115,24 @@ def prepare_for_kbit_training(root: Module) -> None:
     for _, module in root.named_modules():
         for _, p in module.parameters():
             p.node = None
-            if p.dtype.is_floating and p.dtype.itemsize == 2:
+            if p.dtype.is_floating and p.dtype.itemsize == 2 and not is_packed(p):
                 p.dtype = float32
+
+
+def is_packed(p: Parameter) -> bool:
+    """Whether it is a 4-bit weight, which several numbers share an element of."""
+    return p.elements != p.numel
+
+
+def cast(root: Module, dtype: DType) -> None:
+    """What an engine makes of a prepared model's weights: DeepSpeed casts them, FSDP gathers them as ``dtype``."""
+    for _, module in root.named_modules():
+        for _, p in module.parameters():
+            if p.loaded is not None:
+                continue  # tied
+            p.loaded = p.dtype
+            if p.dtype.is_floating and not is_packed(p):
+                p.dtype = dtype
 
 
 def default_dtype(software: SoftwareSpec, checkpoint_dtype: str | None) -> str | None:

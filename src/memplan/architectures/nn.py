@@ -202,6 +202,7 @@ class InputEmbeddings(Module):
         out = self.forward(*args)
         if self.require_output_grad:
             out.tape.require_grad(out)
+            out = out.tape.watch_leaf(self, out)
         return out
 
 

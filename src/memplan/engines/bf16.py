@@ -69,6 +69,6 @@ class Bf16(WholeWeights):
         setup = self.setup
         size = setup.dtype.itemsize
         self._save_model(state_dict, size)
-        flat = [n * size for n in (*setup.frozen, *(group.elements for group in setup.groups))]
-        checkpoint.write(self.ledger, flat, "main")
+        flat = [group.elements * size for group in setup.groups]
+        checkpoint.write(self.ledger, [*setup.frozen, *flat], "main")
         checkpoint.write(self.ledger, optimizer_storages(setup.optimizers, setup.partitions))

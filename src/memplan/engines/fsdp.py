@@ -277,6 +277,9 @@ class Fsdp:
         self.ledger.free(*self._sharded_grads)
         self._sharded_grads.clear()
 
+    def end_graph(self) -> None:
+        """Unsharded weights have given their memory back by then, whoever holds them (resize_)."""
+
     # -- save ----------------------------------------------------------------------------------------------------------
 
     def save(self, state_dict: StateDict) -> None:

@@ -456,6 +456,9 @@ class Fsdp1:
             self.ledger.free(handle.sharded_grad)
             handle.sharded_grad = None
 
+    def end_graph(self) -> None:
+        """Unsharded weights have given their memory back by then, whoever holds them (resize_)."""
+
     # -- save ----------------------------------------------------------------------------------------------------------
 
     def save(self, state_dict: StateDict) -> None:

@@ -108,6 +108,9 @@ class Engine(Protocol):
     def step(self) -> None:
         """The optimizer's step."""
 
+    def end_graph(self) -> None:
+        """The loss dies, and what its graph holds of the engine's."""
+
     def save(self, state_dict: StateDict) -> None:
         """The Trainer's ``_save_checkpoint``: the model, whose ``state_dict`` names tied weights twice; the rest."""
 
@@ -128,6 +131,9 @@ class WholeWeights:
 
     def module_event(self, kind: str, module: Key) -> None:
         """No module needs anything."""
+
+    def end_graph(self) -> None:
+        """No weight is gathered into memory that a graph could hold."""
 
     def _save_model(self, state_dict: StateDict, itemsize: int) -> None:
         """accelerate's get_state_dict: on every rank a clone of it on the host, tied weights apart."""
@@ -178,27 +184,40 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
     micro_batches = min(run.grad_accum_steps, MICRO_BATCHES)
     for step in range(STEPS):
         for number in range(micro_batches):
-            engine.begin_micro_batch(boundary=number == micro_batches - 1)
-            _micro_batch(engine, ledger, run.later if number else run.first, first=step == 0)
-            engine.finish_micro_batch()
-        ledger.begin("step" if step else "first_step")
-        engine.step()
+            boundary = number == micro_batches - 1
+            engine.begin_micro_batch(boundary)
+            _micro_batch(engine, ledger, run.later if number else run.first, first=step == 0, boundary=boundary)
     ledger.begin("idle")
     ledger.begin("save")
     engine.save(run.state_dict)
 
 
-def _micro_batch(engine: Engine, ledger: Ledger, course: Course, *, first: bool) -> None:
+def _micro_batch(engine: Engine, ledger: Ledger, course: Course, *, first: bool, boundary: bool) -> None:
+    """Forward, backward, and the step; what the graph of the loss holds dies before the step or after it."""
+
+    def finish() -> None:
+        engine.finish_micro_batch()
+        if boundary:
+            ledger.begin("first_step" if first else "step")
+            engine.step()
+        engine.end_graph()
+
     ledger.rewind()
     phase = ""
+    finished = False
     for leg, key in course.legs:
         if leg.segment.phase != phase:
             phase = leg.segment.phase
             ledger.begin("first_step" if first else phase)
         ledger.run(course.unrolled, leg)
+        if leg.event is not None and leg.event.kind == "step":
+            finish()
+            finished = True
         if key is None or leg.event is None:
             continue
         if leg.event.kind == "gradient":
             engine.process_gradients(key, ledger.take(course.unrolled, leg))
         else:
             engine.module_event(leg.event.kind, key)
+    if not finished:
+        finish()

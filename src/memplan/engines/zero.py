@@ -93,7 +93,7 @@ class ZeroSetup:
     stage: int
     groups: Sequence[Group]
     frozen: Sequence[int]
-    """Elements of each weight that is not trained."""
+    """Bytes of each weight that is not trained."""
     rank: int
     dtype: DType
     """Of the model's weights and gradients."""
@@ -117,8 +117,8 @@ class ZeroSetup:
 def flattened(setup: ZeroSetup, ledger: Ledger, *, empties_cache: bool) -> Iterator[tuple[Group, Block]]:
     """Load, and flatten group by group, each with a clone of this rank's partition, which the caller frees."""
     size = setup.dtype.itemsize
-    for elements in setup.frozen:
-        ledger.allocate("weights", elements * size)
+    for nbytes in setup.frozen:
+        ledger.allocate("weights", nbytes)
     loaded = [ledger.allocate("weights", w.elements * size) for group in setup.groups for w in group.weights]
     for group in setup.groups:
         if empties_cache:
@@ -380,7 +380,7 @@ class Zero12(WholeWeights):
         setup, ledger = self.setup, self.ledger
         size = setup.dtype.itemsize
         self._save_model(state_dict, size)
-        checkpoint.write(ledger, [n * size for n in (*setup.frozen, *(g.elements for g in setup.groups))], "main")
+        checkpoint.write(ledger, [*setup.frozen, *(group.elements * size for group in setup.groups)], "main")
         checkpoint.write(ledger, [] if setup.offload else optimizer_storages(setup.optimizers, setup.partitions))
 
     @property

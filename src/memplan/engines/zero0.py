@@ -31,7 +31,7 @@ class Zero0Setup:
     """The trained ones, in the model's order."""
     elements: Sequence[int]
     frozen: Sequence[int]
-    """Elements of each weight that is not trained."""
+    """Bytes of each weight that is not trained."""
     dtype: DType
     optimizer: Optimizer
     stepped: Sequence[Parameter]
@@ -54,8 +54,8 @@ class Zero0(WholeWeights):
     def initialize(self) -> None:
         """Load; in 16 bit make masters, and step once with gradients of zeros so that the states are there."""
         size = self.setup.dtype.itemsize
-        for elements in (*self.setup.frozen, *self.setup.elements):
-            self.ledger.allocate("weights", elements * size)
+        for nbytes in (*self.setup.frozen, *(elements * size for elements in self.setup.elements)):
+            self.ledger.allocate("weights", nbytes)
         if not self._has_masters:
             return
         for elements in self.setup.elements:
@@ -91,10 +91,9 @@ class Zero0(WholeWeights):
     def save(self, state_dict: StateDict) -> None:
         """The model; then rank 0 writes weights, masters and states."""
         setup = self.setup
-        size = setup.dtype.itemsize
-        self._save_model(state_dict, size)
+        self._save_model(state_dict, setup.dtype.itemsize)
         states = [nbytes for p in setup.stepped for nbytes in (p.nbytes, *setup.optimizer.state_bytes(p))]
-        checkpoint.write(self.ledger, [n * size for n in setup.frozen] + states, "main")
+        checkpoint.write(self.ledger, [*setup.frozen, *states], "main")
 
     def _step(self) -> None:
         optimizer = self.setup.optimizer

@@ -23,7 +23,7 @@ from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
 from memplan.specs.strategy import Strategy, ZeroSpec
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
-from memplan.tape.tensor import DType, Parameter, float16, float32
+from memplan.tape.tensor import DType, Parameter, float16, float32, int8
 
 BUCKET = "bucket of gradients (reduce_bucket_size)"
 LIVE = "gathered weights (stage3_max_live_parameters, stage3_max_reuse_distance)"
@@ -67,6 +67,8 @@ class Zero3Setup:
     """Every module's own weights, in the model's order."""
     made_partitioned: frozenset[Key]
     """Weights that zero.Init partitions as their module is made; others come whole, when the engine is set up."""
+    kept_whole: frozenset[Key]
+    """Weights in int8: bitsandbytes computes with a reference of its own to the whole weight (MatmulLtState.CB)."""
     saves: frozenset[Key]
     """Weights of the model that is gathered to be saved."""
     ranks: int
@@ -162,7 +164,9 @@ class Coordinator:
         """Modules whose backward has begun."""
         self._holds: dict[Key, deque[Block | None]] = {}
         self._held: Counter[Block] = Counter()
-        """How many nodes a gathered weight is saved for by a recomputation."""
+        """How many nodes a gathered weight is saved for by a recomputation, or kept in the ctx of."""
+        self._kept: list[tuple[Key, Block]] = []
+        """Gathered weights that the graph of the loss holds."""
 
     def reset_step(self) -> None:
         """A forward begins."""
@@ -318,11 +322,34 @@ class Coordinator:
 
     def drop(self, key: Key) -> None:
         """The node that it was saved for has run."""
-        block = self._holds[key].popleft()
+        self._let_go(key, self._holds[key].popleft())
+
+    def _let_go(self, key: Key, block: Block | None) -> None:
         if block is not None:
             self._held[block] -= 1
             if not self._held[block] and self.available.get(key) is not block:
                 self.ledger.free(block)
+
+    def keep(self, key: Key) -> None:
+        """bitsandbytes puts a packed weight as it is gathered now into a node's ctx, where it stays."""
+        block = self.available.get(key)
+        if block is not None:
+            self._kept.append((key, block))
+            self._held[block] += 1
+
+    def replace(self, key: Key) -> None:
+        """A module has set ``weight.data`` to a tensor of its own."""
+        block = self.available.get(key)
+        if block is not None:
+            self.available[key] = None
+            if not self._held[block]:
+                self.ledger.free(block)
+
+    def end_graph(self) -> None:
+        """The loss dies, and with it the nodes."""
+        for key, block in self._kept:
+            self._let_go(key, block)
+        self._kept.clear()
 
     def _prefetch(self, wanted: Sequence[Shard]) -> None:
         waiting = {s.key for s in wanted if self._fetched_for.get(s.key, _NEVER) < self._step}
@@ -501,7 +528,8 @@ class Zero3:
                 partitions[shard.key] = self.ledger.allocate("weights", nbytes, name="partitions of the weights")
             elif shard.key not in in_nvme:  # small weights too: zero.Init does not know what will stay gathered
                 partitions[shard.key] = self._on_host("weights", nbytes, setup.weights_place)
-            self.ledger.free(block)
+            if shard.key not in setup.kept_whole:
+                self.ledger.free(block)
         return partitions
 
     def _gathered(self, shards: Sequence[Shard]) -> list[Block]:
@@ -543,6 +571,10 @@ class Zero3:
             self.coordinator.hold(module)
         elif kind == "drop":
             self.coordinator.drop(module)
+        elif kind == "keep":
+            self.coordinator.keep(module)
+        elif kind == "replace":
+            self.coordinator.replace(module)
         elif kind.startswith("pre"):
             self.coordinator.fetch_sub_module(module, forward=kind == "pre_forward")
         else:
@@ -563,6 +595,9 @@ class Zero3:
     def finish_micro_batch(self) -> None:
         self._reduce_and_partition()
         self.coordinator.release_backward_leftovers()
+
+    def end_graph(self) -> None:
+        self.coordinator.end_graph()
 
     def _reduce_and_partition(self) -> None:
         """__reduce_and_partition_ipg_grads."""
@@ -729,8 +764,11 @@ def zero3_setup(
     rules: DeviceRules,
     *,
     adapted: bool,
+    quantized: bool,
 ) -> Zero3Setup:
     """The engine's settings as DeepSpeed and the Trainer resolve them; PEFT has ``adapted`` the model, or not.
+
+    A model that is ``quantized`` as it is loaded comes without zero.Init (PreTrainedModel.get_init_context).
 
     Raises UnsupportedError for unmodelled ones.
     """
@@ -775,7 +813,10 @@ def zero3_setup(
         sub_groups=sub_groups,
         frozen=[shard for key, shard in shards.items() if key not in trained],
         modules={module: [shards[key] for key in own] for module, own in model.modules.items()},
-        made_partitioned=frozenset(key for key in shards if keys.zero3_init_flag and not (adapted and key in trained)),
+        made_partitioned=frozenset(
+            key for key in shards if keys.zero3_init_flag and not quantized and not (adapted and key in trained)
+        ),
+        kept_whole=frozenset(key for key, p in model.parameters.items() if p.dtype is int8),
         # Of an adapted model the Trainer saves what is trained, whatever the key says.
         saves=frozenset(trained if adapted else shards if keys.stage3_gather_16bit_weights_on_model_save else ()),
         ranks=ranks,

@@ -71,7 +71,7 @@ def course(unrolled: Unrolled, numbers: Mapping[int, Key], *, measured: bool = T
                 if segment.phase == "backward":
                     layer = depth - 1 - layer
             for leg in legs:
-                key = None if leg.event is None else numbers[leg.event.subject]
+                key = None if leg.event is None or leg.event.kind == "step" else numbers[leg.event.subject]
                 found.append((leg, key if key is None or key[1] == OUTSIDE else (key[0], layer)))
         if final.get(id(segment)) == position:
             found.append((_dying(unrolled, segment), None))

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from memplan.adapters.quantization import Linear4bit, Linear8bitLt
+from memplan.adapters.quantization import Linear4bit, Linear8bitLt, is_packed
 from memplan.architectures.nn import Layers, Module
 from memplan.memory import device_map as placement
 from memplan.memory.allocator import CachingAllocator
@@ -201,7 +201,9 @@ def _quantizing(each: Held) -> tuple[int, ...]:
 
 def _is_16_bit(each: Held) -> bool:
     dtype = each.tensor.dtype
-    return isinstance(each.tensor, Parameter) and dtype.is_floating and dtype.itemsize == 2
+    return (
+        isinstance(each.tensor, Parameter) and dtype.is_floating and dtype.itemsize == 2 and not is_packed(each.tensor)
+    )
 
 
 def _natural(name: str) -> list[tuple[bool, str, int]]:

@@ -126,6 +126,8 @@ class QuantizationSpec(Spec):
     """Call ``peft.prepare_model_for_kbit_training``: what is not quantized goes to float32."""
     compute_dtype: Dtype | None = None
     """``bnb_4bit_compute_dtype``; None is the mixed-precision type of the run, or else its dtype."""
+    quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = "uint8"
+    """``bnb_4bit_quant_storage``: what 4-bit weights are packed into. FSDP shards floating types only."""
 
 
 class AllocatorSpec(Spec):

@@ -19,7 +19,7 @@ from typing import Any
 from memplan.tape import ops
 from memplan.tape.ops import Grads
 from memplan.tape.tape import Node, Tape
-from memplan.tape.tensor import DType, Tensor, bool_, float16, float32, int8, int32
+from memplan.tape.tensor import DType, Parameter, Tensor, bool_, float16, float32, int8, int32
 
 BLOCK = 64
 """Weights that share a scale in 4 bit (Params4bit's default)."""
@@ -50,13 +50,15 @@ class Weight4bit:
         return -(-self.numel // BLOCK)
 
 
-def matmul_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
-    """bitsandbytes.matmul_4bit of x [..., in]: saves nothing but the packed weight."""
+def matmul_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, packed: Parameter) -> Tensor:
+    """bitsandbytes.matmul_4bit of x [..., in]: saves nothing but the ``packed`` weight, as ``ctx.tensors``."""
     t = x.storage.tape
     node = t.node(_matmul_4bit_backward, (_with_cast_gradient(t, x),), (), (x.shape, weight))
     with t.no_grad():
         out = _gemm_4bit(t, x, weight, bias)
     out.node = node
+    if node is not None:
+        t.keep_weight(packed)
     return out
 
 

@@ -44,10 +44,21 @@ class Event(NamedTuple):
     position: int
     """In the log."""
     kind: Literal[
-        "gradient", "pre_forward", "post_forward", "pre_backward", "post_backward", "end_backward", "hold", "drop"
+        "gradient",
+        "pre_forward",
+        "post_forward",
+        "pre_backward",
+        "post_backward",
+        "end_backward",
+        "hold",
+        "drop",
+        "keep",
+        "replace",
+        "step",
     ]
     """end_backward: post_backward, of a module whose inputs need no gradient. hold and drop: a recomputation saves a
-    weight as it is then, for one node."""
+    weight as it is then, for one node. keep: a node's ctx holds it until the graph dies. replace: a module has put
+    another tensor in a weight's place. step: backward() is done, and the graph is still alive."""
     subject: int
     """id() of the weight or the module."""
     storage: int = -1
@@ -165,6 +176,8 @@ class Tape:
         self._persistent = Persistent(self)
         self._boundaries: list[tuple[int, LayerKey | None]] = []
         self._context: list[Tensor] = []
+        self._held_in_context: list[int] = []
+        """id() of the weights that a recomputed graph's ctx holds."""
         self.kept: dict[int, LayerKey | None] = {}
         """Storages that lie in a node's ctx until the graph dies -> the first layer that put them there."""
         self.flowing: set[int] = set()
@@ -184,6 +197,8 @@ class Tape:
         """An engine that shards takes each weight's gradient as it comes, and says itself how long it is kept."""
         self.events: list[Event] = []
         """What an engine hooks into, in order: gradients that are ready, and modules that are watched."""
+        self.steps_in_backward = False
+        """accelerate's backward() under DeepSpeed also steps, before the loss and its graph die."""
         self.zero3_linear = False
         """DeepSpeed's own function stands in F.linear's place."""
         self.watches = False
@@ -220,6 +235,7 @@ class Tape:
         p = Parameter(shape, contiguous_strides(shape), dtype, self._persistent)
         p.name = name
         p.elements = p.numel
+        p.loaded = None
         if requires_grad:
             p.node = AccumulateGrad(p)
         return p
@@ -317,6 +333,19 @@ class Tape:
         if self._recording is None:
             self.kept.setdefault(x.storage.id, self._boundaries[-1][1] if self._boundaries else None)
 
+    def keep_weight(self, p: Parameter) -> None:
+        """The same of a weight, which matters where it is gathered into memory that it does not keep."""
+        if not self.watches:
+            return
+        self.events.append(Event(len(self.log), "keep" if self._recording is None else "hold", id(p)))
+        if self._recording is not None:
+            self._held_in_context.append(id(p))
+
+    def replace(self, p: Parameter) -> None:
+        """``module.weight.data = other``: what the weight was gathered into is let go."""
+        if self.watches:
+            self.events.append(Event(len(self.log), "replace", id(p)))
+
     def _mark_saved(self, x: Tensor | None) -> None:
         if x is not None:
             index = x.storage.id
@@ -362,6 +391,16 @@ class Tape:
             hooked = any(isinstance(x, Tensor) and x.node is not None for x in args)
             self._watched.append((before, self._seq, id(module), hooked))
         return out
+
+    def watch_leaf(self, module: object, x: Tensor) -> Tensor:
+        """x as a watched module gives it out, made a leaf by then: what hooks in before a backward sits behind it."""
+        if not self.watches or not x.requires_grad:
+            return x
+        before = self._seq
+        node = self.node(_give_back, (x,))
+        if self._recording is None:
+            self._watched.append((before, self._seq, id(module), False))
+        return Tensor(x.shape, x.strides, x.dtype, x.storage, node)
 
     def layer_boundary(self, layer: LayerKey | None) -> None:
         """Forward enters ``layer`` (None: what follows the last one) here; backward leaves it at an older node."""
@@ -425,7 +464,7 @@ class Tape:
         if frame.recomputed is None:
             frame.recomputed = []
             outer = (self._recording, self._record_limit, self.grad_enabled, self.component, self._context)
-            self._context = []  # the recomputed graph dies with the recomputation
+            self._context, self._held_in_context = [], []  # the recomputed graph dies with the recomputation
             self._recording, self._record_limit, self.grad_enabled = frame.recomputed, frame.count, True
             self.component = TEMPORARY
             try:
@@ -435,6 +474,7 @@ class Tape:
                 pass
             finally:
                 self._recording, self._record_limit, self.grad_enabled, self.component, self._context = outer
+                self.events += [Event(len(self.log), "drop", subject) for subject in self._held_in_context]
         recomputed = frame.recomputed
         end = packed.start + packed.length
         tensors = Recomputed(recomputed[packed.start : end])
@@ -516,6 +556,8 @@ class Tape:
                 self._sink(sink)
         while boundaries:
             self.mark("layer_backward_end", boundaries.pop()[1])
+        if self.steps_in_backward:
+            self.events.append(Event(len(self.log), "step", 0))
         self._leaves.clear()
         self._context.clear()
         self.grad_enabled = True
@@ -585,6 +627,10 @@ def _obeys_layout(grad: Tensor, sink: AccumulateGrad) -> bool:
         return True
     same = zip(grad.shape, grad.strides, sink.strides, strict=True)
     return all(stride == wanted if size != 1 else stride != 0 for size, stride, wanted in same)
+
+
+def _give_back(tape: Tape, node: Node, grad: Any, saved: Any) -> Sequence[Tensor | None]:
+    return (grad,)
 
 
 def _detached(x: Tensor) -> Tensor:

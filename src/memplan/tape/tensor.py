@@ -266,11 +266,13 @@ class Tensor:
 class Parameter(Tensor):
     """A leaf weight, made by ``Tape.parameter``; ``name`` is its name in the state dict."""
 
-    __slots__ = ("elements", "name")
+    __slots__ = ("elements", "loaded", "name")
 
     name: str
     elements: int
     """How many numbers it stands for: more than it has elements where several are packed into one."""
+    loaded: DType | None
+    """In which it was loaded and prepared, if an engine casts it; None: not told."""
 
 
 class Buffer(Tensor):
