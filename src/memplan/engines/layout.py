@@ -9,6 +9,7 @@ from typing import Protocol
 from memplan.architectures.nn import Layers, Module
 from memplan.engines import checkpoint
 from memplan.memory.course import Block, Course, Key, Ledger
+from memplan.memory.evaluation import Kept, pile_up, to_host
 from memplan.memory.optimizers import OUTSIDE, groups_of
 from memplan.tape.tensor import Parameter
 
@@ -94,7 +95,7 @@ class Engine(Protocol):
         """Load the model and set the engine up."""
 
     def begin_micro_batch(self, boundary: bool) -> None:
-        """A forward begins; after the micro-batch at the ``boundary`` comes the step."""
+        """A forward begins; after the micro-batch at the ``boundary`` comes the step. Evaluation ends with it."""
 
     def module_event(self, kind: str, module: Key) -> None:
         """A watched module begins or ends its forward or backward: pre_forward .. post_backward."""
@@ -137,6 +138,21 @@ class WholeWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluationLoop:
+    """Evaluation after the last step."""
+
+    course: Course
+    """A batch's forward."""
+    inputs: Sequence[int]
+    """Bytes of each input of the last micro-batch, which the training loop still has."""
+    kept: Kept
+    ranks: int
+    """Processes from which predictions are gathered: with one too."""
+    limit: int | None
+    """Bytes that CUDA has to give, if that is known."""
+
+
+@dataclass(frozen=True, slots=True)
 class Played:
     """What is there beside the engine, and the micro-batches of each step."""
 
@@ -153,6 +169,7 @@ class Played:
     later: Course
     """A micro-batch that finds gradients."""
     grad_accum_steps: int
+    evaluation: EvaluationLoop | None
 
 
 STEPS = 2
@@ -162,7 +179,7 @@ MICRO_BATCHES = 3
 
 
 def play(engine: Engine, ledger: Ledger, run: Played) -> None:
-    """Load, run the steps, and save."""
+    """Load, run the steps, evaluate, and save."""
     ledger.begin("load")
     loaded = checkpoint.load(ledger, run.loaded)
     ledger.briefly("temporaries", run.converted, "main")
@@ -179,22 +196,47 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
     for step in range(STEPS):
         for number in range(micro_batches):
             engine.begin_micro_batch(boundary=number == micro_batches - 1)
-            _micro_batch(engine, ledger, run.later if number else run.first, first=step == 0)
+            _run(engine, ledger, run.later if number else run.first, within=None if step else "first_step")
             engine.finish_micro_batch()
         ledger.begin("step" if step else "first_step")
         engine.step()
     ledger.begin("idle")
+    if run.evaluation is not None:
+        ledger.begin("eval")
+        _evaluate(engine, ledger, run.evaluation)
     ledger.begin("save")
     engine.save(run.state_dict)
 
 
-def _micro_batch(engine: Engine, ledger: Ledger, course: Course, *, first: bool) -> None:
+def _evaluate(engine: Engine, ledger: Ledger, loop: EvaluationLoop) -> None:
+    """The engine's hooks fire as in training; predictions pile up."""
+    ledger.rewind()
+    inputs = [ledger.allocate("activations", nbytes) for nbytes in loop.inputs]
+    if loop.limit is not None:
+        ledger.confine(loop.limit)
+
+    def forward() -> None:
+        engine.begin_micro_batch(boundary=False)
+        _run(engine, ledger, loop.course, within="eval")
+        ledger.rewind()
+
+    def allocate(sizes: Sequence[int]) -> list[Block]:
+        return [ledger.allocate("logits", nbytes) for nbytes in sizes]
+
+    forward()  # of a batch before: what an engine leaves gathered, the next one finds
+    predictions = pile_up(loop.kept, loop.ranks, forward, allocate, lambda blocks: ledger.free(*blocks), gathers=True)
+    to_host(ledger, loop.kept, loop.ranks)
+    ledger.free(*predictions, *inputs)
+
+
+def _run(engine: Engine, ledger: Ledger, course: Course, within: str | None) -> None:
+    """A micro-batch, in phases of its own or ``within`` one."""
     ledger.rewind()
     phase = ""
     for leg, key in course.legs:
         if leg.segment.phase != phase:
             phase = leg.segment.phase
-            ledger.begin("first_step" if first else phase)
+            ledger.begin(within or phase)
         ledger.run(course.unrolled, leg)
         if key is None or leg.event is None:
             continue
