@@ -19,6 +19,7 @@ from memplan.errors import SpecError, UnsupportedError
 from memplan.inference import Inference, Machine, infer
 from memplan.memory import loading
 from memplan.memory.course import Ledger
+from memplan.memory.evaluation import to_host
 from memplan.memory.generation import DEFAULT_NEW_TOKENS
 from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
@@ -30,7 +31,7 @@ from memplan.micro_batch import (
     all_layers,
     build,
     compute_dtype,
-    micro_batch,
+    evaluation_batch,
     prepares_for_kbit_training,
     reference_gpu,
     run_of,
@@ -108,12 +109,12 @@ def estimate(
     if setup.rules.kind != "cpu":
         # No bound is known for other settings of the allocator.
         exact = replay or training.alloc_conf is not None
+        limit = _limit(cluster, gpu, software) if run.evaluation is not None else None
         if strategy.shards:
             replayed = Replayed({}, played.bound)
             if exact:
-                replayed = sharded.replay(setup, gpu, strategy, cluster.gpus, played.rank)
+                replayed = sharded.replay(setup, gpu, strategy, cluster.gpus, played.rank, limit)
         else:
-            limit = _limit(cluster, gpu, software) if run.evaluation is not None else None
             if exact:
                 replayed = _replay(setup, gpu, strategy, cluster.gpus, limit)
             else:
@@ -212,11 +213,12 @@ def _activation_checkpointing(training: TrainingSpec, strategy: Strategy) -> Tra
 def _check_sharded(training: TrainingSpec, strategy: Strategy, traced: Traced | None) -> None:
     """What is not modelled under the engines that shard yet."""
     reasons = {
-        "trace": traced is not None and "a trace has no hooks for an engine",
+        "trace": traced is not None
+        and strategy.kind in ("zero3", "fsdp")
+        and "a trace has no hooks of modules for the engine",
         "liger": training.liger
         and strategy.kind in ("zero3", "fsdp")
         and "its fused loss uses a weight that is not gathered",
-        "eval_batch_size": training.eval_batch_size is not None and "evaluation is not modelled",
     }
     for option, reason in reasons.items():
         if reason:
@@ -317,7 +319,7 @@ def _waiting(run: Run, tape: Tape) -> list[int]:
 def _evaluation_loop(run: Run, tape: Tape, ranks: int, limit: int | None) -> EvaluationLoop:
     """Batches on ``tape``; ``limit`` is what CUDA has to give."""
     assert run.evaluation is not None
-    return EvaluationLoop(tape, run.evaluation.predictions, run.evaluation.steps, ranks, limit)
+    return EvaluationLoop(tape, run.evaluation.kept, ranks, limit)
 
 
 @lru_cache(maxsize=64)
@@ -338,7 +340,7 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) ->
     held = _held(run, trainable, strategy)
     bound = reserved_bound(run.parameters, held, counts, micro_batches, others)
     if run.evaluation is not None:
-        batch = micro_batch(setup, full_depth=False, accumulated=False, evaluation=True)
+        batch = evaluation_batch(setup, full_depth=False)
         bound += _evaluation_loop(run, batch.tape, ranks, None).bound(batch.unrolled.size_counts())
     return bound
 
@@ -356,7 +358,7 @@ def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, l
     trainable = [(p, 1) for p in parameters if p.node is not None]
     evaluation = None
     if run.evaluation is not None:
-        batch = micro_batch(setup, full_depth=True, accumulated=False, evaluation=True)
+        batch = evaluation_batch(setup, full_depth=True)
         evaluation = _evaluation_loop(run, batch.tape, ranks, limit)
     return replay_steps(
         parameters,
@@ -510,6 +512,10 @@ def _host_memory(setup: Setup, run: Run, micro: MicroBatch, cluster: ClusterSpec
         model, state = _saved(setup, run)
         saving = {"weights": model} if model >= state else {"temporaries": state}
         parts["save"] |= saving
+        if run.evaluation is not None:
+            ledger = Ledger()
+            to_host(ledger, run.evaluation.kept, cluster.gpus)
+            parts["eval"] |= {name: size * ranks for name, size in ledger.fullest("load", "host").items()}
     totals = {phase: plain.total(each) for phase, each in parts.items()}
     fullest = max(totals, key=lambda phase: totals[phase])
     return HostMemory(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from memplan.architectures.nn import Module
 from memplan.engines import bf16, fsdp, fsdp1, plain, zero, zero0, zero3
 from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
-from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, StateDict, play
+from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, EvaluationLoop, Layout, Played, StateDict, play
 from memplan.engines.plain import Parts
 from memplan.errors import UnsupportedError
 from memplan.memory.course import ExplainingLedger, Ledger, ReplayLedger, course
 from memplan.memory.trace import Replayed, configured, engines_bound
-from memplan.micro_batch import Setup, all_layers, micro_batch, run_of
+from memplan.micro_batch import Setup, all_layers, evaluation_batch, micro_batch, run_of
 from memplan.results import HostMemory, NvmeMemory, Phase
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.strategy import Strategy
@@ -22,7 +23,7 @@ from memplan.specs.training import AllocatorSpec
 from memplan.tape import tensor as dtypes
 from memplan.tape.tensor import DType
 
-PHASES = ("load", "first_step", "forward", "loss", "backward", "step", "idle", "save")
+PHASES = ("load", "first_step", "forward", "loss", "backward", "step", "idle", "eval", "save")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +52,27 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
     run, micro = run_of(setup, gpu)
     micro_batches = min(run.grad_accum_steps, MICRO_BATCHES) * STEPS
     counts = micro.unrolled.size_counts()
+    phases = [phase for phase in PHASES if phase != "eval" or run.evaluation is not None]
+    evaluated: Mapping[int, tuple[int, int]] = {}
+    if run.evaluation is not None:
+        evaluated = evaluation_batch(setup, full_depth=False).unrolled.size_counts()
     found: list[Sharded] = []
     for rank in _ranks(strategy, micro.layout(strategy.zero.ds_optimizer), ranks):
         ledger = Ledger(ranks=per_node)
         play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=False)
-        placed = {phase: ledger.fullest(phase) for phase in PHASES}
-        host = {phase: ledger.fullest(phase, "host") for phase in PHASES}
-        pinned = {phase: plain.total(ledger.fullest(phase, "pinned")) for phase in PHASES}
-        bound = engines_bound(ledger.sizes, counts, micro_batches)
+        placed = {phase: ledger.fullest(phase) for phase in phases}
+        host = {phase: ledger.fullest(phase, "host") for phase in phases}
+        pinned = {phase: plain.total(ledger.fullest(phase, "pinned")) for phase in phases}
+        bound = engines_bound(ledger.sizes, counts, micro_batches, evaluated)
         found.append(Sharded(placed, host, pinned, ledger.fullest("idle", "nvme"), bound, rank))
     return max(found, key=lambda each: each.peak)
 
 
 @lru_cache(maxsize=64)
-def replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int) -> Replayed:
-    """The allocator under the engine, two steps long."""
+def replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int, limit: int | None) -> Replayed:
+    """The allocator under the engine: two steps, and evaluation in what CUDA has to give."""
     ledger = ReplayLedger(configured(setup.training.alloc_conf or AllocatorSpec()))
-    play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=True)
+    play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=True, limit=limit)
     return Replayed(ledger.peaks, ledger.peak_reserved)
 
 
@@ -81,9 +86,17 @@ def explained(
 
 
 def play_engine(
-    setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int, ledger: Ledger, *, full_depth: bool
+    setup: Setup,
+    gpu: GPUSpec | None,
+    strategy: Strategy,
+    ranks: int,
+    rank: int,
+    ledger: Ledger,
+    *,
+    full_depth: bool,
+    limit: int | None = None,
 ) -> None:
-    """Play two steps on one rank; ``ledger`` keeps what it places."""
+    """Play two steps, and evaluation, on one rank; ``ledger`` keeps what it places."""
     run, closed = run_of(setup, gpu)
     accumulates = run.grad_accum_steps > 1
     first = all_layers(setup, False) if full_depth else closed
@@ -94,6 +107,16 @@ def play_engine(
     if accumulates and strategy.kind in ("zero0", "zero1", "fsdp") and not flat:  # they stay where autograd put them
         later = all_layers(setup, True) if full_depth else closed
     model = first.layout(strategy.zero.ds_optimizer)
+    evaluation = None
+    if run.evaluation is not None:
+        batch = evaluation_batch(setup, full_depth=full_depth)
+        evaluation = EvaluationLoop(
+            course=course(batch.unrolled, batch.layout().numbers, measured=ledger.measures),
+            inputs=first.tape.sizes[: first.tape.input_count],
+            kept=run.evaluation.kept,
+            ranks=ranks,
+            limit=limit,
+        )
     played = Played(
         loaded=_loaded(setup, strategy, model),
         converted=_converted(setup, strategy, model),
@@ -106,6 +129,7 @@ def play_engine(
         first=course(first.unrolled, model.numbers, measured=ledger.measures),
         later=course(later.unrolled, later.layout().numbers, measured=ledger.measures),
         grad_accum_steps=run.grad_accum_steps,
+        evaluation=evaluation,
     )
     play(_engine(setup, strategy, first.root, model, ranks, rank, ledger), ledger, played)
 

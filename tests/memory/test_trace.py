@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import memplan
+from memplan.memory.evaluation import Kept
 from memplan.memory.trace import EvaluationLoop, _evaluate, _Replay
 from memplan.specs.training import AllocatorSpec
 from memplan.tape.tape import Tape
@@ -69,5 +70,5 @@ def test_an_evaluation_that_dies_reserves_more_than_there_is(rows: int) -> None:
     limit = rows * 4 * MiB - MiB
     replay = _Replay(AllocatorSpec())
     replay.free(replay.allocate("step", [8 * MiB]))
-    _evaluate(replay, EvaluationLoop(tape, (), 1, 1, limit))
+    _evaluate(replay, EvaluationLoop(tape, Kept((), 1), 1, limit))
     assert replay.peak_reserved == rows * 4 * MiB > limit

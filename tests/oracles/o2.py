@@ -52,6 +52,8 @@ BLOCK = 512
 """Bytes that CUDA's caching allocator rounds a block up to."""
 LARGEST = 30
 """Blocks listed at a peak."""
+EVAL_BATCHES = 3
+"""Batches of an evaluation that keeps no predictions; others have as many as are kept on the GPU."""
 LIBRARIES = ("deepspeed/", "transformers/", "accelerate/", "peft/", "torch/distributed/", "torch/optim/")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,6 +381,13 @@ def _become_rank_zero(gpus: int) -> None:
     # DeepSpeed's own collectives through shared memory would wait for the other ranks; a GPU has none of them.
     # (`import deepspeed.comm.torch` as a name would give the torch that deepspeed.comm imports.)
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    gather = torch.distributed.all_gather_into_tensor
+
+    def all_gather_into_tensor(output_tensor: Any, input_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        flat = input_tensor.dim() > output_tensor.dim()  # as accelerate gathers, whose shapes only this backend minds
+        return gather(output_tensor, input_tensor.view(-1) if flat else input_tensor, *args, **kwargs)
+
+    torch.distributed.all_gather_into_tensor = all_gather_into_tensor
     importlib.import_module("deepspeed").init_distributed()  # as TrainingArguments does, but with use_cpu it does not
 
 
@@ -422,8 +431,11 @@ def _train(values: dict[str, Any], options: dict[str, Any], arguments: Any, reco
     vocabulary = {**values, **options.get("values", {})}["vocab_size"]
 
     class Rows(torch.utils.data.Dataset[dict[str, Any]]):
+        def __init__(self, batches: int, size: int) -> None:
+            self.length = batches * size * options["gpus"]
+
         def __len__(self) -> int:
-            return 4 * options["gpus"] * options["micro_batch_size"] * options.get("grad_accum_steps", 1)
+            return self.length
 
         def __getitem__(self, index: int) -> dict[str, Any]:
             tokens = torch.randint(5, vocabulary, (options["seq_len"],))
@@ -432,8 +444,14 @@ def _train(values: dict[str, Any], options: dict[str, Any], arguments: Any, reco
     recorder.mark("load")
     model = _model(values, options, Path(arguments.output_dir) / "pretrained")
     recorder.mark("init")
+    keeps = options.get("eval_accumulation_steps")
     trainer = _trainer_class(recorder)(
-        model=model, args=arguments, train_dataset=Rows(), callbacks=[_idle_marks(recorder)]
+        model=model,
+        args=arguments,
+        train_dataset=Rows(4 * options.get("grad_accum_steps", 1), options["micro_batch_size"]),
+        eval_dataset=Rows(keeps or EVAL_BATCHES, options.get("eval_batch_size", 1)),
+        compute_metrics=None if keeps is None else lambda prediction: {"n": float(len(prediction.predictions))},
+        callbacks=[_idle_marks(recorder)],
     )
     del model
     trainer.train()
@@ -461,6 +479,13 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
+    if "eval_batch_size" in options:
+        arguments |= {
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "per_device_eval_batch_size": options["eval_batch_size"],
+            "eval_accumulation_steps": options.get("eval_accumulation_steps"),
+        }
     if options["strategy"] == "fsdp":
         knobs = dict(options.get("fsdp", {}))
         if options.get("offload_param", "none") != "none":
@@ -592,8 +617,15 @@ def _trainer_class(recorder: Recorder) -> Any:
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
-            recorder.in_step("backward")
+            if self.model.training:
+                recorder.in_step("backward")
             return loss
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+            recorder.mark("eval")
+            metrics = super().evaluate(*args, **kwargs)
+            recorder.mark("evaluated")
+            return metrics
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             recorder.mark("save")
@@ -991,7 +1023,87 @@ def groups() -> dict[str, list[Setup]]:
         made[group].append(Setup("qwen2", "small", _setup("small", **options).options))
     made["fsdp"].append(Setup("t5", "small", {**BASE, "dtype": "float32", "num_layers": 4, "strategy": "fsdp"}))
     made["grid"] = _grid()
+    made["eval"] = [Setup(family, config, _setup(config, **o).options) for family, config, o in _eval_variants()]
     return made
+
+
+def _eval_variants() -> list[tuple[str, str, dict[str, Any]]]:
+    """Evaluation after the second step: losses alone, or predictions that pile up."""
+    losses, kept = {"eval_batch_size": 2}, {"eval_batch_size": 2, "eval_accumulation_steps": 3, "two_sides": True}
+    offload = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+    unkept = {"stage3_max_reuse_distance": 0}
+    fsdp1: dict[str, Any] = {"strategy": "fsdp", "fsdp": {"version": 1}}
+    grad_op = {"version": 1, "sharding_strategy": "SHARD_GRAD_OP"}
+    long = {"eval_batch_size": 4, "seq_len": 120}
+    options: list[dict[str, Any]] = [
+        *({"strategy": stage, **losses} for stage in STAGES),
+        {"strategy": "fsdp", **losses},
+        {**fsdp1, **losses},
+        *({"strategy": stage, **kept} for stage in ("zero1", "zero3", "fsdp")),
+        {"strategy": "zero1", "zero": {"grad_accum_dtype": "fp32"}, **kept},
+        {"strategy": "zero2", "offload_optimizer": "cpu", **kept},
+        {"strategy": "zero3", **offload, **losses},
+        {"strategy": "zero3", **offload, **kept},
+        {"strategy": "fsdp", "offload_param": "cpu", **kept},
+        {**fsdp1, "offload_param": "cpu", **kept},
+        {"strategy": "zero3", "zero": unkept, **losses},
+        {"strategy": "zero3", "zero": {**unkept, "stage3_prefetch_bucket_size": 0}, **losses},
+        {"strategy": "zero3", "zero": {"stage3_prefetch_bucket_size": 50_000_000}, **losses},
+        {"strategy": "zero3", "gradient_checkpointing": True, "zero": unkept, **long},
+        {"strategy": "zero3", **LORA, **losses},
+        {"strategy": "zero3", **FP32, "gpus": 1, **losses},
+        {"strategy": "fsdp", "fsdp": {"auto_wrap_policy": "NO_WRAP"}, **losses},
+        {"strategy": "fsdp", "fsdp": {"reshard_after_forward": False}, **losses},
+        {"strategy": "fsdp", "gpus": 1, **kept},
+        {"strategy": "fsdp", **long, "num_layers": 4},
+        {"strategy": "fsdp", "fsdp": grad_op, **losses},
+        {**fsdp1, **FP32, "grad_accum_steps": 3, **kept},
+        {**fsdp1, "gradient_checkpointing": True, **long},
+        {"strategy": "fsdp", "fsdp": {"version": 1, "forward_prefetch": True}, "num_layers": 4, **losses},
+    ]
+    return [*(("llama", "small", each) for each in options), *_eval_held_out()]
+
+
+def _eval_held_out() -> list[tuple[str, str, dict[str, Any]]]:
+    """Rows that were first looked at when the others were understood."""
+
+    def kept(size: int, steps: int) -> dict[str, Any]:
+        return {"eval_batch_size": size, "eval_accumulation_steps": steps, "two_sides": True}
+
+    both = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+    away = {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
+    wrapped = {**_wrapping("Qwen2DecoderLayer"), "reshard_after_forward": False}
+    checkpointed = {"gradient_checkpointing": True, "micro_batch_size": 2, "seq_len": 100}
+    no_shard = {"version": 1, "sharding_strategy": "NO_SHARD"}
+    few = {"stage3_max_live_parameters": 400_000}
+    return [
+        ("qwen2", "small", {"strategy": "zero0", "gpus": 3, "grad_accum_steps": 2, **FP16, **kept(3, 5)}),
+        ("llama", "wide", {"strategy": "zero2", "gpus": 8, **LORA, **kept(1, 2)}),
+        ("qwen2", "small", {"strategy": "zero3", "gpus": 5, "num_layers": 3, "zero": away, **kept(4, 2)}),
+        ("llama", "tied", {"strategy": "zero3", "gpus": 2, **both, "grad_accum_steps": 3, **kept(3, 4)}),
+        ("llama", "wide", {"strategy": "zero3", "gpus": 64, **LORA, **checkpointed, **kept(2, 2)}),
+        ("qwen2", "small", {"strategy": "zero3", "gpus": 2, "zero": few, "num_layers": 4, "eval_batch_size": 6}),
+        ("llama", "tied", {"strategy": "zero3", "offload_param": "cpu", "gpus": 1, **FP16, "eval_batch_size": 5}),
+        ("qwen2", "small", {"strategy": "zero1", "offload_optimizer": "cpu", "gpus": 7, **FP32, **kept(2, 3)}),
+        ("qwen2", "small", {"strategy": "fsdp", "gpus": 2, "num_layers": 3, "fsdp": wrapped, **kept(3, 2)}),
+        ("llama", "tied", {"strategy": "fsdp", "gpus": 8, "grad_accum_steps": 2, **kept(1, 6)}),
+        ("llama", "wide", {"strategy": "fsdp", "offload_param": "cpu", **LORA, **checkpointed, **kept(2, 2)}),
+        ("qwen3", "small", {"strategy": "fsdp", "dtype": "bfloat16", "mixed_precision": "no", **kept(2, 3)}),
+        ("qwen2", "small", {"strategy": "fsdp", "gpus": 3, "fsdp": {"version": 1}, **LORA, **kept(5, 2)}),
+        (
+            "llama",
+            "tied",
+            {
+                "strategy": "fsdp",
+                "gpus": 2,
+                "offload_param": "cpu",
+                "grad_accum_steps": 2,
+                "fsdp": {"version": 1, "sharding_strategy": "SHARD_GRAD_OP"},
+                **kept(2, 4),
+            },
+        ),
+        ("qwen2", "small", {"strategy": "fsdp", "gpus": 8, "fsdp": no_shard, "eval_batch_size": 7, "seq_len": 90}),
+    ]
 
 
 def _grid() -> list[Setup]:

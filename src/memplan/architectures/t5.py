@@ -79,6 +79,10 @@ class Seq2SeqLMOutput:
         """accelerate's copies in float32: autocast leaves the hidden state in float32, and a cache is not converted."""
         return Seq2SeqLMOutput(self.logits.float(), self.encoder_last_hidden_state, self.past_key_values)
 
+    def to(self, dtype: DType) -> Seq2SeqLMOutput:
+        """FSDP2's copies in another dtype."""
+        return Seq2SeqLMOutput(self.logits.to(dtype), self.encoder_last_hidden_state.to(dtype), self.past_key_values)
+
 
 class T5LayerNorm(Module):
     """No bias and no mean; the variance in float32."""

@@ -137,6 +137,8 @@ class _Handle:
         """What the shard was in before it was upcast or pinned: views of it live until the first reshard."""
         self.grad: Block | None = None
         """The unsharded gradient, which no_sync leaves."""
+        self.shows_grads = False
+        """After a forward: weights have views of _cpu_grad as their gradients, until zero_grad."""
         self.zeros: Block | None = None
         self.sharded_grad: Block | None = None
 
@@ -292,6 +294,7 @@ class Fsdp1:
     def _post_forward(self, handle: _Handle) -> None:
         self._post_forward_order.append(handle)
         self._reshard(handle, free=handle.flat.unit.reshard_after_forward and not handle.is_root)
+        handle.shows_grads = self.setup.offload and handle.flat.unit.reshard_after_forward
         handle.needs_pre_backward = True
         handle.state = "idle"
 
@@ -299,6 +302,7 @@ class Fsdp1:
 
     def _unshard(self, handle: _Handle) -> None:
         flat = handle.flat
+        self._writeback_orig_params(handle)
         handle.is_resharded = False
         if not flat.is_sharded:
             if handle.unsharded is None:
@@ -340,20 +344,19 @@ class Fsdp1:
     def _pre_backward(self, handle: _Handle) -> None:
         handle.state = "backward_pre"
         if handle.needs_pre_backward and not handle.prefetched:
-            self._unshard_for_backward(handle)
+            self._unshard(handle)
         handle.needs_pre_backward = False
         if self.setup.backward_prefetch == "BACKWARD_PRE":
             self._prefetch_before(handle)
         self.ledger.free(handle.zeros)  # prepare_gradient_for_backward
         handle.zeros = None
 
-    def _unshard_for_backward(self, handle: _Handle) -> None:
-        """_writeback_orig_params takes the views of _cpu_grad, which weights got after the forward, for gradients."""
+    def _writeback_orig_params(self, handle: _Handle) -> None:
+        """Takes the views of _cpu_grad for gradients: before the backward, or before another forward of evaluation."""
         flat = handle.flat
-        shows_shard = flat.is_sharded and flat.use_orig_params and flat.unit.reshard_after_forward
-        if self.setup.offload and flat.trained and shows_shard and handle.grad is None:
+        takes = handle.shows_grads and flat.is_sharded and flat.use_orig_params and flat.trained
+        if takes and handle.grad is None and handle.zeros is None:
             handle.zeros = self.ledger.allocate("temporaries", flat.shard * flat.itemsize, "host")
-        self._unshard(handle)
 
     def _prefetch_before(self, handle: _Handle) -> None:
         """get_handle_to_backward_prefetch."""
@@ -361,7 +364,7 @@ class Fsdp1:
         if before >= 0:
             target = self._post_forward_order[before]
             if target.needs_pre_backward and not target.prefetched:
-                self._unshard_for_backward(target)
+                self._unshard(target)
                 target.prefetched = True
 
     def _should_free_in_backward(self, handle: _Handle) -> bool:
@@ -440,6 +443,8 @@ class Fsdp1:
         place = "host" if self.setup.offload else "gpu"
         self.ledger.briefly("temporaries", self.setup.optimizer.temporaries.peak, place, "of the optimizer's step")
         self._gradients_are_none = True
+        for handle in self._handles:
+            handle.shows_grads = False
         if not self.setup.flats[0].use_orig_params:
             self._free_gradients()  # otherwise zero_grad clears the weights' gradients, which are views of what stays
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from memplan.architectures.nn import Layers, Module
 from memplan.engines import checkpoint
 from memplan.memory.course import Block, Course, Key, Ledger
+from memplan.memory.evaluation import Kept, pile_up, to_host
 from memplan.memory.optimizers import OUTSIDE, groups_of
 from memplan.tape.tensor import Parameter
 
@@ -94,7 +95,7 @@ class Engine(Protocol):
         """Load the model and set the engine up."""
 
     def begin_micro_batch(self, boundary: bool) -> None:
-        """A forward begins; after the micro-batch at the ``boundary`` comes the step."""
+        """A forward begins; after the micro-batch at the ``boundary`` comes the step. Evaluation ends with it."""
 
     def module_event(self, kind: str, module: Key) -> None:
         """A watched module begins or ends its forward or backward: pre_forward .. post_backward."""
@@ -143,6 +144,21 @@ class WholeWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluationLoop:
+    """Evaluation after the last step."""
+
+    course: Course
+    """A batch's forward."""
+    inputs: Sequence[int]
+    """Bytes of each input of the last micro-batch, which the training loop still has."""
+    kept: Kept
+    ranks: int
+    """Processes from which predictions are gathered: with one too."""
+    limit: int | None
+    """Bytes that CUDA has to give, if that is known."""
+
+
+@dataclass(frozen=True, slots=True)
 class Played:
     """What is there beside the engine, and the micro-batches of each step."""
 
@@ -159,6 +175,7 @@ class Played:
     later: Course
     """A micro-batch that finds gradients."""
     grad_accum_steps: int
+    evaluation: EvaluationLoop | None
 
 
 STEPS = 2
@@ -168,7 +185,7 @@ MICRO_BATCHES = 3
 
 
 def play(engine: Engine, ledger: Ledger, run: Played) -> None:
-    """Load, run the steps, and save."""
+    """Load, run the steps, evaluate, and save."""
     ledger.begin("load")
     loaded = checkpoint.load(ledger, run.loaded)
     ledger.briefly("temporaries", run.converted, "main")
@@ -188,6 +205,9 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
             engine.begin_micro_batch(boundary)
             _micro_batch(engine, ledger, run.later if number else run.first, first=step == 0, boundary=boundary)
     ledger.begin("idle")
+    if run.evaluation is not None:
+        ledger.begin("eval")
+        _evaluate(engine, ledger, run.evaluation)
     ledger.begin("save")
     engine.save(run.state_dict)
 
@@ -202,22 +222,51 @@ def _micro_batch(engine: Engine, ledger: Ledger, course: Course, *, first: bool,
             engine.step()
         engine.end_graph()
 
+    _run(engine, ledger, course, within="first_step" if first else None, finish=finish)
+
+
+def _evaluate(engine: Engine, ledger: Ledger, loop: EvaluationLoop) -> None:
+    """The engine's hooks fire as in training; predictions pile up."""
+    ledger.rewind()
+    inputs = [ledger.allocate("activations", nbytes) for nbytes in loop.inputs]
+    if loop.limit is not None:
+        ledger.confine(loop.limit)
+
+    def forward() -> None:
+        engine.begin_micro_batch(boundary=False)
+        _run(engine, ledger, loop.course, within="eval")
+        ledger.rewind()
+
+    def allocate(sizes: Sequence[int]) -> list[Block]:
+        return [ledger.allocate("logits", nbytes) for nbytes in sizes]
+
+    forward()  # of a batch before: what an engine leaves gathered, the next one finds
+    predictions = pile_up(loop.kept, loop.ranks, forward, allocate, lambda blocks: ledger.free(*blocks), gathers=True)
+    to_host(ledger, loop.kept, loop.ranks)
+    ledger.free(*predictions, *inputs)
+
+
+def _run(
+    engine: Engine, ledger: Ledger, course: Course, within: str | None, finish: Callable[[], None] | None = None
+) -> None:
+    """A forward and its backward, if it has one, in phases of their own or ``within`` one. ``finish`` comes at the end,
+    or where the step runs before the graph dies.
+    """
     ledger.rewind()
     phase = ""
-    finished = False
     for leg, key in course.legs:
         if leg.segment.phase != phase:
             phase = leg.segment.phase
-            ledger.begin("first_step" if first else phase)
+            ledger.begin(within or phase)
         ledger.run(course.unrolled, leg)
-        if leg.event is not None and leg.event.kind == "step":
+        if leg.event is not None and leg.event.kind == "step" and finish is not None:
             finish()
-            finished = True
+            finish = None
         if key is None or leg.event is None:
             continue
         if leg.event.kind == "gradient":
             engine.process_gradients(key, ledger.take(course.unrolled, leg))
         else:
             engine.module_event(leg.event.kind, key)
-    if not finished:
+    if finish is not None:
         finish()

@@ -8,7 +8,7 @@ what is alive on the tape at that moment.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from memplan.memory.allocator import CachingAllocator
@@ -213,6 +213,9 @@ class Ledger:
     def empty_cache(self) -> None:
         """``torch.cuda.empty_cache()``: here nothing is cached."""
 
+    def confine(self, limit: int) -> None:
+        """CUDA has no more than ``limit`` bytes to give: here nothing is cached that it could take back."""
+
     # -- what the tape does ------------------------------------------------------------------------------------------
 
     def run(self, unrolled: Unrolled, leg: Leg) -> None:
@@ -292,6 +295,7 @@ class ReplayLedger(Ledger):
     def __init__(self, allocator: CachingAllocator) -> None:
         super().__init__()
         self.allocator = allocator
+        self._malloc: Callable[[int], int] = allocator.malloc
         self._peaks: dict[str, int] = {}
         self._reserved = 0
         self._addresses: dict[int, int] = {}
@@ -317,7 +321,7 @@ class ReplayLedger(Ledger):
     def allocate(self, component: str, nbytes: int, place: str = "gpu", name: str = "") -> Block:
         block = Block(place, component, nbytes, name)
         if place == "gpu":
-            block.address = self.allocator.malloc(nbytes)
+            block.address = self._malloc(nbytes)
         return block
 
     def free(self, *blocks: Block | None) -> None:
@@ -330,9 +334,13 @@ class ReplayLedger(Ledger):
     def empty_cache(self) -> None:
         self.allocator.empty_cache()
 
+    def confine(self, limit: int) -> None:
+        self.allocator.confine(limit)
+        self._malloc = self.allocator.malloc_regardless
+
     def run(self, unrolled: Unrolled, leg: Leg) -> None:
         sizes, taken, addresses = unrolled.tape.sizes, unrolled.taken, self._addresses
-        malloc, free = self.allocator.malloc, self.allocator.free
+        malloc, free = self._malloc, self.allocator.free
         for event in unrolled.tape.log[leg.start : leg.end]:
             if event >= 0:
                 addresses[event] = malloc(sizes[event])
