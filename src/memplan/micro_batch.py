@@ -191,14 +191,19 @@ def build(
         if setup.engine == "fsdp1":
             sees_sharded_adapters(root, dtypes.float32)
         if training.gradient_checkpointing:
-            for _, module in root.named_modules():
-                if isinstance(module, InputEmbeddings):
-                    module.require_output_grad = True
-                    break
+            require_input_grads(root)
     if quantization is not None and setup.engine != "torch":
         cast(root, setup.dtype)
         sees_sharded_adapters(root, setup.dtype)
     return root
+
+
+def require_input_grads(root: Module) -> None:
+    """enable_input_require_grads(): the first embedding, and in an encoder-decoder its two stacks' own."""
+    embeddings = [module for _, module in root.named_modules() if isinstance(module, InputEmbeddings)]
+    weight = getattr(embeddings[0], "weight", None)
+    for module in embeddings:
+        module.require_output_grad = module is embeddings[0] or getattr(module, "weight", module) is weight
 
 
 def resized(model: ModelSpec, training: TrainingSpec) -> ModelSpec:

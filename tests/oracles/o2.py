@@ -1024,6 +1024,7 @@ def groups() -> dict[str, list[Setup]]:
     made["fsdp"].append(Setup("t5", "small", {**BASE, "dtype": "float32", "num_layers": 4, "strategy": "fsdp"}))
     made["grid"] = _grid()
     made["eval"] = [Setup(family, config, _setup(config, **o).options) for family, config, o in _eval_variants()]
+    made["knobs"] = _knobs()
     return made
 
 
@@ -1104,6 +1105,29 @@ def _eval_held_out() -> list[tuple[str, str, dict[str, Any]]]:
         ),
         ("qwen2", "small", {"strategy": "fsdp", "gpus": 8, "fsdp": no_shard, "eval_batch_size": 7, "seq_len": 90}),
     ]
+
+
+def _knobs() -> list[Setup]:
+    """Keys and combinations beyond those of each stage's own group."""
+    scarce = {"stage3_max_live_parameters": 400_000, "stage3_max_reuse_distance": 0}
+    rows: list[tuple[str, str, dict[str, Any]]] = [
+        # Modules without weights prefetch, and a view of a weight is saved as it is gathered.
+        ("gpt2", "small", {"strategy": "zero3", "num_layers": None, "zero": scarce}),
+        ("falcon", "small", {"strategy": "zero3", "gpus": 2}),
+        ("olmoe", "small", {"strategy": "zero3", "zero": scarce, "grad_accum_steps": 2}),
+        ("mixtral", "small", {"strategy": "zero3", "gpus": 2, "gradient_checkpointing": True, "seq_len": 100}),
+        (
+            "qwen2",
+            "small",
+            {"strategy": "zero3", "gpus": 8, "num_layers": 3, "zero": {**scarce, "reduce_bucket_size": 1}},
+        ),
+    ]
+    return [_row(family, config, options) for family, config, options in rows]
+
+
+def _row(family: str, config: str, options: dict[str, Any]) -> Setup:
+    """On top of the base; None takes an option away."""
+    return Setup(family, config, {name: value for name, value in {**BASE, **options}.items() if value is not None})
 
 
 def _grid() -> list[Setup]:

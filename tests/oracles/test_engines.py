@@ -43,16 +43,6 @@ CPU_NORM = "fully_sharded_data_parallel.py:2119 <listcomp>"
 """FSDP1's clip_grad_norm_ in float32 of 16-bit gradients: CPU's vector_norm casts them first, CUDA's as it reads."""
 CPU_CHUNK_CAT = "_fsdp_collectives.py:321 chunk_cat"
 """torch._chunk_cat pads into a tensor of its own on CPU; CUDA has one kernel for it (TensorShape.cu)."""
-KNOWN_MISSES = (
-    {"stage3_max_live_parameters": 600000, "stage3_max_reuse_distance": 0},
-    {
-        "stage3_max_reuse_distance": 0,
-        "sub_group_size": 2_000_000,
-        "offload_param": {"buffer_size": 3_000_000, "max_in_cpu": 9_000_000},
-    },
-)
-"""Modules without weights (SiLU, the rotary tables) prefetch too, which shows where little may be live (-2.8 %), and
-perhaps where weights in host memory and on NVMe alternate (-15 % of a backward; not traced to its cause)."""
 PLANS = "torch/distributed/distributed_c10d.py"
 
 
@@ -155,10 +145,6 @@ SHARDED = [row for row in ROWS if row.setup.options["strategy"] != "single"]
 
 @pytest.mark.parametrize("row", SHARDED, ids=lambda row: row.setup.key)
 def test_an_engine_holds_what_deepspeed_holds(row: o2.Row, request: pytest.FixtureRequest) -> None:
-    if row.setup.options.get("zero") in KNOWN_MISSES:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="modules without weights prefetch too"))
-    if row.setup.family == "mixtral" and row.setup.options["strategy"] == "zero3":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="grouped_mm saves experts' weights as gathered"))
     if row.setup.family == "t5" and row.setup.options["strategy"] == "zero3" and row.setup.options["gpus"] == 64:
         reason = "T5DenseActDense looks at wo.weight, which is then gathered with it (register_external_parameter)"
         request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
