@@ -103,7 +103,7 @@ def estimate(
     if not strategy.shards and training.lora is None and _has_experts(run):
         split = micro.layout().split * setup.dtype.itemsize  # save_pretrained, of rank 0
         placed["save"]["temporaries"] = placed["save"].get("temporaries", 0) + split
-    if training.quantization is not None:
+    if training.quantization is not None and not strategy.shards:
         placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
     replayed = None
     if setup.rules.kind != "cpu":
@@ -158,6 +158,8 @@ def resolve(
         dtype = default_dtype(software, _checkpoint_dtype(model))
         training = training if dtype is None else training.replace(dtype=dtype)
     precision = resolve_precision(training, strategy, gpu, _checkpoint_dtype(model))
+    if strategy.shards and training.quantization is not None:
+        _check_quantized(training, precision, strategy)
     rules = device_rules(gpu, software)
     implementations = attention_implementations(model.model_type)
     if training.attn not in implementations:
@@ -223,6 +225,26 @@ def _check_sharded(training: TrainingSpec, strategy: Strategy, traced: Traced | 
     for option, reason in reasons.items():
         if reason:
             raise UnsupportedError(f"{option}: under {strategy.kind} {reason}. Leave it out, or use ddp.")
+
+
+def _check_quantized(training: TrainingSpec, precision: Precision, strategy: Strategy) -> None:
+    """What of quantized weights is not modelled under the engines that shard."""
+    if training.lora is None:
+        raise UnsupportedError(
+            f"quantization: without adapters nothing but norms and embeddings could be trained under {strategy.kind}, "
+            "which the Trainer refuses. Use --lora-rank."
+        )
+    if precision.mixed_precision == "no" and precision.dtype != "float32":
+        raise UnsupportedError(
+            "quantization: without mixed precision adapters and norms stay in float32 beside 16-bit products, which is "
+            f"not modelled under {strategy.kind}. Use --mixed-precision bf16, or --dtype float32."
+        )
+    if "nvme" in (strategy.offload_optimizer, strategy.offload_param):
+        raise UnsupportedError(
+            "offload_param: quantized weights on NVMe are not modelled. Use cpu."
+            if strategy.offload_param == "nvme"
+            else "offload_optimizer: of a quantized model it is not modelled with nvme. Use cpu."
+        )
 
 
 def _check_nvme(strategy: Strategy, cluster: ClusterSpec) -> None:

@@ -7,21 +7,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from memplan.adapters.quantization import check_quant_storage
 from memplan.architectures.nn import Module
 from memplan.engines import bf16, fsdp, fsdp1, plain, zero, zero0, zero3
 from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
 from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, EvaluationLoop, Layout, Played, StateDict, play
 from memplan.engines.plain import Parts
 from memplan.errors import UnsupportedError
+from memplan.memory import loading
 from memplan.memory.course import ExplainingLedger, Ledger, ReplayLedger, course
 from memplan.memory.trace import Replayed, configured, engines_bound
-from memplan.micro_batch import Setup, all_layers, evaluation_batch, micro_batch, run_of
+from memplan.micro_batch import (
+    Setup,
+    all_layers,
+    build,
+    evaluation_batch,
+    micro_batch,
+    prepares_for_kbit_training,
+    run_of,
+)
 from memplan.results import HostMemory, NvmeMemory, Phase
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import AllocatorSpec
 from memplan.tape import tensor as dtypes
-from memplan.tape.tensor import DType
+from memplan.tape.tape import Tape
+from memplan.tape.tensor import DType, Parameter
 
 PHASES = ("load", "first_step", "forward", "loss", "backward", "step", "idle", "eval", "save")
 
@@ -120,6 +131,7 @@ def play_engine(
     played = Played(
         loaded=_loaded(setup, strategy, model),
         converted=_converted(setup, strategy, model),
+        quantizing=_quantizing(setup),
         state_dict=StateDict(
             [(key, model.parameters[key].numel) for key in model.names],
             model.split,
@@ -136,6 +148,9 @@ def play_engine(
 
 def _loaded(setup: Setup, strategy: Strategy, model: Layout) -> list[Loaded]:
     """The model that the script hands to the Trainer, on the host, and what the engine makes of it there."""
+    if setup.training.quantization is not None:
+        sharded = [p for p in model.parameters.values() if strategy.kind != "fsdp" or p.dtype.is_floating]
+        return [_loaded_on_gpu(p, casts=strategy.kind != "fsdp") for p in sharded]
     if strategy.kind == "zero3" and strategy.zero.zero3_init_flag:
         return []  # rank 0 copies from the mapped file to the GPU, where PEFT puts adapters too
     trained = {key for group in model.groups for key in group}
@@ -158,9 +173,26 @@ def _loaded(setup: Setup, strategy: Strategy, model: Layout) -> list[Loaded]:
     return found
 
 
+def _loaded_on_gpu(p: Parameter, *, casts: bool) -> Loaded:
+    """A weight as quantizing and preparing the model has left it, and as DeepSpeed casts it."""
+    assert p.loaded is not None
+    nbytes = p.numel * p.loaded.itemsize
+    return Loaded(nbytes, p.nbytes if casts and p.dtype is not p.loaded else None)
+
+
+def _quantizing(setup: Setup) -> int:
+    """Bytes on the GPU at the fullest moment of quantizing the model and preparing it."""
+    if setup.training.quantization is None:
+        return 0
+    root = build(setup, Tape(setup.rules), full_depth=False, as_loaded=True)
+    prepare = prepares_for_kbit_training(setup.training)
+    return loading.load(loading.tensors(root), direct=True, prepare=prepare).peak_allocated
+
+
 def _converted(setup: Setup, strategy: Strategy, model: Layout) -> int:
     """_apply_weight_conversions_to_state_dict, on rank 0 alone: the stacks, and both put together."""
-    if strategy.kind != "zero3" or not strategy.zero.zero3_init_flag:
+    is_made_whole = setup.training.quantization is not None or not strategy.zero.zero3_init_flag
+    if strategy.kind != "zero3" or is_made_whole:
         return 0
     itemsize = (stored_dtype(setup.model.config) or dtypes.float32).itemsize
     return 2 * itemsize * max((model.parameters[key].numel for key in model.merged), default=0)
@@ -170,6 +202,8 @@ def _engine(
     setup: Setup, strategy: Strategy, root: Module, model: Layout, ranks: int, rank: int, ledger: Ledger
 ) -> Engine:
     hidden_size, optim = setup.model.hidden_size, setup.training.optim
+    if setup.training.quantization is not None:
+        check_quant_storage(setup.training.quantization, setup.dtype)
     if strategy.is_deepspeed:
         _check_zero(strategy, setup.dtype)
     if strategy.kind == "fsdp":

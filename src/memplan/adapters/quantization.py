@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 
 from memplan.architectures.nn import Build, Conv1D, Linear, Model, Module
+from memplan.errors import SpecError
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.training import QuantizationSpec
 from memplan.tape.quantized import NESTED_BLOCK, Weight4bit, matmul_4bit, matmul_8bit
@@ -122,6 +123,17 @@ def prepare_for_kbit_training(root: Module) -> None:
 def is_packed(p: Parameter) -> bool:
     """Whether it is a 4-bit weight, which several numbers share an element of."""
     return p.elements != p.numel
+
+
+def check_quant_storage(spec: QuantizationSpec, dtype: DType) -> None:
+    """An engine that makes weights ``dtype`` takes packed ones of another floating type for numbers, and casts them.
+
+    In float32 bitsandbytes stops at the first forward, in another 16-bit type it reads noise. Raises SpecError.
+    """
+    storage = dtype_named(spec.quant_storage)
+    if spec.kind != "int8" and storage.is_floating and storage is not dtype:
+        problem = f"is not what the engine computes in: it would cast packed weights to {dtype.name}"
+        raise SpecError.at("quantization.quant_storage", storage.name, problem, f"Use {dtype.name}, or uint8.")
 
 
 def cast(root: Module, dtype: DType) -> None:

@@ -27,7 +27,7 @@ MAX_SHARD_SIZE = 50 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A weight of the model that a script hands to the Trainer, on the host."""
+    """A weight of the model that a script hands to the Trainer, on the host; of one that is quantized, on the GPU."""
 
     nbytes: int
     """Of the process's own: none where it is a view of the mapped file."""
@@ -49,16 +49,16 @@ def from_pretrained(weight: Parameter, dtype: DType, stored: DType | None) -> in
     return 0 if view else weight.numel * dtype.itemsize
 
 
-def load(ledger: Ledger, weights: Sequence[Loaded]) -> list[Block]:
+def load(ledger: Ledger, weights: Sequence[Loaded], place: str = "host") -> list[Block]:
     """The whole model is read; then the engine casts it, weight by weight."""
     blocks = []
     for weight in weights:
-        stacks = ledger.allocate("temporaries", weight.nbytes, "host") if weight.merged else None
-        blocks.append(ledger.allocate("weights", weight.nbytes, "host"))
+        stacks = ledger.allocate("temporaries", weight.nbytes, place) if weight.merged else None
+        blocks.append(ledger.allocate("weights", weight.nbytes, place))
         ledger.free(stacks)
     for i, weight in enumerate(weights):
         if weight.cast is not None:
-            cast = ledger.allocate("weights", weight.cast, "host")
+            cast = ledger.allocate("weights", weight.cast, place)
             ledger.free(blocks[i])
             blocks[i] = cast
     return blocks

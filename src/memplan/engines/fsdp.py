@@ -19,7 +19,7 @@ from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
 from memplan.memory.optimizers import Groups, Optimizer, clip_grad_norm, make_optimizer
 from memplan.specs.strategy import FsdpSpec, Strategy
-from memplan.specs.training import TrainingSpec
+from memplan.specs.training import QuantizationSpec, TrainingSpec
 from memplan.tape.dispatch import CPU, DeviceRules
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import DType, Parameter, Shape, float32
@@ -43,6 +43,10 @@ class FsdpSetup:
     """In the order in which ``fully_shard`` is called."""
     distributed: Sequence[Row]
     """With cpu_ram_efficient_loading: the state_dict that rank 0 sends to all, after sharding without memory."""
+    ignored: Sequence[int]
+    """Bytes of each weight that is not sharded (ignored_params)."""
+    on_gpu: bool
+    """The model comes on the GPU, and not from the host."""
     root: Key
     ranks: int
     dtype: DType
@@ -85,11 +89,14 @@ class Fsdp:
 
     def initialize(self) -> None:
         """fully_shard: unit by unit the weights come to the GPU whole, and only their shards stay."""
+        for nbytes in self.setup.ignored:
+            self.ledger.allocate("weights", nbytes, name="not sharded")
         if self.setup.distributed:
             self._distribute(self.setup.distributed)
             return
         for unit in self.setup.as_sharded:
-            sizes = (row.elements * row.itemsize for row in unit.weights)
+            moved = [] if self.setup.on_gpu else unit.weights
+            sizes = (row.elements * row.itemsize for row in moved)
             whole = [self.ledger.allocate("temporaries", nbytes, name=WHOLE) for nbytes in sizes]
             for row in unit.weights:
                 self._shard(row)
@@ -286,7 +293,8 @@ class Fsdp:
         """The model, then the optimizer's states: whole on rank 0's host, or every rank's shards on its own."""
         optimizer = self.setup.optimizer
         rows = {row.key: row for unit in self.setup.units for row in unit.weights}
-        model = [(rows[key], rows[key].elements * rows[key].itemsize) for key, _ in state_dict.weights]
+        sharded = [rows[key] for key, _ in state_dict.weights if key in rows]
+        model = [(row, row.elements * row.itemsize) for row in sharded]
         states = [(rows[key], nbytes) for key, p in self.setup.whole for nbytes in optimizer.state_bytes(p)]
         for component, entries in (("weights", model), ("optimizer", states)):
             made = [self._saved(component, row, nbytes) for row, nbytes in entries]
@@ -332,16 +340,18 @@ def fsdp_setup(
         )
     trained = {key for group in model.groups for key in group}
     master = float32 if mixed else loaded  # accelerate upcasts what is trained
+    ignored = [] if training.quantization is None else _ignored(model, keys.version, training.quantization)
     rows = {
         key: Row(
             key,
             p.shape[0],
             prod(p.shape[1:]),
-            (master if key in trained else loaded).itemsize,
+            (p.loaded or (master if key in trained else loaded)).itemsize,
             key in trained,
             ranks,
         )
         for key, p in model.parameters.items()
+        if key not in ignored
     }
     units = Units(root, model, rows, keys, model_type)
     tape = Tape(rules)
@@ -361,6 +371,7 @@ def fsdp_setup(
             root=model.numbers[id(root)],
             offload=offload,
             loaded=loaded,
+            on_gpu=training.quantization is not None,
             backward_prefetch=keys.backward_prefetch,
             forward_prefetch=keys.forward_prefetch,
             optimizer=make_optimizer(training.optim, places, lambda: stepped),
@@ -381,7 +392,11 @@ def fsdp_setup(
     return FsdpSetup(
         units=found,
         as_sharded=units.as_sharded,
-        distributed=[rows[key] for key in model.names] if keys.cpu_ram_efficient_loading else [],
+        distributed=[rows[key] for key in model.names]
+        if keys.cpu_ram_efficient_loading and training.quantization is None
+        else [],
+        ignored=[model.parameters[key].nbytes for key in ignored],
+        on_gpu=training.quantization is not None,
         root=model.numbers[id(root)],
         ranks=ranks,
         dtype=dtype,
@@ -391,6 +406,28 @@ def fsdp_setup(
         whole=whole,
         state_dict_type=keys.state_dict_type,
     )
+
+
+def _ignored(model: Layout, version: int, quantization: QuantizationSpec) -> list[Key]:
+    """Weights that accelerate keeps out of FSDP. Raises SpecError for those that FSDP cannot have either way."""
+    field = "quantization"
+    if quantization.kind == "int8":
+        problem = "cannot be sharded: FSDP puts tensors of its own in the place of bitsandbytes' Int8Params"
+        remedy = "Use --quantization nf4, or --strategy zero2."
+        raise SpecError.at(field, quantization.kind, problem, remedy)
+    ignored = [key for key, p in model.parameters.items() if not p.dtype.is_floating]
+    if version == 2:
+        return ignored
+    if ignored:
+        problem = "packed into uint8 cannot be flattened: FSDP's version 1 takes no integers"
+        remedy = "Use FSDP's version 2, or --strategy zero2."
+        raise SpecError.at(field, quantization.kind, problem, remedy)
+    if len({p.loaded for p in model.parameters.values() if p.node is None}) > 1:
+        problem = "leaves weights of several types, and FSDP's version 1 flattens those of one"
+        remedy = "Use version 2, or do without it, with the dtype that weights are packed into."
+        name = f"{field}.prepare_for_kbit_training"
+        raise SpecError.at(name, quantization.prepare_for_kbit_training, problem, remedy)
+    return []
 
 
 def _check_optimizer(optim: str, version: int) -> None:

@@ -166,6 +166,8 @@ class Played:
     """The model that the engine is given."""
     converted: int
     """Bytes that the main process has of the largest weight of experts while it is put together for ``zero.Init``."""
+    quantizing: int
+    """Bytes on the GPU at the fullest moment of loading a model there, as one that is quantized is; or none."""
     held: Sequence[int]
     """Bytes of each buffer of the model."""
     state_dict: StateDict
@@ -187,12 +189,16 @@ MICRO_BATCHES = 3
 def play(engine: Engine, ledger: Ledger, run: Played) -> None:
     """Load, run the steps, evaluate, and save."""
     ledger.begin("load")
-    loaded = checkpoint.load(ledger, run.loaded)
+    if run.quantizing:
+        ledger.briefly("weights", run.quantizing, name="weights on their way to being quantized")
+        ledger.empty_cache()
+    for nbytes in run.held:
+        ledger.allocate("weights", nbytes, name="buffers of the model")
+    loaded = checkpoint.load(ledger, run.loaded, "gpu" if run.quantizing else "host")
     ledger.briefly("temporaries", run.converted, "main")
     if not engine.keeps_loaded:
         ledger.free(*loaded)  # by .to(device)
-    for nbytes in run.held:
-        ledger.allocate("weights", nbytes, name="buffers of the model")
+        loaded = []
     engine.initialize()
     ledger.free(*loaded)
     ledger.begin("first_step")

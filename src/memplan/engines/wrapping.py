@@ -225,7 +225,7 @@ class Units:
 
     def _elements(self, each: Place) -> int:
         keys = {own for below in each.walk() for own in self._model.modules.get(below.key, ())}
-        return sum(self._rows[key].elements for key in keys)
+        return sum(self._model.parameters[key].numel for key in keys)
 
     def _wrapped(self, policy: Policy, reshard: bool) -> list[Unit]:
         """Bottom up: what is below a unit and has one of its own is not its."""
@@ -245,6 +245,8 @@ class Units:
         for each in (below for one in places for below in one.walk() if below.key not in self._unit_of):
             self._unit_of[each.key] = places[0].key
             for own in self._model.modules.get(each.key, ()):
+                if own not in self._rows:
+                    continue  # ignored
                 if own in self._left:
                     weights.append(self._left.pop(own))
                     self._owner[own] = places[0].key
