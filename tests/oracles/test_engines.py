@@ -159,7 +159,19 @@ def test_an_engine_holds_what_deepspeed_holds(row: o2.Row, request: pytest.Fixtu
         request.applymarker(pytest.mark.xfail(strict=True, reason="modules without weights prefetch too"))
     if row.setup.family == "mixtral" and row.setup.options["strategy"] == "zero3":
         request.applymarker(pytest.mark.xfail(strict=True, reason="grouped_mm saves experts' weights as gathered"))
+    if row.setup.options.get("eval_batch_size") == 4 and row.setup.family == "qwen2":
+        request.applymarker(pytest.mark.xfail(strict=True, reason="modules without weights prefetch too"))
+    if row.setup.key in LATE_HOOKS:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="hooks before the backward of the embedding's leaf"))
     check_gpu(row)
+
+
+LATE_HOOKS = [
+    row.setup.key
+    for row in ROWS
+    if {"eval_batch_size", "lora", "gradient_checkpointing"} <= row.setup.options.keys()
+    and row.setup.options["strategy"] == "zero3"
+]
 
 
 def check_gpu(row: o2.Row) -> None:
