@@ -138,6 +138,9 @@ class Fsdp:
         self._order.clear()
         self._reduced.clear()
 
+    def begin_evaluation(self) -> None:
+        """Units are gathered and freed as in training."""
+
     def module_event(self, kind: str, module: Key) -> None:
         """A hook of a module; only those of units matter, and in the backward no forward's."""
         if kind == "pre_forward" and module in self._begins and not self._backward:

@@ -162,6 +162,7 @@ class Fsdp1:
         self._frozen_done: list[_Handle] = []
         """Frozen, and used for the last time: the hook on its input runs after that of the unit that made it."""
         self._boundary = True
+        self._is_grad_enabled = True
         self._is_lazy = True
         self._has_states = False
         self._gradients_are_none = False
@@ -216,6 +217,10 @@ class Fsdp1:
 
     def begin_micro_batch(self, boundary: bool) -> None:
         self._boundary = boundary
+        self._is_grad_enabled = True
+
+    def begin_evaluation(self) -> None:
+        self._is_grad_enabled = False
 
     def module_event(self, kind: str, module: Key) -> None:
         """A hook of a module; only those of units matter."""
@@ -301,7 +306,10 @@ class Fsdp1:
     def _post_forward(self, handle: _Handle) -> None:
         self._post_forward_order.append(handle)
         self._reshard(handle, free=handle.flat.unit.reshard_after_forward and not handle.is_root)
-        handle.shows_grads = self.setup.offload and handle.flat.unit.reshard_after_forward
+        # Where they stay gathered a forward with gradients leaves the views as they are (_skipped_use_sharded_views).
+        handle.shows_grads = self.setup.offload and (
+            handle.flat.unit.reshard_after_forward or not self._is_grad_enabled
+        )
         handle.needs_pre_backward = True
         handle.state = "idle"
 

@@ -95,7 +95,10 @@ class Engine(Protocol):
         """Load the model and set the engine up."""
 
     def begin_micro_batch(self, boundary: bool) -> None:
-        """A forward begins; after the micro-batch at the ``boundary`` comes the step. Evaluation ends with it."""
+        """A forward begins; after the micro-batch at the ``boundary`` comes the step."""
+
+    def begin_evaluation(self) -> None:
+        """A batch's forward without gradients begins."""
 
     def module_event(self, kind: str, module: Key) -> None:
         """A watched module begins or ends its forward or backward: pre_forward .. post_backward."""
@@ -129,6 +132,9 @@ class WholeWeights:
 
     def begin_micro_batch(self, boundary: bool) -> None:
         self._boundary = boundary
+
+    def begin_evaluation(self) -> None:
+        """Weights are there."""
 
     def module_event(self, kind: str, module: Key) -> None:
         """No module needs anything."""
@@ -239,7 +245,7 @@ def _evaluate(engine: Engine, ledger: Ledger, loop: EvaluationLoop) -> None:
         ledger.confine(loop.limit)
 
     def forward() -> None:
-        engine.begin_micro_batch(boundary=False)
+        engine.begin_evaluation()
         _run(engine, ledger, loop.course, within="eval")
         ledger.rewind()
 

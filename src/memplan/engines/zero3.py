@@ -160,6 +160,7 @@ class Coordinator:
         self._queue: deque[tuple[Shard, int]] = deque()
         self._fetched_for: dict[Key, int] = {}
         self._step = 0
+        self._to_release: dict[tuple[Key, int], Sequence[Shard]] = {}
         self._running: dict[Key, None] = {}
         """Modules whose backward has begun."""
         self._holds: dict[Key, deque[Block | None]] = {}
@@ -210,7 +211,7 @@ class Coordinator:
     def release_sub_module(self, module: Key, forward: bool) -> None:
         """A module has done its forward, or its backward."""
         wanted = self.setup.modules[module]
-        released = [shard for shard in wanted if self._trace is None or self._may_go(shard)]
+        released = wanted if self._trace is None else self._params_to_release(module)
         if not forward:
             self._running.pop(module, None)
         for shard in wanted:
@@ -376,8 +377,15 @@ class Coordinator:
             inflight = (next(s for s in gather.shards if s.key == key) for key, gather in self._inflight.items())
             self.swapper.prefetch([shard for shard, _ in self._queue], sum(shard.elements for shard in inflight))
 
+    def _params_to_release(self, module: Key) -> Sequence[Shard]:
+        """__params_to_release, whose first answer for a module and a step is the last: it has an lru_cache."""
+        at = module, self._step
+        if at not in self._to_release:
+            self._to_release[at] = [shard for shard in self.setup.modules[module] if self._may_go(shard)]
+        return self._to_release[at]
+
     def _may_go(self, shard: Shard) -> bool:
-        """__params_to_release: not what stays, what a prefetch passed over, or what is used again soon."""
+        """Not what stays, what a prefetch passed over, or what is used again soon."""
         trace = self._trace
         assert trace is not None
         if shard.persistent or self._fetched_for.get(shard.key, _NEVER) > self._step:
@@ -563,6 +571,9 @@ class Zero3:
 
     def begin_micro_batch(self, boundary: bool) -> None:
         self._boundary = boundary
+        self.coordinator.reset_step()
+
+    def begin_evaluation(self) -> None:
         self.coordinator.reset_step()
 
     def module_event(self, kind: str, module: Key) -> None:
