@@ -7,7 +7,7 @@ are watched (:mod:`memplan.memory.course`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 
@@ -33,6 +33,8 @@ class FsdpSetup:
     """In the order of their forward."""
     as_sharded: Sequence[Unit]
     """In the order in which ``fully_shard`` is called."""
+    referenced: Set[Key]
+    """Weights that fsdp2_prepare_model has variables of: their whole tensors live until it returns."""
     distributed: Sequence[Row]
     """With cpu_ram_efficient_loading: the state_dict that rank 0 sends to all, after sharding without memory."""
     root: Key
@@ -80,11 +82,14 @@ class Fsdp:
         if self.setup.distributed:
             self._distribute(self.setup.distributed)
             return
+        kept: list[Block] = []
         for unit in self.setup.as_sharded:
-            whole = [self.ledger.allocate("temporaries", row.elements * row.itemsize) for row in unit.weights]
+            whole = {row.key: self.ledger.allocate("temporaries", row.elements * row.itemsize) for row in unit.weights}
             for row in unit.weights:
                 self._shard(row)
-            self.ledger.free(*whole)
+            kept += [whole.pop(key) for key in self.setup.referenced & whole.keys()]
+            self.ledger.free(*whole.values())
+        self.ledger.free(*kept)
 
     def _distribute(self, rows: Sequence[Row]) -> None:
         """fsdp2_load_full_state_dict: weights come to the GPU one by one, tied ones twice until they are tied again."""
@@ -358,6 +363,7 @@ def fsdp_setup(
     return FsdpSetup(
         units=found,
         as_sharded=units.as_sharded,
+        referenced=units.referenced,
         distributed=[rows[key] for key in model.names] if keys.cpu_ram_efficient_loading else [],
         root=model.numbers[id(root)],
         ranks=ranks,
