@@ -1344,6 +1344,7 @@ def _wide_nvme_keys() -> list[dict[str, Any]]:
 def _other_nvme_setups() -> list[Setup]:
     """Other shapes: tied weights, biases, buckets above a layer and below a weight."""
     both = {"offload_optimizer": "nvme", "offload_param": "nvme"}
+    read: dict[str, Any] = {"pretrained": {"dtype": "bfloat16"}}
     narrow = {
         "hidden_size": 1216,
         "intermediate_size": 3100,
@@ -1413,7 +1414,19 @@ def _other_nvme_setups() -> list[Setup]:
         _setup("tied", "zero3", values=narrow, gpus=2, **both, micro_batch_size=2, seq_len=200, zero=small_bucket),
         _setup("small", "zero3", values=odd, gpus=2, **both, **checkpointed, zero=thirty),
         _setup("small", "zero3", values=twelve, gpus=3, offload_optimizer="cpu", offload_param="nvme", zero=mixed),
+        _setup("wide", "zero3", gpus=3, **both, save=True, zero=_whole(12_500_000, 0) | {"sub_group_size": 2_000_000}),
+        _setup("tied", "zero3", gpus=2, offload_param="nvme", save=True, **read, zero=_whole(12_500_000, 9_000_000)),
     ]
+
+
+def _whole(buffer_size: int, max_in_cpu: int) -> dict[str, Any]:
+    """Keys of weights on NVMe, with a model that is saved whole."""
+    return {
+        "offload_param": {"buffer_size": buffer_size, "max_in_cpu": max_in_cpu},
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
 
 
 def _checkpoint_variants() -> list[dict[str, Any]]:
@@ -1466,6 +1479,10 @@ def _read_variants() -> list[tuple[str, str, dict[str, Any]]]:
         ("mixtral", "small", {"strategy": "single", "gpus": 1, **bf16, "dtype": "bfloat16"}),
         ("mixtral", "small", {"strategy": "zero3", **bf16, **gather}),
         ("qwen3_moe", "small", {"strategy": "fsdp", "gpus": 2, **bf16, "dtype": "bfloat16"}),
+        # a large vocabulary, where the embedding and the head are what is fullest when they are sharded
+        ("llama", "wide", {"strategy": "fsdp", **fp32}),
+        ("llama", "wide", {"strategy": "fsdp", "gpus": 3, **fp32, "offload_param": "cpu"}),
+        ("stablelm", "wide", {"strategy": "fsdp", "gpus": 2, **bf16, **LORA, "dtype": "bfloat16"}),
     ]
 
 

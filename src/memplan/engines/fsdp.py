@@ -7,7 +7,7 @@ are watched (:mod:`memplan.memory.course`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 
@@ -41,6 +41,8 @@ class FsdpSetup:
     """In the order of their forward."""
     as_sharded: Sequence[Unit]
     """In the order in which ``fully_shard`` is called."""
+    referenced: Set[Key]
+    """Weights that fsdp2_prepare_model has variables of: their whole tensors live until it returns."""
     distributed: Sequence[Row]
     """With cpu_ram_efficient_loading: the state_dict that rank 0 sends to all, after sharding without memory."""
     ignored: Sequence[int]
@@ -94,13 +96,16 @@ class Fsdp:
         if self.setup.distributed:
             self._distribute(self.setup.distributed)
             return
+        kept: list[Block] = []
         for unit in self.setup.as_sharded:
             moved = [] if self.setup.on_gpu else unit.weights
-            sizes = (row.elements * row.itemsize for row in moved)
-            whole = [self.ledger.allocate("temporaries", nbytes, name=WHOLE) for nbytes in sizes]
+            sizes = {row.key: row.elements * row.itemsize for row in moved}
+            whole = {key: self.ledger.allocate("temporaries", n, name=WHOLE) for key, n in sizes.items()}
             for row in unit.weights:
                 self._shard(row)
-            self.ledger.free(*whole)
+            kept += [whole.pop(key) for key in self.setup.referenced & whole.keys()]
+            self.ledger.free(*whole.values())
+        self.ledger.free(*kept)
 
     def _distribute(self, rows: Sequence[Row]) -> None:
         """fsdp2_load_full_state_dict: weights come to the GPU one by one, tied ones twice until they are tied again."""
@@ -395,6 +400,7 @@ def fsdp_setup(
     return FsdpSetup(
         units=found,
         as_sharded=units.as_sharded,
+        referenced=units.referenced,
         distributed=[rows[key] for key in model.names]
         if keys.cpu_ram_efficient_loading and training.quantization is None
         else [],

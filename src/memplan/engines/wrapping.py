@@ -120,6 +120,8 @@ class Units:
         """Whether a unit lies inside a block."""
         self.as_sharded: list[Unit] = []
         """Version 2's units in the order in which ``fully_shard`` is called."""
+        self.referenced: frozenset[Key] = frozenset()
+        """Weights that accelerate has by name (``input_weight``, ``output_weight``) while it calls ``fully_shard``."""
 
     def version_1(self) -> list[Unit]:
         """Of FullyShardedDataParallel."""
@@ -158,6 +160,8 @@ class Units:
                 remedy = "Give the blocks' class alone as transformer_layer_cls_to_wrap, or use version 1."
                 problem = f"puts {type(each.module).__name__} into another's unit, where accelerate shards it once more"
                 raise SpecError.at("auto_wrap_policy", self._keys.auto_wrap_policy, problem, remedy)
+        ends = [each for each in (*first, *tail) if each.module is embedding or each.module is head]
+        self.referenced = frozenset(own for each in ends for own in self._own(each))
         first_units = [self._taken([each], reshard) for each in first]
         last_units = [self._taken(tail, reshard_after_forward=False)] if tail else []
         rest = self._taken([self.tree], reshard_after_forward=False)
@@ -226,6 +230,11 @@ class Units:
     def _elements(self, each: Place) -> int:
         keys = {own for below in each.walk() for own in self._model.modules.get(below.key, ())}
         return sum(self._model.parameters[key].numel for key in keys)
+
+    def _own(self, each: Place) -> list[Key]:
+        """The weight called ``weight``."""
+        weight = getattr(each.module, "weight", None)
+        return [key for key in self._model.modules.get(each.key, ()) if self._model.parameters[key] is weight]
 
     def _wrapped(self, policy: Policy, reshard: bool) -> list[Unit]:
         """Bottom up: what is below a unit and has one of its own is not its."""

@@ -521,8 +521,8 @@ class Zero3:
         for own in setup.modules.values():  # _load_state_dict_into_zero3_model
             ledger.free(*self._gathered([shard for shard in own if shard.key in setup.made_partitioned]))
         ledger.free(*twice)
-        whole = [shard for shard in self._all if shard.key not in setup.made_partitioned]
-        return partitions | self._partition(whole, in_nvme)
+        others = [shard for shard in self._all if shard.key not in setup.made_partitioned]
+        return partitions | self._partition(others, in_nvme)
 
     def _partition(self, shards: Sequence[Shard], in_nvme: Set[Key]) -> dict[Key, Block]:
         """All of them are there whole, and are cut one by one."""
