@@ -38,14 +38,17 @@ LayerKey = tuple[int, int]
 BackwardFn = Callable[["Tape", "Node", Any, Any], Sequence["Tensor | None"]]
 
 
+EventKind = Literal[
+    "gradient", "pre_forward", "post_forward", "pre_backward", "post_backward", "end_backward", "hold", "drop"
+]
+
+
 class Event(NamedTuple):
     """A moment at which an engine acts."""
 
     position: int
     """In the log."""
-    kind: Literal[
-        "gradient", "pre_forward", "post_forward", "pre_backward", "post_backward", "end_backward", "hold", "drop"
-    ]
+    kind: EventKind
     """end_backward: post_backward, of a module whose inputs need no gradient. hold and drop: a recomputation saves a
     weight as it is then, for one node."""
     subject: int
