@@ -500,7 +500,7 @@ class _Tracer:
     def trace(self, setup: micro_batch.Setup) -> micro_batch.Traced:
         from memplan.introspect.extrapolate import trace_model
 
-        key = (setup.training.replace(optim="sgd"), setup.precision, setup.rules)
+        key = (setup.training.replace(optim="sgd"), setup.precision, setup.rules, setup.engine, setup.copies_gradients)
         if key not in self.traced:
             self.traced[key] = trace_model(setup, self.module, self.inputs)
         return self.traced[key]

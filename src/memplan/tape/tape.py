@@ -38,24 +38,27 @@ LayerKey = tuple[int, int]
 BackwardFn = Callable[["Tape", "Node", Any, Any], Sequence["Tensor | None"]]
 
 
+EventKind = Literal[
+    "gradient",
+    "pre_forward",
+    "post_forward",
+    "pre_backward",
+    "post_backward",
+    "end_backward",
+    "hold",
+    "drop",
+    "keep",
+    "replace",
+    "step",
+]
+
+
 class Event(NamedTuple):
     """A moment at which an engine acts."""
 
     position: int
     """In the log."""
-    kind: Literal[
-        "gradient",
-        "pre_forward",
-        "post_forward",
-        "pre_backward",
-        "post_backward",
-        "end_backward",
-        "hold",
-        "drop",
-        "keep",
-        "replace",
-        "step",
-    ]
+    kind: EventKind
     """end_backward: post_backward, of a module whose inputs need no gradient. hold and drop: for one node a weight is
     saved as it is then, which a recomputation does, and an operation that is given a view of it. keep: a node's ctx
     holds it until the graph dies. replace: a module has put another tensor in a weight's place. step: backward() is
