@@ -146,6 +146,8 @@ class Played:
     """Bytes that the main process has of the largest weight of experts while it is put together for ``zero.Init``."""
     held: Sequence[int]
     """Bytes of each buffer of the model."""
+    outlived: Sequence[tuple[int, str]]
+    """Bytes and places of states that the optimizer makes for weights before the engine gives it others instead."""
     state_dict: StateDict
     workspaces: Sequence[int]
     """cuBLAS's."""
@@ -166,6 +168,8 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
     ledger.begin("load")
     loaded = checkpoint.load(ledger, run.loaded)
     ledger.briefly("temporaries", run.converted, "main")
+    for nbytes, place in run.outlived:
+        ledger.allocate("optimizer", nbytes, place)
     if not engine.keeps_loaded:
         ledger.free(*loaded)  # by .to(device)
     for nbytes in run.held:
