@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +12,6 @@ from memplan.engines import bf16, fsdp, fsdp1, plain, zero, zero0, zero3
 from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
 from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, EvaluationLoop, Layout, Played, StateDict, play
 from memplan.engines.plain import Parts
-from memplan.errors import UnsupportedError
 from memplan.memory import loading
 from memplan.memory.course import ExplainingLedger, Ledger, ReplayLedger, course
 from memplan.memory.trace import Replayed, configured, engines_bound
@@ -32,7 +30,7 @@ from memplan.specs.strategy import Strategy
 from memplan.specs.training import AllocatorSpec
 from memplan.tape import tensor as dtypes
 from memplan.tape.tape import Tape
-from memplan.tape.tensor import DType, Parameter
+from memplan.tape.tensor import Parameter
 
 PHASES = ("load", "first_step", "forward", "loss", "backward", "step", "idle", "eval", "save")
 
@@ -137,6 +135,7 @@ def play_engine(
             model.split,
         ),
         held=first.inventory.buffer_blocks,
+        outlived=_outlived(setup, strategy, model),
         workspaces=run.workspaces,
         first=course(first.unrolled, model.numbers, measured=ledger.measures),
         later=course(later.unrolled, later.layout().numbers, measured=ledger.measures),
@@ -189,6 +188,25 @@ def _quantizing(setup: Setup) -> int:
     return loading.load(loading.tensors(root), direct=True, prepare=prepare).peak_allocated
 
 
+def _outlived(setup: Setup, strategy: Strategy, model: Layout) -> list[tuple[int, str]]:
+    """torch's Adagrad makes its states as it is made. DeepSpeed then gives it masters or flat partitions, for which it
+    makes others; those of the weights stay, where and in the type in which the weights were.
+    """
+    keys, zero3_init = strategy.zero, strategy.kind == "zero3" and strategy.zero.zero3_init_flag
+    has_masters = strategy.kind != "zero0" or setup.dtype is not dtypes.float32
+    if setup.training.optim != "adagrad" or not strategy.is_deepspeed or not has_masters:
+        return []
+    if strategy.offload_optimizer != "none" and keys.ds_optimizer:  # DeepSpeedCPUAdagrad
+        return []
+    adapted = setup.training.lora is not None
+    if zero3_init and not adapted:
+        return []  # they are cut into partitions: nothing is left of them
+    loaded = dtypes.float32 if adapted else dtypes.dtype_named(setup.precision.dtype)
+    dtype = setup.dtype if keys.ds_optimizer else loaded
+    place = "gpu" if keys.ds_optimizer or zero3_init else "host"
+    return [(model.parameters[key].numel * dtype.itemsize, place) for group in model.groups for key in group]
+
+
 def _converted(setup: Setup, strategy: Strategy, model: Layout) -> int:
     """_apply_weight_conversions_to_state_dict, on rank 0 alone: the stacks, and both put together."""
     is_made_whole = setup.training.quantization is not None or not strategy.zero.zero3_init_flag
@@ -204,8 +222,6 @@ def _engine(
     hidden_size, optim = setup.model.hidden_size, setup.training.optim
     if setup.training.quantization is not None:
         check_quant_storage(setup.training.quantization, setup.dtype)
-    if strategy.is_deepspeed:
-        _check_zero(strategy, setup.dtype)
     if strategy.kind == "fsdp":
         loaded, mixed = dtypes.dtype_named(setup.precision.dtype), setup.autocast is not None
         placed = fsdp.fsdp_setup(
@@ -236,29 +252,14 @@ def _engine(
         return zero3.Zero3(sharded, ledger)
     frozen = [p.nbytes for p in model.parameters.values() if p.node is None]
     if strategy.kind == "zero0":
-        return zero0.Zero0(zero0.zero0_setup(model, frozen, setup.dtype, optim, setup.rules), ledger)
+        zero.master_dtype(strategy, setup.dtype)
+        communication = zero.named(strategy.zero.communication_data_type, setup.dtype)
+        return zero0.Zero0(zero0.zero0_setup(model, frozen, setup.dtype, communication, optim, setup.rules), ledger)
     groups = zero.parameter_groups(model, ranks, strategy.zero.round_robin_gradients)
     places = zero.zero_setup(strategy, groups, frozen, rank, setup.dtype, hidden_size, optim, setup.rules)
     if zero.uses_bf16_optimizer(strategy, setup.dtype):
         return bf16.Bf16(places, ledger)
     return zero.Zero12(places, ledger)
-
-
-def _check_zero(strategy: Strategy, dtype: DType) -> None:
-    """Keys of DeepSpeed that no stage models for other values than these."""
-    keys = strategy.zero
-    in_stage_3 = strategy.kind == "zero3"
-    reasons = {
-        "communication_data_type": keys.communication_data_type is not None
-        and zero.ACCUMULATION[keys.communication_data_type] is not dtype
-        and "another type than the model's",
-        "stage3_model_persistence_threshold": in_stage_3
-        and keys.stage3_model_persistence_threshold != sys.maxsize
-        and keys.stage3_model_persistence_threshold,
-    }
-    for key, value in reasons.items():
-        if value:
-            raise UnsupportedError(f"{key}: {value!r} is not modelled yet under {strategy.kind}. Leave it out.")
 
 
 def _ranks(strategy: Strategy, model: Layout, ranks: int) -> list[int]:

@@ -223,13 +223,15 @@ def engine_config(options: dict[str, Any], nvme_path: str = "") -> dict[str, Any
         "train_batch_size": "auto",
         "gradient_clipping": "auto",
         "zero_optimization": zero,
-        # DeepSpeedCPUAdam is compiled by the first run that wants it. Its states are AdamW's, made where AdamW's are.
+        # DeepSpeedCPUAdam's states are AdamW's, made where AdamW's are.
         "zero_force_ds_cpu_optimizer": False,
     }
     if "grad_accum_dtype" in knobs:
         config["data_types"] = {"grad_accum_dtype": knobs.pop("grad_accum_dtype")}
-    if "aio" in knobs:
-        config["aio"] = knobs.pop("aio")
+    for name in ("aio", "communication_data_type", "zero_force_ds_cpu_optimizer"):
+        if name in knobs:
+            config[name] = knobs.pop(name)
+    config["bf16"] |= {name: knobs.pop(name) for name in list(knobs) if name.startswith("bf16_")}
     for name, value in knobs.items():
         zero[name] = {**zero.get(name, {}), **value} if isinstance(value, dict) else value
     return config
@@ -257,6 +259,7 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     sides = TwoSides() if told_apart else None
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu" if sides is None else "cpu:0"
     _become_rank_zero(options["gpus"])
+    _do_without_native_optimizers()
     recorder = Recorder()
     warnings.simplefilter("ignore")
     gc.collect()
@@ -389,6 +392,19 @@ def _become_rank_zero(gpus: int) -> None:
 
     torch.distributed.all_gather_into_tensor = all_gather_into_tensor
     importlib.import_module("deepspeed").init_distributed()  # as TrainingArguments does, but with use_cpu it does not
+
+
+def _do_without_native_optimizers() -> None:
+    """The C++ of DeepSpeedCPUAdam and its like works in place, and would have to be compiled."""
+
+    class Does:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+    for name in ("adam.cpu_adam.CPUAdam", "adagrad.cpu_adagrad.CPUAdagrad", "lion.cpu_lion.CPULion"):
+        module, kind = name.rsplit(".", 1)
+        builder = getattr(importlib.import_module(f"deepspeed.ops.{module}"), f"{kind}Builder")
+        builder.load = lambda *_, **__: Does()
 
 
 def import_libraries() -> None:
@@ -1122,7 +1138,67 @@ def _knobs() -> list[Setup]:
             {"strategy": "zero3", "gpus": 8, "num_layers": 3, "zero": {**scarce, "reduce_bucket_size": 1}},
         ),
     ]
+    rows += [("llama", "small", options) for options in _optimizers() + _types()]
     return [_row(family, config, options) for family, config, options in rows]
+
+
+def _optimizers() -> list[dict[str, Any]]:
+    """Other optimizers than AdamW, on flat partitions and on the host: DeepSpeed's own there, and torch's."""
+    in_fp32 = {"grad_accum_dtype": "fp32"}
+    forced, as_given = ({"zero_force_ds_cpu_optimizer": value} for value in (True, False))
+    offload = {"offload_optimizer": "cpu"}
+    rows: list[dict[str, Any]] = [
+        {"strategy": "zero1", "optim": "sgd"},
+        {"strategy": "zero2", "optim": "adagrad"},
+        {"strategy": "zero3", "optim": "adafactor"},
+        {"strategy": "zero0", "optim": "adafactor"},
+        {"strategy": "zero1", "optim": "adafactor", "zero": in_fp32},
+        {"strategy": "zero2", **offload, "optim": "sgd", "zero": forced},
+        {"strategy": "zero2", **offload, "optim": "adagrad", "zero": forced},
+        {"strategy": "zero2", **offload, "optim": "adagrad", "zero": as_given},
+        {"strategy": "zero3", **offload, "optim": "adafactor", "zero": as_given},
+        {"strategy": "zero3", **offload, "optim": "rmsprop", "zero": forced},
+        {"strategy": "zero3", "optim": "adagrad"},
+        {"strategy": "zero3", "optim": "rmsprop", "zero": {"sub_group_size": 500_000}},
+        {"strategy": "zero2", "optim": "adamw_torch"},
+        {"strategy": "zero2", "optim": "adafactor", **FP32},
+        {"strategy": "zero0", "optim": "adagrad", "two_sides": True},
+        {"strategy": "zero1", "optim": "adagrad", "two_sides": True, "zero": in_fp32},
+        {"strategy": "zero2", "optim": "adagrad", "two_sides": True, **LORA},
+        {"strategy": "zero1", **offload, "optim": "sgd", "zero": as_given},
+        {"strategy": "zero3", **offload, "offload_param": "cpu", "optim": "adagrad", "zero": forced},
+    ]
+    return rows
+
+
+def _types() -> list[dict[str, Any]]:
+    """What gradients are reduced in, what masters and states are kept in, and the weights that stay gathered."""
+    in_fp32 = {"communication_data_type": "fp32"}
+    forced = {"zero_force_ds_cpu_optimizer": True}
+    masters = {"bf16_master_weights_and_grads": True}
+    states = {**masters, "bf16_optimizer_states": True}
+    offload, more = {"offload_optimizer": "cpu"}, {"grad_accum_steps": 3}
+    few = {"stage3_param_persistence_threshold": 100_000, "stage3_model_persistence_threshold": 90_000}
+    return [
+        *({"strategy": stage, "zero": in_fp32} for stage in STAGES),
+        {"strategy": "zero3", **more, "zero": {**in_fp32, "reduce_bucket_size": 5_000_000}},
+        {"strategy": "zero2", "zero": {**in_fp32, "contiguous_gradients": False}},
+        {"strategy": "zero2", "zero": {**in_fp32, "reduce_scatter": False}},
+        {"strategy": "zero3", "zero": {**in_fp32, "reduce_scatter": False}},
+        {"strategy": "zero3", "zero": {**in_fp32, "contiguous_gradients": False}},
+        {"strategy": "zero2", **more, "zero": {**in_fp32, "grad_accum_dtype": "fp32"}},
+        {"strategy": "zero3", "zero": {**in_fp32, "grad_accum_dtype": "fp32"}},
+        {"strategy": "zero1", "zero": {**in_fp32, "grad_accum_dtype": "fp32"}},
+        {"strategy": "zero2", **offload, "zero": in_fp32},
+        {"strategy": "zero3", **offload, "zero": in_fp32},
+        {"strategy": "zero3", **FP32, "zero": {"communication_data_type": "bf16"}},
+        {"strategy": "zero3", "zero": few},
+        *({"strategy": stage, "zero": keys} for keys in (masters, states) for stage in ("zero2", "zero3")),
+        {"strategy": "zero1", **more, "zero": states},
+        *({"strategy": stage, **offload, "zero": {**masters, **forced}} for stage in ("zero2", "zero3")),
+        {"strategy": "zero2", **offload, **more, "zero": {**masters, **forced}},
+        {"strategy": "zero2", **offload, "zero": {**states, **forced}},
+    ]
 
 
 def _row(family: str, config: str, options: dict[str, Any]) -> Setup:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tests.oracles import nvme, o2
 from tests.oracles.families import CONFIGS
@@ -52,6 +54,8 @@ def played(row: o2.Row) -> Ledger:
     cluster = ClusterSpec(gpu=cpu, gpus=row.setup.options["gpus"])
     model, training, strategy = specs(row)
     setup = estimator.resolve(model, training, cluster, strategy, SoftwareSpec())
+    if row.result is not None and "host" not in row.result["phases"]:  # no mode was on, for which torch works elsewhere
+        setup = replace(setup, rules=replace(setup.rules, accumulate_in_place=True))
     ledger = Ledger(pinned_in_powers_of_two=False)  # the truth has no pinned blocks
     sharded.play_engine(setup, cpu, strategy, cluster.gpus, 0, ledger, full_depth=False)
     return ledger
@@ -252,7 +256,7 @@ def test_the_real_thing_offloads_to_a_folder_here() -> None:
     check_host(row)
 
 
-REFUSED = [row for group in ("fsdp", "fsdp1") for row in o2.load_archives()[group].rows if row.result is None]
+REFUSED = [row for group in ("fsdp", "fsdp1", "knobs") for row in o2.load_archives()[group].rows if row.result is None]
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.setup.key)

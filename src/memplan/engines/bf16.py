@@ -50,7 +50,8 @@ class Bf16(WholeWeights):
             flat = None
             if len(bucket) > 1:  # one alone is a view
                 flat = ledger.allocate("communication", elements * setup.accumulation_dtype.itemsize)
-            ledger.briefly("communication", elements * setup.communication_dtype.itemsize)
+            if setup.communication_dtype is not setup.accumulation_dtype:
+                ledger.briefly("communication", elements * setup.communication_dtype.itemsize)
             ledger.free(flat)
 
     def step(self) -> None:

@@ -176,6 +176,8 @@ class Played:
     """Bytes on the GPU at the fullest moment of loading a model there, as one that is quantized is; or none."""
     held: Sequence[int]
     """Bytes of each buffer of the model."""
+    outlived: Sequence[tuple[int, str]]
+    """Bytes and places of states that the optimizer makes for weights before the engine gives it others instead."""
     state_dict: StateDict
     workspaces: Sequence[int]
     """cuBLAS's."""
@@ -202,6 +204,8 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
         ledger.allocate("weights", nbytes, name="buffers of the model")
     loaded = checkpoint.load(ledger, run.loaded, "gpu" if run.quantizing else "host")
     ledger.briefly("temporaries", run.converted, "main")
+    for nbytes, place in run.outlived:
+        ledger.allocate("optimizer", nbytes, place)
     if not engine.keeps_loaded:
         ledger.free(*loaded)  # by .to(device)
         loaded = []

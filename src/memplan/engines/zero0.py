@@ -33,6 +33,8 @@ class Zero0Setup:
     frozen: Sequence[int]
     """Bytes of each weight that is not trained."""
     dtype: DType
+    communication_dtype: DType
+    """What gradients are reduced in."""
     optimizer: Optimizer
     stepped: Sequence[Parameter]
     """What the optimizer steps: the weights, or their masters in float32."""
@@ -76,8 +78,12 @@ class Zero0(WholeWeights):
         if not self._boundary:
             return
         for bucket in buckets(self.setup.elements):
+            flat = None
             if len(bucket) > 1:  # one alone is a view
-                self.ledger.briefly("communication", sum(bucket) * self.setup.dtype.itemsize)
+                flat = self.ledger.allocate("communication", sum(bucket) * self.setup.dtype.itemsize)
+            if self.setup.communication_dtype is not self.setup.dtype:
+                self.ledger.briefly("communication", sum(bucket) * self.setup.communication_dtype.itemsize)
+            self.ledger.free(flat)
 
     def step(self) -> None:
         upcast = []
@@ -117,7 +123,9 @@ def buckets(sizes: Iterable[int]) -> Iterator[list[int]]:
         yield bucket
 
 
-def zero0_setup(model: Layout, frozen: Sequence[int], dtype: DType, optim: str, rules: DeviceRules) -> Zero0Setup:
+def zero0_setup(
+    model: Layout, frozen: Sequence[int], dtype: DType, communication_dtype: DType, optim: str, rules: DeviceRules
+) -> Zero0Setup:
     """Stage 0's settings. Raises UnsupportedError for an optimizer of several kinds of groups."""
     if optim == "muon":
         raise UnsupportedError("optim: 'muon' is not modelled under zero0. Use another, or ddp.")
@@ -131,6 +139,7 @@ def zero0_setup(model: Layout, frozen: Sequence[int], dtype: DType, optim: str, 
         elements=[p.numel for p in stepped],
         frozen=frozen,
         dtype=dtype,
+        communication_dtype=communication_dtype,
         optimizer=make_optimizer(optim, rules, partial(Groups, stepped)),
         stepped=stepped,
     )

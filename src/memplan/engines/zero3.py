@@ -11,15 +11,14 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
 
 from memplan.engines import checkpoint, nvme
 from memplan.engines.layout import Layout, StateDict
-from memplan.engines.zero import ACCUMULATION, NORM_ITEMSIZE, optimizer_storages, resolved
+from memplan.engines.zero import NORM_ITEMSIZE, master_dtype, named, optimizer_storages, resolved, stepping
 from memplan.errors import UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
-from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
+from memplan.memory.optimizers import Optimizer
 from memplan.specs.strategy import Strategy, ZeroSpec
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
@@ -74,6 +73,9 @@ class Zero3Setup:
     ranks: int
     dtype: DType
     accumulation_dtype: DType
+    communication_dtype: DType
+    master_dtype: DType
+    """Of masters, and of the gradients that the optimizer is given."""
     reduce_bucket_size: int
     prefetch_bucket_size: int
     max_live_parameters: int
@@ -103,7 +105,7 @@ class Zero3Setup:
     optimizers: Sequence[Optimizer]
     """For each sub-group one, of its partition alone."""
     partitions: Sequence[Parameter]
-    """For each sub-group its partition: one flat weight in float32."""
+    """For each sub-group its partition: one flat weight in ``master_dtype``."""
 
 
 @dataclass(slots=True)
@@ -439,7 +441,7 @@ class Zero3:
             if optimizer.made_at_construction:
                 self._make_states(i)
         if setup.contiguous_gradients:
-            ledger.allocate("communication", setup.reduce_bucket_size * setup.dtype.itemsize, name=BUCKET)
+            ledger.allocate("communication", setup.reduce_bucket_size * setup.communication_dtype.itemsize, name=BUCKET)
         nbytes = sum(shard.partition for shard in self._trained.values()) * setup.accumulation_dtype.itemsize
         if setup.offload_optimizer:
             self._on_host("gradients", nbytes, setup.gradients_place)
@@ -496,7 +498,7 @@ class Zero3:
             ledger.allocate("optimizer", nbytes, "host")
         else:
             cast = None  # .to(float32).clone()
-            if not read_from_nvme:
+            if not read_from_nvme and setup.dtype is not setup.master_dtype:
                 cast = ledger.allocate("temporaries", nbytes, name="masters on their way")
             ledger.allocate("optimizer", nbytes, name="masters")
             ledger.free(cast)
@@ -633,20 +635,28 @@ class Zero3:
 
     def _avg_scatter_grads(self) -> list[Block]:
         """By reduce_scatter_coalesced: in one piece, padded for every rank."""
-        setup, made = self.setup, list[Block]()
+        setup, ledger = self.setup, self.ledger
+        size, copies, flat = setup.communication_dtype.itemsize, list[Block](), list[Block]()
+        if setup.communication_dtype is not setup.dtype:  # the bucket's buffer has the type already
+            own = [shard for shard in self._bucket if shard.key in self._grads]
+            copies = [ledger.allocate("communication", shard.elements * size, name="gradients, cast") for shard in own]
         if len(self._bucket) > 1 or self._bucket[0].elements % setup.ranks:
-            nbytes = sum(shard.partition * setup.ranks for shard in self._bucket) * setup.dtype.itemsize
-            made.append(self.ledger.allocate("communication", nbytes, name="reduce-scatter's input"))
-        if setup.accumulation_dtype is not setup.dtype:
-            sizes = [shard.partition * setup.accumulation_dtype.itemsize for shard in self._bucket]
-            made += [self.ledger.allocate("temporaries", nbytes, name="gradients, cast") for nbytes in sizes]
-        return made
+            nbytes = sum(shard.partition * setup.ranks for shard in self._bucket) * size
+            flat.append(ledger.allocate("communication", nbytes, name="reduce-scatter's input"))
+        if setup.accumulation_dtype is setup.communication_dtype:
+            if flat:
+                ledger.free(*copies)
+            return flat or copies
+        sizes = [shard.partition * setup.accumulation_dtype.itemsize for shard in self._bucket]
+        partitions = [ledger.allocate("temporaries", nbytes, name="gradients, cast") for nbytes in sizes]
+        ledger.free(*copies, *flat)
+        return partitions
 
     def _avg_scatter_contiguous_grads(self) -> list[Block]:
         """The buffer is reduced in place; the last rank pads what its partition lacks."""
         setup, made = self.setup, list[Block]()
         itemsize = setup.accumulation_dtype.itemsize
-        if setup.accumulation_dtype is not setup.dtype:
+        if setup.accumulation_dtype is not setup.communication_dtype:
             nbytes = self._bucket_elements * itemsize
             made.append(self.ledger.allocate("temporaries", nbytes, name="gradients, cast"))
         padded = [shard.partition * itemsize for shard in self._bucket if shard.elements % setup.ranks]
@@ -660,11 +670,11 @@ class Zero3:
         setup, ledger = self.setup, self.ledger
         swaps = self._boundary and self._swaps(self._sub_group[shard.key])
         dtypes = [setup.accumulation_dtype]
-        if self._boundary and setup.accumulation_dtype is not float32:
-            dtypes.append(float32)
+        if self._boundary and setup.accumulation_dtype is not setup.master_dtype:
+            dtypes.append(setup.master_dtype)
         made: list[Block] = []
         for dtype in dtypes:
-            component = "gradients" if swaps and dtype is float32 else "temporaries"
+            component = "gradients" if swaps and dtype is setup.master_dtype else "temporaries"
             made.append(ledger.allocate(component, shard.partition * dtype.itemsize, name=TO_HOST))
             if self._boundary and len(made) == 1:
                 ledger.briefly("temporaries", min(shard.partition, NORM_PART) * NORM_ITEMSIZE, name=NORM)
@@ -694,7 +704,7 @@ class Zero3:
             nbytes = partition.numel * setup.accumulation_dtype.itemsize
             flat = ledger.allocate("temporaries", nbytes, name=SUB_GROUP) if len(group) > 1 else None
             gradient = flat
-            if setup.accumulation_dtype is not float32:
+            if setup.accumulation_dtype is not setup.master_dtype:
                 gradient = ledger.allocate("gradients", partition.nbytes, name=SUB_GROUP)
                 ledger.free(flat)
             if not self._stepped and not setup.optimizers[i].made_at_construction:
@@ -721,6 +731,7 @@ class Zero3:
         if optimizer is None or not self._swaps(index):
             if not self._stepped and not self.setup.optimizers[index].made_at_construction:
                 self._make_states(index)
+            self.ledger.briefly("temporaries", self.setup.optimizers[index].temporaries.peak, self._optimizer_place)
             return
         optimizer.swap_in_optimizer_state(index)
         if not self._stepped:
@@ -785,21 +796,19 @@ def zero3_setup(
     """
     keys = strategy.zero
     reasons = {
-        "optim": strategy.offload_optimizer != "none" and not optim.startswith("adamw_torch") and optim,
+        "optim": strategy.offload_optimizer == "nvme" and not optim.startswith("adamw_torch") and optim,
         "use_gds": "nvme" in (strategy.offload_optimizer, strategy.offload_param) and keys.aio.use_gds and "true",
         "ratio": strategy.offload_optimizer != "none" and keys.offload_optimizer.ratio != 1 and "less than 1",
         "zero_hpz_partition_size": keys.zero_hpz_partition_size > 1 and keys.zero_hpz_partition_size,
         "zero_quantized_weights": keys.zero_quantized_weights and "true",
         "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
     }
-    if optim == "muon":
-        raise UnsupportedError("optim: 'muon' is not modelled yet under a ZeRO stage. Use another, or ddp.")
     for key, value in reasons.items():
         if value:
             raise UnsupportedError(f"{key}: {value!r} is not modelled yet under {strategy.kind}. Leave it out.")
-    threshold = resolved(keys, "stage3_param_persistence_threshold", hidden_size)
+    persistent = _persistent(model, resolved(keys, "stage3_param_persistence_threshold", hidden_size), keys)
     shards = {
-        key: Shard(key, p.numel, p.dtype.itemsize, ranks, p.numel <= threshold) for key, p in model.parameters.items()
+        key: Shard(key, p.numel, p.dtype.itemsize, ranks, key in persistent) for key, p in model.parameters.items()
     }
     trained = {key for group in model.groups for key in group}
     groups = [[shards[key] for key in group] for group in model.groups]
@@ -808,11 +817,9 @@ def zero3_setup(
     swap_optimizer, params_in_nvme = strategy.offload_optimizer == "nvme", strategy.offload_param == "nvme"
     flat_elements = _flat_elements(groups, keys.offload_param.max_in_cpu if params_in_nvme else None)
     in_cpu = [fits for parts, n in zip(divided, flat_elements, strict=True) for fits in _in_flat_buffer(parts, n)]
-    # accelerate puts DeepSpeedCPUAdam in AdamW's place, which has the same states and no temporaries.
-    stepping = "adamw_torch_fused" if strategy.offload_optimizer != "none" else optim
-    tape = Tape(rules)
+    tape, master = Tape(rules), master_dtype(strategy, dtype)
     partitions = [
-        tape.parameter("flat partition", (sum(shard.partition for shard in part),), float32) for part in sub_groups
+        tape.parameter("flat partition", (sum(shard.partition for shard in part),), master) for part in sub_groups
     ]
     if swap_optimizer:
         swappable = [part.numel for part in partitions if nvme.is_swappable(keys.aio, part.nbytes)]
@@ -832,7 +839,9 @@ def zero3_setup(
         saves=frozenset(trained if adapted else shards if keys.stage3_gather_16bit_weights_on_model_save else ()),
         ranks=ranks,
         dtype=dtype,
-        accumulation_dtype=ACCUMULATION[keys.grad_accum_dtype] if keys.grad_accum_dtype is not None else dtype,
+        accumulation_dtype=named(keys.grad_accum_dtype, dtype),
+        communication_dtype=named(keys.communication_data_type, dtype),
+        master_dtype=master,
         reduce_bucket_size=resolved(keys, "reduce_bucket_size", hidden_size),
         prefetch_bucket_size=resolved(keys, "stage3_prefetch_bucket_size", hidden_size),
         max_live_parameters=keys.stage3_max_live_parameters,
@@ -850,9 +859,19 @@ def zero3_setup(
         gradients_place="pinned" if keys.offload_optimizer.pin_memory else "host",
         weights_place="pinned" if keys.offload_param.pin_memory else "host",
         groups=groups,
-        optimizers=[make_optimizer(stepping, rules, partial(Groups, [partition])) for partition in partitions],
+        optimizers=stepping(strategy, dtype, optim, len(groups), rules, partitions),
         partitions=partitions,
     )
+
+
+def _persistent(model: Layout, threshold: int, keys: ZeroSpec) -> set[Key]:
+    """mark_persistent_parameters: the small ones, in the model's order, as many as may stay over all."""
+    found, elements = set[Key](), 0
+    for key, p in model.parameters.items():
+        if p.numel <= threshold and p.numel + elements <= keys.stage3_model_persistence_threshold:
+            found.add(key)
+            elements += p.numel
+    return found
 
 
 def _flat_elements(groups: Sequence[Sequence[Shard]], max_in_cpu: int | None) -> list[int]:

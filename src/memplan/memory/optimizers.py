@@ -361,6 +361,22 @@ class AdamW(Optimizer):
                 f.denom = _out(t, _out(t, p))  # exp_avg_sq.sqrt() / bias_correction2_sqrt
 
 
+class CpuOptimizer(Optimizer):
+    """DeepSpeedCPUAdam, or with one moment DeepSpeedCPUAdagrad: C++ that works in place (deepspeed/ops, 0.19.8)."""
+
+    def __init__(self, rules: DeviceRules, groups: Callable[[], Groups], moments: int = 2, itemsize: int = 4) -> None:
+        super().__init__(rules, groups)
+        self.moments = moments
+        self.itemsize = itemsize
+
+    @property
+    def has_temporaries(self) -> bool:
+        return False
+
+    def states(self, p: Parameter) -> tuple[int, ...]:
+        return (p.numel * self.itemsize,) * self.moments
+
+
 class SGD(Optimizer):
     """torch.optim.SGD without momentum: no states, and a temporary only for weight decay."""
 
