@@ -1139,7 +1139,20 @@ def _knobs() -> list[Setup]:
         ),
     ]
     rows += [("llama", "small", options) for options in _optimizers() + _types()]
+    # First looked at when the rules had been written.
+    bf16 = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True, "sub_group_size": 300_000}
+    torchs = {"zero_force_ds_cpu_optimizer": False}
+    reduced = {"communication_data_type": "fp32", "overlap_comm": True}
+    rows += [
+        ("qwen2", "small", {"strategy": "zero2", "gpus": 3, "grad_accum_steps": 2, "zero": reduced}),
+        ("gpt2", "small", {"strategy": "zero3", "gpus": 5, "seq_len": 90, "zero": {**bf16, **reduced}}),
+        ("qwen2", "small", {"strategy": "zero1", **_OFFLOAD, "gpus": 3, "optim": "rmsprop", "zero": torchs}),
+        ("gpt2", "small", {"strategy": "zero3", **_OFFLOAD, "gpus": 3, "zero": {**reduced, "sub_group_size": 400_000}}),
+    ]
     return [_row(family, config, options) for family, config, options in rows]
+
+
+_OFFLOAD = {"offload_optimizer": "cpu"}
 
 
 def _optimizers() -> list[dict[str, Any]]:
