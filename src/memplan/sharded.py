@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from memplan.adapters.quantization import check_quant_storage
+from memplan.adapters.quantization import Linear8bitLt, check_quant_storage
 from memplan.architectures.nn import Module
 from memplan.engines import bf16, fsdp, fsdp1, plain, zero, zero0, zero3
 from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
@@ -130,8 +130,10 @@ def play_engine(
         loaded=_loaded(setup, strategy, model),
         converted=_converted(setup, strategy, model),
         quantizing=_quantizing(setup),
+        quantized_on_host=_quantized_on_host(setup, first.root),
         state_dict=StateDict(
-            [(key, model.parameters[key].numel) for key in model.names],
+            [(key, model.parameters[key].nbytes) for key in model.names],
+            [b.nbytes for b, count in first.inventory.buffers if not b.registered for _ in range(count)],
             model.split,
         ),
         held=first.inventory.buffer_blocks,
@@ -205,6 +207,13 @@ def _outlived(setup: Setup, strategy: Strategy, model: Layout) -> list[tuple[int
     dtype = setup.dtype if keys.ds_optimizer else loaded
     place = "gpu" if keys.ds_optimizer or zero3_init else "host"
     return [(model.parameters[key].numel * dtype.itemsize, place) for group in model.groups for key in group]
+
+
+def _quantized_on_host(setup: Setup, root: Module) -> int:
+    """Bytes of the largest weight that Bnb8bitQuantize takes to the host and back, as it is loaded."""
+    layers = [module for _, module in root.named_modules() if isinstance(module, Linear8bitLt)]
+    itemsize = dtypes.dtype_named(setup.precision.dtype).itemsize
+    return max((module.weight.numel * itemsize for module in layers), default=0)
 
 
 def _converted(setup: Setup, strategy: Strategy, model: Layout) -> int:

@@ -155,27 +155,9 @@ def test_an_engine_holds_what_deepspeed_holds(row: o2.Row, request: pytest.Fixtu
     check_gpu(row)
 
 
-def never_stepped(row: o2.Row) -> bool:
-    """float16 that overflows in both steps: the optimizer has made no states, as it will in a later one."""
-    assert row.result is not None
-    if row.setup.options["mixed_precision"] != "fp16" or row.setup.options["strategy"] == "fsdp":
-        return False
-    idle = (phases["2.idle"] for phases in row.result["phases"].values())
-    return not any("torch/optim/" in site for phase in idle for _, _, site in phase["blocks"])
-
-
-def check_upper(found: dict[str, int], truth: dict[str, int]) -> None:
-    """The estimate is of steps that are done, which need more than those that are skipped."""
-    for phase, nbytes in truth.items():
-        assert found[phase] >= nbytes * (1 - PEAK) - SCALARS, phase
-
-
 def check_gpu(row: o2.Row) -> None:
     """Between steps, and at the fullest moment of each phase."""
     found, truth = estimated(played(row)), measured(row)
-    if never_stepped(row):
-        check_upper(found, truth)
-        return
     assert found["idle"] == pytest.approx(truth["idle"], rel=IDLE, abs=SCALARS)
     for phase in truth.keys() - {"idle", "load", "save"}:
         low = truth[phase] - scratch(row, phase)
@@ -225,9 +207,6 @@ def test_the_host_holds_what_an_engine_leaves_there(row: o2.Row) -> None:
 def check_host(row: o2.Row) -> None:
     """As :func:`check_gpu`, of host memory: page-locked blocks as they were asked for."""
     found, truth = estimated(played(row), "host"), measured(row, "host")
-    if never_stepped(row):
-        check_upper(found, truth)
-        return
     for phase, nbytes in truth.items():
         if phase in ("load", "save"):
             continue  # see above
@@ -288,5 +267,4 @@ def test_what_accelerate_or_an_optimizer_refuses_is_refused(row: o2.Row) -> None
 
 def test_there_are_rows() -> None:
     assert len(REFUSED) >= 2
-    assert sum(map(never_stepped, SHARDED)) == 2
     assert len(ROWS) >= 150

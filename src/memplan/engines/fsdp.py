@@ -307,6 +307,9 @@ class Fsdp:
         for component, entries in (("weights", model), ("optimizer", states)):
             made = [self._saved(component, row, nbytes) for row, nbytes in entries]
             if entries is model and self.setup.state_dict_type == "FULL_STATE_DICT":
+                # Of a weight that is sharded the layer no longer finds its scales.
+                whole = (*self.setup.ignored, *(state_dict.scales if self.setup.ignored else ()))
+                made += [self.ledger.allocate(component, nbytes, "main") for nbytes in whole]
                 self.ledger.briefly("temporaries", state_dict.split * model[0][0].itemsize, "main")
             self.ledger.free(*made)
 
@@ -379,7 +382,6 @@ def fsdp_setup(
             root=model.numbers[id(root)],
             offload=offload,
             loaded=loaded,
-            on_gpu=training.quantization is not None,
             backward_prefetch=keys.backward_prefetch,
             forward_prefetch=keys.forward_prefetch,
             optimizer=make_optimizer(training.optim, places, lambda: stepped),
@@ -433,10 +435,12 @@ def _ignored(model: Layout, version: int, quantization: QuantizationSpec) -> lis
         raise SpecError.at(field, quantization.kind, problem, remedy)
     if len({p.loaded for p in model.parameters.values() if p.node is None}) > 1:
         problem = "leaves weights of several types, and FSDP's version 1 flattens those of one"
-        remedy = "Use version 2, or do without it, with the dtype that weights are packed into."
+        remedy = "Use FSDP's version 2."
         name = f"{field}.prepare_for_kbit_training"
         raise SpecError.at(name, quantization.prepare_for_kbit_training, problem, remedy)
-    return []
+    raise UnsupportedError(
+        "quantization: under FSDP's version 1 it is not modelled, since what it saves could not be told. Use version 2."
+    )
 
 
 def _check_optimizer(optim: str, version: int) -> None:

@@ -106,8 +106,6 @@ class Fsdp1Setup:
     """CPUOffload: shards, their gradients and the optimizer on the host."""
     loaded: DType
     """In which the weights come."""
-    on_gpu: bool
-    """They come on the GPU, and not from the host."""
     backward_prefetch: Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"]
     forward_prefetch: bool
     optimizer: Optimizer
@@ -173,11 +171,10 @@ class Fsdp1:
         The buckets that ``sync_module_states`` broadcasts are copies of the unit's weights, which is less than the flat
         copy that follows.
         """
-        handles = list(reversed(self._handles))
-        there = [self._whole(handle.flat) for handle in handles] if self.setup.on_gpu else []
-        for handle in handles:
+        for handle in reversed(self._handles):
             flat, size = handle.flat, self.setup.loaded.itemsize
-            whole = there.pop(0) if there else self._whole(flat)
+            sizes = (row.elements * size for row in flat.unit.weights)
+            whole = [self.ledger.allocate("temporaries", nbytes, name=WHOLE) for nbytes in sizes]
             unsharded = self.ledger.allocate("temporaries", flat.elements * size, name=WHOLE)
             if not flat.use_orig_params:
                 self.ledger.free(*whole)
@@ -194,10 +191,6 @@ class Fsdp1:
             self._upcast(handle)
         if self.setup.optimizer.made_at_construction:
             self._make_states()
-
-    def _whole(self, flat: FlatParam) -> list[Block]:
-        size = self.setup.loaded.itemsize
-        return [self.ledger.allocate("temporaries", row.elements * size) for row in flat.unit.weights]
 
     def _upcast(self, handle: _Handle) -> None:
         """prepare_model: 16-bit weights that are trained under mixed precision get a float32 shard."""

@@ -83,7 +83,9 @@ class StateDict:
     """``model.state_dict()``, and what writing it in the checkpoint's format takes."""
 
     weights: Sequence[tuple[Key, int]]
-    """Tied ones more than once, each with its elements."""
+    """Tied ones more than once, each with its bytes."""
+    scales: Sequence[int]
+    """Bytes of what a quantized weight has beside it, each tensor's."""
     split: int
     """Elements of the experts' weights that are halved, which copies them (revert_weight_conversion)."""
 
@@ -144,7 +146,8 @@ class WholeWeights:
 
     def _save_model(self, state_dict: StateDict, itemsize: int) -> None:
         """accelerate's get_state_dict: on every rank a clone of it on the host, tied weights apart."""
-        clones = [self.ledger.allocate("weights", elements * itemsize, "host") for _, elements in state_dict.weights]
+        sizes = [*(nbytes for _, nbytes in state_dict.weights), *state_dict.scales]
+        clones = [self.ledger.allocate("weights", nbytes, "host") for nbytes in sizes]
         self.ledger.briefly("temporaries", state_dict.split * itemsize, "main")
         self.ledger.free(*clones)
 
@@ -174,6 +177,8 @@ class Played:
     """Bytes that the main process has of the largest weight of experts while it is put together for ``zero.Init``."""
     quantizing: int
     """Bytes on the GPU at the fullest moment of loading a model there, as one that is quantized is; or none."""
+    quantized_on_host: int
+    """Bytes of the largest weight that is taken to the host meanwhile."""
     held: Sequence[int]
     """Bytes of each buffer of the model."""
     outlived: Sequence[tuple[int, str]]
@@ -199,6 +204,7 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
     ledger.begin("load")
     if run.quantizing:
         ledger.briefly("weights", run.quantizing, name="weights on their way to being quantized")
+        ledger.briefly("temporaries", run.quantized_on_host, "host")
         ledger.empty_cache()
     for nbytes in run.held:
         ledger.allocate("weights", nbytes, name="buffers of the model")
