@@ -8,6 +8,11 @@ import memplan
 
 MODEL = "HuggingFaceTB/SmolLM2-135M"
 ENGINES = {
+    "zero0": {"kind": "zero0"},
+    "zero1": {"kind": "zero1"},
+    "bf16": {"kind": "zero1", "zero": {"grad_accum_dtype": "fp32"}},
+    "zero2": {"kind": "zero2", "zero": {"overlap_comm": True}},
+    "zero2 offloaded": {"kind": "zero2", "offload_optimizer": "cpu"},
     "zero3": {"kind": "zero3"},
     "zero3 offloaded": {"kind": "zero3", "offload_optimizer": "cpu", "offload_param": "cpu"},
     "fsdp": {"kind": "fsdp"},

@@ -27,6 +27,15 @@ NORM_ITEMSIZE = 8
 """Bytes: norms are computed in float64 (get_norm_dtype)."""
 
 
+BUCKETS = "buckets of gradients (reduce_bucket_size, overlap_comm)"
+LARGE = "of a weight larger than the bucket (reduce_bucket_size)"
+NORM = "gradients in float64, for their norm"
+PARTITION = "this rank's partition"
+REDUCED = "gradients that are reduced together (reduce_bucket_size)"
+STEPPED = "a group's partition as the optimizer steps with it"
+"""Blocks as an explanation names them; in parentheses the keys that size them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
     """A trained weight of the whole model."""
@@ -120,14 +129,16 @@ def flattened(setup: ZeroSetup, ledger: Ledger, *, empties_cache: bool) -> Itera
     """Load, and flatten group by group, each with a clone of this rank's partition, which the caller frees."""
     size = setup.dtype.itemsize
     for nbytes in setup.frozen:
-        ledger.allocate("weights", nbytes)
-    loaded = [ledger.allocate("weights", w.elements * size) for group in setup.groups for w in group.weights]
+        ledger.allocate("weights", nbytes, name="frozen")
+    loaded = [
+        ledger.allocate("weights", w.elements * size, name="as loaded") for group in setup.groups for w in group.weights
+    ]
     for group in setup.groups:
         if empties_cache:
             ledger.empty_cache()
-        ledger.allocate("weights", group.elements * size)
+        ledger.allocate("weights", group.elements * size, name="trained, in flat buffers")
         ledger.free(*(loaded.pop(0) for _ in group.weights))
-        yield group, ledger.allocate("temporaries", group.partition * size)
+        yield group, ledger.allocate("temporaries", group.partition * size, name="masters on their way")
 
 
 class Zero12(WholeWeights):
@@ -168,12 +179,12 @@ class Zero12(WholeWeights):
                 self._on_host("optimizer", group.partition * setup.master_dtype.itemsize)
                 self._on_host("weights", group.partition * size)
             else:
-                ledger.allocate("optimizer", group.partition * setup.master_dtype.itemsize)
+                ledger.allocate("optimizer", group.partition * setup.master_dtype.itemsize, name="masters")
             ledger.free(clone)
         if setup.offload:
             largest = max(weight.elements for weight in self._weights.values()) * size
             self._on_host("gradients", largest)
-            ledger.allocate("gradients", largest)  # temp_grad_buffer_for_gpu_offload
+            ledger.allocate("gradients", largest, name="temp_grad_buffer_for_gpu_offload (offload_optimizer)")
         # initialize_optimizer_states: gradients of zeros, which only offloading keeps.
         zeros = [group.partition * setup.master_dtype.itemsize for group in setup.groups]
         if setup.offload:
@@ -221,7 +232,7 @@ class Zero12(WholeWeights):
         if self.setup.contiguous_gradients:
             nbytes = self.setup.reduce_bucket_size * self.setup.dtype.itemsize
             count = 2 if self.setup.overlap_comm else 1
-            self._buffers = [self.ledger.allocate("communication", nbytes) for _ in range(count)]
+            self._buffers = [self.ledger.allocate("communication", nbytes, name=BUCKETS) for _ in range(count)]
 
     def _reduce_independent(self, weight: Weight) -> None:
         """reduce_independent_p_g_buckets_and_remove_grads."""
@@ -231,7 +242,7 @@ class Zero12(WholeWeights):
         if setup.contiguous_gradients:
             if weight.elements > setup.reduce_bucket_size:
                 if setup.offload and weight.key in self._grads:  # cloned, so that nothing else holds its storage
-                    clone = self.ledger.allocate("gradients", weight.elements * setup.dtype.itemsize)
+                    clone = self.ledger.allocate("gradients", weight.elements * setup.dtype.itemsize, name=LARGE)
                     self.ledger.free(self._grads[weight.key])
                     self._grads[weight.key] = clone
             else:  # copied into the bucket
@@ -257,7 +268,7 @@ class Zero12(WholeWeights):
         if not setup.contiguous_gradients:  # buffered_reduce_fallback: all of the bucket in one copy
             flat = None
             if len(self._bucket) > 1:
-                flat = self.ledger.allocate("communication", self._bucket_elements * size)
+                flat = self.ledger.allocate("communication", self._bucket_elements * size, name=REDUCED)
             self.ledger.free(flat, self._in_communication_dtype(self._bucket_elements))
             return
         if not setup.reduce_scatter:
@@ -266,10 +277,12 @@ class Zero12(WholeWeights):
         pieces = [piece for weight in self._bucket for piece in self._group[weight.key].slices(weight)]
         if self.compact and not self._compact and any(rank == setup.rank for rank, _ in pieces):
             nbytes = setup.accumulation_dtype.itemsize
-            self._compact = [self.ledger.allocate("gradients", group.partition * nbytes) for group in setup.groups]
+            self._compact = [
+                self.ledger.allocate("gradients", group.partition * nbytes, name=PARTITION) for group in setup.groups
+            ]
         for batch in _batches(list(self._merged(pieces)), setup.reduce_bucket_size):
             elements = sum(n for _, n in batch)
-            flat = self.ledger.allocate("communication", elements * size) if len(batch) > 1 else None
+            flat = self.ledger.allocate("communication", elements * size, name=REDUCED) if len(batch) > 1 else None
             reduced = self._in_communication_dtype(elements)
             if reduced is not None:
                 self.ledger.free(flat)
@@ -277,7 +290,7 @@ class Zero12(WholeWeights):
             for rank, n in batch if self.compact else ():
                 if rank == setup.rank and setup.communication_dtype is not setup.accumulation_dtype:
                     # _add_to_grad_partition_buffer
-                    self.ledger.briefly("temporaries", n * setup.accumulation_dtype.itemsize)
+                    self.ledger.briefly("temporaries", n * setup.accumulation_dtype.itemsize, name="gradients, cast")
             self.ledger.free(flat)
 
     def _in_communication_dtype(self, elements: int) -> Block | None:
@@ -285,7 +298,7 @@ class Zero12(WholeWeights):
         dtype = self.setup.communication_dtype
         if dtype is self.setup.dtype:
             return None
-        return self.ledger.allocate("communication", elements * dtype.itemsize)
+        return self.ledger.allocate("communication", elements * dtype.itemsize, name=REDUCED)
 
     def _merged(self, pieces: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """Neighbours of one rank as one; what goes to a buffer of this rank's own stays apart."""
@@ -308,7 +321,8 @@ class Zero12(WholeWeights):
             return
         if self._grads_in_partition is None:
             elements = sum(w.elements for group in self.setup.groups for w, _ in group.in_partition(self.setup.rank))
-            self._grads_in_partition = self.ledger.allocate("gradients", elements * self.setup.dtype.itemsize)
+            nbytes = elements * self.setup.dtype.itemsize
+            self._grads_in_partition = self.ledger.allocate("gradients", nbytes, name=PARTITION)
         self.ledger.free(self._grads.pop(weight.key, None))
 
     def _offload_gradient(self, weight: Weight) -> None:
@@ -322,8 +336,8 @@ class Zero12(WholeWeights):
                 self._on_host("gradients", weight.elements * size)
         if not self._boundary:
             return
-        ledger.briefly("temporaries", piece * NORM_ITEMSIZE)
-        self._norms.append(ledger.allocate("temporaries", NORM_ITEMSIZE))
+        ledger.briefly("temporaries", piece * NORM_ITEMSIZE, name=NORM)
+        self._norms.append(ledger.allocate("temporaries", NORM_ITEMSIZE, name=NORM))
         if self.setup.accumulation_dtype is not master:
             ledger.briefly("temporaries", piece * master.itemsize)
         ledger.free(self._grads.pop(weight.key, None))
@@ -364,16 +378,21 @@ class Zero12(WholeWeights):
         for group, pieces in zip(setup.groups, owned, strict=True):
             missing = group.partition - sum(n for _, n in pieces)
             if missing and not self.compact:
-                padding.append(ledger.allocate("gradients", missing * size))
+                padding.append(ledger.allocate("gradients", missing * size, name=PARTITION))
         for pieces in owned:
             for _, elements in pieces:
-                ledger.briefly("temporaries", elements * NORM_ITEMSIZE)
+                ledger.briefly("temporaries", elements * NORM_ITEMSIZE, name=NORM)
         for i, (group, pieces) in enumerate(zip(setup.groups, owned, strict=True)):
             several = len(pieces) + (group.partition > sum(n for _, n in pieces)) > 1
-            flat = ledger.allocate("temporaries", group.partition * size) if several and not self.compact else None
+            flat = (
+                ledger.allocate("temporaries", group.partition * size, name=STEPPED)
+                if several and not self.compact
+                else None
+            )
             gradient = flat
             if setup.accumulation_dtype is not setup.master_dtype:
-                gradient = ledger.allocate("gradients", group.partition * setup.master_dtype.itemsize)
+                nbytes = group.partition * setup.master_dtype.itemsize
+                gradient = ledger.allocate("gradients", nbytes, name=STEPPED)
                 ledger.free(flat)
             ledger.free(*(block for last, block in self._all_grad_tensors if last == i))
             if i == len(setup.groups) - 1:
@@ -388,7 +407,7 @@ class Zero12(WholeWeights):
         optimizer = self.setup.optimizers[index]
         if first and not optimizer.made_at_construction:
             self._make_states(index)
-        self.ledger.briefly("temporaries", optimizer.temporaries.peak, self._place)
+        self.ledger.briefly("temporaries", optimizer.temporaries.peak, self._place, "of the optimizer's step")
 
     def save(self, state_dict: StateDict) -> None:
         """The model; then rank 0 writes the flat weights, and every rank its partitions of the optimizer."""
@@ -405,7 +424,7 @@ class Zero12(WholeWeights):
 
     def _make_states(self, index: int) -> None:
         for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
-            self.ledger.allocate("optimizer", nbytes, self._place)
+            self.ledger.allocate("optimizer", nbytes, self._place, "states")
 
 
 def optimizer_storages(optimizers: Sequence[Optimizer], partitions: Sequence[Parameter]) -> list[int]:

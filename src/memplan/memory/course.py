@@ -208,7 +208,7 @@ class Ledger:
         parts["gradients"] = parts.get("gradients", 0) + nbytes
         self._totals["gpu"] += nbytes
         self._count(nbytes)
-        return Block("gpu", "gradients", nbytes, "gradients as autograd makes them")
+        return Block("gpu", "gradients", nbytes, "as autograd makes them")
 
     def empty_cache(self) -> None:
         """``torch.cuda.empty_cache()``: here nothing is cached."""
