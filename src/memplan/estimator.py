@@ -138,6 +138,7 @@ def estimate(
             *_of_checkpoint(model),
             *_paged(run),
             *_emulated(setup, gpu),
+            *_quantized_in_partitions(training, strategy),
             *(Assumption.of(constant) for constant in micro.assumptions),
             *(traced.assumptions if traced is not None else ()),
         ),
@@ -220,7 +221,8 @@ def _check_sharded(training: TrainingSpec, strategy: Strategy, traced: Traced | 
         and "a trace has no hooks of modules for the engine",
         "liger": training.liger
         and strategy.kind in ("zero3", "fsdp")
-        and "its fused loss uses a weight that is not gathered",
+        and "its fused loss reads the head's weight outside of the head's forward, where the engine gathers it for "
+        "another module, which is not modelled",
     }
     for option, reason in reasons.items():
         if reason:
@@ -229,22 +231,27 @@ def _check_sharded(training: TrainingSpec, strategy: Strategy, traced: Traced | 
 
 def _check_quantized(training: TrainingSpec, precision: Precision, strategy: Strategy) -> None:
     """What of quantized weights is not modelled under the engines that shard."""
-    if training.lora is None:
-        raise UnsupportedError(
-            f"quantization: without adapters nothing but norms and embeddings could be trained under {strategy.kind}, "
-            "which the Trainer refuses. Use --lora-rank."
-        )
     if precision.mixed_precision == "no" and precision.dtype != "float32":
         raise UnsupportedError(
             "quantization: without mixed precision adapters and norms stay in float32 beside 16-bit products, which is "
             f"not modelled under {strategy.kind}. Use --mixed-precision bf16, or --dtype float32."
         )
+    quantization = training.quantization
+    assert quantization is not None
+    if quantization.kind != "int8" and strategy.kind in ("zero0", "zero1", "zero2"):
+        # The real engines were seen to hold up to 2.5 times as much.
+        if precision.mixed_precision != "bf16":
+            raise UnsupportedError(
+                f"quantization: {quantization.kind!r} without bf16 mixed precision is not modelled under "
+                f"{strategy.kind}. Use --mixed-precision bf16, or ddp."
+            )
+        if quantization.quant_storage != "uint8":
+            raise UnsupportedError(
+                f"quant_storage: {quantization.quant_storage!r} is not modelled under {strategy.kind}. Leave it out."
+            )
     if "nvme" in (strategy.offload_optimizer, strategy.offload_param):
-        raise UnsupportedError(
-            "offload_param: quantized weights on NVMe are not modelled. Use cpu."
-            if strategy.offload_param == "nvme"
-            else "offload_optimizer: of a quantized model it is not modelled with nvme. Use cpu."
-        )
+        name = "offload_param" if strategy.offload_param == "nvme" else "offload_optimizer"
+        raise UnsupportedError(f"{name}: 'nvme' is not modelled with quantized weights. Use cpu.")
 
 
 def _check_nvme(strategy: Strategy, cluster: ClusterSpec) -> None:
@@ -655,6 +662,31 @@ def _emulated(setup: Setup, gpu: GPUSpec | None) -> list[Assumption]:
         return []
     source = f"{gpu.name} has no units for it: torch emulates it, slowly. Use --mixed-precision fp16"
     return [Assumption(name="bf16", value=0, low=0, high=0, source=source)]
+
+
+def _quantized_in_partitions(training: TrainingSpec, strategy: Strategy) -> list[Assumption]:
+    """Where an engine that shards weights saves less of quantized ones than one would think, and does not say so."""
+    quantization = training.quantization
+    if quantization is None:
+        return []
+    if strategy.kind == "zero3" and quantization.kind == "int8":
+        source = (
+            "whole on every rank beside their partitions: bitsandbytes computes with MatmulLtState.CB, which DeepSpeed "
+            "does not know of. Use --strategy zero2, or --quantization nf4"
+        )
+    elif strategy.kind == "zero3":
+        source = (
+            "whole on every rank from forward to step: bitsandbytes' MatMul4Bit holds weights as DeepSpeed has "
+            "gathered them. Use --strategy zero2"
+        )
+    elif strategy.kind == "fsdp" and quantization.quant_storage == "uint8":
+        source = (
+            "whole on every rank: accelerate keeps what is packed into uint8 out of FSDP. Set bnb_4bit_quant_storage "
+            "to the compute dtype, as QuantizationSpec(quant_storage='bfloat16')"
+        )
+    else:
+        return []
+    return [Assumption(name=f"{quantization.kind} weights", value=0, low=0, high=0, source=source)]
 
 
 def _other_versions(software: SoftwareSpec) -> list[Assumption]:

@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib
+import importlib.metadata
 import itertools
 import json
 import multiprocessing
@@ -285,6 +286,8 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     if recorder.swapping is not None:
         blocks += recorder.swapping.blocks
         facts["nvme"] = recorder.files
+    if "quantization" in options:
+        facts["bitsandbytes"] = importlib.metadata.version("bitsandbytes")
     found = {side: phases_of(blocks, marks, side) for side in ("device", "host")}
     return {
         **facts,
@@ -1041,6 +1044,8 @@ def groups() -> dict[str, list[Setup]]:
     made["grid"] = _grid()
     made["eval"] = [Setup(family, config, _setup(config, **o).options) for family, config, o in _eval_variants()]
     made["knobs"] = _knobs()
+    rows = [("llama", "small", options) for options in _quantized_variants()] + _quantized_held_out()
+    made["quantized"] = [Setup(family, config, _qlora(config, **options).options) for family, config, options in rows]
     return made
 
 
@@ -1219,6 +1224,82 @@ def _row(family: str, config: str, options: dict[str, Any]) -> Setup:
     return Setup(family, config, {name: value for name, value in {**BASE, **options}.items() if value is not None})
 
 
+def _qlora(config: str, strategy: str, kind: str, **options: Any) -> Setup:
+    quantization = {"kind": kind, **options.pop("quantization", {})}
+    return _setup(config, strategy, **{"dtype": "bfloat16", **LORA, "quantization": quantization, **options})
+
+
+def _quantized_variants() -> list[dict[str, Any]]:
+    """Needs bitsandbytes. oneDNN is off, as in quantized.py."""
+    more, long = {"grad_accum_steps": 3}, {"micro_batch_size": 2, "seq_len": 200}
+    checkpointed = {**long, "gradient_checkpointing": True}
+    saved = {"two_sides": True, "save": True}
+    packed, floats, plain = ({"quantization": {"quant_storage": name}} for name in ("bfloat16", "float32", "uint8"))
+    unprepared = {"quantization": {"quant_storage": "bfloat16", "prepare_for_kbit_training": False}}
+    version_1 = {"fsdp": {"version": 1}}
+    both = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+    return [
+        {"strategy": "zero0", "kind": "nf4"},
+        {"strategy": "zero0", "kind": "int8"},
+        {"strategy": "zero0", "kind": "nf4-dq", **more},
+        {"strategy": "zero1", "kind": "nf4-dq"},
+        {"strategy": "zero1", "kind": "nf4", "gpus": 1},
+        {"strategy": "zero1", "kind": "nf4", "gpus": 64, **more},
+        {"strategy": "zero1", "kind": "int8", "dtype": "float32", **saved},
+        {"strategy": "zero1", "kind": "nf4", "offload_optimizer": "cpu"},
+        {"strategy": "zero2", "kind": "nf4"},
+        {"strategy": "zero2", "kind": "nf4", **saved},
+        {"strategy": "zero2", "kind": "nf4", "offload_optimizer": "cpu", **more},
+        {"strategy": "zero2", "kind": "int8", **checkpointed, **more},
+        {"strategy": "zero2", "kind": "nf4", **FP32},
+        {"strategy": "zero2", "kind": "nf4-dq", **FP16},
+        {"strategy": "zero2", "kind": "nf4", **packed, **checkpointed},
+        {"strategy": "zero2", "kind": "nf4", **unprepared},
+        {"strategy": "zero3", "kind": "nf4"},
+        {"strategy": "zero3", "kind": "nf4", "gpus": 1},
+        {"strategy": "zero3", "kind": "nf4", "gpus": 64},
+        {"strategy": "zero3", "kind": "nf4", **checkpointed},
+        {"strategy": "zero3", "kind": "nf4-dq", **packed, **more},
+        {"strategy": "zero3", "kind": "int8"},
+        {"strategy": "zero3", "kind": "int8", "gradient_checkpointing": True, "grad_accum_steps": 2},
+        {"strategy": "zero3", "kind": "nf4", "num_layers": 4, "zero": _ZERO3_KNOBS[0]},
+        {"strategy": "zero3", "kind": "nf4", **both, **saved},
+        {"strategy": "zero3", "kind": "int8", **both, **more},
+        {"strategy": "fsdp", "kind": "nf4"},
+        {"strategy": "fsdp", "kind": "nf4", **packed},
+        {"strategy": "fsdp", "kind": "nf4", **packed, "gpus": 1},
+        {"strategy": "fsdp", "kind": "nf4", **packed, "gpus": 64},
+        {"strategy": "fsdp", "kind": "nf4-dq", **packed, **saved},
+        {"strategy": "fsdp", "kind": "nf4", **saved},
+        {"strategy": "fsdp", "kind": "nf4", **packed, **checkpointed, **more, "offload_param": "cpu"},
+        {"strategy": "fsdp", "kind": "nf4", "offload_param": "cpu"},
+        {"strategy": "fsdp", "kind": "int8"},
+        {"strategy": "fsdp", "kind": "nf4", **version_1, **plain},
+        {"strategy": "fsdp", "kind": "nf4", **version_1, **packed},
+        *({"strategy": strategy, "kind": "nf4", **floats} for strategy in ("fsdp", "zero2", "zero3")),
+    ]
+
+
+def _quantized_held_out() -> list[tuple[str, str, dict[str, Any]]]:
+    """Rows that were first looked at when the rules had been written."""
+    packed, prefetch = {"quantization": {"quant_storage": "bfloat16"}}, {"zero": _ZERO3_KNOBS[0]}
+    long = {"micro_batch_size": 3, "seq_len": 120}
+    return [
+        ("qwen2", "small", {"strategy": "zero2", "kind": "nf4", "gpus": 3, **long}),
+        ("qwen2", "small", {"strategy": "zero3", "kind": "int8", "gpus": 8, "num_layers": 3, **prefetch}),
+        ("qwen2", "small", {"strategy": "fsdp", "kind": "nf4", "gpus": 3, "grad_accum_steps": 2, **packed}),
+        ("llama", "wide", {"strategy": "zero3", "kind": "nf4", "grad_accum_steps": 2}),
+        ("mistral", "small", {"strategy": "fsdp", "kind": "nf4-dq", "gpus": 8, "gradient_checkpointing": True, **long}),
+        ("qwen3", "small", {"strategy": "zero1", "kind": "int8", "gpus": 64, "grad_accum_steps": 3}),
+        ("llama", "tied", {"strategy": "zero3", "kind": "nf4-dq", "gpus": 2, "offload_param": "cpu", **long}),
+        ("gemma", "small", {"strategy": "zero2", "kind": "nf4", "gpus": 2, "offload_optimizer": "cpu", **long}),
+        ("gpt2", "small", {"strategy": "zero3", "kind": "nf4", "num_layers": None, "gpus": 5, **long}),
+        ("gpt2", "small", {"strategy": "fsdp", "kind": "nf4-dq", "num_layers": None, **packed, "offload_param": "cpu"}),
+        ("mistral", "small", {"strategy": "zero3", "kind": "nf4-dq", "gradient_checkpointing": True, "num_layers": 3}),
+        ("qwen3", "small", {"strategy": "zero0", "kind": "nf4", "gradient_checkpointing": True, **long}),
+    ]
+
+
 def _grid() -> list[Setup]:
     """Every engine and offload on every number of ranks; model, precision, accumulation and buckets by turns."""
     optimizer, both = {"offload_optimizer": "cpu"}, {"offload_optimizer": "cpu", "offload_param": "cpu"}
@@ -1267,7 +1348,8 @@ def _untied_variants() -> list[tuple[str, dict[str, Any]]]:
 def _setup(config: str, strategy: str, **options: Any) -> Setup:
     if strategy == "fsdp":
         options = {"dtype": "float32"} | options
-    return Setup("llama", config, {**BASE, "strategy": strategy, **options})
+    merged = {**BASE, "strategy": strategy, **options}
+    return Setup("llama", config, {name: value for name, value in merged.items() if value is not None})
 
 
 def _variants(stage: str) -> list[dict[str, Any]]:
