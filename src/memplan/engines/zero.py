@@ -6,6 +6,7 @@ is played over a micro-batch (:mod:`memplan.memory.course`): it allocates and fr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -436,10 +437,13 @@ def optimizer_storages(optimizers: Sequence[Optimizer], partitions: Sequence[Par
 def _batches(pieces: Sequence[tuple[int, int]], limit: int) -> list[list[tuple[int, int]]]:
     """allreduce_and_scatter: a batch ends when it is above the limit."""
     batches: list[list[tuple[int, int]]] = [[]]
+    elements = 0
     for piece in pieces:
         batches[-1].append(piece)
-        if sum(n for _, n in batches[-1]) > limit:
+        elements += piece[1]
+        if elements > limit:
             batches.append([])
+            elements = 0
     return [batch for batch in batches if batch]
 
 
@@ -610,6 +614,15 @@ def resolved(zero: ZeroSpec, key: str, hidden_size: int | None) -> int:
 
 def fullest_ranks(groups: Sequence[Group]) -> list[int]:
     """The ranks one of which holds most: the first, the last (padding), the one with most of straddling weights."""
-    ranks = groups[0].ranks
-    touched = [sum(w.elements for group in groups for w, _ in group.in_partition(rank)) for rank in range(ranks)]
-    return sorted({0, ranks - 1, touched.index(max(touched))})
+    changes: Counter[int] = Counter()  # rank -> elements of whole weights that it touches, more than the rank before it
+    for group in groups:
+        for weight in group.weights:
+            begin = group.starts[weight.key]
+            changes[begin // group.partition] += weight.elements
+            changes[(begin + weight.elements - 1) // group.partition + 1] -= weight.elements
+    level = most = fullest = 0
+    for rank in sorted(changes):
+        level += changes[rank]
+        if level > most:
+            most, fullest = level, rank
+    return sorted({0, groups[0].ranks - 1, fullest})
