@@ -291,6 +291,24 @@ def test_no_smaller_gpu_than_the_smallest_advised_fits() -> None:
     assert not any(api.estimate(LLAMA, LONG, ClusterSpec(gpu=gpu)).verdict == "fits" for gpu in smaller[-6:])
 
 
+def test_gpus_of_a_kind_that_cannot_fit_are_not_tried_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = Strategy(kind="zero3", offload_optimizer="cpu", offload_param="cpu")  # between steps it holds little
+    cluster = ClusterSpec(gpu="T4", gpus=8, host_memory="512GiB")
+    training = TrainingSpec(seq_len=2048, attn="eager")
+    result = api.estimate(LLAMA, training, cluster, strategy)
+    assert result.verdict == "does-not-fit"
+    tried: list[str] = []
+    fits = api._Case.fits
+    monkeypatch.setattr(api._Case, "fits", lambda case, setup: tried.append(case.cluster.gpu.name) or fits(case, setup))
+    found = api.advise(result, LLAMA, training, cluster, strategy)
+    monkeypatch.undo()
+    gpus = sorted(api.all_gpus(), key=lambda gpu: gpu.memory_bytes)
+    names = [gpu.name for gpu in gpus if gpu.memory_bytes < find_gpu(found.gpus[0][0]).memory_bytes]
+    assert len([name for name in tried if name in names]) < 0.5 * len(names)
+    for name in names[-4:]:
+        assert api.estimate(LLAMA, training, cluster.replace(gpu=name), strategy).verdict != "fits"
+
+
 def test_no_advice_where_it_fits_or_the_device_has_no_size() -> None:
     assert api.advise(api.estimate(TINY, cluster="T4"), TINY, cluster="T4") == api.Advice()
     cpu = api.estimate(TINY, cluster="cpu")

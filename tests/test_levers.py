@@ -17,6 +17,7 @@ STRATEGIES = {
     "zero2": {"kind": "zero2"},
     "zero3": {"kind": "zero3", "zero": {"reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}},
     "fsdp": {"kind": "fsdp"},
+    "fsdp1": {"kind": "fsdp", "fsdp": {"version": 1}},
 }
 
 

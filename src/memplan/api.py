@@ -378,10 +378,16 @@ def _fitting_gpus(case: _Case, setup: Setup, estimated: Estimate, limit: int = 3
     idle = [phase.allocated for phase in estimated.gpu.phases if phase.name == "idle"]
     # Weights and optimizer states are the same on every GPU: one too small for them need not be tried.
     held = max(idle, default=0) - estimated.gpu.components.workspace
+    floors: dict[object, int] = {}
     found: list[str] = []
     for gpu in sorted(all_gpus(), key=lambda gpu: gpu.memory_bytes):
-        if len(found) < limit and gpu.memory_bytes >= held and case.on(gpu).fits(setup):
+        on, kind = case.on(gpu), case.kind_of(gpu, setup)
+        if len(found) == limit or gpu.memory_bytes < floors.get(kind, held):
+            continue
+        if on.fits(setup):
             found.append(gpu.name)
+        else:
+            floors[kind] = max(held, on.floor(setup))
     return tuple(found)
 
 
@@ -451,6 +457,23 @@ class _Case:
         """The same on another GPU."""
         return replace(self, cluster=self.cluster.replace(gpu=gpu, gpu_memory=None))
 
+    def kind_of(self, gpu: GPUSpec, setup: Setup) -> object:
+        """What a setup's tensors on a GPU depend on, but for the partial sums of kernels; None if it is refused."""
+        try:
+            spec = self.on(gpu)
+            resolved = estimator.resolve(spec.model, setup.training, spec.cluster, setup.strategy, spec.software)
+        except MemplanError:
+            return None
+        return resolved.precision, replace(resolved.rules, multiprocessors=1)
+
+    def floor(self, setup: Setup) -> int:
+        """What every GPU of this one's kind has allocated at the peak; nothing if the setup is refused."""
+        try:
+            memory = self.estimate(setup, replay=False).gpu
+        except MemplanError:
+            return 0
+        return memory.peak_allocated - memory.components.workspace - memory.components.temporaries
+
     def computes_in(self, setup: Setup) -> bool:
         """Whether the GPU has units for the setup's dtype."""
         gpu = self.cluster.gpu
@@ -477,7 +500,7 @@ class _Tracer:
     def trace(self, setup: micro_batch.Setup) -> micro_batch.Traced:
         from memplan.introspect.extrapolate import trace_model
 
-        key = (setup.training.replace(optim="sgd"), setup.precision, setup.rules)
+        key = (setup.training.replace(optim="sgd"), setup.precision, setup.rules, setup.engine, setup.copies_gradients)
         if key not in self.traced:
             self.traced[key] = trace_model(setup, self.module, self.inputs)
         return self.traced[key]

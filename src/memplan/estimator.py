@@ -10,27 +10,28 @@ from typing import Any, Literal
 from memplan.adapters.lora import DEFAULT_TARGETS
 from memplan.adapters.prequantized import DEQUANTIZED_SOURCE, checkpoint_quantization, is_dequantized
 from memplan.adapters.quantization import default_dtype
-from memplan.architectures.nn import Inventory, Module
+from memplan.architectures.nn import Inventory
 from memplan.architectures.registry import attention_implementations, head_of
 from memplan.constants import Constant
 from memplan.engines import checkpoint, ddp, plain
-from memplan.engines.layout import Layout, layout
 from memplan.engines.plain import Parts, Run
 from memplan.errors import SpecError, UnsupportedError
 from memplan.inference import Inference, Machine, infer
 from memplan.memory import loading
 from memplan.memory.course import Ledger
+from memplan.memory.evaluation import to_host
 from memplan.memory.generation import DEFAULT_NEW_TOKENS
 from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
 from memplan.memory.trace import EvaluationLoop, Replayed, replay_steps, reserved_bound
 from memplan.micro_batch import (
+    MicroBatch,
     Setup,
     Traced,
     all_layers,
     build,
     compute_dtype,
-    micro_batch,
+    evaluation_batch,
     prepares_for_kbit_training,
     reference_gpu,
     run_of,
@@ -99,8 +100,8 @@ def estimate(
         placed = ddp.phases(run, strategy.ddp, cluster.gpus)
     else:
         placed = plain.phases(run)
-    if not strategy.shards and training.lora is None:
-        split = layout(micro.root).split * setup.dtype.itemsize  # save_pretrained, of rank 0
+    if not strategy.shards and training.lora is None and _has_experts(run):
+        split = micro.layout().split * setup.dtype.itemsize  # save_pretrained, of rank 0
         placed["save"]["temporaries"] = placed["save"].get("temporaries", 0) + split
     if training.quantization is not None and not strategy.shards:
         placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
@@ -108,22 +109,18 @@ def estimate(
     if setup.rules.kind != "cpu":
         # No bound is known for other settings of the allocator.
         exact = replay or training.alloc_conf is not None
+        limit = _limit(cluster, gpu, software) if run.evaluation is not None else None
         if strategy.shards:
             replayed = Replayed({}, played.bound)
             if exact:
-                replayed = sharded.replay(setup, gpu, strategy, cluster.gpus, played.rank)
+                replayed = sharded.replay(setup, gpu, strategy, cluster.gpus, played.rank, limit)
         else:
-            limit = _limit(cluster, gpu, software) if run.evaluation is not None else None
             if exact:
                 replayed = _replay(setup, gpu, strategy, cluster.gpus, limit)
             else:
                 replayed = Replayed({}, _bound(setup, gpu, strategy, cluster.gpus))
     memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
-    host = (
-        sharded.host_memory(played, cluster)
-        if strategy.shards
-        else _host_memory(setup, run, micro.root, cluster, placed)
-    )
+    host = sharded.host_memory(played, cluster) if strategy.shards else _host_memory(setup, run, micro, cluster, placed)
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
     if strategy.shards:
         nvme = sharded.nvme_memory(played, cluster)
@@ -145,7 +142,7 @@ def estimate(
             *(Assumption.of(constant) for constant in micro.assumptions),
             *(traced.assumptions if traced is not None else ()),
         ),
-        explanation=_explanation(setup, run, placed, memory, strategy.kind) if explain else (),
+        explanation=_explanation(setup, run, placed, memory, strategy, cluster, gpu) if explain else (),
         levers=_levers(setup, gpu, strategy, cluster) if explain and strategy.shards else (),
     )
 
@@ -219,12 +216,13 @@ def _activation_checkpointing(training: TrainingSpec, strategy: Strategy) -> Tra
 def _check_sharded(training: TrainingSpec, strategy: Strategy, traced: Traced | None) -> None:
     """What is not modelled under the engines that shard yet."""
     reasons = {
-        "trace": traced is not None and "a trace has no hooks for an engine",
+        "trace": traced is not None
+        and strategy.kind in ("zero3", "fsdp")
+        and "a trace has no hooks of modules for the engine",
         "liger": training.liger
         and strategy.kind in ("zero3", "fsdp")
         and "its fused loss reads the head's weight outside of the head's forward, where the engine gathers it for "
         "another module, which is not modelled",
-        "eval_batch_size": training.eval_batch_size is not None and "evaluation is not modelled",
     }
     for option, reason in reasons.items():
         if reason:
@@ -252,12 +250,24 @@ def _check_nvme(strategy: Strategy, cluster: ClusterSpec) -> None:
         raise SpecError.at("nvme_path", None, "is no folder, and offloading to nvme needs one", remedy)
 
 
-def _explanation(setup: Setup, run: Run, placed: dict[str, Parts], memory: GpuMemory, kind: str) -> tuple[Term, ...]:
+def _explanation(
+    setup: Setup,
+    run: Run,
+    placed: dict[str, Parts],
+    memory: GpuMemory,
+    strategy: Strategy,
+    cluster: ClusterSpec,
+    gpu: GPUSpec | None,
+) -> tuple[Term, ...]:
     """Run every layer once more and name what is alive at the peak."""
     from memplan.explanation import explain, explain_sharded
 
-    if setup.engine != "torch":
-        return explain_sharded(kind, placed[memory.peak_phase], memory)
+    if strategy.shards:
+        from memplan import sharded
+
+        rank = sharded.play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node).rank
+        found = sharded.explained(setup, gpu, strategy, cluster.gpus, rank, memory.peak_phase)
+        return explain_sharded(strategy.kind, found, memory)
 
     accumulated = run.grad_accum_steps > 1
     tape = all_layers(setup, accumulated).tape
@@ -325,7 +335,7 @@ def _waiting(run: Run, tape: Tape) -> list[int]:
 def _evaluation_loop(run: Run, tape: Tape, ranks: int, limit: int | None) -> EvaluationLoop:
     """Batches on ``tape``; ``limit`` is what CUDA has to give."""
     assert run.evaluation is not None
-    return EvaluationLoop(tape, run.evaluation.predictions, run.evaluation.steps, ranks, limit)
+    return EvaluationLoop(tape, run.evaluation.kept, ranks, limit)
 
 
 @lru_cache(maxsize=64)
@@ -346,7 +356,7 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) ->
     held = _held(run, trainable, strategy)
     bound = reserved_bound(run.parameters, held, counts, micro_batches, others)
     if run.evaluation is not None:
-        batch = micro_batch(setup, full_depth=False, accumulated=False, evaluation=True)
+        batch = evaluation_batch(setup, full_depth=False)
         bound += _evaluation_loop(run, batch.tape, ranks, None).bound(batch.unrolled.size_counts())
     return bound
 
@@ -364,7 +374,7 @@ def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, l
     trainable = [(p, 1) for p in parameters if p.node is not None]
     evaluation = None
     if run.evaluation is not None:
-        batch = micro_batch(setup, full_depth=True, accumulated=False, evaluation=True)
+        batch = evaluation_batch(setup, full_depth=True)
         evaluation = _evaluation_loop(run, batch.tape, ranks, limit)
     return replay_steps(
         parameters,
@@ -506,7 +516,7 @@ NO_GPU_CONTEXT = Constant(
 )
 
 
-def _host_memory(setup: Setup, run: Run, root: Module, cluster: ClusterSpec, phases: Iterable[str]) -> HostMemory:
+def _host_memory(setup: Setup, run: Run, micro: MicroBatch, cluster: ClusterSpec, phases: Iterable[str]) -> HostMemory:
     """Of one node: the model on its way to the GPUs, what the main process saves, and paged optimizer states, as far as
     the driver does not find room for them on the GPU.
     """
@@ -514,10 +524,14 @@ def _host_memory(setup: Setup, run: Run, root: Module, cluster: ClusterSpec, pha
     paged = sum(run.optimizer.paged_bytes(p) * count for p, count in run.trainable) * ranks
     parts: dict[str, Parts] = {phase: {"optimizer": paged} if paged and phase != "load" else {} for phase in phases}
     if setup.rules.kind != "cpu":
-        parts["load"] |= {name: size * ranks for name, size in _loaded(setup, layout(root)).items()}
+        parts["load"] |= {name: size * ranks for name, size in _loaded(setup, run, micro).items()}
         model, state = _saved(setup, run)
         saving = {"weights": model} if model >= state else {"temporaries": state}
         parts["save"] |= saving
+        if run.evaluation is not None:
+            ledger = Ledger()
+            to_host(ledger, run.evaluation.kept, cluster.gpus)
+            parts["eval"] |= {name: size * ranks for name, size in ledger.fullest("load", "host").items()}
     totals = {phase: plain.total(each) for phase, each in parts.items()}
     fullest = max(totals, key=lambda phase: totals[phase])
     return HostMemory(
@@ -530,22 +544,28 @@ def _host_memory(setup: Setup, run: Run, root: Module, cluster: ClusterSpec, pha
     )
 
 
-def _loaded(setup: Setup, model: Layout) -> Parts:
+def _has_experts(run: Run) -> bool:
+    """Whether weights of a checkpoint are stacked when they are read, and taken apart when they are written."""
+    return any(len(p.shape) == checkpoint.STACKED for p, _ in run.parameters)
+
+
+def _loaded(setup: Setup, run: Run, micro: MicroBatch) -> Parts:
     """The most that from_pretrained leaves one process, before the Trainer moves the model to the GPU."""
     if setup.training.quantization is not None:
         return {}  # tensor by tensor straight to the GPU
     stored, asked = checkpoint.stored_dtype(setup.model.config), dtype_named(setup.precision.dtype)
     adapted = setup.training.lora is not None
+
+    def nbytes(p: Parameter) -> int:
+        return p.nbytes if adapted and p.node is not None else checkpoint.from_pretrained(p, asked, stored)
+
+    if not _has_experts(run):
+        return {"weights": sum(nbytes(p) * count for p, count in run.parameters)}
+    model = micro.layout()
     ledger = Ledger()
     checkpoint.load(
         ledger,
-        [
-            checkpoint.Loaded(
-                p.nbytes if adapted and p.node is not None else checkpoint.from_pretrained(p, asked, stored),
-                merged=key in model.merged,
-            )
-            for key, p in model.parameters.items()
-        ],
+        [checkpoint.Loaded(nbytes(p), merged=key in model.merged) for key, p in model.parameters.items()],
     )
     return ledger.fullest("load", "host")
 
@@ -554,7 +574,10 @@ def _saved(setup: Setup, run: Run) -> tuple[int, int]:
     """Bytes that the main process copies to the host to write the fullest file of the model, then the largest state."""
     model = run.trainable if setup.training.lora is not None else run.parameters
     states = [nbytes for p, _ in run.trainable for nbytes in run.optimizer.state_bytes(p)]
-    return checkpoint.largest_file(p.nbytes for p, count in model for _ in range(count)), max(states, default=0)
+    whole = sum(p.nbytes * count for p, count in model)
+    if whole > checkpoint.MAX_SHARD_SIZE:
+        whole = checkpoint.largest_file(p.nbytes for p, count in model for _ in range(count))
+    return whole, max(states, default=0)
 
 
 def _gpu_memory(

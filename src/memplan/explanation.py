@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from memplan.engines.plain import Parts, Run
 from memplan.inference import Inference
+from memplan.memory.course import ExplainingLedger
 from memplan.memory.loading import Held
 from memplan.memory.optimizers import rounded
 from memplan.memory.timeline import COMPONENTS
@@ -14,6 +15,8 @@ from memplan.results import GpuMemory, Term
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import Buffer
 
+SHOWN = 4
+"""Sizes of blocks that a term shows."""
 SOURCES = {
     "weights": "config.json; transformers from_pretrained(dtype=...)",
     "blocks": "CUDACachingAllocator::should_split: remainders up to 1 MiB stay with the block",
@@ -59,27 +62,40 @@ ENGINES = {
 }
 
 
-def explain_sharded(kind: str, parts: Parts, memory: GpuMemory) -> tuple[Term, ...]:
-    """The components of the peak under an engine that shards. They sum to ``peak_device``."""
-    what = {
-        "weights": "this rank's weights or partitions of them",
-        "gradients": "gradients that wait to be reduced, and this rank's partition of them",
-        "optimizer": "masters and moments of this rank's partition",
-        "communication": "buckets, flat copies and gathered weights",
-        "workspace": "cuBLAS, one per thread that runs GEMMs",
-    }
-    terms = [
-        Term(
-            name=name,
-            formula=what.get(name, "what forward and backward hold, as without the engine"),
-            filled=f"{size:,}",
-            bytes=size,
-            source=ENGINES[kind] if name in what else "torch autograd",
-        )
-        for name, size in parts.items()
-        if size
-    ]
+def explain_sharded(kind: str, found: ExplainingLedger, memory: GpuMemory) -> tuple[Term, ...]:
+    """The terms of a peak under an engine that shards: its blocks by what they are, and the tape's tensors.
+
+    They sum to ``peak_device``.
+    """
+    named: dict[tuple[str, str], Counter[int]] = {}
+    for (component, name, nbytes), count in found.blocks.items():
+        named.setdefault((component, name), Counter())[nbytes] += count
+    terms = []
+    for (component, name), sizes in named.items():
+        total = sum(nbytes * count for nbytes, count in sizes.items())
+        what, _, keys = name.partition(" (")
+        if total:
+            terms.append(
+                Term(
+                    name=f"{component}: {what}" if what else component,
+                    formula="blocks x bytes" + (f", sized by {keys.removesuffix(')')}" if keys else ""),
+                    filled=_largest(sizes),
+                    bytes=total,
+                    source=ENGINES[kind],
+                )
+            )
+    terms.sort(key=lambda term: -term.bytes)
+    if found.tape is not None:
+        terms += _tensors(found.tape, set(found.tensors))
     return (*terms, *_remaining(terms, memory, "what a block is larger than its tensor", SOURCES["blocks"]))
+
+
+def _largest(sizes: Counter[int]) -> str:
+    """Blocks of a kind, those first that take the most together."""
+    ranked = sorted(sizes.items(), key=lambda each: -each[0] * each[1])
+    told = [f"{count:,} x {nbytes:,}" for nbytes, count in ranked[:SHOWN] if nbytes]
+    others = sum(count for _, count in ranked[SHOWN:])
+    return " + ".join(told) + (f" + {others:,} smaller" if others else "")
 
 
 def explain_inference(found: Inference, memory: GpuMemory) -> tuple[Term, ...]:

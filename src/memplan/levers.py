@@ -21,6 +21,7 @@ NOTHING = (
     "stage3_max_reuse_distance",
     "stage3_param_persistence_threshold",
 )
+SHARDING_STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP")
 SWITCHES = ("overlap_comm", "contiguous_gradients")
 
 
@@ -59,9 +60,15 @@ def _changes(setup: Setup, strategy: Strategy) -> Iterator[tuple[str, int | bool
             yield key, value, not value, strategy.replace(zero=keys.replace(**{key: not value}))
         if strategy.offload_optimizer == "none":
             yield "offload_optimizer", "none", "cpu", strategy.replace(offload_optimizer="cpu")
-    if strategy.kind == "fsdp":
+    if strategy.kind == "fsdp" and strategy.fsdp.version == 2:
         reshard = strategy.fsdp.reshard_after_forward
         changed = strategy.fsdp.replace(reshard_after_forward=not reshard)
         yield "reshard_after_forward", reshard, not reshard, strategy.replace(fsdp=changed)
+    elif strategy.kind == "fsdp":
+        sharding = strategy.fsdp.sharding_strategy or SHARDING_STRATEGIES[0]
+        for other in SHARDING_STRATEGIES:
+            if other != sharding:
+                changed = strategy.fsdp.replace(sharding_strategy=other)
+                yield "sharding_strategy", sharding, other, strategy.replace(fsdp=changed)
     if strategy.kind in ("zero3", "fsdp") and strategy.offload_param == "none":
         yield "offload_param", "none", "cpu", strategy.replace(offload_param="cpu")

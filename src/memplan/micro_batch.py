@@ -15,8 +15,10 @@ from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, M
 from memplan.architectures.registry import build_model, trainable_heads
 from memplan.catalog.gpus import find_gpu
 from memplan.constants import Constant
+from memplan.engines.layout import Layout, layout
 from memplan.engines.plain import Evaluation, Run
 from memplan.errors import SpecError, UnsupportedError
+from memplan.memory.evaluation import Kept, Prediction
 from memplan.memory.optimizers import groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces
 from memplan.memory.timeline import Unrolled, unroll
@@ -82,6 +84,11 @@ class Setup:
         """autocast's lower precision, if it is on."""
         return _AUTOCAST[self.precision.mixed_precision] if self.engine in ("torch", "fsdp", "fsdp1") else None
 
+    @property
+    def output_dtype(self) -> DType | None:
+        """To what FSDP2 casts the model's outputs (MixedPrecisionPolicy.output_dtype, as accelerate sets it)."""
+        return self.autocast if self.engine == "fsdp" else None
+
 
 @dataclass
 class MicroBatch:
@@ -91,20 +98,28 @@ class MicroBatch:
     root: Module
     inventory: Inventory
     assumptions: tuple[Constant, ...] = ()
-    predictions: Sequence[int] = ()
-    """Bytes of the batch's logits and labels, which evaluation may keep; none where no logits are made."""
+    predictions: Sequence[Prediction] = ()
+    """The batch's logits and labels, which evaluation may keep; none where no logits are made."""
 
     @cached_property
     def unrolled(self) -> Unrolled:
         """The log of all layers."""
         return unroll(self.tape, self.inventory.stacks)
 
+    @cached_property
+    def _layouts(self) -> dict[bool, Layout]:
+        return {}
+
+    def layout(self, one_group: bool = False) -> Layout:
+        """The model as an engine that shards sees it (:func:`memplan.engines.layout.layout`)."""
+        if one_group not in self._layouts:
+            self._layouts[one_group] = layout(self.root, one_group)
+        return self._layouts[one_group]
+
 
 def micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation: bool = False) -> MicroBatch:
     """Run one micro-batch (or one evaluation batch) on a fresh tape, or take the one that was traced."""
     if setup.traced is not None:
-        if setup.copies_gradients:
-            raise UnsupportedError("gradient_as_bucket_view: of a traced model it is not modelled. Leave it out.")
         return setup.traced.micro_batch(accumulated=accumulated, evaluation=evaluation)
     training = setup.training
     tape = Tape(setup.rules)
@@ -130,8 +145,10 @@ def micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation
     with tape.tagged(INPUT):
         inputs = root.inputs(batch, training.seq_len)
     tape.input_count = len(tape.sizes)
-    loss, outputs = _forward(tape, root, inputs, setup.autocast)
-    predictions = [x.nbytes for x in (outputs, *inputs[1:])] if isinstance(outputs, Tensor) else []
+    loss, outputs = _forward(tape, root, inputs, setup)
+    found = (outputs, *inputs[1:]) if isinstance(outputs, Tensor) else ()
+    predictions = [Prediction(x.nbytes, is_widened=x.dtype is dtypes.bfloat16) for x in found]
+    del found
     del outputs  # compute_loss returns the loss alone
     if not evaluation:
         tape.mark("backward")
@@ -174,14 +191,19 @@ def build(
         if setup.engine == "fsdp1":
             sees_sharded_adapters(root, dtypes.float32)
         if training.gradient_checkpointing:
-            for _, module in root.named_modules():
-                if isinstance(module, InputEmbeddings):
-                    module.require_output_grad = True
-                    break
+            require_input_grads(root)
     if quantization is not None and setup.engine != "torch":
         cast(root, setup.dtype)
         sees_sharded_adapters(root, setup.dtype)
     return root
+
+
+def require_input_grads(root: Module) -> None:
+    """enable_input_require_grads(): the first embedding, and in an encoder-decoder its two stacks' own."""
+    embeddings = [module for _, module in root.named_modules() if isinstance(module, InputEmbeddings)]
+    weight = getattr(embeddings[0], "weight", None)
+    for module in embeddings:
+        module.require_output_grad = module is embeddings[0] or getattr(module, "weight", module) is weight
 
 
 def resized(model: ModelSpec, training: TrainingSpec) -> ModelSpec:
@@ -205,12 +227,14 @@ def prepares_for_kbit_training(training: TrainingSpec) -> bool:
     return quantization is not None and quantization.prepare_for_kbit_training and training.task == "train"
 
 
-def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], autocast: DType | None) -> tuple[Tensor, Any]:
+def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], setup: Setup) -> tuple[Tensor, Any]:
     """accelerate's prepared forward: the loss, and what else the Trainer gets."""
-    with tape.autocasting(autocast):
+    with tape.autocasting(setup.autocast):
         loss, outputs = root(*inputs)
-    if autocast is not None and outputs is not None:
+    if setup.autocast is not None and outputs is not None:
         outputs = outputs.float()  # ConvertOutputsToFp32
+    if setup.output_dtype is not None and outputs is not None:
+        outputs = outputs.to(setup.output_dtype)
     return loss, outputs
 
 
@@ -224,9 +248,10 @@ def run_of(setup: Setup, gpu: GPUSpec | None) -> tuple[Run, MicroBatch]:
     micro = micro_batch(setup, full_depth=False, accumulated=accumulated)
     evaluation = None
     if training.eval_batch_size is not None:
-        pass_ = micro_batch(setup, full_depth=False, accumulated=False, evaluation=True)
+        pass_ = evaluation_batch(setup, full_depth=False)
         fullest = max(pass_.unrolled.profile().peaks.values(), key=lambda moment: moment.total)
-        evaluation = Evaluation(fullest, _kept_predictions(training, pass_), training.eval_accumulation_steps or 1)
+        kept = Kept(_kept_predictions(training, pass_), training.eval_accumulation_steps or 1)
+        evaluation = Evaluation(fullest, kept)
     run = Run(
         parameters=micro.inventory.parameters,
         buffer_bytes=sum(micro.inventory.buffer_blocks),
@@ -246,8 +271,8 @@ def run_of(setup: Setup, gpu: GPUSpec | None) -> tuple[Run, MicroBatch]:
     return run, micro
 
 
-def _kept_predictions(training: TrainingSpec, micro: MicroBatch) -> Sequence[int]:
-    """Bytes of what evaluation keeps of each batch. Raises UnsupportedError where it is more than logits and labels."""
+def _kept_predictions(training: TrainingSpec, micro: MicroBatch) -> Sequence[Prediction]:
+    """What evaluation keeps of each batch. Raises UnsupportedError where it is more than logits and labels."""
     if training.eval_accumulation_steps is None:
         return ()
     if len(micro.predictions) != 2:
@@ -261,6 +286,12 @@ def _kept_predictions(training: TrainingSpec, micro: MicroBatch) -> Sequence[int
 def all_layers(setup: Setup, accumulated: bool) -> MicroBatch:
     """A micro-batch with every layer on the tape, which several engines are replayed over."""
     return micro_batch(setup, full_depth=True, accumulated=accumulated)
+
+
+@lru_cache(maxsize=8)
+def evaluation_batch(setup: Setup, *, full_depth: bool) -> MicroBatch:
+    """A batch of evaluation."""
+    return micro_batch(setup, full_depth=full_depth, accumulated=False, evaluation=True)
 
 
 def reference_gpu() -> GPUSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,22 +10,29 @@ from memplan.adapters.quantization import Linear8bitLt, check_quant_storage
 from memplan.architectures.nn import Module
 from memplan.engines import bf16, fsdp, fsdp1, plain, zero, zero0, zero3
 from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
-from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, Layout, Played, StateDict, layout, play
+from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, EvaluationLoop, Layout, Played, StateDict, play
 from memplan.engines.plain import Parts
-from memplan.errors import UnsupportedError
 from memplan.memory import loading
-from memplan.memory.course import Ledger, ReplayLedger, course
+from memplan.memory.course import ExplainingLedger, Ledger, ReplayLedger, course
 from memplan.memory.trace import Replayed, configured, engines_bound
-from memplan.micro_batch import Setup, all_layers, build, micro_batch, prepares_for_kbit_training, run_of
+from memplan.micro_batch import (
+    Setup,
+    all_layers,
+    build,
+    evaluation_batch,
+    micro_batch,
+    prepares_for_kbit_training,
+    run_of,
+)
 from memplan.results import HostMemory, NvmeMemory, Phase
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import AllocatorSpec
 from memplan.tape import tensor as dtypes
 from memplan.tape.tape import Tape
-from memplan.tape.tensor import DType, Parameter
+from memplan.tape.tensor import Parameter
 
-PHASES = ("load", "first_step", "forward", "loss", "backward", "step", "idle", "save")
+PHASES = ("load", "first_step", "forward", "loss", "backward", "step", "idle", "eval", "save")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,30 +61,51 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
     run, micro = run_of(setup, gpu)
     micro_batches = min(run.grad_accum_steps, MICRO_BATCHES) * STEPS
     counts = micro.unrolled.size_counts()
+    phases = [phase for phase in PHASES if phase != "eval" or run.evaluation is not None]
+    evaluated: Mapping[int, tuple[int, int]] = {}
+    if run.evaluation is not None:
+        evaluated = evaluation_batch(setup, full_depth=False).unrolled.size_counts()
     found: list[Sharded] = []
-    for rank in _ranks(strategy, layout(micro.root, strategy.zero.ds_optimizer), ranks):
+    for rank in _ranks(strategy, micro.layout(strategy.zero.ds_optimizer), ranks):
         ledger = Ledger(ranks=per_node)
         play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=False)
-        placed = {phase: ledger.fullest(phase) for phase in PHASES}
-        host = {phase: ledger.fullest(phase, "host") for phase in PHASES}
-        pinned = {phase: plain.total(ledger.fullest(phase, "pinned")) for phase in PHASES}
-        bound = engines_bound(ledger.sizes, counts, micro_batches)
+        placed = {phase: ledger.fullest(phase) for phase in phases}
+        host = {phase: ledger.fullest(phase, "host") for phase in phases}
+        pinned = {phase: plain.total(ledger.fullest(phase, "pinned")) for phase in phases}
+        bound = engines_bound(ledger.sizes, counts, micro_batches, evaluated)
         found.append(Sharded(placed, host, pinned, ledger.fullest("idle", "nvme"), bound, rank))
     return max(found, key=lambda each: each.peak)
 
 
 @lru_cache(maxsize=64)
-def replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int) -> Replayed:
-    """The allocator under the engine, two steps long."""
+def replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int, limit: int | None) -> Replayed:
+    """The allocator under the engine: two steps, and evaluation in what CUDA has to give."""
     ledger = ReplayLedger(configured(setup.training.alloc_conf or AllocatorSpec()))
-    play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=True)
+    play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=True, limit=limit)
     return Replayed(ledger.peaks, ledger.peak_reserved)
 
 
+def explained(
+    setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int, phase: str
+) -> ExplainingLedger:
+    """What one rank has on its GPU at a phase's fullest moment, block by block."""
+    ledger = ExplainingLedger(phase)
+    play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=True)
+    return ledger
+
+
 def play_engine(
-    setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int, ledger: Ledger, *, full_depth: bool
+    setup: Setup,
+    gpu: GPUSpec | None,
+    strategy: Strategy,
+    ranks: int,
+    rank: int,
+    ledger: Ledger,
+    *,
+    full_depth: bool,
+    limit: int | None = None,
 ) -> None:
-    """Play two steps on one rank; ``ledger`` keeps what it places."""
+    """Play two steps, and evaluation, on one rank; ``ledger`` keeps what it places."""
     run, closed = run_of(setup, gpu)
     accumulates = run.grad_accum_steps > 1
     first = all_layers(setup, False) if full_depth else closed
@@ -87,7 +115,17 @@ def play_engine(
     flat = strategy.kind == "fsdp" and strategy.fsdp.version == 1  # autograd makes one gradient of a unit's
     if accumulates and strategy.kind in ("zero0", "zero1", "fsdp") and not flat:  # they stay where autograd put them
         later = all_layers(setup, True) if full_depth else closed
-    model = layout(first.root, strategy.zero.ds_optimizer)
+    model = first.layout(strategy.zero.ds_optimizer)
+    evaluation = None
+    if run.evaluation is not None:
+        batch = evaluation_batch(setup, full_depth=full_depth)
+        evaluation = EvaluationLoop(
+            course=course(batch.unrolled, batch.layout().numbers, measured=ledger.measures),
+            inputs=first.tape.sizes[: first.tape.input_count],
+            kept=run.evaluation.kept,
+            ranks=ranks,
+            limit=limit,
+        )
     played = Played(
         loaded=_loaded(setup, strategy, model),
         converted=_converted(setup, strategy, model),
@@ -99,10 +137,12 @@ def play_engine(
             model.split,
         ),
         held=first.inventory.buffer_blocks,
+        outlived=_outlived(setup, strategy, model),
         workspaces=run.workspaces,
-        first=course(first.unrolled, model.numbers, measured=not full_depth),
-        later=course(later.unrolled, layout(later.root).numbers, measured=not full_depth),
+        first=course(first.unrolled, model.numbers, measured=ledger.measures),
+        later=course(later.unrolled, later.layout().numbers, measured=ledger.measures),
         grad_accum_steps=run.grad_accum_steps,
+        evaluation=evaluation,
     )
     play(_engine(setup, strategy, first.root, model, ranks, rank, ledger), ledger, played)
 
@@ -150,6 +190,25 @@ def _quantizing(setup: Setup) -> int:
     return loading.load(loading.tensors(root), direct=True, prepare=prepare).peak_allocated
 
 
+def _outlived(setup: Setup, strategy: Strategy, model: Layout) -> list[tuple[int, str]]:
+    """torch's Adagrad makes its states as it is made. DeepSpeed then gives it masters or flat partitions, for which it
+    makes others; those of the weights stay, where and in the type in which the weights were.
+    """
+    keys, zero3_init = strategy.zero, strategy.kind == "zero3" and strategy.zero.zero3_init_flag
+    has_masters = strategy.kind != "zero0" or setup.dtype is not dtypes.float32
+    if setup.training.optim != "adagrad" or not strategy.is_deepspeed or not has_masters:
+        return []
+    if strategy.offload_optimizer != "none" and keys.ds_optimizer:  # DeepSpeedCPUAdagrad
+        return []
+    adapted = setup.training.lora is not None
+    if zero3_init and not adapted:
+        return []  # they are cut into partitions: nothing is left of them
+    loaded = dtypes.float32 if adapted else dtypes.dtype_named(setup.precision.dtype)
+    dtype = setup.dtype if keys.ds_optimizer else loaded
+    place = "gpu" if keys.ds_optimizer or zero3_init else "host"
+    return [(model.parameters[key].numel * dtype.itemsize, place) for group in model.groups for key in group]
+
+
 def _quantized_on_host(setup: Setup, root: Module) -> int:
     """Bytes of the largest weight that Bnb8bitQuantize takes to the host and back, as it is loaded."""
     layers = [module for _, module in root.named_modules() if isinstance(module, Linear8bitLt)]
@@ -172,8 +231,6 @@ def _engine(
     hidden_size, optim = setup.model.hidden_size, setup.training.optim
     if setup.training.quantization is not None:
         check_quant_storage(setup.training.quantization, setup.dtype)
-    if strategy.is_deepspeed:
-        _check_zero(strategy, setup.dtype)
     if strategy.kind == "fsdp":
         loaded, mixed = dtypes.dtype_named(setup.precision.dtype), setup.autocast is not None
         placed = fsdp.fsdp_setup(
@@ -204,29 +261,14 @@ def _engine(
         return zero3.Zero3(sharded, ledger)
     frozen = [p.nbytes for p in model.parameters.values() if p.node is None]
     if strategy.kind == "zero0":
-        return zero0.Zero0(zero0.zero0_setup(model, frozen, setup.dtype, optim, setup.rules), ledger)
+        zero.master_dtype(strategy, setup.dtype)
+        communication = zero.named(strategy.zero.communication_data_type, setup.dtype)
+        return zero0.Zero0(zero0.zero0_setup(model, frozen, setup.dtype, communication, optim, setup.rules), ledger)
     groups = zero.parameter_groups(model, ranks, strategy.zero.round_robin_gradients)
     places = zero.zero_setup(strategy, groups, frozen, rank, setup.dtype, hidden_size, optim, setup.rules)
     if zero.uses_bf16_optimizer(strategy, setup.dtype):
         return bf16.Bf16(places, ledger)
     return zero.Zero12(places, ledger)
-
-
-def _check_zero(strategy: Strategy, dtype: DType) -> None:
-    """Keys of DeepSpeed that no stage models for other values than these."""
-    keys = strategy.zero
-    in_stage_3 = strategy.kind == "zero3"
-    reasons = {
-        "communication_data_type": keys.communication_data_type is not None
-        and zero.ACCUMULATION[keys.communication_data_type] is not dtype
-        and "another type than the model's",
-        "stage3_model_persistence_threshold": in_stage_3
-        and keys.stage3_model_persistence_threshold != sys.maxsize
-        and keys.stage3_model_persistence_threshold,
-    }
-    for key, value in reasons.items():
-        if value:
-            raise UnsupportedError(f"{key}: {value!r} is not modelled yet under {strategy.kind}. Leave it out.")
 
 
 def _ranks(strategy: Strategy, model: Layout, ranks: int) -> list[int]:

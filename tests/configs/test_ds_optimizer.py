@@ -26,8 +26,8 @@ OPTIMIZER = {"type": "AdamW", "params": {"torch_adam": True, "lr": "auto"}}
 BASE = {"dtype": "bfloat16", "mixed_precision": "bf16", "micro_batch_size": 1, "seq_len": 16, "num_layers": 2}
 
 
-def config_of(options: dict[str, Any]) -> dict[str, Any]:
-    return {**_engine_config(options), "optimizer": OPTIMIZER}
+def config_of(options: dict[str, Any], nvme_path: str = "") -> dict[str, Any]:
+    return {**_engine_config(options, nvme_path), "optimizer": OPTIMIZER}
 
 
 _engine_config = o2.engine_config

@@ -183,6 +183,13 @@ def test_gradients_that_are_not_swapped_wait_on_the_gpu() -> None:
     assert waiting[1] - waiting[0] > 2 * 4 * 8256 * 1024 // 3 * 0.99
 
 
+def test_weights_on_their_way_to_nvme_are_on_the_gpu_module_by_module() -> None:
+    result = estimate(param="nvme", **AWAY)
+    load = next(phase.allocated for phase in result.gpu.phases if phase.name == "load")
+    largest = 2 * 8192 * 1024
+    assert largest <= load < 2 * largest + 1_000_000_000  # the embedding, its partition, and the bucket
+
+
 def test_a_small_disk_decides_the_verdict() -> None:
     cluster = memplan.ClusterSpec(gpu="A100-80GB", gpus=2, nvme="100MiB")
     strategy = memplan.Strategy(kind="zero3", offload_optimizer="nvme")

@@ -27,7 +27,6 @@ BLOCKS = {
     "gpt_bigcode": "GPTBigCodeBlock",
     "gpt_neox": "GPTNeoXLayer",
     "stablelm": "StableLmDecoderLayer",
-    "mt5": "MT5Block",
 }
 
 
@@ -65,6 +64,8 @@ SPEC: list[tuple[dict[str, Any], str]] = [
     ({"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 100_000}, "list of blocks, which fully_shard refuses"),
     ({"family": "bert"}, "auto_wrap_policy.*transformer_layer_cls_to_wrap"),
     ({"family": "vit"}, "auto_wrap_policy.*transformer_layer_cls_to_wrap"),
+    ({"family": "t5"}, "auto_wrap_policy.*which torch refuses. Use --strategy zero2"),
+    ({"family": "gpt2", "transformer_layer_cls_to_wrap": ("Embedding", "GPT2Block")}, "which torch refuses"),
     ({"training": {"optim": "adafactor"}}, "optim: 'adafactor' cannot step on the DTensors"),
     ({"version": 1, "reshard_after_forward": False}, "reshard_after_forward.*SHARD_GRAD_OP"),
     ({"sharding_strategy": "FULL_SHARD"}, "sharding_strategy.*version 2"),
@@ -78,7 +79,6 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"training": {"optim": "adagrad"}}, "optim: 'adagrad'"),
     ({"training": {"optim": "adamw_bnb_8bit"}}, "optim: 'adamw_bnb_8bit'"),
     ({"family": "gpt2", "version": 1, "transformer_layer_cls_to_wrap": ("Embedding", "GPT2Block")}, "share"),
-    ({"family": "gpt2", "transformer_layer_cls_to_wrap": ("Embedding", "GPT2Block")}, "share"),
     (
         {"training": {"gradient_checkpointing": True}, "transformer_layer_cls_to_wrap": ("LlamaMLP",)},
         "transformer_layer_cls_to_wrap",

@@ -26,7 +26,7 @@ from memplan.results import Estimate
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
-from memplan.specs.strategy import Strategy
+from memplan.specs.strategy import DdpSpec, Strategy, ZeroSpec
 from memplan.specs.training import TrainingSpec
 
 GPU = "A100-80GB"
@@ -40,11 +40,13 @@ def deep(family: str, depth: int, **changes: Any) -> dict[str, Any]:
     return config | {name: depth for name in names if name in config}
 
 
-def resolved(config: dict[str, Any], training: TrainingSpec = SHORT, gpu: str = GPU) -> Setup:
+def resolved(
+    config: dict[str, Any], training: TrainingSpec = SHORT, gpu: str = GPU, strategy: Strategy | None = None
+) -> Setup:
     spec = ModelSpec(
         id="m", model_type=config["model_type"], architecture=config["architectures"][0], config=config, source="test"
     )
-    return estimator.resolve(spec, training, ClusterSpec(gpu=find_gpu(gpu)), Strategy(), SoftwareSpec())
+    return estimator.resolve(spec, training, ClusterSpec(gpu=find_gpu(gpu)), strategy or Strategy(), SoftwareSpec())
 
 
 def how(result: Estimate) -> str:
@@ -138,6 +140,21 @@ def test_the_extrapolated_log_is_the_log_of_all_layers(
         assert same_log(short[name], full[name]), name
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_the_extrapolated_gradients_are_those_of_all_layers(family: str) -> None:
+    setup = resolved(deep(family, 20), SHORT.replace(grad_accum_steps=2), strategy=Strategy(kind="zero2"))
+    tracing = extrapolate._tracing(setup)
+    short = extrapolate._extrapolated(tracing, extrapolate._find_stacks(tracing.model))
+    full = extrapolate._in_full(tracing, [])
+    assert short is not None
+    weights = sum(p.requires_grad for p in tracing.model.parameters())
+    for name, recording_ in full.items():
+        assert same_log(short[name], recording_), name
+        acts = [act for segment in recording_.segments for act in segment.acts]
+        assert len(acts) == len({act.subject.path for act in acts}) == weights
+        assert all((act.storage >= 0) is (name == "first") for act in acts)  # later ones are added to those
+
+
 # -- against the architecture files
 
 
@@ -169,6 +186,56 @@ def test_a_trace_says_what_the_architecture_file_says(family: str, training: dic
         assert phases(traced)[name] == pytest.approx(size, rel=1e-3), name
     assert traced.gpu.peak_reserved == pytest.approx(written.gpu.peak_reserved, rel=0.02)
     assert not any(assumption.name == "written family" for assumption in traced.assumptions)
+
+
+SMALL_BUCKETS = ZeroSpec(reduce_bucket_size=200_000)
+"""Smaller than a block's weights: what is saved shows beside them."""
+
+
+@pytest.mark.parametrize(
+    ("family", "training", "strategy", "gpu"),
+    [
+        ("llama", {"grad_accum_steps": 3}, Strategy(kind="zero0"), GPU),
+        ("gpt2", {"packed": False}, Strategy(kind="zero1", zero=SMALL_BUCKETS), "cpu"),
+        ("falcon", {"grad_accum_steps": 2}, Strategy(kind="zero1", zero=SMALL_BUCKETS), "H100-80GB"),
+        (
+            "llama",
+            {"grad_accum_steps": 2},
+            Strategy(kind="zero1", zero=SMALL_BUCKETS.replace(grad_accum_dtype="fp32")),
+            GPU,
+        ),
+        ("llama", {"grad_accum_steps": 2}, Strategy(kind="zero2", zero=SMALL_BUCKETS), GPU),
+        ("t5", {"gradient_checkpointing": True, "attn": "eager"}, Strategy(kind="zero2", zero=SMALL_BUCKETS), GPU),
+        ("llama", {"lora": {"rank": 8, "targets": ["all-linear"]}}, Strategy(kind="zero2", zero=SMALL_BUCKETS), "T4"),
+        (
+            "cohere",
+            {"gradient_checkpointing": True, "eval_batch_size": 3},
+            Strategy(kind="zero2", offload_optimizer="cpu", zero=SMALL_BUCKETS),
+            GPU,
+        ),
+        ("gpt_neox", {"dtype": "float32", "mixed_precision": "no"}, Strategy(kind="zero2", zero=SMALL_BUCKETS), GPU),
+        ("mixtral", {"mixed_precision": "fp16"}, Strategy(kind="zero2", zero=SMALL_BUCKETS), GPU),
+        ("llama", {}, Strategy(kind="ddp", ddp=DdpSpec(gradient_as_bucket_view=True)), GPU),
+    ],
+    ids=str,
+)
+def test_a_trace_gives_an_engine_its_gradients(
+    family: str, training: dict[str, Any], strategy: Strategy, gpu: str
+) -> None:
+    config, asked, cluster = deep(family, 16), SHORT.replace(**training), ClusterSpec(gpu=gpu, gpus=4)
+    traced, written = (api.estimate(config, asked, cluster, strategy, trace=flag) for flag in (True, False))
+    assert "of 16 layers" in how(traced)
+    assert traced.gpu.steady_allocated == pytest.approx(written.gpu.steady_allocated, rel=2e-4)
+    for name, size in phases(written).items():
+        assert phases(traced)[name] == pytest.approx(size, rel=1e-3), name
+    assert traced.host.peak == pytest.approx(written.host.peak, rel=1e-3)
+    assert traced.gpu.peak_reserved == pytest.approx(written.gpu.peak_reserved, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["zero3", "fsdp"])
+def test_an_engine_that_hooks_into_modules_is_not_traced(kind: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"^trace: under .* modules"):
+        api.estimate(deep("llama", 4), SHORT, ClusterSpec(gpu=GPU, gpus=4), Strategy(kind=kind), trace=True)
 
 
 def test_the_8b_model_is_traced_on_a_few_layers() -> None:
@@ -283,6 +350,22 @@ def test_a_module_keeps_what_it_saves_for_its_backward() -> None:
     assert cpu.components.activations - gpu.components.activations == 19 * tokens * 64 * 3
     loss = {phase.name: phase.allocated for phase in gpu.phases}["loss"]
     assert loss == states + saved + head + gpu.components.workspace - 20 * tokens * 64 * 3
+
+
+def test_a_module_is_traced_under_an_engine() -> None:
+    training = TrainingSpec(micro_batch_size=64, seq_len=256)
+    cluster, strategy = ClusterSpec(gpu=GPU, gpus=4), Strategy(kind="zero2", zero=SMALL_BUCKETS)
+    gpu = api.estimate(Net(), training, cluster, strategy, inputs=halved, replay=False).gpu
+    loss = {phase.name: phase.allocated for phase in gpu.phases}["loss"]
+    tokens = 64 * 256
+    # As below, in 16 bit: what DeepSpeed has cast; norms keep mean and rstd in float32.
+    saved = 20 * tokens * (2 * (64 + 64 + 256 + 256) + 4 * 2)
+    states = gpu.components.weights + gpu.components.optimizer + gpu.components.workspace
+    assert 0 <= loss - states - saved < 2**16  # the head
+
+
+def halved(batch_size: int, seq_len: int) -> dict[str, torch.Tensor]:
+    return made(batch_size, seq_len) | {"x": torch.randn(batch_size, seq_len, 64, dtype=torch.bfloat16)}
 
 
 class RMSNormed(Net):

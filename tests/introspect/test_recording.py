@@ -58,7 +58,7 @@ def test_a_short_recording_is_repeated_to_any_depth(depth: int) -> None:
 
 def test_what_a_deep_recording_says_on_a_tape() -> None:
     deep = expand(chain(5), {0: [0, 1, *[2] * 28, 3, 4]})
-    tape = to_tape(deep, CPU)
+    tape = to_tape(deep, CPU, {})
     profile = unroll(tape, {0: list(range(32))}).profile()
     # 32 layers keep 3 MiB and have a cast of 2; the last adds 5 before its temporary goes, beside 1 of inputs.
     assert profile.peaks["forward"].total == (1 + 32 * (3 + 2) + 5) * MIB

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 import memplan
+from memplan.memory.evaluation import Kept
 from memplan.memory.trace import EvaluationLoop, _evaluate, _Replay
+from memplan.specs.strategy import ZeroSpec
 from memplan.specs.training import AllocatorSpec
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import float32
@@ -45,6 +47,38 @@ def test_evaluation_is_replayed_and_bounded(gpus: int, steps: int | None) -> Non
     assert replayed.peak_reserved > estimated(gpus).gpu.peak_reserved
 
 
+@pytest.mark.parametrize("kind", ["zero0", "zero1", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize("steps", [None, 1, 3])
+def test_evaluation_under_an_engine_is_replayed_and_bounded(kind: str, steps: int | None) -> None:
+    training = memplan.TrainingSpec(seq_len=128, eval_batch_size=24, eval_accumulation_steps=steps)
+    cluster, strategy = memplan.ClusterSpec(gpu="A100-80GB", gpus=4), memplan.Strategy(kind=kind)
+    if kind.startswith("zero") and kind != "zero0":
+        strategy = strategy.replace(zero=ZeroSpec(reduce_bucket_size=100_000))
+    replayed, bound = (memplan.estimate(CONFIG, training, cluster, strategy, replay=flag) for flag in (True, False))
+    levels = [{phase.name: phase.allocated for phase in each.gpu.phases} for each in (replayed, bound)]
+    assert replayed.gpu.peak_phase == "eval"
+    assert levels[0]["eval"] == pytest.approx(levels[1]["eval"], rel=0.02)
+    assert replayed.gpu.peak_allocated <= replayed.gpu.peak_reserved <= bound.gpu.peak_reserved
+    host = {phase.name: phase.allocated for phase in replayed.host.phases}
+    # Each of the four has all four's logits, in 16 bit and, for NumPy, in float32.
+    assert host["eval"] - host["idle"] == 4 * 4 * (steps or 0) * 24 * 128 * 32000 * (2 + 4)
+
+
+def test_an_engine_is_confined_as_training_itself_is_not() -> None:
+    training = memplan.TrainingSpec(seq_len=128, micro_batch_size=8, eval_batch_size=40)
+    strategy = memplan.Strategy(kind="fsdp")
+
+    def high(gpu_memory: int | None) -> memplan.Estimate:
+        cluster = memplan.ClusterSpec(gpu="A100-80GB", gpus=4, gpu_memory=gpu_memory)
+        return memplan.estimate(CONFIG, training, cluster, strategy)
+
+    free = high(None).gpu
+    small = high(free.high - 256 * MiB)
+    assert small.gpu.peak_allocated == free.peak_allocated
+    assert small.gpu.high <= free.high - 256 * MiB
+    assert small.verdict == "fits"
+
+
 def test_what_training_cached_goes_before_evaluation_dies() -> None:
     training: dict[str, Any] = {"micro_batch_size": 8, "eval_batch_size": 40}
     free = estimated(**training).gpu
@@ -69,5 +103,5 @@ def test_an_evaluation_that_dies_reserves_more_than_there_is(rows: int) -> None:
     limit = rows * 4 * MiB - MiB
     replay = _Replay(AllocatorSpec())
     replay.free(replay.allocate("step", [8 * MiB]))
-    _evaluate(replay, EvaluationLoop(tape, (), 1, 1, limit))
+    _evaluate(replay, EvaluationLoop(tape, Kept((), 1), 1, limit))
     assert replay.peak_reserved == rows * 4 * MiB > limit

@@ -53,6 +53,8 @@ BLOCK = 512
 """Bytes that CUDA's caching allocator rounds a block up to."""
 LARGEST = 30
 """Blocks listed at a peak."""
+EVAL_BATCHES = 3
+"""Batches of an evaluation that keeps no predictions; others have as many as are kept on the GPU."""
 LIBRARIES = ("deepspeed/", "transformers/", "accelerate/", "peft/", "torch/distributed/", "torch/optim/")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,19 +218,21 @@ def engine_config(options: dict[str, Any], nvme_path: str = "") -> dict[str, Any
     knobs = dict(options.get("zero", {}))
     config: dict[str, Any] = {
         "bf16": {"enabled": "auto"},
-        "fp16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto", **options.get("fp16", {})},
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "train_batch_size": "auto",
         "gradient_clipping": "auto",
         "zero_optimization": zero,
-        # DeepSpeedCPUAdam is compiled by the first run that wants it. Its states are AdamW's, made where AdamW's are.
+        # DeepSpeedCPUAdam's states are AdamW's, made where AdamW's are.
         "zero_force_ds_cpu_optimizer": False,
     }
     if "grad_accum_dtype" in knobs:
         config["data_types"] = {"grad_accum_dtype": knobs.pop("grad_accum_dtype")}
-    if "aio" in knobs:
-        config["aio"] = knobs.pop("aio")
+    for name in ("aio", "communication_data_type", "zero_force_ds_cpu_optimizer"):
+        if name in knobs:
+            config[name] = knobs.pop(name)
+    config["bf16"] |= {name: knobs.pop(name) for name in list(knobs) if name.startswith("bf16_")}
     for name, value in knobs.items():
         zero[name] = {**zero.get(name, {}), **value} if isinstance(value, dict) else value
     return config
@@ -256,6 +260,7 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     sides = TwoSides() if told_apart else None
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu" if sides is None else "cpu:0"
     _become_rank_zero(options["gpus"])
+    _do_without_native_optimizers()
     recorder = Recorder()
     warnings.simplefilter("ignore")
     gc.collect()
@@ -382,7 +387,27 @@ def _become_rank_zero(gpus: int) -> None:
     # DeepSpeed's own collectives through shared memory would wait for the other ranks; a GPU has none of them.
     # (`import deepspeed.comm.torch` as a name would give the torch that deepspeed.comm imports.)
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    gather = torch.distributed.all_gather_into_tensor
+
+    def all_gather_into_tensor(output_tensor: Any, input_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        flat = input_tensor.dim() > output_tensor.dim()  # as accelerate gathers, whose shapes only this backend minds
+        return gather(output_tensor, input_tensor.view(-1) if flat else input_tensor, *args, **kwargs)
+
+    torch.distributed.all_gather_into_tensor = all_gather_into_tensor
     importlib.import_module("deepspeed").init_distributed()  # as TrainingArguments does, but with use_cpu it does not
+
+
+def _do_without_native_optimizers() -> None:
+    """The C++ of DeepSpeedCPUAdam and its like works in place, and would have to be compiled."""
+
+    class Does:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+    for name in ("adam.cpu_adam.CPUAdam", "adagrad.cpu_adagrad.CPUAdagrad", "lion.cpu_lion.CPULion"):
+        module, kind = name.rsplit(".", 1)
+        builder = getattr(importlib.import_module(f"deepspeed.ops.{module}"), f"{kind}Builder")
+        builder.load = lambda *_, **__: Does()
 
 
 def import_libraries() -> None:
@@ -425,8 +450,11 @@ def _train(values: dict[str, Any], options: dict[str, Any], arguments: Any, reco
     vocabulary = {**values, **options.get("values", {})}["vocab_size"]
 
     class Rows(torch.utils.data.Dataset[dict[str, Any]]):
+        def __init__(self, batches: int, size: int) -> None:
+            self.length = batches * size * options["gpus"]
+
         def __len__(self) -> int:
-            return 4 * options["gpus"] * options["micro_batch_size"] * options.get("grad_accum_steps", 1)
+            return self.length
 
         def __getitem__(self, index: int) -> dict[str, Any]:
             tokens = torch.randint(5, vocabulary, (options["seq_len"],))
@@ -435,8 +463,14 @@ def _train(values: dict[str, Any], options: dict[str, Any], arguments: Any, reco
     recorder.mark("load")
     model = _model(values, options, Path(arguments.output_dir) / "pretrained")
     recorder.mark("init")
+    keeps = options.get("eval_accumulation_steps")
     trainer = _trainer_class(recorder)(
-        model=model, args=arguments, train_dataset=Rows(), callbacks=[_idle_marks(recorder)]
+        model=model,
+        args=arguments,
+        train_dataset=Rows(4 * options.get("grad_accum_steps", 1), options["micro_batch_size"]),
+        eval_dataset=Rows(keeps or EVAL_BATCHES, options.get("eval_batch_size", 1)),
+        compute_metrics=None if keeps is None else lambda prediction: {"n": float(len(prediction.predictions))},
+        callbacks=[_idle_marks(recorder)],
     )
     del model
     trainer.train()
@@ -464,6 +498,13 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
+    if "eval_batch_size" in options:
+        arguments |= {
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "per_device_eval_batch_size": options["eval_batch_size"],
+            "eval_accumulation_steps": options.get("eval_accumulation_steps"),
+        }
     if options["strategy"] == "fsdp":
         knobs = dict(options.get("fsdp", {}))
         if options.get("offload_param", "none") != "none":
@@ -496,7 +537,7 @@ def _config(values: dict[str, Any], options: dict[str, Any]) -> Any:
     values = {**values, **options.get("values", {})}
     if "num_layers" in options:
         values["num_hidden_layers"] = options["num_layers"]
-    return transformers.AutoConfig.for_model(**values, use_cache=False)
+    return transformers.AutoConfig.for_model(**values)
 
 
 def _save_checkpoint(values: dict[str, Any], options: dict[str, Any], directory: Path) -> None:
@@ -597,8 +638,15 @@ def _trainer_class(recorder: Recorder) -> Any:
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
-            recorder.in_step("backward")
+            if self.model.training:
+                recorder.in_step("backward")
             return loss
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+            recorder.mark("eval")
+            metrics = super().evaluate(*args, **kwargs)
+            recorder.mark("evaluated")
+            return metrics
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             recorder.mark("save")
@@ -925,6 +973,8 @@ def _side_modes(sides: TwoSides) -> tuple[Any, Any]:
                     side = "device"
             elif name == "cpu":
                 side = "host"
+            elif name == "scaled_dot_product_attention":  # a mask that it makes has the device of the query
+                side = sides.side_of(args[0])
             else:
                 side = named(target)
             if side is None and name in ("tensor", "from_numpy"):
@@ -992,10 +1042,188 @@ def groups() -> dict[str, list[Setup]]:
     made["checkpoint"] += [Setup(family, config, _setup(config, **o).options) for family, config, o in _read_variants()]
     for group, options in _untied_variants():
         made[group].append(Setup("qwen2", "small", _setup("small", **options).options))
+    made["fsdp"].append(Setup("t5", "small", {**BASE, "dtype": "float32", "num_layers": 4, "strategy": "fsdp"}))
     made["grid"] = _grid()
+    made["eval"] = [Setup(family, config, _setup(config, **o).options) for family, config, o in _eval_variants()]
+    made["knobs"] = _knobs()
     rows = [("llama", "small", options) for options in _quantized_variants()] + _quantized_held_out()
     made["quantized"] = [Setup(family, config, _qlora(config, **options).options) for family, config, options in rows]
     return made
+
+
+def _eval_variants() -> list[tuple[str, str, dict[str, Any]]]:
+    """Evaluation after the second step: losses alone, or predictions that pile up."""
+    losses, kept = {"eval_batch_size": 2}, {"eval_batch_size": 2, "eval_accumulation_steps": 3, "two_sides": True}
+    offload = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+    unkept = {"stage3_max_reuse_distance": 0}
+    fsdp1: dict[str, Any] = {"strategy": "fsdp", "fsdp": {"version": 1}}
+    grad_op = {"version": 1, "sharding_strategy": "SHARD_GRAD_OP"}
+    long = {"eval_batch_size": 4, "seq_len": 120}
+    options: list[dict[str, Any]] = [
+        *({"strategy": stage, **losses} for stage in STAGES),
+        {"strategy": "fsdp", **losses},
+        {**fsdp1, **losses},
+        *({"strategy": stage, **kept} for stage in ("zero1", "zero3", "fsdp")),
+        {"strategy": "zero1", "zero": {"grad_accum_dtype": "fp32"}, **kept},
+        {"strategy": "zero2", "offload_optimizer": "cpu", **kept},
+        {"strategy": "zero3", **offload, **losses},
+        {"strategy": "zero3", **offload, **kept},
+        {"strategy": "fsdp", "offload_param": "cpu", **kept},
+        {**fsdp1, "offload_param": "cpu", **kept},
+        {"strategy": "zero3", "zero": unkept, **losses},
+        {"strategy": "zero3", "zero": {**unkept, "stage3_prefetch_bucket_size": 0}, **losses},
+        {"strategy": "zero3", "zero": {"stage3_prefetch_bucket_size": 50_000_000}, **losses},
+        {"strategy": "zero3", "gradient_checkpointing": True, "zero": unkept, **long},
+        {"strategy": "zero3", **LORA, **losses},
+        {"strategy": "zero3", **FP32, "gpus": 1, **losses},
+        {"strategy": "fsdp", "fsdp": {"auto_wrap_policy": "NO_WRAP"}, **losses},
+        {"strategy": "fsdp", "fsdp": {"reshard_after_forward": False}, **losses},
+        {"strategy": "fsdp", "gpus": 1, **kept},
+        {"strategy": "fsdp", **long, "num_layers": 4},
+        {"strategy": "fsdp", "fsdp": grad_op, **losses},
+        {**fsdp1, **FP32, "grad_accum_steps": 3, **kept},
+        {**fsdp1, "gradient_checkpointing": True, **long},
+        {"strategy": "fsdp", "fsdp": {"version": 1, "forward_prefetch": True}, "num_layers": 4, **losses},
+    ]
+    return [*(("llama", "small", each) for each in options), *_eval_held_out()]
+
+
+def _eval_held_out() -> list[tuple[str, str, dict[str, Any]]]:
+    """Rows that were first looked at when the others were understood."""
+
+    def kept(size: int, steps: int) -> dict[str, Any]:
+        return {"eval_batch_size": size, "eval_accumulation_steps": steps, "two_sides": True}
+
+    both = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+    away = {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
+    wrapped = {**_wrapping("Qwen2DecoderLayer"), "reshard_after_forward": False}
+    checkpointed = {"gradient_checkpointing": True, "micro_batch_size": 2, "seq_len": 100}
+    no_shard = {"version": 1, "sharding_strategy": "NO_SHARD"}
+    few = {"stage3_max_live_parameters": 400_000}
+    return [
+        ("qwen2", "small", {"strategy": "zero0", "gpus": 3, "grad_accum_steps": 2, **FP16, **kept(3, 5)}),
+        ("llama", "wide", {"strategy": "zero2", "gpus": 8, **LORA, **kept(1, 2)}),
+        ("qwen2", "small", {"strategy": "zero3", "gpus": 5, "num_layers": 3, "zero": away, **kept(4, 2)}),
+        ("llama", "tied", {"strategy": "zero3", "gpus": 2, **both, "grad_accum_steps": 3, **kept(3, 4)}),
+        ("llama", "wide", {"strategy": "zero3", "gpus": 64, **LORA, **checkpointed, **kept(2, 2)}),
+        ("qwen2", "small", {"strategy": "zero3", "gpus": 2, "zero": few, "num_layers": 4, "eval_batch_size": 6}),
+        ("llama", "tied", {"strategy": "zero3", "offload_param": "cpu", "gpus": 1, **FP16, "eval_batch_size": 5}),
+        ("qwen2", "small", {"strategy": "zero1", "offload_optimizer": "cpu", "gpus": 7, **FP32, **kept(2, 3)}),
+        ("qwen2", "small", {"strategy": "fsdp", "gpus": 2, "num_layers": 3, "fsdp": wrapped, **kept(3, 2)}),
+        ("llama", "tied", {"strategy": "fsdp", "gpus": 8, "grad_accum_steps": 2, **kept(1, 6)}),
+        ("llama", "wide", {"strategy": "fsdp", "offload_param": "cpu", **LORA, **checkpointed, **kept(2, 2)}),
+        ("qwen3", "small", {"strategy": "fsdp", "dtype": "bfloat16", "mixed_precision": "no", **kept(2, 3)}),
+        ("qwen2", "small", {"strategy": "fsdp", "gpus": 3, "fsdp": {"version": 1}, **LORA, **kept(5, 2)}),
+        (
+            "llama",
+            "tied",
+            {
+                "strategy": "fsdp",
+                "gpus": 2,
+                "offload_param": "cpu",
+                "grad_accum_steps": 2,
+                "fsdp": {"version": 1, "sharding_strategy": "SHARD_GRAD_OP"},
+                **kept(2, 4),
+            },
+        ),
+        ("qwen2", "small", {"strategy": "fsdp", "gpus": 8, "fsdp": no_shard, "eval_batch_size": 7, "seq_len": 90}),
+    ]
+
+
+def _knobs() -> list[Setup]:
+    """Keys and combinations beyond those of each stage's own group."""
+    scarce = {"stage3_max_live_parameters": 400_000, "stage3_max_reuse_distance": 0}
+    rows: list[tuple[str, str, dict[str, Any]]] = [
+        # Modules without weights prefetch, and a view of a weight is saved as it is gathered.
+        ("gpt2", "small", {"strategy": "zero3", "num_layers": None, "zero": scarce}),
+        ("falcon", "small", {"strategy": "zero3", "gpus": 2}),
+        ("olmoe", "small", {"strategy": "zero3", "zero": scarce, "grad_accum_steps": 2}),
+        ("mixtral", "small", {"strategy": "zero3", "gpus": 2, "gradient_checkpointing": True, "seq_len": 100}),
+        (
+            "qwen2",
+            "small",
+            {"strategy": "zero3", "gpus": 8, "num_layers": 3, "zero": {**scarce, "reduce_bucket_size": 1}},
+        ),
+    ]
+    rows += [("llama", "small", options) for options in _optimizers() + _types()]
+    # First looked at when the rules had been written.
+    bf16 = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True, "sub_group_size": 300_000}
+    torchs = {"zero_force_ds_cpu_optimizer": False}
+    reduced = {"communication_data_type": "fp32", "overlap_comm": True}
+    rows += [
+        ("qwen2", "small", {"strategy": "zero2", "gpus": 3, "grad_accum_steps": 2, "zero": reduced}),
+        ("gpt2", "small", {"strategy": "zero3", "gpus": 5, "seq_len": 90, "zero": {**bf16, **reduced}}),
+        ("qwen2", "small", {"strategy": "zero1", **_OFFLOAD, "gpus": 3, "optim": "rmsprop", "zero": torchs}),
+        ("gpt2", "small", {"strategy": "zero3", **_OFFLOAD, "gpus": 3, "zero": {**reduced, "sub_group_size": 400_000}}),
+    ]
+    return [_row(family, config, options) for family, config, options in rows]
+
+
+_OFFLOAD = {"offload_optimizer": "cpu"}
+
+
+def _optimizers() -> list[dict[str, Any]]:
+    """Other optimizers than AdamW, on flat partitions and on the host: DeepSpeed's own there, and torch's."""
+    in_fp32 = {"grad_accum_dtype": "fp32"}
+    forced, as_given = ({"zero_force_ds_cpu_optimizer": value} for value in (True, False))
+    offload = {"offload_optimizer": "cpu"}
+    rows: list[dict[str, Any]] = [
+        {"strategy": "zero1", "optim": "sgd"},
+        {"strategy": "zero2", "optim": "adagrad"},
+        {"strategy": "zero3", "optim": "adafactor"},
+        {"strategy": "zero0", "optim": "adafactor"},
+        {"strategy": "zero1", "optim": "adafactor", "zero": in_fp32},
+        {"strategy": "zero2", **offload, "optim": "sgd", "zero": forced},
+        {"strategy": "zero2", **offload, "optim": "adagrad", "zero": forced},
+        {"strategy": "zero2", **offload, "optim": "adagrad", "zero": as_given},
+        {"strategy": "zero3", **offload, "optim": "adafactor", "zero": as_given},
+        {"strategy": "zero3", **offload, "optim": "rmsprop", "zero": forced},
+        {"strategy": "zero3", "optim": "adagrad"},
+        {"strategy": "zero3", "optim": "rmsprop", "zero": {"sub_group_size": 500_000}},
+        {"strategy": "zero2", "optim": "adamw_torch"},
+        {"strategy": "zero2", "optim": "adafactor", **FP32},
+        {"strategy": "zero0", "optim": "adagrad", "two_sides": True},
+        {"strategy": "zero1", "optim": "adagrad", "two_sides": True, "zero": in_fp32},
+        {"strategy": "zero2", "optim": "adagrad", "two_sides": True, **LORA},
+        {"strategy": "zero1", **offload, "optim": "sgd", "zero": as_given},
+        {"strategy": "zero3", **offload, "offload_param": "cpu", "optim": "adagrad", "zero": forced},
+    ]
+    return rows
+
+
+def _types() -> list[dict[str, Any]]:
+    """What gradients are reduced in, what masters and states are kept in, and the weights that stay gathered."""
+    in_fp32 = {"communication_data_type": "fp32"}
+    forced = {"zero_force_ds_cpu_optimizer": True}
+    masters = {"bf16_master_weights_and_grads": True}
+    states = {**masters, "bf16_optimizer_states": True}
+    offload, more = {"offload_optimizer": "cpu"}, {"grad_accum_steps": 3}
+    few = {"stage3_param_persistence_threshold": 100_000, "stage3_model_persistence_threshold": 90_000}
+    return [
+        *({"strategy": stage, "zero": in_fp32} for stage in STAGES),
+        {"strategy": "zero3", **more, "zero": {**in_fp32, "reduce_bucket_size": 5_000_000}},
+        {"strategy": "zero2", "zero": {**in_fp32, "contiguous_gradients": False}},
+        {"strategy": "zero2", "zero": {**in_fp32, "reduce_scatter": False}},
+        {"strategy": "zero3", "zero": {**in_fp32, "reduce_scatter": False}},
+        {"strategy": "zero3", "zero": {**in_fp32, "contiguous_gradients": False}},
+        {"strategy": "zero2", **more, "zero": {**in_fp32, "grad_accum_dtype": "fp32"}},
+        {"strategy": "zero3", "zero": {**in_fp32, "grad_accum_dtype": "fp32"}},
+        {"strategy": "zero1", "zero": {**in_fp32, "grad_accum_dtype": "fp32"}},
+        {"strategy": "zero2", **offload, "zero": in_fp32},
+        {"strategy": "zero3", **offload, "zero": in_fp32},
+        {"strategy": "zero3", **FP32, "zero": {"communication_data_type": "bf16"}},
+        {"strategy": "zero3", "zero": few},
+        *({"strategy": stage, "zero": keys} for keys in (masters, states) for stage in ("zero2", "zero3")),
+        {"strategy": "zero1", **more, "zero": states},
+        *({"strategy": stage, **offload, "zero": {**masters, **forced}} for stage in ("zero2", "zero3")),
+        {"strategy": "zero2", **offload, **more, "zero": {**masters, **forced}},
+        {"strategy": "zero2", **offload, "zero": {**states, **forced}},
+    ]
+
+
+def _row(family: str, config: str, options: dict[str, Any]) -> Setup:
+    """On top of the base; None takes an option away."""
+    return Setup(family, config, {name: value for name, value in {**BASE, **options}.items() if value is not None})
 
 
 def _qlora(config: str, strategy: str, kind: str, **options: Any) -> Setup:
@@ -1097,9 +1325,11 @@ def _grid() -> list[Setup]:
     for number, (gpus, engine) in enumerate(itertools.product(WORLDS, engines)):
         fsdp = engine["strategy"] == "fsdp"
         family, config, options = models[number % (3 if fsdp or "offload_param" in engine else 4)]
-        precision = (BASE, FP16, FP32)[number // 2 % 3]
+        precision = (BASE, FP16 | {"fp16": {"initial_scale_power": 4}}, FP32)[number // 2 % 3]
         if fsdp:
             precision = {"dtype": "float32", "mixed_precision": precision["mixed_precision"]}
+        elif family == "t5" and "fp16" in precision:  # overflows whatever the scale
+            precision = BASE
         zero = {"zero": buckets[number % 3]} if engine["strategy"] not in ("zero0", "fsdp") else {}
         shape = {"micro_batch_size": 1 + number % 2, "seq_len": 16 + 50 * (number // 3 % 2), "num_layers": None}
         accumulation = {"grad_accum_steps": 3} if number // 5 % 2 else {}
@@ -1289,6 +1519,7 @@ def _wide_nvme_keys() -> list[dict[str, Any]]:
 def _other_nvme_setups() -> list[Setup]:
     """Other shapes: tied weights, biases, buckets above a layer and below a weight."""
     both = {"offload_optimizer": "nvme", "offload_param": "nvme"}
+    read: dict[str, Any] = {"pretrained": {"dtype": "bfloat16"}}
     narrow = {
         "hidden_size": 1216,
         "intermediate_size": 3100,
@@ -1358,7 +1589,19 @@ def _other_nvme_setups() -> list[Setup]:
         _setup("tied", "zero3", values=narrow, gpus=2, **both, micro_batch_size=2, seq_len=200, zero=small_bucket),
         _setup("small", "zero3", values=odd, gpus=2, **both, **checkpointed, zero=thirty),
         _setup("small", "zero3", values=twelve, gpus=3, offload_optimizer="cpu", offload_param="nvme", zero=mixed),
+        _setup("wide", "zero3", gpus=3, **both, save=True, zero=_whole(12_500_000, 0) | {"sub_group_size": 2_000_000}),
+        _setup("tied", "zero3", gpus=2, offload_param="nvme", save=True, **read, zero=_whole(12_500_000, 9_000_000)),
     ]
+
+
+def _whole(buffer_size: int, max_in_cpu: int) -> dict[str, Any]:
+    """Keys of weights on NVMe, with a model that is saved whole."""
+    return {
+        "offload_param": {"buffer_size": buffer_size, "max_in_cpu": max_in_cpu},
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
 
 
 def _checkpoint_variants() -> list[dict[str, Any]]:
@@ -1411,6 +1654,10 @@ def _read_variants() -> list[tuple[str, str, dict[str, Any]]]:
         ("mixtral", "small", {"strategy": "single", "gpus": 1, **bf16, "dtype": "bfloat16"}),
         ("mixtral", "small", {"strategy": "zero3", **bf16, **gather}),
         ("qwen3_moe", "small", {"strategy": "fsdp", "gpus": 2, **bf16, "dtype": "bfloat16"}),
+        # a large vocabulary, where the embedding and the head are what is fullest when they are sharded
+        ("llama", "wide", {"strategy": "fsdp", **fp32}),
+        ("llama", "wide", {"strategy": "fsdp", "gpus": 3, **fp32, "offload_param": "cpu"}),
+        ("stablelm", "wide", {"strategy": "fsdp", "gpus": 2, **bf16, **LORA, "dtype": "bfloat16"}),
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tests.oracles import nvme, o2
 from tests.oracles.families import CONFIGS
@@ -43,16 +45,6 @@ CPU_NORM = "fully_sharded_data_parallel.py:2119 <listcomp>"
 """FSDP1's clip_grad_norm_ in float32 of 16-bit gradients: CPU's vector_norm casts them first, CUDA's as it reads."""
 CPU_CHUNK_CAT = "_fsdp_collectives.py:321 chunk_cat"
 """torch._chunk_cat pads into a tensor of its own on CPU; CUDA has one kernel for it (TensorShape.cu)."""
-KNOWN_MISSES = (
-    {"stage3_max_live_parameters": 600000, "stage3_max_reuse_distance": 0},
-    {
-        "stage3_max_reuse_distance": 0,
-        "sub_group_size": 2_000_000,
-        "offload_param": {"buffer_size": 3_000_000, "max_in_cpu": 9_000_000},
-    },
-)
-"""Modules without weights (SiLU, the rotary tables) prefetch too, which shows where little may be live (-2.8 %), and
-perhaps where weights in host memory and on NVMe alternate (-15 % of a backward; not traced to its cause)."""
 PLANS = "torch/distributed/distributed_c10d.py"
 
 
@@ -62,6 +54,8 @@ def played(row: o2.Row) -> Ledger:
     cluster = ClusterSpec(gpu=cpu, gpus=row.setup.options["gpus"])
     model, training, strategy = specs(row)
     setup = estimator.resolve(model, training, cluster, strategy, SoftwareSpec())
+    if row.result is not None and "host" not in row.result["phases"]:  # no mode was on, for which torch works elsewhere
+        setup = replace(setup, rules=replace(setup.rules, accumulate_in_place=True))
     ledger = Ledger(pinned_in_powers_of_two=False)  # the truth has no pinned blocks
     sharded.play_engine(setup, cpu, strategy, cluster.gpus, 0, ledger, full_depth=False)
     return ledger
@@ -69,7 +63,7 @@ def played(row: o2.Row) -> Ledger:
 
 def specs(row: o2.Row) -> tuple[ModelSpec, TrainingSpec, Strategy]:
     """The specs that a row's options are."""
-    options = {name: value for name, value in row.setup.options.items() if name not in ("two_sides", "save")}
+    options = {name: value for name, value in row.setup.options.items() if name not in ("two_sides", "save", "fp16")}
     config = CONFIGS[row.setup.family][row.setup.config] | options.pop("values", {})
     config |= {"dtype": options.pop("pretrained", {"dtype": options["dtype"]})["dtype"]}
     if "num_layers" in options:
@@ -97,17 +91,19 @@ def measured(row: o2.Row, side: str = "device", *, quantizing: bool = False) -> 
 
     quantized = "quantization" in row.setup.options and side == "device"
     loading = peak("init") if quantized and not quantizing else peak("load", "init")
-    return {
+    found = {
         "first_step": peak("0.idle", "1.forward", "1.backward", "1.between", "1.step"),
         "forward": peak("2.forward"),
         "backward": peak("2.backward"),
         "step": peak("2.step"),
         "idle": phases["2.idle"]["start"][exact],
-    } | ({"load": loading, "save": peak("save")} if "save" in phases else {})
+    }
+    found |= {"eval": peak("eval")} if "eval" in phases else {}
+    return found | ({"load": loading, "save": peak("save")} if "save" in phases else {})
 
 
 def estimated(ledger: Ledger, place: str = "gpu") -> dict[str, int]:
-    names = ("load", "first_step", "forward", "loss", "backward", "step", "idle", "save")
+    names = ("load", "first_step", "forward", "loss", "backward", "step", "idle", "eval", "save")
     totals = {name: sum(ledger.fullest(name, place).values()) for name in names}
     return totals | {"forward": max(totals["forward"], totals["loss"])}
 
@@ -138,6 +134,7 @@ def scratch(row: o2.Row, phase: str) -> int:
         "forward": ("2.forward",),
         "backward": backward,
         "step": ("2.step",),
+        "eval": ("eval",),
     }[phase]
     found = [each for name, each in row.result["phases"]["device"].items() if name.startswith(names)]
     return max(
@@ -157,10 +154,9 @@ SHARDED = [row for row in ROWS if row.setup.options["strategy"] != "single"]
 
 @pytest.mark.parametrize("row", SHARDED, ids=lambda row: row.setup.key)
 def test_an_engine_holds_what_deepspeed_holds(row: o2.Row, request: pytest.FixtureRequest) -> None:
-    if row.setup.options.get("zero") in KNOWN_MISSES:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="modules without weights prefetch too"))
-    if row.setup.family == "mixtral" and row.setup.options["strategy"] == "zero3":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="grouped_mm saves experts' weights as gathered"))
+    if row.setup.family == "t5" and row.setup.options["strategy"] == "zero3" and row.setup.options["gpus"] == 64:
+        reason = "T5DenseActDense looks at wo.weight, which is then gathered with it (register_external_parameter)"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     check_gpu(row)
 
 
@@ -168,7 +164,7 @@ def check_gpu(row: o2.Row) -> None:
     """Between steps, and at the fullest moment of each phase."""
     found, truth = estimated(played(row)), measured(row)
     assert found["idle"] == pytest.approx(truth["idle"], rel=IDLE, abs=SCALARS)
-    for phase in ("first_step", "forward", "backward", "step"):
+    for phase in truth.keys() - {"idle", "load", "save"}:
         low = truth[phase] - scratch(row, phase)
         assert low * (1 - PEAK) - SCALARS <= found[phase] <= truth[phase] * (1 + PEAK) + SCALARS, phase
 
@@ -268,7 +264,10 @@ def test_the_real_thing_offloads_to_a_folder_here() -> None:
 
 
 REFUSED = [
-    row for group in ("fsdp", "fsdp1", "quantized") for row in o2.load_archives()[group].rows if row.result is None
+    row
+    for group in ("fsdp", "fsdp1", "knobs", "quantized")
+    for row in o2.load_archives()[group].rows
+    if row.result is None
 ]
 
 

@@ -3,7 +3,7 @@ import re
 
 import pytest
 from rich.console import Console
-from tests.render.samples import TERM, estimate, several
+from tests.render.samples import PARTS, SETUP, TERM, estimate, several
 
 from memplan.catalog.gpus import all_gpus
 from memplan.catalog.models import all_models
@@ -115,6 +115,28 @@ def test_a_ladder_has_a_row_per_rung_and_the_page_of_the_best(width: int) -> Non
     ]  # fmt: skip
     assert [line.split("  ")[-1].strip() for line in rows] == ["does not fit", "fits", "fits"]
     assert line_of(page, "activations").split()[1] == "1.00"
+
+
+def test_a_ladder_says_where_it_is_not_the_gpu_that_decides() -> None:
+    host = HostMemory(capacity=8 * GiB, peak=9 * GiB, pinned=0, ranks=2, components={"weights": 9 * GiB})
+    nvme = NvmeMemory(capacity=None, bytes=GiB, components={"weights": GiB})
+    fits = {"capacity": 90 * GiB}
+    ladder = EstimateList(
+        estimates=(estimate(capacity=8 * GiB, host=host), estimate(**fits, host=host), estimate(**fits, nvme=nvme))
+    )
+    rows = [line for line in table.estimates_text(ladder, console=console()).split("\n") if line.startswith("ddp  ")]
+    assert [row.split("  ")[-1].strip() for row in rows] == ["does not fit", "does not fit (host)", "unknown (NVMe)"]
+
+
+def test_a_ladder_of_a_huge_model_cuts_names_and_never_numbers() -> None:
+    parts = {**PARTS, "weights": 12_000 * GiB}
+    setup = {**SETUP, "strategy": "zero2", "offload_optimizer": "cpu", "gradient_checkpointing": True}
+    ladder = EstimateList(estimates=(estimate(parts=parts), estimate(parts=parts, setup=setup)))
+    page = table.estimates_text(ladder, console=console(80))
+    assert max(map(len, page.split("\n"))) <= 80
+    rows = [line for line in page.split("\n") if line.endswith("does not fit")]
+    assert [row.split()[-7:-3] for row in rows] == [["12,038.50", "12,037.50", "..", "12,039.50"]] * 2
+    assert rows[1].startswith("zero2, optim on cpu, checkpoin…")
 
 
 def test_a_ladder_without_a_gpu_names_the_smallest_one_per_rung() -> None:

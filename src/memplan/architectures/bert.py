@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from memplan.architectures.nn import (
+    Activation,
     Build,
     CheckpointLayer,
     Classifier,
+    Dropout,
     Embedding,
     LayerNorm,
     Layers,
@@ -73,7 +75,7 @@ class BertEmbeddings(Module):
         self.position_embeddings = Embedding(b, c.max_position_embeddings, c.hidden_size)
         self.token_type_embeddings = Embedding(b, c.type_vocab_size, c.hidden_size)
         self.LayerNorm = LayerNorm(b, c.hidden_size)
-        self.dropout = c.hidden_dropout_prob
+        self.dropout = Dropout(c.hidden_dropout_prob)
         self.max_position_embeddings = c.max_position_embeddings
         self.position_ids = b.tape.buffer((1, c.max_position_embeddings), int64)
         self.token_type_ids = b.tape.buffer((1, c.max_position_embeddings), int64)
@@ -92,7 +94,7 @@ class BertEmbeddings(Module):
         position_embeddings = self.position_embeddings(position_ids)
         embeddings = embeddings + position_embeddings
         embeddings = self.LayerNorm(embeddings)
-        embeddings = ops.dropout(embeddings, self.dropout)
+        embeddings = self.dropout(embeddings)
         return embeddings
 
 
@@ -123,11 +125,11 @@ class BertOutput(Module):
     def __init__(self, b: Build, c: BertConfig, n_in: int) -> None:
         self.dense = Linear(b, n_in, c.hidden_size)
         self.LayerNorm = LayerNorm(b, c.hidden_size)
-        self.dropout = c.hidden_dropout_prob
+        self.dropout = Dropout(c.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         hidden_states = self.dense(hidden_states)
-        hidden_states = ops.dropout(hidden_states, self.dropout)
+        hidden_states = self.dropout(hidden_states)
         hidden_states = self.LayerNorm(hidden_states + input_tensor)
         return hidden_states
 
@@ -180,11 +182,12 @@ class BertEncoder(Module):
 class BertPooler(Module):
     def __init__(self, b: Build, c: BertConfig) -> None:
         self.dense = Linear(b, c.hidden_size, c.hidden_size)
+        self.activation = Activation(ops.tanh)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         first_token_tensor = hidden_states.select(1, 0)
         pooled_output = self.dense(first_token_tensor)
-        pooled_output = ops.tanh(pooled_output)
+        pooled_output = self.activation(pooled_output)
         return pooled_output
 
 
@@ -243,6 +246,12 @@ class BertPreTrainingHeads(Module):
         if next_sentence:
             self.seq_relationship = Linear(b, c.hidden_size, 2)
 
+    def forward(self, sequence_output: Tensor, pooled_output: Tensor | None = None) -> Any:
+        prediction_scores = self.predictions(sequence_output)
+        if pooled_output is None:
+            return prediction_scores
+        return prediction_scores, self.seq_relationship(pooled_output)
+
 
 def token_cross_entropy(prediction_scores: Tensor, labels: Tensor) -> Tensor:
     """CrossEntropyLoss over all positions, in the dtype of the scores: prediction_scores [B, S, V], labels [B, S]."""
@@ -268,7 +277,7 @@ class BertForMaskedLM(Model):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         sequence_output, _ = self.bert(input_ids)
-        return masked_lm_output(self.b, self.cls.predictions, sequence_output, labels)
+        return masked_lm_output(self.b, self.cls, sequence_output, labels)
 
 
 class BertForPreTraining(Model):
@@ -287,8 +296,7 @@ class BertForPreTraining(Model):
     def forward(self, input_ids: Tensor, labels: Tensor, next_sentence_label: Tensor) -> tuple[Tensor, Tensor]:
         sequence_output, pooled_output = self.bert(input_ids)
         with self.b.tape.tagged(LOGITS):
-            prediction_scores = self.cls.predictions(sequence_output)
-            seq_relationship_score = self.cls.seq_relationship(pooled_output)
+            prediction_scores, seq_relationship_score = self.cls(sequence_output, pooled_output)
             self.b.tape.mark("loss")
             masked_lm_loss = token_cross_entropy(prediction_scores, labels)
             next_sentence_loss = ops.cross_entropy(seq_relationship_score, next_sentence_label)
@@ -300,13 +308,13 @@ class BertForSequenceClassification(Classifier):
         c = BertConfig(fields)
         self.b = b
         self.bert = BertModel(b, c)
-        self.dropout = c.classifier_dropout
+        self.dropout = Dropout(c.classifier_dropout)
         self.classifier = Linear(b, c.hidden_size, c.num_labels)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         _sequence_output, pooled_output = self.bert(input_ids)
         with self.b.tape.tagged(LOGITS):
-            pooled_output = ops.dropout(pooled_output, self.dropout)
+            pooled_output = self.dropout(pooled_output)
             logits = self.classifier(pooled_output)
             self.b.tape.mark("loss")
             return ops.cross_entropy(logits, labels), logits

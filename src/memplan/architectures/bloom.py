@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from memplan.architectures.nn import (
+    Activation,
     Build,
     CheckpointLayer,
+    Dropout,
     Embedding,
     LayerNorm,
     Layers,
@@ -74,6 +76,7 @@ class BloomAttention(Module):
         self.c = c
         self.query_key_value = Linear(b, c.hidden_size, 3 * c.hidden_size)
         self.dense = Linear(b, c.hidden_size, c.hidden_size)
+        self.attention_dropout = Dropout(c.attention_dropout)
 
     def forward(
         self, hidden_states: Tensor, residual: Tensor, alibi: Tensor, mask: Tensor | None
@@ -93,7 +96,7 @@ class BloomAttention(Module):
         if mask is not None:
             attn_weights = attn_weights + mask
         attention_probs = ops.softmax(attn_weights, float32).to(query_layer.dtype)
-        attention_probs = ops.dropout(attention_probs, self.c.attention_dropout)
+        attention_probs = self.attention_dropout(attention_probs)
         context_layer = ops.bmm(attention_probs.view(batch * heads, length, kv_length), value_layer)
         context_layer = context_layer.view(batch, heads, length, dim).permute(0, 2, 1, 3)
         context_layer = context_layer.reshape(batch, length, hidden_size)
@@ -114,12 +117,13 @@ class BloomAttention(Module):
 
 class BloomMLP(Module):
     def __init__(self, b: Build, c: BloomConfig) -> None:
+        self.gelu_impl = Activation(bloom_gelu)
         self.dense_h_to_4h = Linear(b, c.hidden_size, 4 * c.hidden_size)
         self.dense_4h_to_h = Linear(b, 4 * c.hidden_size, c.hidden_size)
         self.hidden_dropout = c.hidden_dropout
 
     def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
-        hidden_states = bloom_gelu(self.dense_h_to_4h(hidden_states))
+        hidden_states = self.gelu_impl(self.dense_h_to_4h(hidden_states))
         intermediate_output = self.dense_4h_to_h(hidden_states)
         output = dropout_add(intermediate_output, residual, self.hidden_dropout)
         return output

@@ -9,6 +9,7 @@ from memplan.architectures.nn import (
     Build,
     CheckpointLayer,
     Classifier,
+    Dropout,
     Embedding,
     LayerNorm,
     Layers,
@@ -82,6 +83,7 @@ class DebertaV2Embeddings(Module):
         if c.embedding_size != c.hidden_size:
             self.embed_proj = Linear(b, c.embedding_size, c.hidden_size, bias=False)
         self.LayerNorm = LayerNorm(b, c.hidden_size)
+        self.dropout = Dropout(c.hidden_dropout_prob)
         self.position_ids = b.tape.buffer((1, c.max_position_embeddings), int64)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, mask: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ class DebertaV2Embeddings(Module):
         embeddings = self.LayerNorm(embeddings)
         mask = t.new((*mask.shape, 1), embeddings.dtype, "mask")
         embeddings = embeddings * mask
-        embeddings = ops.dropout(embeddings, c.hidden_dropout_prob)
+        embeddings = self.dropout(embeddings)
         return embeddings
 
 
@@ -158,6 +160,8 @@ class DisentangledSelfAttention(Module):
         self.query_proj = Linear(b, c.hidden_size, all_head_size)
         self.key_proj = Linear(b, c.hidden_size, all_head_size)
         self.value_proj = Linear(b, c.hidden_size, all_head_size)
+        self.pos_dropout = Dropout(c.hidden_dropout_prob)
+        self.dropout = Dropout(c.attention_probs_dropout_prob)
         if not c.share_att_key:
             if "c2p" in c.pos_att_type:
                 self.pos_key_proj = Linear(b, c.hidden_size, all_head_size)
@@ -172,7 +176,7 @@ class DisentangledSelfAttention(Module):
         key_layer = transpose_for_scores(self.key_proj(hidden_states), heads)
         value_layer = transpose_for_scores(self.value_proj(hidden_states), heads)
         attention_scores = ops.bmm(query_layer, key_layer.transpose(1, 2) / 2.0)
-        rel_embeddings = ops.dropout(rel_embeddings, c.hidden_dropout_prob)
+        rel_embeddings = self.pos_dropout(rel_embeddings)
         rel_att = self.disentangled_attention_bias(query_layer, key_layer, relative_pos, rel_embeddings)
         if rel_att is not None:
             attention_scores = attention_scores + rel_att
@@ -181,7 +185,7 @@ class DisentangledSelfAttention(Module):
         attention_mask = t.new(attention_mask.shape, bool_, "attention_mask")
         attention_scores = ops.masked_fill(attention_scores, t.new(attention_mask.shape, bool_, "bitwise_not"))
         attention_probs = ops.softmax(attention_scores)
-        attention_probs = ops.dropout(attention_probs, c.attention_probs_dropout_prob)
+        attention_probs = self.dropout(attention_probs)
         context_layer = ops.bmm(attention_probs.view(rows, length, length), value_layer)
         context_layer = context_layer.view(-1, heads, length, c.head_dim).permute(0, 2, 1, 3).contiguous()
         context_layer = context_layer.view(rows // heads, length, -1)
@@ -312,6 +316,10 @@ class DebertaV2OnlyMLMHead(Module):
     def __init__(self, b: Build, c: DebertaV2Config, word_embeddings: Embedding) -> None:
         self.predictions = BertLMPredictionHead(b, c, word_embeddings)
 
+    def forward(self, sequence_output: Tensor) -> Tensor:
+        prediction_scores: Tensor = self.predictions(sequence_output)
+        return prediction_scores
+
 
 class DebertaV2ForMaskedLM(Model):
     output_embeddings_path = "cls.predictions.decoder"
@@ -326,18 +334,18 @@ class DebertaV2ForMaskedLM(Model):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         sequence_output = self.deberta(input_ids)
-        return masked_lm_output(self.b, self.cls.predictions, sequence_output, labels)
+        return masked_lm_output(self.b, self.cls, sequence_output, labels)
 
 
 class ContextPooler(Module):
     def __init__(self, b: Build, c: DebertaV2Config) -> None:
         self.dense = Linear(b, c.pooler_hidden_size, c.pooler_hidden_size)
-        self.dropout = c.pooler_dropout
-        self.activation = activation(c.pooler_hidden_act)
+        self.dropout = Dropout(c.pooler_dropout)
+        self.activation = activation(c.pooler_hidden_act).forward  # looked up in each forward: not one of its modules
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         context_token = hidden_states.select(1, 0)
-        context_token = ops.dropout(context_token, self.dropout)
+        context_token = self.dropout(context_token)
         pooled_output = self.dense(context_token)
         pooled_output = self.activation(pooled_output)
         return pooled_output
@@ -350,13 +358,13 @@ class DebertaV2ForSequenceClassification(Classifier):
         self.deberta = DebertaV2Model(b, c)
         self.pooler = ContextPooler(b, c)
         self.classifier = Linear(b, c.hidden_size, c.num_labels)
-        self.dropout = c.cls_dropout
+        self.dropout = Dropout(c.cls_dropout)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         encoder_layer = self.deberta(input_ids)
         with self.b.tape.tagged(LOGITS):
             pooled_output = self.pooler(encoder_layer)
-            pooled_output = ops.dropout(pooled_output, self.dropout)
+            pooled_output = self.dropout(pooled_output)
             logits = self.classifier(pooled_output)
             self.b.tape.mark("loss")
             return ops.cross_entropy(logits, labels), logits

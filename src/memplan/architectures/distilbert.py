@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from memplan.architectures.bert import token_cross_entropy
 from memplan.architectures.nn import (
     Build,
     CheckpointLayer,
     Classifier,
+    Dropout,
     Embedding,
     LayerNorm,
     Layers,
@@ -53,7 +53,7 @@ class Embeddings(Module):
         self.word_embeddings = Embedding(b, c.vocab_size, c.dim)
         self.position_embeddings = Embedding(b, c.max_position_embeddings, c.dim)
         self.LayerNorm = LayerNorm(b, c.dim)
-        self.dropout = c.dropout
+        self.dropout = Dropout(c.dropout)
         self.max_position_embeddings = c.max_position_embeddings
         self.position_ids = b.tape.buffer((1, c.max_position_embeddings), int64)
 
@@ -64,7 +64,7 @@ class Embeddings(Module):
         position_embeddings = self.position_embeddings(position_ids)
         embeddings = inputs_embeds + position_embeddings
         embeddings = self.LayerNorm(embeddings)
-        embeddings = ops.dropout(embeddings, self.dropout)
+        embeddings = self.dropout(embeddings)
         return embeddings
 
 
@@ -93,7 +93,7 @@ class DistilBertSelfAttention(Module):
 
 class FFN(Module):
     def __init__(self, b: Build, c: DistilBertConfig) -> None:
-        self.dropout = c.dropout
+        self.dropout = Dropout(c.dropout)
         self.lin1 = Linear(b, c.dim, c.hidden_dim)
         self.lin2 = Linear(b, c.hidden_dim, c.dim)
         self.activation = activation(c.activation)
@@ -102,7 +102,7 @@ class FFN(Module):
         x = self.lin1(input)
         x = self.activation(x)
         x = self.lin2(x)
-        x = ops.dropout(x, self.dropout)
+        x = self.dropout(x)
         return x
 
 
@@ -145,6 +145,13 @@ class DistilBertModel(Module):
         return self.transformer(embeddings, mask)
 
 
+class CrossEntropyLoss(Module):
+    """torch.nn.CrossEntropyLoss, which here is one of the model's modules."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return ops.cross_entropy(input, target)
+
+
 class DistilBertForMaskedLM(Model):
     output_embeddings_path = "vocab_projector"
 
@@ -152,6 +159,7 @@ class DistilBertForMaskedLM(Model):
         c = DistilBertConfig(fields)
         self.b = b
         self.activation = activation(c.activation)
+        self.mlm_loss_fct = CrossEntropyLoss()
         self.distilbert = DistilBertModel(b, c)
         self.vocab_transform = Linear(b, c.dim, c.dim)
         self.vocab_layer_norm = LayerNorm(b, c.dim)
@@ -167,7 +175,8 @@ class DistilBertForMaskedLM(Model):
             prediction_logits = self.vocab_layer_norm(prediction_logits)
             prediction_logits = self.vocab_projector(prediction_logits)
             self.b.tape.mark("loss")
-            return token_cross_entropy(prediction_logits, labels), prediction_logits
+            mlm_loss = self.mlm_loss_fct(prediction_logits.view(-1, prediction_logits.shape[-1]), labels.view(-1))
+            return mlm_loss, prediction_logits
 
 
 class DistilBertForSequenceClassification(Classifier):
@@ -177,7 +186,7 @@ class DistilBertForSequenceClassification(Classifier):
         self.distilbert = DistilBertModel(b, c)
         self.pre_classifier = Linear(b, c.dim, c.dim)
         self.classifier = Linear(b, c.dim, c.num_labels)
-        self.dropout = c.seq_classif_dropout
+        self.dropout = Dropout(c.seq_classif_dropout)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         hidden_state = self.distilbert(input_ids)
@@ -185,7 +194,7 @@ class DistilBertForSequenceClassification(Classifier):
             pooled_output = hidden_state.select(1, 0)
             pooled_output = self.pre_classifier(pooled_output)
             pooled_output = ops.relu(pooled_output)
-            pooled_output = ops.dropout(pooled_output, self.dropout)
+            pooled_output = self.dropout(pooled_output)
             logits = self.classifier(pooled_output)
             self.b.tape.mark("loss")
             return ops.cross_entropy(logits, labels), logits

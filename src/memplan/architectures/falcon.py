@@ -5,6 +5,7 @@ from __future__ import annotations
 from memplan.architectures.nn import (
     Build,
     CheckpointLayer,
+    Dropout,
     Embedding,
     LayerNorm,
     Layers,
@@ -91,6 +92,7 @@ class FalconAttention(Module):
             qkv_out_dim = c.hidden_size + 2 * c.head_dim if c.multi_query else 3 * c.hidden_size
         self.query_key_value = FalconLinear(b, c.hidden_size, qkv_out_dim, c.bias)
         self.dense = FalconLinear(b, c.hidden_size, c.hidden_size, c.bias)
+        self.attention_dropout = Dropout(c.attention_dropout)
 
     def split_heads(self, fused_qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, H, D] each, or with one head for key and value; grouped heads are expanded and copied."""
@@ -144,7 +146,7 @@ class FalconAttention(Module):
             attention_logits = ops.mul_(attention_logits)
             assert mask is not None
             attn_weights = ops.softmax(attention_logits + mask, hidden_states.dtype)
-            attn_weights = ops.dropout(attn_weights, self.c.attention_dropout)
+            attn_weights = self.attention_dropout(attn_weights)
             attn_output = ops.matmul(attn_weights, value_layer)
         attn_output = attn_output.permute(0, 2, 1, 3)
         attn_output = attn_output.reshape(batch, length, heads * dim)

@@ -9,6 +9,7 @@ from memplan.architectures.nn import (
     Build,
     CheckpointLayer,
     Conv1D,
+    Dropout,
     Embedding,
     LayerNorm,
     Layers,
@@ -83,6 +84,7 @@ class GPT2Attention(Module):
         self.head_dim = c.hidden_size // c.num_attention_heads
         self.c_attn = Conv1D(b, 3 * c.hidden_size, c.hidden_size)
         self.c_proj = Conv1D(b, c.hidden_size, c.hidden_size)
+        self.resid_dropout = Dropout(c.resid_pdrop)
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         batch, length, hidden_size = hidden_states.shape
@@ -102,7 +104,7 @@ class GPT2Attention(Module):
             )
         attn_output = attn_output.reshape(batch, length, -1).contiguous()
         attn_output = self.c_proj(attn_output)
-        attn_output = ops.dropout(attn_output, self.c.resid_pdrop)
+        attn_output = self.resid_dropout(attn_output)
         return attn_output, attn_weights
 
 
@@ -111,13 +113,13 @@ class GPT2MLP(Module):
         self.c_fc: Module = Conv1D(b, c.intermediate_size, c.hidden_size)
         self.c_proj: Module = Conv1D(b, c.hidden_size, c.intermediate_size)
         self.act = activation(c.activation_function)
-        self.dropout = c.resid_pdrop
+        self.dropout = Dropout(c.resid_pdrop)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         hidden_states = self.c_fc(hidden_states)
         hidden_states = self.act(hidden_states)
         hidden_states = self.c_proj(hidden_states)
-        hidden_states = ops.dropout(hidden_states, self.dropout)
+        hidden_states = self.dropout(hidden_states)
         return hidden_states
 
 
@@ -149,9 +151,9 @@ class GPT2Model(Module):
     def __init__(self, b: Build, c: GPT2Config) -> None:
         self.b = b
         self.max_position_embeddings = c.max_position_embeddings
-        self.dropout = c.embd_pdrop
         self.wte = Embedding(b, c.vocab_size, c.hidden_size)
         self.wpe = Embedding(b, c.max_position_embeddings, c.hidden_size)
+        self.drop = Dropout(c.embd_pdrop)
         self.h = Layers(b, [0] * c.num_hidden_layers, lambda i: self.block_class(b, c))
         self.ln_f = LayerNorm(b, c.hidden_size)
 
@@ -162,7 +164,7 @@ class GPT2Model(Module):
         position_embeds = self.wpe(ids)
         hidden_states = inputs_embeds + position_embeds
         mask = causal_mask(self.b, inputs_embeds)
-        hidden_states = ops.dropout(hidden_states, self.dropout)
+        hidden_states = self.drop(hidden_states)
         for block in self.h:
             hidden_states = block(hidden_states, mask)
         return self.ln_f(hidden_states)

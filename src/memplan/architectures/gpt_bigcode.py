@@ -6,9 +6,17 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from memplan.architectures.gpt2 import GPT2MLP, GPT2Block, GPT2Config, GPT2Model
-from memplan.architectures.nn import Build, Linear, Module, activation, attention, cached, language_model_heads
+from memplan.architectures.nn import (
+    Build,
+    Dropout,
+    Linear,
+    Module,
+    activation,
+    attention,
+    cached,
+    language_model_heads,
+)
 from memplan.specs.fields import Fields
-from memplan.tape import ops
 from memplan.tape.tensor import Tensor, bool_
 
 
@@ -28,6 +36,7 @@ class GPTBigCodeAttention(Module):
         self.kv_dim = self.head_dim * (1 if c.multi_query else c.num_attention_heads)
         self.c_attn = Linear(b, c.hidden_size, c.hidden_size + 2 * self.kv_dim)
         self.c_proj = Linear(b, c.hidden_size, c.hidden_size)
+        self.resid_dropout = Dropout(c.resid_pdrop)
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         batch, length, hidden_size = hidden_states.shape
@@ -43,7 +52,7 @@ class GPTBigCodeAttention(Module):
         attn_output, attn_weights = attention(self.b, query, key, value, mask, self.c.attn_pdrop)
         attn_output = attn_output.reshape(batch, length, -1).contiguous()
         attn_output = self.c_proj(attn_output)
-        attn_output = ops.dropout(attn_output, self.c.resid_pdrop)
+        attn_output = self.resid_dropout(attn_output)
         return attn_output, attn_weights
 
 
@@ -52,7 +61,7 @@ class GPTBigCodeMLP(GPT2MLP):
         self.c_fc = Linear(b, c.hidden_size, c.intermediate_size)
         self.c_proj = Linear(b, c.intermediate_size, c.hidden_size)
         self.act = activation(c.activation_function)
-        self.dropout = c.resid_pdrop
+        self.dropout = Dropout(c.resid_pdrop)
 
 
 class GPTBigCodeBlock(GPT2Block):

@@ -6,6 +6,7 @@ from memplan.architectures.gpt2 import GPT2MLP
 from memplan.architectures.nn import (
     Build,
     CheckpointLayer,
+    Dropout,
     Embedding,
     LayerNorm,
     Layers,
@@ -50,6 +51,8 @@ class GPTNeoSelfAttention(Module):
         self.b = b
         self.c = c
         self.bias = b.tape.buffer((1, 1, c.max_position_embeddings, c.max_position_embeddings), bool_)
+        self.attn_dropout = Dropout(c.attention_dropout)
+        self.resid_dropout = Dropout(c.resid_dropout)
         self.k_proj = Linear(b, c.hidden_size, c.hidden_size, bias=False)
         self.v_proj = Linear(b, c.hidden_size, c.hidden_size, bias=False)
         self.q_proj = Linear(b, c.hidden_size, c.hidden_size, bias=False)
@@ -67,7 +70,7 @@ class GPTNeoSelfAttention(Module):
             attn_weights = attn_weights + mask
         attn_weights = ops.softmax(attn_weights)
         attn_weights = attn_weights.to(value.dtype)
-        attn_weights = ops.dropout(attn_weights, self.c.attention_dropout)
+        attn_weights = self.attn_dropout(attn_weights)
         attn_output = ops.matmul(attn_weights, value)
         return attn_output, attn_weights
 
@@ -95,7 +98,7 @@ class GPTNeoSelfAttention(Module):
         attn_output = attn_output.permute(0, 2, 1, 3).contiguous()
         attn_output = attn_output.view(batch, length, hidden_size)
         attn_output = self.out_proj(attn_output)
-        attn_output = ops.dropout(attn_output, self.c.resid_dropout)
+        attn_output = self.resid_dropout(attn_output)
         return attn_output, attn_weights
 
 
@@ -113,7 +116,7 @@ class GPTNeoMLP(GPT2MLP):
         self.c_fc = Linear(b, c.hidden_size, c.intermediate_size)
         self.c_proj = Linear(b, c.intermediate_size, c.hidden_size)
         self.act = activation(c.activation_function)
-        self.dropout = c.resid_dropout
+        self.dropout = Dropout(c.resid_dropout)
 
 
 class GPTNeoBlock(CheckpointLayer):
@@ -139,9 +142,9 @@ class GPTNeoModel(Module):
     def __init__(self, b: Build, c: GPTNeoConfig) -> None:
         self.b = b
         self.max_position_embeddings = c.max_position_embeddings
-        self.dropout = c.embed_dropout
         self.wte = Embedding(b, c.vocab_size, c.hidden_size)
         self.wpe = Embedding(b, c.max_position_embeddings, c.hidden_size)
+        self.drop = Dropout(c.embed_dropout)
         self.h = Layers(b, [0] * c.num_layers, lambda i: GPTNeoBlock(b, c))
         self.ln_f = LayerNorm(b, c.hidden_size)
 
@@ -152,7 +155,7 @@ class GPTNeoModel(Module):
         mask = causal_mask(self.b, inputs_embeds)
         position_embeds = self.wpe(ids)
         hidden_states = inputs_embeds + position_embeds
-        hidden_states = ops.dropout(hidden_states, self.dropout)
+        hidden_states = self.drop(hidden_states)
         for block in self.h:
             outputs = block(hidden_states, mask)  # the attention weights stay until the next block returns
             hidden_states = outputs[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from memplan.architectures.nn import (
     Build,
     CheckpointLayer,
+    Dropout,
     Embedding,
     LayerNorm,
     Layers,
@@ -103,23 +104,24 @@ class GPTNeoXAttention(Module):
 class GPTNeoXLayer(CheckpointLayer):
     def __init__(self, b: Build, c: GPTNeoXConfig) -> None:
         self.use_parallel_residual = c.use_parallel_residual
-        self.dropout = c.hidden_dropout
         self.input_layernorm = LayerNorm(b, c.hidden_size)
         self.post_attention_layernorm = LayerNorm(b, c.hidden_size)
+        self.post_attention_dropout = Dropout(c.hidden_dropout)
+        self.post_mlp_dropout = Dropout(c.hidden_dropout)
         self.attention = GPTNeoXAttention(b, c)
         self.mlp = GPTNeoXMLP(b, c)
 
     def forward(self, hidden_states: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         attn_output, _ = self.attention(self.input_layernorm(hidden_states), positions, mask)
-        attn_output = ops.dropout(attn_output, self.dropout)
+        attn_output = self.post_attention_dropout(attn_output)
         if self.use_parallel_residual:
             mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
-            mlp_output = ops.dropout(mlp_output, self.dropout)
+            mlp_output = self.post_mlp_dropout(mlp_output)
             hidden_states = mlp_output + attn_output + hidden_states
         else:
             attn_output = attn_output + hidden_states
             mlp_output = self.mlp(self.post_attention_layernorm(attn_output))
-            mlp_output = ops.dropout(mlp_output, self.dropout)
+            mlp_output = self.post_mlp_dropout(mlp_output)
             hidden_states = mlp_output + attn_output
         return hidden_states
 
@@ -127,8 +129,8 @@ class GPTNeoXLayer(CheckpointLayer):
 class GPTNeoXModel(Module):
     def __init__(self, b: Build, c: GPTNeoXConfig) -> None:
         self.b = b
-        self.dropout = c.hidden_dropout
         self.embed_in = Embedding(b, c.vocab_size, c.hidden_size)
+        self.emb_dropout = Dropout(c.hidden_dropout)
         self.layers = Layers(b, [0] * c.num_hidden_layers, lambda i: GPTNeoXLayer(b, c))
         self.final_layer_norm = LayerNorm(b, c.hidden_size)
         self.rotary_emb = RotaryEmbedding(b, c.rotary_ndims)
@@ -137,7 +139,7 @@ class GPTNeoXModel(Module):
         inputs_embeds = self.embed_in(input_ids)
         ids = position_ids(inputs_embeds)
         mask = causal_mask(self.b, inputs_embeds)
-        hidden_states = ops.dropout(inputs_embeds, self.dropout)
+        hidden_states = self.emb_dropout(inputs_embeds)
         positions = self.rotary_emb(hidden_states, ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states, positions, mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from memplan.architectures.nn import (
     Build,
     CheckpointLayer,
+    Dropout,
     Embedding,
     LayerNorm,
     Layers,
@@ -66,6 +67,8 @@ class GPTJAttention(Module):
     def __init__(self, b: Build, c: GPTJConfig) -> None:
         self.b = b
         self.c = c
+        self.attn_dropout = Dropout(c.attn_pdrop)
+        self.resid_dropout = Dropout(c.resid_pdrop)
         self.k_proj = Linear(b, c.hidden_size, c.hidden_size, bias=False)
         self.v_proj = Linear(b, c.hidden_size, c.hidden_size, bias=False)
         self.q_proj = Linear(b, c.hidden_size, c.hidden_size, bias=False)
@@ -82,7 +85,7 @@ class GPTJAttention(Module):
             attn_weights = attn_weights + mask
         attn_weights = ops.softmax(attn_weights)
         attn_weights = attn_weights.to(value.dtype)
-        attn_weights = ops.dropout(attn_weights, self.c.attn_pdrop)
+        attn_weights = self.attn_dropout(attn_weights)
         attn_output = ops.matmul(attn_weights, value)
         return attn_output, attn_weights
 
@@ -125,7 +128,7 @@ class GPTJAttention(Module):
         attn_output = attn_output.permute(0, 2, 1, 3).contiguous()
         attn_output = attn_output.view(batch, length, hidden_size)
         attn_output = self.out_proj(attn_output)
-        attn_output = ops.dropout(attn_output, self.c.resid_pdrop)
+        attn_output = self.resid_dropout(attn_output)
         return attn_output, attn_weights
 
 
@@ -134,13 +137,13 @@ class GPTJMLP(Module):
         self.fc_in = Linear(b, c.hidden_size, c.intermediate_size)
         self.fc_out = Linear(b, c.intermediate_size, c.hidden_size)
         self.act = activation(c.activation_function)
-        self.dropout = c.resid_pdrop
+        self.dropout = Dropout(c.resid_pdrop)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         hidden_states = self.fc_in(hidden_states)
         hidden_states = self.act(hidden_states)
         hidden_states = self.fc_out(hidden_states)
-        hidden_states = ops.dropout(hidden_states, self.dropout)
+        hidden_states = self.dropout(hidden_states)
         return hidden_states
 
 
@@ -163,8 +166,8 @@ class GPTJModel(Module):
     def __init__(self, b: Build, c: GPTJConfig) -> None:
         self.b = b
         self.max_position_embeddings = c.max_position_embeddings
-        self.dropout = c.embd_pdrop
         self.wte = Embedding(b, c.vocab_size, c.hidden_size)
+        self.drop = Dropout(c.embd_pdrop)
         self.h = Layers(b, [0] * c.num_hidden_layers, lambda i: GPTJBlock(b, c))
         self.ln_f = LayerNorm(b, c.hidden_size)
 
@@ -174,7 +177,7 @@ class GPTJModel(Module):
         ids = position_ids(inputs_embeds)
         mask = causal_mask(self.b, inputs_embeds)
         hidden_states = inputs_embeds
-        hidden_states = ops.dropout(hidden_states, self.dropout)
+        hidden_states = self.drop(hidden_states)
         for block in self.h:
             outputs = block(hidden_states, mask, ids)  # the attention weights stay until the next block returns
             hidden_states = outputs[0]

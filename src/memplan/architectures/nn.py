@@ -137,7 +137,9 @@ class Module:
 
 
 def watch(root: Module, tape: Tape) -> None:
-    """Note on the tape where every module begins and ends: an engine that shards weights hooks in there."""
+    """Note on the tape where every module begins and ends, those without weights too: an engine that shards weights
+    hooks in there.
+    """
     tape.watches = True
     for _, module in root.named_modules():
         if not hasattr(module, "forward"):  # a list of modules, which is never called
@@ -321,6 +323,26 @@ def representatives(kinds: Sequence[Hashable]) -> list[int]:
     return chosen
 
 
+class Dropout(Module):
+    """torch.nn.Dropout."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.dropout(x, self.p)
+
+
+class Activation(Module):
+    """A module that is a function: nothing but its place among the modules tells it from one."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 def gelu_new(x: Tensor) -> Tensor:
     """NewGELUActivation: every step is a tensor of its own."""
     return x * 0.5 * (ops.tanh((x + x.pow(3.0) * 0.044715) * 0.8) + 1.0)
@@ -355,10 +377,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
+def activation(name: str) -> Activation:
     """transformers.activations.ACT2FN; raises UnsupportedError for a name that memplan does not model."""
     try:
-        return ACTIVATIONS[name]
+        return Activation(ACTIVATIONS[name])
     except KeyError:
         raise UnsupportedError(
             f"hidden_act: {name!r} is not modelled. Known: {', '.join(sorted(ACTIVATIONS))}."

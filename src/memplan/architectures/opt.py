@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memplan.architectures.nn import (
     Build,
+    CausalLM,
     CheckpointLayer,
     Embedding,
     LayerNorm,
@@ -13,6 +14,7 @@ from memplan.architectures.nn import (
     activation,
     attention,
     cached,
+    causal_lm_output,
     causal_mask,
     check_heads,
     check_position_table,
@@ -174,4 +176,20 @@ class OPTModel(Module):
         return hidden_states
 
 
-HEADS = language_model_heads(OPTConfig, OPTModel, prefix="model", embedding="embed_tokens")
+class OPTForCausalLM(CausalLM):
+    """It calls the decoder, past the model that holds it."""
+
+    def __init__(self, b: Build, fields: Fields) -> None:
+        c = OPTConfig(fields)
+        self.model = OPTModel(b, c)
+        super().__init__(b, "model", self.model, self.model.embed_tokens, c.tie_word_embeddings, bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden_states = self.model.decoder(input_ids)
+        return causal_lm_output(self.b, self.lm_head, hidden_states, labels)
+
+
+HEADS = {
+    **language_model_heads(OPTConfig, OPTModel, prefix="model", embedding="embed_tokens"),
+    "causal-lm": OPTForCausalLM,
+}

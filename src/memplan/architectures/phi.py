@@ -6,6 +6,7 @@ from memplan.architectures.llama import LlamaConfig
 from memplan.architectures.nn import (
     Build,
     CheckpointLayer,
+    Dropout,
     Embedding,
     LayerNorm,
     Layers,
@@ -96,7 +97,7 @@ class PhiMLP(Module):
 
 class PhiDecoderLayer(CheckpointLayer):
     def __init__(self, b: Build, c: PhiConfig) -> None:
-        self.dropout = c.resid_pdrop
+        self.resid_dropout = Dropout(c.resid_pdrop)
         self.self_attn = PhiAttention(b, c)
         self.mlp = PhiMLP(b, c)
         self.input_layernorm = LayerNorm(b, c.hidden_size)
@@ -105,8 +106,8 @@ class PhiDecoderLayer(CheckpointLayer):
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         attn_outputs, _ = self.self_attn(hidden_states, positions, mask)
-        attn_outputs = ops.dropout(attn_outputs, self.dropout)
-        feed_forward_hidden_states = ops.dropout(self.mlp(hidden_states), self.dropout)
+        attn_outputs = self.resid_dropout(attn_outputs)
+        feed_forward_hidden_states = self.resid_dropout(self.mlp(hidden_states))
         hidden_states = attn_outputs + feed_forward_hidden_states + residual
         return hidden_states
 
@@ -114,8 +115,8 @@ class PhiDecoderLayer(CheckpointLayer):
 class PhiModel(Module):
     def __init__(self, b: Build, c: PhiConfig) -> None:
         self.b = b
-        self.dropout = c.embd_pdrop
         self.embed_tokens = Embedding(b, c.vocab_size, c.hidden_size)
+        self.embed_dropout = Dropout(c.embd_pdrop)
         self.layers = Layers(b, c.kinds, lambda i: PhiDecoderLayer(b, c))
         self.final_layernorm = LayerNorm(b, c.hidden_size)
         self.rotary_emb = RotaryEmbedding(b, c.rotary_dim)
@@ -124,7 +125,7 @@ class PhiModel(Module):
         inputs_embeds = self.embed_tokens(input_ids)
         ids = position_ids(inputs_embeds)
         mask = causal_mask(self.b, inputs_embeds)
-        inputs_embeds = ops.dropout(inputs_embeds, self.dropout)
+        inputs_embeds = self.embed_dropout(inputs_embeds)
         hidden_states = inputs_embeds
         positions = self.rotary_emb(hidden_states, ids)
         for layer in self.layers:

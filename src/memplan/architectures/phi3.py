@@ -13,7 +13,15 @@ from memplan.architectures.llama import (
     LlamaModel,
     decoder_heads,
 )
-from memplan.architectures.nn import Build, Linear, Module, activation, rotary_dim, rotate_half
+from memplan.architectures.nn import (
+    Build,
+    Dropout,
+    Linear,
+    Module,
+    activation,
+    rotary_dim,
+    rotate_half,
+)
 from memplan.specs.fields import Fields
 from memplan.tape import ops
 from memplan.tape.tensor import Tensor
@@ -92,17 +100,18 @@ class Phi3DecoderLayer(LlamaDecoderLayer):
 
     def __init__(self, b: Build, c: Phi3Config, layer_idx: int) -> None:
         super().__init__(b, c, layer_idx)
-        self.resid_pdrop = c.resid_pdrop
+        self.resid_attn_dropout = Dropout(c.resid_pdrop)
+        self.resid_mlp_dropout = Dropout(c.resid_pdrop)
 
     def forward(self, hidden_states: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         hidden_states, _self_attn_weights = self.self_attn(hidden_states, positions, mask)
-        hidden_states = residual + ops.dropout(hidden_states, self.resid_pdrop)
+        hidden_states = residual + self.resid_attn_dropout(hidden_states)
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
         hidden_states = self.mlp(hidden_states)
-        hidden_states = residual + ops.dropout(hidden_states, self.resid_pdrop)
+        hidden_states = residual + self.resid_mlp_dropout(hidden_states)
         return hidden_states
 
 

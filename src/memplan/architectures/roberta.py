@@ -9,6 +9,7 @@ from memplan.architectures.bert import BertConfig, BertEmbeddings, BertModel, ma
 from memplan.architectures.nn import (
     Build,
     Classifier,
+    Dropout,
     Embedding,
     LayerNorm,
     Linear,
@@ -94,15 +95,15 @@ class RobertaForMaskedLM(Model):
 class RobertaClassificationHead(Module):
     def __init__(self, b: Build, c: RobertaConfig) -> None:
         self.dense = Linear(b, c.hidden_size, c.hidden_size)
-        self.dropout = c.classifier_dropout
+        self.dropout = Dropout(c.classifier_dropout)
         self.out_proj = Linear(b, c.hidden_size, c.num_labels)
 
     def forward(self, features: Tensor) -> Tensor:
         x = features.select(1, 0)
-        x = ops.dropout(x, self.dropout)
+        x = self.dropout(x)
         x = self.dense(x)
         x = ops.tanh(x)
-        x = ops.dropout(x, self.dropout)
+        x = self.dropout(x)
         x = self.out_proj(x)
         return x
 

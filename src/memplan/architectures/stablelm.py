@@ -15,6 +15,7 @@ from memplan.architectures.llama import (
 )
 from memplan.architectures.nn import (
     Build,
+    Dropout,
     LayerNorm,
     Module,
     ModuleList,
@@ -93,7 +94,7 @@ class StableLmDecoderLayer(LlamaDecoderLayer):
 
     def __init__(self, b: Build, c: StableLmConfig, layer_idx: int) -> None:
         super().__init__(b, c, layer_idx)
-        self.dropout = c.hidden_dropout
+        self.dropout = Dropout(c.hidden_dropout)
         self.use_parallel_residual = c.use_parallel_residual
         if c.use_parallel_residual:
             self.post_attention_layernorm = None
@@ -104,12 +105,12 @@ class StableLmDecoderLayer(LlamaDecoderLayer):
         self_attn_output, _ = self.self_attn(hidden_states, positions, mask)
         if self.use_parallel_residual:
             mlp_output = self.mlp(hidden_states)
-            mlp_output = ops.dropout(mlp_output, self.dropout)
+            mlp_output = self.dropout(mlp_output)
             hidden_states = residual + self_attn_output + mlp_output
         else:
             residual = residual + self_attn_output
             mlp_output = self.mlp(self.post_attention_layernorm(residual))
-            mlp_output = ops.dropout(mlp_output, self.dropout)
+            mlp_output = self.dropout(mlp_output)
             hidden_states = residual + mlp_output
         return hidden_states
 

@@ -12,6 +12,7 @@ from typing import Any
 from memplan.architectures.nn import (
     Build,
     CheckpointLayer,
+    Dropout,
     Embedding,
     Layers,
     Linear,
@@ -79,6 +80,10 @@ class Seq2SeqLMOutput:
         """accelerate's copies in float32: autocast leaves the hidden state in float32, and a cache is not converted."""
         return Seq2SeqLMOutput(self.logits.float(), self.encoder_last_hidden_state, self.past_key_values)
 
+    def to(self, dtype: DType) -> Seq2SeqLMOutput:
+        """FSDP2's copies in another dtype."""
+        return Seq2SeqLMOutput(self.logits.to(dtype), self.encoder_last_hidden_state.to(dtype), self.past_key_values)
+
 
 class T5LayerNorm(Module):
     """No bias and no mean; the variance in float32."""
@@ -105,13 +110,13 @@ class T5DenseActDense(Module):
     def __init__(self, b: Build, c: T5Config) -> None:
         self.wi = Linear(b, c.d_model, c.d_ff, bias=False)
         self.wo = OutputLinear(b, c.d_ff, c.d_model)
-        self.dropout = c.dropout_rate
+        self.dropout = Dropout(c.dropout_rate)
         self.act = activation(c.dense_act_fn)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         hidden_states = self.wi(hidden_states)
         hidden_states = self.act(hidden_states)
-        hidden_states = ops.dropout(hidden_states, self.dropout)
+        hidden_states = self.dropout(hidden_states)
         hidden_states = hidden_states.to(self.wo.weight.dtype)
         hidden_states = self.wo(hidden_states)
         return hidden_states
@@ -122,14 +127,14 @@ class T5DenseGatedActDense(Module):
         self.wi_0 = Linear(b, c.d_model, c.d_ff, bias=False)
         self.wi_1 = Linear(b, c.d_model, c.d_ff, bias=False)
         self.wo = OutputLinear(b, c.d_ff, c.d_model)
-        self.dropout = c.dropout_rate
+        self.dropout = Dropout(c.dropout_rate)
         self.act = activation(c.dense_act_fn)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         hidden_gelu = self.act(self.wi_0(hidden_states))
         hidden_linear = self.wi_1(hidden_states)
         hidden_states = hidden_gelu * hidden_linear
-        hidden_states = ops.dropout(hidden_states, self.dropout)
+        hidden_states = self.dropout(hidden_states)
         hidden_states = hidden_states.to(self.wo.weight.dtype)
         hidden_states = self.wo(hidden_states)
         return hidden_states
@@ -139,12 +144,12 @@ class T5LayerFF(Module):
     def __init__(self, b: Build, c: T5Config) -> None:
         self.DenseReluDense = T5DenseGatedActDense(b, c) if c.is_gated_act else T5DenseActDense(b, c)
         self.layer_norm = T5LayerNorm(b, c.d_model)
-        self.dropout = c.dropout_rate
+        self.dropout = Dropout(c.dropout_rate)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         forwarded_states = self.layer_norm(hidden_states)
         forwarded_states = self.DenseReluDense(forwarded_states)
-        hidden_states = hidden_states + ops.dropout(forwarded_states, self.dropout)
+        hidden_states = hidden_states + self.dropout(forwarded_states)
         return hidden_states
 
 
@@ -290,7 +295,7 @@ class T5LayerSelfAttention(Module):
     def __init__(self, b: Build, c: T5Config, is_decoder: bool, has_relative_attention_bias: bool) -> None:
         self.SelfAttention = T5Attention(b, c, is_decoder, is_decoder, has_relative_attention_bias)
         self.layer_norm = T5LayerNorm(b, c.d_model)
-        self.dropout = c.dropout_rate
+        self.dropout = Dropout(c.dropout_rate)
 
     def forward(
         self,
@@ -303,7 +308,7 @@ class T5LayerSelfAttention(Module):
         attention_output, position_bias, attn_weights = self.SelfAttention(
             normed_hidden_states, mask, position_bias, past_key_values
         )
-        attention_output = hidden_states + ops.dropout(attention_output, self.dropout)
+        attention_output = hidden_states + self.dropout(attention_output)
         return attention_output, position_bias, attn_weights
 
 
@@ -311,7 +316,7 @@ class T5LayerCrossAttention(Module):
     def __init__(self, b: Build, c: T5Config) -> None:
         self.EncDecAttention = T5Attention(b, c, True, False, False)
         self.layer_norm = T5LayerNorm(b, c.d_model)
-        self.dropout = c.dropout_rate
+        self.dropout = Dropout(c.dropout_rate)
 
     def forward(
         self,
@@ -325,7 +330,7 @@ class T5LayerCrossAttention(Module):
         attention_output, position_bias, attn_weights = self.EncDecAttention(
             normed_hidden_states, mask, position_bias, past_key_values, key_value_states
         )
-        layer_output = hidden_states + ops.dropout(attention_output, self.dropout)
+        layer_output = hidden_states + self.dropout(attention_output)
         return layer_output, position_bias, attn_weights
 
 
@@ -371,11 +376,12 @@ class T5Block(CheckpointLayer):
 
 
 class T5Stack(Module):
-    def __init__(self, b: Build, c: T5Config, embed_tokens: Embedding, is_decoder: bool) -> None:
+    def __init__(self, b: Build, c: T5Config, shared: Embedding, is_decoder: bool) -> None:
         self.b = b
         self.is_decoder = is_decoder
-        self.dropout = c.dropout_rate
-        self.embed_tokens = embed_tokens
+        self.dropout = Dropout(c.dropout_rate)
+        self.embed_tokens = Embedding(b, c.vocab_size, c.d_model)
+        self.embed_tokens.weight = shared.weight
         # The first block has the table of biases. The last one is where the gradients of what all blocks share begin.
         depth = c.num_decoder_layers if is_decoder else c.num_layers
         kinds = ["inner"] * (depth - 1) + ["last"]
@@ -397,7 +403,7 @@ class T5Stack(Module):
             mask = bidirectional_mask(self.b, inputs_embeds)
         position_bias = None
         encoder_decoder_position_bias = None
-        hidden_states = ops.dropout(inputs_embeds, self.dropout)
+        hidden_states = self.dropout(inputs_embeds)
         for block in self.block:
             hidden_states, position_bias, encoder_decoder_position_bias = block(
                 hidden_states,
@@ -409,7 +415,7 @@ class T5Stack(Module):
                 past_key_values,
             )
         hidden_states = self.final_layer_norm(hidden_states)
-        hidden_states = ops.dropout(hidden_states, self.dropout)
+        hidden_states = self.dropout(hidden_states)
         return hidden_states
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from memplan.architectures.nn import (
     Build,
     CheckpointLayer,
+    Dropout,
     InputEmbeddings,
     LayerNorm,
     Layers,
@@ -90,14 +91,14 @@ class ViTEmbeddings(Module):
         self.cls_token = b.parameter(1, 1, c.hidden_size)
         self.patch_embeddings = ViTPatchEmbeddings(b, c)
         self.position_embeddings = b.parameter(1, num_patches + 1, c.hidden_size)
-        self.dropout = c.hidden_dropout_prob
+        self.dropout = Dropout(c.hidden_dropout_prob)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         embeddings = self.patch_embeddings(pixel_values)
         cls_tokens = self.cls_token.expand(pixel_values.shape[0], -1, -1)
         embeddings = ops.cat((cls_tokens, embeddings), dim=1)
         embeddings = embeddings + self.position_embeddings
-        embeddings = ops.dropout(embeddings, self.dropout)
+        embeddings = self.dropout(embeddings)
         return embeddings
 
 
@@ -143,18 +144,18 @@ class ViTLayer(CheckpointLayer):
         self.layernorm_before = LayerNorm(b, c.hidden_size)
         self.layernorm_after = LayerNorm(b, c.hidden_size)
         self.mlp = ViTMLP(b, c)
-        self.dropout = c.hidden_dropout_prob
+        self.dropout = Dropout(c.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         residual = hidden_states
         hidden_states = self.layernorm_before(hidden_states)
         hidden_states, _ = self.attention(hidden_states)
-        hidden_states = ops.dropout(hidden_states, self.dropout)
+        hidden_states = self.dropout(hidden_states)
         hidden_states = hidden_states + residual
         residual = hidden_states
         hidden_states = self.layernorm_after(hidden_states)
         hidden_states = self.mlp(hidden_states)
-        hidden_states = ops.dropout(hidden_states, self.dropout)
+        hidden_states = self.dropout(hidden_states)
         hidden_states = hidden_states + residual
         return hidden_states
 

@@ -79,7 +79,9 @@ def to_deepspeed(strategy: Strategy, training: TrainingSpec, nvme_path: str | No
         config["data_types"] = {"grad_accum_dtype": values["grad_accum_dtype"]}
     if strategy.zero.ds_optimizer:
         config["optimizer"] = _section_of(strategy, training)
-    return config | {name: values[name] for name in ("communication_data_type", "aio") if name in values}
+    config["bf16"] |= {name: True for name in _BF16 if name in values}
+    names = ("communication_data_type", "zero_force_ds_cpu_optimizer", "aio")
+    return config | {name: values[name] for name in names if name in values}
 
 
 def _section_of(strategy: Strategy, training: TrainingSpec) -> dict[str, Any]:
@@ -118,6 +120,7 @@ class _Reader:
         strategy, cluster = self._strategy()
         zero = strategy["zero"]
         precision, assumed = self._precision()
+        zero |= self._masters()
         mixed = precision.get("mixed_precision")
         zero |= self._data_types(mixed)
         optimizer = self._optimizer(strategy, mixed)
@@ -314,8 +317,7 @@ class _Reader:
 
     def _precision(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the sections fix, and what they leave to the option or else amount to."""
-        old = "bf16" not in self.top.raw and "bfloat16" in self.top.raw
-        bf16 = self._section("bf16", self._values_of("bfloat16" if old else "bf16", null=True))
+        bf16 = self._bf16()
         fp16 = self._section("fp16", self._values_of("fp16"))
         for section in (bf16, fp16):
             section.refuse_unmodelled(self.stage)
@@ -335,6 +337,17 @@ class _Reader:
         if not open_ones:
             return {"mixed_precision": "no"}, {}
         return {}, {"mixed_precision": open_ones[0]} if len(open_ones) == 1 else {}
+
+    def _bf16(self) -> Section:
+        old = "bf16" not in self.top.raw and "bfloat16" in self.top.raw
+        return self._section("bf16", self._values_of("bfloat16" if old else "bf16", null=True))
+
+    def _masters(self) -> dict[str, bool]:
+        bf16 = self._bf16()
+        found = {name: True for name in _BF16 if bf16.get(name)}
+        if not self.top.get("zero_force_ds_cpu_optimizer", True):
+            found["zero_force_ds_cpu_optimizer"] = False
+        return found
 
     def _values_of(self, name: str, *, null: bool = False) -> object:
         values = self.top.raw.get(name, {})
@@ -364,11 +377,6 @@ class _Reader:
         """The optimizer that DeepSpeed makes itself, or nothing: then it is the Trainer's."""
         offloaded = strategy.get("offload_optimizer", "none") != "none"
         if "optimizer" not in self.top.raw:
-            if offloaded and not self.top.get("zero_force_ds_cpu_optimizer", True):
-                raise UnsupportedError(
-                    f"{self.top.name('zero_force_ds_cpu_optimizer')}: false is not modelled: torch's optimizer on the "
-                    "CPU has temporaries that DeepSpeedCPUAdam has not. Leave it out."
-                )
             return {}
         section = self._optional("optimizer")
         section.refuse_unmodelled(self.stage)
@@ -450,6 +458,8 @@ class _Reader:
             )
 
 
+_BF16 = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+"""Keys of ``bf16`` that are fields of :class:`ZeroSpec`."""
 _NOT_FIELDS = frozenset(
     {
         *("stage", "offload_param", "offload_optimizer", "legacy_stage1", "cpu_offload", "cpu_offload_param"),

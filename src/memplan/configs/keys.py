@@ -194,8 +194,8 @@ DEEPSPEED: dict[str, dict[str, Key]] = {
             bool, False, why="gradients that BF16_Optimizer takes over in the backward are not modelled", stages=(1,)
         ),
         "check_grad_overflow": _only(bool, True, why="a step without the check is not modelled", stages=(3,)),
-        "bf16_master_weights_and_grads": _only(bool, False, why="16-bit master weights are not modelled"),
-        "bf16_optimizer_states": _only(bool, False, why="16-bit optimizer states are not modelled"),
+        "bf16_master_weights_and_grads": _sets(bool, "bf16_master_weights_and_grads"),
+        "bf16_optimizer_states": _sets(bool, "bf16_optimizer_states"),
     },
     "fp16": {
         "enabled": _sets(bool, "enabled"),

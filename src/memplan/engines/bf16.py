@@ -10,7 +10,7 @@ from __future__ import annotations
 from memplan.engines import checkpoint
 from memplan.engines.layout import StateDict, WholeWeights
 from memplan.engines.zero import ZeroSetup, flattened, optimizer_storages
-from memplan.engines.zero0 import buckets
+from memplan.engines.zero0 import REDUCED, buckets
 from memplan.memory.course import Block, Key, Ledger
 from memplan.tape.tensor import float32
 
@@ -29,9 +29,10 @@ class Bf16(WholeWeights):
         """_setup_for_real_optimizer: group by group flatten, clone a partition as master, and make the gradients."""
         setup, ledger = self.setup, self.ledger
         for group, clone in flattened(setup, ledger, empties_cache=False):
-            ledger.allocate("optimizer", group.partition * float32.itemsize)
+            ledger.allocate("optimizer", group.partition * float32.itemsize, name="masters")
             ledger.free(clone)
-            ledger.allocate("gradients", group.elements * setup.accumulation_dtype.itemsize)
+            nbytes = group.elements * setup.accumulation_dtype.itemsize
+            ledger.allocate("gradients", nbytes, name="accumulated (grad_accum_dtype)")
 
     def process_gradients(self, key: Key, gradient: Block | None) -> None:
         """Autograd's gradients stay until the step; further micro-batches find them zeroed."""
@@ -42,15 +43,19 @@ class Bf16(WholeWeights):
         """update_hp_grads: each is cast and added; then the float32 ones are reduced in the dtype of the model."""
         setup, ledger = self.setup, self.ledger
         for key in self._grads:
-            ledger.briefly("temporaries", self._weights[key].elements * setup.accumulation_dtype.itemsize)
+            nbytes = self._weights[key].elements * setup.accumulation_dtype.itemsize
+            ledger.briefly("temporaries", nbytes, name="gradients, cast")
         if not self._boundary:
             return
         for bucket in buckets(group.elements for group in setup.groups):
             elements = sum(bucket)
             flat = None
             if len(bucket) > 1:  # one alone is a view
-                flat = ledger.allocate("communication", elements * setup.accumulation_dtype.itemsize)
-            ledger.briefly("communication", elements * setup.communication_dtype.itemsize)
+                nbytes = elements * setup.accumulation_dtype.itemsize
+                flat = ledger.allocate("communication", nbytes, name=REDUCED)
+            if setup.communication_dtype is not setup.accumulation_dtype:
+                nbytes = elements * setup.communication_dtype.itemsize
+                ledger.briefly("communication", nbytes, name=REDUCED)
             ledger.free(flat)
 
     def step(self) -> None:
@@ -58,8 +63,8 @@ class Bf16(WholeWeights):
         for optimizer, partition in zip(self.setup.optimizers, self.setup.partitions, strict=True):
             if not self._has_states:
                 for nbytes in optimizer.state_bytes(partition):
-                    self.ledger.allocate("optimizer", nbytes)
-            self.ledger.briefly("temporaries", optimizer.temporaries.peak)
+                    self.ledger.allocate("optimizer", nbytes, name="states")
+            self.ledger.briefly("temporaries", optimizer.temporaries.peak, name="of the optimizer's step")
         self._has_states = True
         self.ledger.free(*self._grads.values())
         self._grads.clear()

@@ -7,7 +7,7 @@ are watched (:mod:`memplan.memory.course`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 
@@ -17,12 +17,20 @@ from memplan.engines.layout import Layout, StateDict
 from memplan.engines.wrapping import Row, Unit, Units
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
-from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
+from memplan.memory.optimizers import Groups, Optimizer, clip_grad_norm, make_optimizer
 from memplan.specs.strategy import FsdpSpec, Strategy
 from memplan.specs.training import QuantizationSpec, TrainingSpec
 from memplan.tape.dispatch import CPU, DeviceRules
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import DType, Parameter, Shape, float32
+
+CAST = "shards in the dtype in which they are gathered (mixed precision)"
+GATHERED = "gathered weights of units (auto_wrap_policy, reshard_after_forward)"
+STAGED = "shards on their way from the host (offload_params)"
+SAVED = "a tensor gathered to be saved (state_dict_type)"
+WHOLE = "weights on their way, whole"
+TOGETHER = "what a unit's weights are gathered into together (auto_wrap_policy)"
+"""Blocks as an explanation names them; in parentheses the keys that size them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,8 @@ class FsdpSetup:
     """In the order of their forward."""
     as_sharded: Sequence[Unit]
     """In the order in which ``fully_shard`` is called."""
+    referenced: Set[Key]
+    """Weights that fsdp2_prepare_model has variables of: their whole tensors live until it returns."""
     distributed: Sequence[Row]
     """With cpu_ram_efficient_loading: the state_dict that rank 0 sends to all, after sharding without memory."""
     ignored: Sequence[int]
@@ -82,24 +92,29 @@ class Fsdp:
     def initialize(self) -> None:
         """fully_shard: unit by unit the weights come to the GPU whole, and only their shards stay."""
         for nbytes in self.setup.ignored:
-            self.ledger.allocate("weights", nbytes)
+            self.ledger.allocate("weights", nbytes, name="not sharded")
         if self.setup.distributed:
             self._distribute(self.setup.distributed)
             return
+        kept: list[Block] = []
         for unit in self.setup.as_sharded:
             moved = [] if self.setup.on_gpu else unit.weights
-            whole = [self.ledger.allocate("temporaries", row.elements * row.itemsize) for row in moved]
+            sizes = {row.key: row.elements * row.itemsize for row in moved}
+            whole = {key: self.ledger.allocate("temporaries", n, name=WHOLE) for key, n in sizes.items()}
             for row in unit.weights:
                 self._shard(row)
-            self.ledger.free(*whole)
+            kept += [whole.pop(key) for key in self.setup.referenced & whole.keys()]
+            self.ledger.free(*whole.values())
+        self.ledger.free(*kept)
 
     def _distribute(self, rows: Sequence[Row]) -> None:
         """fsdp2_load_full_state_dict: weights come to the GPU one by one, tied ones twice until they are tied again."""
         twice: list[Block] = []
         seen: set[Key] = set()
         for row in rows:
-            whole = self.ledger.allocate("temporaries", row.elements * row.itemsize)
-            pads = [self.ledger.allocate("temporaries", row.shard * row.itemsize) for _ in range(row.short)]
+            whole = self.ledger.allocate("temporaries", row.elements * row.itemsize, name=WHOLE)
+            nbytes = row.shard * row.itemsize
+            pads = [self.ledger.allocate("temporaries", nbytes, name="padded shards") for _ in range(row.short)]
             shard = self._shard(row)
             self.ledger.free(whole, *pads)  # distribute_tensor copies the shards that it pads
             twice += [shard] if row.key in seen else []
@@ -108,7 +123,7 @@ class Fsdp:
 
     def _shard(self, row: Row) -> Block:
         """_init_sharded_param: cut on the GPU; under offloading copied to the host, and there into pinned memory."""
-        shard = self.ledger.allocate("weights", row.shard * row.itemsize)
+        shard = self.ledger.allocate("weights", row.shard * row.itemsize, name="shards")
         if self.setup.offload:
             copy = self.ledger.allocate("weights", row.shard * row.itemsize, "host")
             self.ledger.free(shard)
@@ -118,7 +133,7 @@ class Fsdp:
 
     def _on_host_or_gpu(self, component: str, nbytes: int) -> Block:
         """A shard, or its gradient."""
-        return self.ledger.allocate(component, nbytes, "pinned" if self.setup.offload else "gpu")
+        return self.ledger.allocate(component, nbytes, "pinned" if self.setup.offload else "gpu", "shards")
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
@@ -127,6 +142,9 @@ class Fsdp:
         self._backward = False
         self._order.clear()
         self._reduced.clear()
+
+    def begin_evaluation(self) -> None:
+        """Units are gathered and freed as in training."""
 
     def module_event(self, kind: str, module: Key) -> None:
         """A hook of a module; only those of units matter, and in the backward no forward's."""
@@ -176,16 +194,16 @@ class Fsdp:
             inputs = [self._copied(row, row.shard) for row in unit.weights]
         else:
             casts = sum(row.shard for row in unit.weights if row.itemsize != size) * size
-            inputs = [self.ledger.allocate("temporaries", casts)] if casts else []
-        self._gathered[unit.first] = self.ledger.allocate("communication", elements * size)
+            inputs = [self.ledger.allocate("temporaries", casts, name=CAST)] if casts else []
+        self._gathered[unit.first] = self.ledger.allocate("communication", elements * size, name=TOGETHER)
         self.ledger.free(*inputs)
 
     def _copied(self, row: Row, elements: int) -> Block:
         """all_gather_inputs of a shard on the host: copied to the GPU, then cast."""
-        copy = self.ledger.allocate("temporaries", elements * row.itemsize)
+        copy = self.ledger.allocate("temporaries", elements * row.itemsize, name=STAGED)
         if row.itemsize == self.setup.dtype.itemsize:
             return copy
-        cast = self.ledger.allocate("temporaries", elements * self.setup.dtype.itemsize)
+        cast = self.ledger.allocate("temporaries", elements * self.setup.dtype.itemsize, name=CAST)
         self.ledger.free(copy)
         return cast
 
@@ -196,12 +214,16 @@ class Fsdp:
         gathered = self._gathered.pop(unit.first)
         size = self.setup.dtype.itemsize
         blocks: list[Block] = []
+        cast: Block | None = None
         for row in unit.weights:
-            blocks.append(self.ledger.allocate("communication", row.padded * size))
+            before, cast = cast, None
             if self.setup.ranks == 1 and self.setup.offload:
-                self.ledger.free(self._copied(row, row.elements))
+                cast = self._copied(row, row.elements)
             elif self.setup.ranks == 1 and row.itemsize != size:
-                self.ledger.briefly("temporaries", row.elements * size)
+                cast = self.ledger.allocate("temporaries", row.elements * size, name=CAST)
+            self.ledger.free(before)  # by the loop's variable, once it has the next one
+            blocks.append(self.ledger.allocate("communication", row.padded * size, name=GATHERED))
+        self.ledger.free(cast)
         self._unsharded[unit.first] = blocks
         if forward:  # the one before is held until this copy-out is done
             self.ledger.free(self._last_gathered)
@@ -234,13 +256,14 @@ class Fsdp:
             return
         rows = [row for row in unit.weights if row.key in grads]
         size = self.setup.dtype.itemsize
-        self._reduce_input = self.ledger.allocate("communication", sum(row.padded for row in rows) * size)
+        padded = sum(row.padded for row in rows)
+        self._reduce_input = self.ledger.allocate("communication", padded * size, name="reduce-scatter's input")
         whole = [self._grads.pop(key) for key in grads]
         held = whole.pop() if self.setup.ranks > 1 else None  # by the variable of foreach_reduce's loop
         self.ledger.free(*whole)
-        output = self.ledger.allocate("gradients", sum(row.shard for row in rows) * size)
+        output = self.ledger.allocate("gradients", sum(row.shard for row in rows) * size, name="shards")
         if rows[0].itemsize != size:
-            cast = self.ledger.allocate("gradients", sum(row.shard for row in rows) * rows[0].itemsize)
+            cast = self.ledger.allocate("gradients", sum(row.shard for row in rows) * rows[0].itemsize, name="shards")
             self.ledger.free(output)
             output = cast
         if self.setup.offload:
@@ -255,12 +278,17 @@ class Fsdp:
 
     def step(self) -> None:
         optimizer, place = self.setup.optimizer, "host" if self.setup.offload else "gpu"
+        if not self.setup.offload:  # on the host scalars take what they are
+            clipping = clip_grad_norm([(p, 1) for p in self.setup.stepped], optimizer.rules)
+            sizes = (nbytes for nbytes, count in clipping for _ in range(count))
+            norms = [self.ledger.allocate("temporaries", nbytes, name="norms of gradients") for nbytes in sizes]
+            self.ledger.free(*norms)
         if not self._has_states:
             self._has_states = True
             for p in self.setup.stepped:
-                for nbytes in optimizer.state_bytes(p):
-                    self.ledger.allocate("optimizer", nbytes, place)
-        self.ledger.briefly("temporaries", optimizer.temporaries.peak, place)
+                for nbytes in optimizer.states(p):
+                    self.ledger.allocate("optimizer", nbytes, place, "states")
+        self.ledger.briefly("temporaries", optimizer.temporaries.peak, place, "of the optimizer's step")
         self.ledger.free(*self._sharded_grads)
         self._sharded_grads.clear()
 
@@ -290,8 +318,8 @@ class Fsdp:
         shard, padded = (nbytes * part // row.elements for part in (row.shard, row.padded))
         if self.setup.state_dict_type == "SHARDED_STATE_DICT":
             return None if self.setup.offload else self.ledger.allocate(component, shard, "host")
-        staged = self.ledger.allocate("communication", shard) if self.setup.offload else None
-        gathered = self.ledger.allocate("communication", padded) if self.setup.ranks > 1 else None
+        staged = self.ledger.allocate("communication", shard, name=STAGED) if self.setup.offload else None
+        gathered = self.ledger.allocate("communication", padded, name=SAVED) if self.setup.ranks > 1 else None
         block = self.ledger.allocate(component, nbytes, "main")
         self.ledger.free(staged, gathered)
         return block
@@ -374,6 +402,7 @@ def fsdp_setup(
     return FsdpSetup(
         units=found,
         as_sharded=units.as_sharded,
+        referenced=units.referenced,
         distributed=[rows[key] for key in model.names]
         if keys.cpu_ram_efficient_loading and training.quantization is None
         else [],

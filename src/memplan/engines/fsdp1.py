@@ -24,6 +24,16 @@ ALIGNMENT = 16
 """Bytes: with ``use_orig_params`` every weight begins at a multiple (_get_aligned_numel in _flat_param.py)."""
 
 
+CAST = "shards in the dtype in which they are gathered (mixed precision)"
+GATHERED = "gathered flat parameters (auto_wrap_policy, sharding_strategy)"
+PADDED = "a flat gradient, padded so that it can be cut"
+FREED = "allocated in order to be freed"
+SAVED = "gathered to be saved (state_dict_type)"
+WHOLE = "weights on their way, whole"
+STAGED = "shards on their way from the host (offload_params)"
+"""Blocks as an explanation names them; in parentheses the keys that size them."""
+
+
 @dataclass(frozen=True)
 class FlatParam:
     """A unit's weights in one tensor (FlatParamHandle)."""
@@ -127,6 +137,8 @@ class _Handle:
         """What the shard was in before it was upcast or pinned: views of it live until the first reshard."""
         self.grad: Block | None = None
         """The unsharded gradient, which no_sync leaves."""
+        self.shows_grads = False
+        """After a forward: weights have views of _cpu_grad as their gradients, until zero_grad."""
         self.zeros: Block | None = None
         self.sharded_grad: Block | None = None
 
@@ -148,6 +160,7 @@ class Fsdp1:
         self._frozen_done: list[_Handle] = []
         """Frozen, and used for the last time: the hook on its input runs after that of the unit that made it."""
         self._boundary = True
+        self._is_grad_enabled = True
         self._is_lazy = True
         self._has_states = False
         self._gradients_are_none = False
@@ -160,15 +173,18 @@ class Fsdp1:
         """
         for handle in reversed(self._handles):
             flat, size = handle.flat, self.setup.loaded.itemsize
-            whole = [self.ledger.allocate("temporaries", row.elements * size) for row in flat.unit.weights]
-            unsharded = self.ledger.allocate("temporaries", flat.elements * size)
+            sizes = (row.elements * size for row in flat.unit.weights)
+            whole = [self.ledger.allocate("temporaries", nbytes, name=WHOLE) for nbytes in sizes]
+            unsharded = self.ledger.allocate("temporaries", flat.elements * size, name=WHOLE)
             if not flat.use_orig_params:
                 self.ledger.free(*whole)
                 whole.clear()
-            cut = self.ledger.allocate("weights", flat.shard * size) if flat.is_sharded else None
+            cut = self.ledger.allocate("weights", flat.shard * size, name="shards") if flat.is_sharded else None
             self.ledger.free(*whole)
             place = "host" if self.setup.offload else "gpu"
-            shard = cut if cut and place == "gpu" else self.ledger.allocate("weights", flat.shard * size, place)
+            shard = (
+                cut if cut and place == "gpu" else self.ledger.allocate("weights", flat.shard * size, place, "shards")
+            )
             self.ledger.free(unsharded, None if shard is cut else cut)
             handle.stale = [shard]
         for handle in self._handles:
@@ -181,7 +197,8 @@ class Fsdp1:
         flat, offload = handle.flat, self.setup.offload
         if flat.itemsize != self.setup.loaded.itemsize:
             loaded = handle.stale
-            handle.stale = [self.ledger.allocate("weights", flat.shard * flat.itemsize, "host" if offload else "gpu")]
+            place = "host" if offload else "gpu"
+            handle.stale = [self.ledger.allocate("weights", flat.shard * flat.itemsize, place, "shards")]
             if flat.use_orig_params:
                 handle.stale = [*loaded, *handle.stale]
             else:
@@ -193,6 +210,10 @@ class Fsdp1:
 
     def begin_micro_batch(self, boundary: bool) -> None:
         self._boundary = boundary
+        self._is_grad_enabled = True
+
+    def begin_evaluation(self) -> None:
+        self._is_grad_enabled = False
 
     def module_event(self, kind: str, module: Key) -> None:
         """A hook of a module; only those of units matter."""
@@ -254,11 +275,11 @@ class Fsdp1:
             ledger.allocate("gradients", flat.shard * flat.itemsize, "pinned")
             ledger.free(zeros)
         if flat.is_cast:
-            ledger.briefly("temporaries", flat.shard * flat.dtype.itemsize)
+            ledger.briefly("temporaries", flat.shard * flat.dtype.itemsize, name=FREED)
         if flat.is_sharded:
-            ledger.briefly("temporaries", flat.padded * flat.dtype.itemsize)
+            ledger.briefly("temporaries", flat.padded * flat.dtype.itemsize, name=FREED)
             if flat.is_cast:
-                ledger.briefly("temporaries", flat.padded * flat.itemsize)
+                ledger.briefly("temporaries", flat.padded * flat.itemsize, name=FREED)
 
     def _pre_forward(self, handle: _Handle) -> None:
         handle.state = "forward"
@@ -278,6 +299,10 @@ class Fsdp1:
     def _post_forward(self, handle: _Handle) -> None:
         self._post_forward_order.append(handle)
         self._reshard(handle, free=handle.flat.unit.reshard_after_forward and not handle.is_root)
+        # Where they stay gathered a forward with gradients leaves the views as they are (_skipped_use_sharded_views).
+        handle.shows_grads = self.setup.offload and (
+            handle.flat.unit.reshard_after_forward or not self._is_grad_enabled
+        )
         handle.needs_pre_backward = True
         handle.state = "idle"
 
@@ -285,6 +310,7 @@ class Fsdp1:
 
     def _unshard(self, handle: _Handle) -> None:
         flat = handle.flat
+        self._writeback_orig_params(handle)
         handle.is_resharded = False
         if not flat.is_sharded:
             if handle.unsharded is None:
@@ -294,7 +320,8 @@ class Fsdp1:
             return
         shard = self._pre_unshard(flat)
         if handle.unsharded is None:
-            handle.unsharded = self.ledger.allocate("communication", flat.padded * flat.dtype.itemsize)
+            nbytes = flat.padded * flat.dtype.itemsize
+            handle.unsharded = self.ledger.allocate("communication", nbytes, name=GATHERED)
         if shard is not None and flat.use_orig_params and not flat.is_cast:
             handle.stale.append(shard)  # flat_param_to refreshes the weights' views
         else:
@@ -303,11 +330,13 @@ class Fsdp1:
     def _pre_unshard(self, flat: FlatParam) -> Block | None:
         """The shard that is gathered, where it is not the one that is kept: _mp_shard, or a copy on the GPU."""
         if flat.is_cast:
-            shard = self.ledger.allocate("communication", flat.shard * flat.dtype.itemsize)
+            shard = self.ledger.allocate("communication", flat.shard * flat.dtype.itemsize, name=CAST)
             if self.setup.offload:
-                self.ledger.briefly("temporaries", flat.shard * flat.itemsize)
+                self.ledger.briefly("temporaries", flat.shard * flat.itemsize, name=STAGED)
             return shard
-        return self.ledger.allocate("communication", flat.shard * flat.itemsize) if self.setup.offload else None
+        if not self.setup.offload:
+            return None
+        return self.ledger.allocate("communication", flat.shard * flat.itemsize, name=STAGED)
 
     def _reshard(self, handle: _Handle, *, free: bool) -> None:
         handle.is_resharded = True
@@ -323,20 +352,19 @@ class Fsdp1:
     def _pre_backward(self, handle: _Handle) -> None:
         handle.state = "backward_pre"
         if handle.needs_pre_backward and not handle.prefetched:
-            self._unshard_for_backward(handle)
+            self._unshard(handle)
         handle.needs_pre_backward = False
         if self.setup.backward_prefetch == "BACKWARD_PRE":
             self._prefetch_before(handle)
         self.ledger.free(handle.zeros)  # prepare_gradient_for_backward
         handle.zeros = None
 
-    def _unshard_for_backward(self, handle: _Handle) -> None:
-        """_writeback_orig_params takes the views of _cpu_grad, which weights got after the forward, for gradients."""
+    def _writeback_orig_params(self, handle: _Handle) -> None:
+        """Takes the views of _cpu_grad for gradients: before the backward, or before another forward of evaluation."""
         flat = handle.flat
-        shows_shard = flat.is_sharded and flat.use_orig_params and flat.unit.reshard_after_forward
-        if self.setup.offload and flat.trained and shows_shard and handle.grad is None:
+        takes = handle.shows_grads and flat.is_sharded and flat.use_orig_params and flat.trained
+        if takes and handle.grad is None and handle.zeros is None:
             handle.zeros = self.ledger.allocate("temporaries", flat.shard * flat.itemsize, "host")
-        self._unshard(handle)
 
     def _prefetch_before(self, handle: _Handle) -> None:
         """get_handle_to_backward_prefetch."""
@@ -344,7 +372,7 @@ class Fsdp1:
         if before >= 0:
             target = self._post_forward_order[before]
             if target.needs_pre_backward and not target.prefetched:
-                self._unshard_for_backward(target)
+                self._unshard(target)
                 target.prefetched = True
 
     def _should_free_in_backward(self, handle: _Handle) -> bool:
@@ -375,8 +403,9 @@ class Fsdp1:
         grads = [self._grads.pop(row.key) for row in flat.unit.weights if row.key in self._grads]
         if not grads:
             return
-        zeros = [ledger.allocate("gradients", row.elements * size) for row in flat.unit.weights if not row.trained]
-        grad = ledger.allocate("gradients", flat.elements * size)  # SplitWithSizesBackward0
+        frozen = (row.elements * size for row in flat.unit.weights if not row.trained)
+        zeros = [ledger.allocate("gradients", nbytes, name="zeros of frozen weights") for nbytes in frozen]
+        grad = ledger.allocate("gradients", flat.elements * size, name="of a flat parameter")  # SplitWithSizesBackward0
         ledger.free(*grads, *zeros)
         is_first = handle.grad is None
         if is_first:
@@ -401,11 +430,11 @@ class Fsdp1:
         flat, ledger = handle.flat, self.ledger
         size = flat.dtype.itemsize
         padding = flat.padded != flat.elements
-        padded = ledger.allocate("communication", flat.padded * size) if padding else None
+        padded = ledger.allocate("communication", flat.padded * size, name=PADDED) if padding else None
         unsharded, handle.grad = handle.grad, None
-        reduced = ledger.allocate("gradients", flat.shard * size) if flat.is_sharded else None
+        reduced = ledger.allocate("gradients", flat.shard * size, name="shards") if flat.is_sharded else None
         if flat.is_cast:
-            handle.sharded_grad = ledger.allocate("gradients", flat.shard * flat.itemsize)
+            handle.sharded_grad = ledger.allocate("gradients", flat.shard * flat.itemsize, name="shards")
             ledger.free(reduced, unsharded)
         elif reduced is not None:
             handle.sharded_grad = reduced
@@ -420,16 +449,18 @@ class Fsdp1:
         if not self._has_states:
             self._make_states()
         place = "host" if self.setup.offload else "gpu"
-        self.ledger.briefly("temporaries", self.setup.optimizer.temporaries.peak, place)
+        self.ledger.briefly("temporaries", self.setup.optimizer.temporaries.peak, place, "of the optimizer's step")
         self._gradients_are_none = True
+        for handle in self._handles:
+            handle.shows_grads = False
         if not self.setup.flats[0].use_orig_params:
             self._free_gradients()  # otherwise zero_grad clears the weights' gradients, which are views of what stays
 
     def _make_states(self) -> None:
         self._has_states = True
         for p in self.setup.stepped:
-            for nbytes in self.setup.optimizer.state_bytes(p):
-                self.ledger.allocate("optimizer", nbytes, "host" if self.setup.offload else "gpu")
+            for nbytes in self.setup.optimizer.states(p):
+                self.ledger.allocate("optimizer", nbytes, "host" if self.setup.offload else "gpu", "states")
 
     def _free_gradients(self) -> None:
         """_reset_flat_param_grad_info_if_needed."""
@@ -472,10 +503,10 @@ class Fsdp1:
                 if row.key in self.setup.whole
                 for nbytes in self.setup.optimizer.state_bytes(self.setup.whole[row.key])
             ]
-            gathered = ledger.allocate("communication", sum(sizes)) if flat.is_sharded else None
+            gathered = ledger.allocate("communication", sum(sizes), name=SAVED) if flat.is_sharded else None
             states += [ledger.allocate("optimizer", nbytes, "main") for nbytes in sizes]
             ledger.free(gathered)
         ledger.free(*states)
 
     def _gathered(self, flat: FlatParam, itemsize: int) -> Block | None:
-        return self.ledger.allocate("communication", flat.padded * itemsize) if flat.is_sharded else None
+        return self.ledger.allocate("communication", flat.padded * itemsize, name=SAVED) if flat.is_sharded else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from memplan.architectures.nn import Layers, Module
 from memplan.engines import checkpoint
 from memplan.memory.course import Block, Course, Key, Ledger
+from memplan.memory.evaluation import Kept, pile_up, to_host
 from memplan.memory.optimizers import OUTSIDE, groups_of
 from memplan.tape.tensor import Parameter
 
@@ -98,6 +99,9 @@ class Engine(Protocol):
     def begin_micro_batch(self, boundary: bool) -> None:
         """A forward begins; after the micro-batch at the ``boundary`` comes the step."""
 
+    def begin_evaluation(self) -> None:
+        """A batch's forward without gradients begins."""
+
     def module_event(self, kind: str, module: Key) -> None:
         """A watched module begins or ends its forward or backward: pre_forward .. post_backward."""
 
@@ -131,6 +135,9 @@ class WholeWeights:
     def begin_micro_batch(self, boundary: bool) -> None:
         self._boundary = boundary
 
+    def begin_evaluation(self) -> None:
+        """Weights are there."""
+
     def module_event(self, kind: str, module: Key) -> None:
         """No module needs anything."""
 
@@ -143,6 +150,21 @@ class WholeWeights:
         clones = [self.ledger.allocate("weights", nbytes, "host") for nbytes in sizes]
         self.ledger.briefly("temporaries", state_dict.split * itemsize, "main")
         self.ledger.free(*clones)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationLoop:
+    """Evaluation after the last step."""
+
+    course: Course
+    """A batch's forward."""
+    inputs: Sequence[int]
+    """Bytes of each input of the last micro-batch, which the training loop still has."""
+    kept: Kept
+    ranks: int
+    """Processes from which predictions are gathered: with one too."""
+    limit: int | None
+    """Bytes that CUDA has to give, if that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +181,8 @@ class Played:
     """Bytes of the largest weight that is taken to the host meanwhile."""
     held: Sequence[int]
     """Bytes of each buffer of the model."""
+    outlived: Sequence[tuple[int, str]]
+    """Bytes and places of states that the optimizer makes for weights before the engine gives it others instead."""
     state_dict: StateDict
     workspaces: Sequence[int]
     """cuBLAS's."""
@@ -166,6 +190,7 @@ class Played:
     later: Course
     """A micro-batch that finds gradients."""
     grad_accum_steps: int
+    evaluation: EvaluationLoop | None
 
 
 STEPS = 2
@@ -175,16 +200,18 @@ MICRO_BATCHES = 3
 
 
 def play(engine: Engine, ledger: Ledger, run: Played) -> None:
-    """Load, run the steps, and save."""
+    """Load, run the steps, evaluate, and save."""
     ledger.begin("load")
     if run.quantizing:
-        ledger.briefly("weights", run.quantizing)
+        ledger.briefly("weights", run.quantizing, name="weights on their way to being quantized")
         ledger.briefly("temporaries", run.quantized_on_host, "host")
         ledger.empty_cache()
     for nbytes in run.held:
-        ledger.allocate("weights", nbytes)
+        ledger.allocate("weights", nbytes, name="buffers of the model")
     loaded = checkpoint.load(ledger, run.loaded, "gpu" if run.quantizing else "host")
     ledger.briefly("temporaries", run.converted, "main")
+    for nbytes, place in run.outlived:
+        ledger.allocate("optimizer", nbytes, place)
     if not engine.keeps_loaded:
         ledger.free(*loaded)  # by .to(device)
         loaded = []
@@ -192,7 +219,7 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
     ledger.free(*loaded)
     ledger.begin("first_step")
     for nbytes in run.workspaces:
-        ledger.allocate("workspace", nbytes)
+        ledger.allocate("workspace", nbytes, name="cuBLAS, one per thread that runs GEMMs")
     micro_batches = min(run.grad_accum_steps, MICRO_BATCHES)
     for step in range(STEPS):
         for number in range(micro_batches):
@@ -200,6 +227,9 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
             engine.begin_micro_batch(boundary)
             _micro_batch(engine, ledger, run.later if number else run.first, first=step == 0, boundary=boundary)
     ledger.begin("idle")
+    if run.evaluation is not None:
+        ledger.begin("eval")
+        _evaluate(engine, ledger, run.evaluation)
     ledger.begin("save")
     engine.save(run.state_dict)
 
@@ -214,22 +244,51 @@ def _micro_batch(engine: Engine, ledger: Ledger, course: Course, *, first: bool,
             engine.step()
         engine.end_graph()
 
+    _run(engine, ledger, course, within="first_step" if first else None, finish=finish)
+
+
+def _evaluate(engine: Engine, ledger: Ledger, loop: EvaluationLoop) -> None:
+    """The engine's hooks fire as in training; predictions pile up."""
+    ledger.rewind()
+    inputs = [ledger.allocate("activations", nbytes) for nbytes in loop.inputs]
+    if loop.limit is not None:
+        ledger.confine(loop.limit)
+
+    def forward() -> None:
+        engine.begin_evaluation()
+        _run(engine, ledger, loop.course, within="eval")
+        ledger.rewind()
+
+    def allocate(sizes: Sequence[int]) -> list[Block]:
+        return [ledger.allocate("logits", nbytes) for nbytes in sizes]
+
+    forward()  # of a batch before: what an engine leaves gathered, the next one finds
+    predictions = pile_up(loop.kept, loop.ranks, forward, allocate, lambda blocks: ledger.free(*blocks), gathers=True)
+    to_host(ledger, loop.kept, loop.ranks)
+    ledger.free(*predictions, *inputs)
+
+
+def _run(
+    engine: Engine, ledger: Ledger, course: Course, within: str | None, finish: Callable[[], None] | None = None
+) -> None:
+    """A forward and its backward, if it has one, in phases of their own or ``within`` one. ``finish`` comes at the end,
+    or where the step runs before the graph dies.
+    """
     ledger.rewind()
     phase = ""
-    finished = False
     for leg, key in course.legs:
         if leg.segment.phase != phase:
             phase = leg.segment.phase
-            ledger.begin("first_step" if first else phase)
+            ledger.begin(within or phase)
         ledger.run(course.unrolled, leg)
-        if leg.event is not None and leg.event.kind == "step":
+        if leg.event is not None and leg.event.kind == "step" and finish is not None:
             finish()
-            finished = True
+            finish = None
         if key is None or leg.event is None:
             continue
         if leg.event.kind == "gradient":
             engine.process_gradients(key, ledger.take(course.unrolled, leg))
         else:
             engine.module_event(leg.event.kind, key)
-    if not finished:
+    if finish is not None:
         finish()

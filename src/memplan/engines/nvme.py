@@ -79,7 +79,7 @@ class ParamSwapper:
             )
         if shard.partition > self._keys.buffer_size:
             problem = f"is less than the largest partition of a weight, {shard.partition} elements"
-            remedy = f"Use {shard.partition} or more."
+            remedy = f"Use {shard.partition} or more, in a file for --engine-config."
             raise SpecError.at("zero.offload_param.buffer_size", self._keys.buffer_size, problem, remedy)
         return True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from memplan.memory.evaluation import Kept
 from memplan.memory.optimizers import Optimizer, clip_grad_norm, rounded
 from memplan.memory.timeline import COMPONENTS, Moment, StepProfile
 from memplan.tape.dispatch import DeviceRules
@@ -24,10 +25,7 @@ class Evaluation:
 
     fullest: Moment
     """The fullest moment of a batch's forward."""
-    predictions: Sequence[int]
-    """Bytes of each tensor of a batch that is kept: logits and labels. Empty without compute_metrics."""
-    steps: int
-    """Batches kept on the GPU: ``eval_accumulation_steps``."""
+    kept: Kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,20 +131,19 @@ def phases(run: Run, communication: int = 0, ranks: int = 1, *, gradients_in_buc
 
 
 def _evaluating(evaluation: Evaluation, ranks: int, forward: Parts, resting: Parts) -> Parts:
-    """The fullest moment of the last batch whose predictions are kept on the GPU; ``forward`` is without the others.
-
-    Each batch's are put behind those before by a copy; the last ones stay in the loop's variables meanwhile. Source:
-    evaluation_loop in transformers/trainer.py, EvalLoopContainer in trainer_pt_utils.py, 5.23.
+    """The fullest moment of the last batch that :func:`~memplan.memory.evaluation.pile_up` runs; ``forward`` is without
+    the others.
     """
+    kept = evaluation.kept
     one, before, all_ = (
-        sum(rounded(nbytes * ranks * batches) for nbytes in evaluation.predictions)
-        for batches in (1, evaluation.steps - 1, evaluation.steps)
+        sum(rounded(nbytes * ranks * batches) for nbytes, _ in kept.predictions)
+        for batches in (1, kept.steps - 1, kept.steps)
     )
-    local = sum(map(rounded, evaluation.predictions))
+    local = sum(rounded(nbytes) for nbytes, _ in kept.predictions)
     # The first batch's are both the loop's and the container's.
-    running = _more(forward, "logits", before + (one if evaluation.steps > 2 else 0))
+    running = _more(forward, "logits", before + (one if kept.steps > 2 else 0))
     gathering = _more(resting, "logits", before + one + (local if ranks > 1 else 0))
-    copying = _more(resting, "logits", before + one + (all_ if evaluation.steps > 1 else 0))
+    copying = _more(resting, "logits", before + one + (all_ if kept.steps > 1 else 0))
     return max(running, gathering, copying, key=total)
 
 

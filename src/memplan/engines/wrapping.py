@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from memplan.adapters.lora import LoraLinear
 from memplan.architectures.nn import InputEmbeddings, Layers, Model, Module, ModuleList
 from memplan.engines.layout import Layout
-from memplan.errors import SpecError, UnsupportedError
+from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.memory.course import Key
 from memplan.memory.optimizers import OUTSIDE
 from memplan.specs.strategy import FsdpSpec
@@ -120,6 +120,8 @@ class Units:
         """Whether a unit lies inside a block."""
         self.as_sharded: list[Unit] = []
         """Version 2's units in the order in which ``fully_shard`` is called."""
+        self.referenced: frozenset[Key] = frozenset()
+        """Weights that accelerate has by name (``input_weight``, ``output_weight``) while it calls ``fully_shard``."""
 
     def version_1(self) -> list[Unit]:
         """Of FullyShardedDataParallel."""
@@ -158,9 +160,11 @@ class Units:
                 remedy = "Give the blocks' class alone as transformer_layer_cls_to_wrap, or use version 1."
                 problem = f"puts {type(each.module).__name__} into another's unit, where accelerate shards it once more"
                 raise SpecError.at("auto_wrap_policy", self._keys.auto_wrap_policy, problem, remedy)
+        ends = [each for each in (*first, *tail) if each.module is embedding or each.module is head]
+        self.referenced = frozenset(own for each in ends for own in self._own(each))
         first_units = [self._taken([each], reshard) for each in first]
         last_units = [self._taken(tail, reshard_after_forward=False)] if tail else []
-        rest = self._taken([self.tree], reshard_after_forward=False, shares=True)
+        rest = self._taken([self.tree], reshard_after_forward=False)
         self.as_sharded = [unit for unit in (*found, *first_units, *last_units, rest) if unit.weights]
         return [unit for unit in (rest, *first_units, *found, *last_units) if unit.weights]
 
@@ -227,6 +231,11 @@ class Units:
         keys = {own for below in each.walk() for own in self._model.modules.get(below.key, ())}
         return sum(self._model.parameters[key].numel for key in keys)
 
+    def _own(self, each: Place) -> list[Key]:
+        """The weight called ``weight``."""
+        weight = getattr(each.module, "weight", None)
+        return [key for key in self._model.modules.get(each.key, ()) if self._model.parameters[key] is weight]
+
     def _wrapped(self, policy: Policy, reshard: bool) -> list[Unit]:
         """Bottom up: what is below a unit and has one of its own is not its."""
 
@@ -239,8 +248,8 @@ class Units:
 
         return visit(self.tree, False)
 
-    def _taken(self, places: Sequence[Place], reshard_after_forward: bool, *, shares: bool = False) -> Unit:
-        """What is left below some modules; ``shares`` says that a weight of theirs may be in another unit."""
+    def _taken(self, places: Sequence[Place], reshard_after_forward: bool) -> Unit:
+        """What is left below some modules."""
         weights: list[Row] = []
         for each in (below for one in places for below in one.walk() if below.key not in self._unit_of):
             self._unit_of[each.key] = places[0].key
@@ -250,12 +259,22 @@ class Units:
                 if own in self._left:
                     weights.append(self._left.pop(own))
                     self._owner[own] = places[0].key
-                elif self._owner[own] != places[0].key and not shares:
-                    raise UnsupportedError(
-                        "auto_wrap_policy: a weight that modules share, as a tied embedding is, would be in the unit "
-                        "of one and used in that of another. Wrap blocks only, with transformer_layer_cls_to_wrap."
-                    )
+                elif self._owner[own] != places[0].key:
+                    raise self._shared()
         return Unit(weights, places[0].key, places[-1].key, reshard_after_forward)
+
+    def _shared(self) -> MemplanError:
+        """A weight that modules share, as a tied embedding is, would be in the unit of one and used in another's."""
+        if (
+            self._keys.version == 2
+        ):  # FSDPParamGroup: "is shared with a parameter already managed by another FSDP group"
+            problem = "puts modules that share a weight, as T5's embeddings do, into two units, which torch refuses"
+            remedy = "Use --strategy zero2 or zero3."
+            return SpecError.at("auto_wrap_policy", self._keys.auto_wrap_policy, problem, remedy)
+        return UnsupportedError(
+            "auto_wrap_policy: a weight that modules share would be in the unit of one and used in that of another. "
+            "Wrap blocks only, with transformer_layer_cls_to_wrap."
+        )
 
 
 def _without(name: str, model_type: str) -> str:

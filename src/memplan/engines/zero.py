@@ -6,6 +6,7 @@ is played over a micro-batch (:mod:`memplan.memory.course`): it allocates and fr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,9 +16,9 @@ from memplan.engines import checkpoint
 from memplan.engines.layout import Layout, StateDict, WholeWeights
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
-from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
+from memplan.memory.optimizers import CpuOptimizer, Groups, Optimizer, make_optimizer
 from memplan.specs.strategy import Strategy, ZeroSpec
-from memplan.tape.dispatch import DeviceRules
+from memplan.tape.dispatch import CPU, DeviceRules
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import DType, Parameter, bfloat16, float16, float32
 
@@ -25,6 +26,15 @@ NCCL_START_ALIGNMENT = 2
 """Elements: partitions are padded to multiples of twice the number of ranks (nccl_start_alignment_factor)."""
 NORM_ITEMSIZE = 8
 """Bytes: norms are computed in float64 (get_norm_dtype)."""
+
+
+BUCKETS = "buckets of gradients (reduce_bucket_size, overlap_comm)"
+LARGE = "of a weight larger than the bucket (reduce_bucket_size)"
+NORM = "gradients in float64, for their norm"
+PARTITION = "this rank's partition"
+REDUCED = "gradients that are reduced together (reduce_bucket_size)"
+STEPPED = "a group's partition as the optimizer steps with it"
+"""Blocks as an explanation names them; in parentheses the keys that size them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +110,8 @@ class ZeroSetup:
     accumulation_dtype: DType
     """``grad_accum_dtype``."""
     communication_dtype: DType
+    master_dtype: DType
+    """Of masters, and of the gradients that the optimizer is given."""
     reduce_bucket_size: int
     overlap_comm: bool
     contiguous_gradients: bool
@@ -111,21 +123,23 @@ class ZeroSetup:
     optimizers: Sequence[Optimizer]
     """For each group one, of its partition alone."""
     partitions: Sequence[Parameter]
-    """For each group its partition: one flat weight in float32."""
+    """For each group its partition: one flat weight in ``master_dtype``."""
 
 
 def flattened(setup: ZeroSetup, ledger: Ledger, *, empties_cache: bool) -> Iterator[tuple[Group, Block]]:
     """Load, and flatten group by group, each with a clone of this rank's partition, which the caller frees."""
     size = setup.dtype.itemsize
     for nbytes in setup.frozen:
-        ledger.allocate("weights", nbytes)
-    loaded = [ledger.allocate("weights", w.elements * size) for group in setup.groups for w in group.weights]
+        ledger.allocate("weights", nbytes, name="frozen")
+    loaded = [
+        ledger.allocate("weights", w.elements * size, name="as loaded") for group in setup.groups for w in group.weights
+    ]
     for group in setup.groups:
         if empties_cache:
             ledger.empty_cache()
-        ledger.allocate("weights", group.elements * size)
+        ledger.allocate("weights", group.elements * size, name="trained, in flat buffers")
         ledger.free(*(loaded.pop(0) for _ in group.weights))
-        yield group, ledger.allocate("temporaries", group.partition * size)
+        yield group, ledger.allocate("temporaries", group.partition * size, name="masters on their way")
 
 
 class Zero12(WholeWeights):
@@ -147,6 +161,8 @@ class Zero12(WholeWeights):
         """This rank's gradients, each with the last group whose step needs it."""
         self._compact: list[Block] = []
         """With gradients accumulated in float32, each group's flat partition of them (GradPartitionBufferGroup)."""
+        self._norms: list[Block] = []
+        """Of gradients that are on the host now (norm_for_param_grads)."""
         self._stepped = False
         self._micro_step = -1
         """Backwards since the last step that have found buckets, from 0 (micro_step_id)."""
@@ -161,17 +177,17 @@ class Zero12(WholeWeights):
         size = setup.dtype.itemsize
         for group, clone in flattened(setup, ledger, empties_cache=True):
             if setup.offload:
-                self._on_host("optimizer", group.partition * float32.itemsize)
+                self._on_host("optimizer", group.partition * setup.master_dtype.itemsize)
                 self._on_host("weights", group.partition * size)
             else:
-                ledger.allocate("optimizer", group.partition * float32.itemsize)
+                ledger.allocate("optimizer", group.partition * setup.master_dtype.itemsize, name="masters")
             ledger.free(clone)
         if setup.offload:
             largest = max(weight.elements for weight in self._weights.values()) * size
             self._on_host("gradients", largest)
-            ledger.allocate("gradients", largest)  # temp_grad_buffer_for_gpu_offload
+            ledger.allocate("gradients", largest, name="temp_grad_buffer_for_gpu_offload (offload_optimizer)")
         # initialize_optimizer_states: gradients of zeros, which only offloading keeps.
-        zeros = [group.partition * float32.itemsize for group in setup.groups]
+        zeros = [group.partition * setup.master_dtype.itemsize for group in setup.groups]
         if setup.offload:
             for nbytes in zeros:
                 self._on_host("gradients", nbytes)
@@ -217,7 +233,7 @@ class Zero12(WholeWeights):
         if self.setup.contiguous_gradients:
             nbytes = self.setup.reduce_bucket_size * self.setup.dtype.itemsize
             count = 2 if self.setup.overlap_comm else 1
-            self._buffers = [self.ledger.allocate("communication", nbytes) for _ in range(count)]
+            self._buffers = [self.ledger.allocate("communication", nbytes, name=BUCKETS) for _ in range(count)]
 
     def _reduce_independent(self, weight: Weight) -> None:
         """reduce_independent_p_g_buckets_and_remove_grads."""
@@ -227,7 +243,7 @@ class Zero12(WholeWeights):
         if setup.contiguous_gradients:
             if weight.elements > setup.reduce_bucket_size:
                 if setup.offload and weight.key in self._grads:  # cloned, so that nothing else holds its storage
-                    clone = self.ledger.allocate("gradients", weight.elements * setup.dtype.itemsize)
+                    clone = self.ledger.allocate("gradients", weight.elements * setup.dtype.itemsize, name=LARGE)
                     self.ledger.free(self._grads[weight.key])
                     self._grads[weight.key] = clone
             else:  # copied into the bucket
@@ -251,26 +267,39 @@ class Zero12(WholeWeights):
         setup = self.setup
         size = setup.dtype.itemsize
         if not setup.contiguous_gradients:  # buffered_reduce_fallback: all of the bucket in one copy
+            flat = None
             if len(self._bucket) > 1:
-                self.ledger.briefly("communication", self._bucket_elements * size)
+                flat = self.ledger.allocate("communication", self._bucket_elements * size, name=REDUCED)
+            self.ledger.free(flat, self._in_communication_dtype(self._bucket_elements))
             return
         if not setup.reduce_scatter:
-            if setup.communication_dtype is not setup.dtype:
-                self.ledger.briefly("communication", self._bucket_elements * setup.communication_dtype.itemsize)
+            self.ledger.free(self._in_communication_dtype(self._bucket_elements))
             return
         pieces = [piece for weight in self._bucket for piece in self._group[weight.key].slices(weight)]
         if self.compact and not self._compact and any(rank == setup.rank for rank, _ in pieces):
             nbytes = setup.accumulation_dtype.itemsize
-            self._compact = [self.ledger.allocate("gradients", group.partition * nbytes) for group in setup.groups]
+            self._compact = [
+                self.ledger.allocate("gradients", group.partition * nbytes, name=PARTITION) for group in setup.groups
+            ]
         for batch in _batches(list(self._merged(pieces)), setup.reduce_bucket_size):
             elements = sum(n for _, n in batch)
-            flat = self.ledger.allocate("communication", elements * size) if len(batch) > 1 else None
-            if setup.communication_dtype is not setup.dtype:
-                self.ledger.briefly("communication", elements * setup.communication_dtype.itemsize)
+            flat = self.ledger.allocate("communication", elements * size, name=REDUCED) if len(batch) > 1 else None
+            reduced = self._in_communication_dtype(elements)
+            if reduced is not None:
+                self.ledger.free(flat)
+                flat = reduced
             for rank, n in batch if self.compact else ():
-                if rank == setup.rank:  # _add_to_grad_partition_buffer
-                    self.ledger.briefly("temporaries", n * setup.accumulation_dtype.itemsize)
+                if rank == setup.rank and setup.communication_dtype is not setup.accumulation_dtype:
+                    # _add_to_grad_partition_buffer
+                    self.ledger.briefly("temporaries", n * setup.accumulation_dtype.itemsize, name="gradients, cast")
             self.ledger.free(flat)
+
+    def _in_communication_dtype(self, elements: int) -> Block | None:
+        """The copy that is reduced, if its type is another one than the gradients'."""
+        dtype = self.setup.communication_dtype
+        if dtype is self.setup.dtype:
+            return None
+        return self.ledger.allocate("communication", elements * dtype.itemsize, name=REDUCED)
 
     def _merged(self, pieces: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """Neighbours of one rank as one; what goes to a buffer of this rank's own stays apart."""
@@ -293,21 +322,25 @@ class Zero12(WholeWeights):
             return
         if self._grads_in_partition is None:
             elements = sum(w.elements for group in self.setup.groups for w, _ in group.in_partition(self.setup.rank))
-            self._grads_in_partition = self.ledger.allocate("gradients", elements * self.setup.dtype.itemsize)
+            nbytes = elements * self.setup.dtype.itemsize
+            self._grads_in_partition = self.ledger.allocate("gradients", nbytes, name=PARTITION)
         self.ledger.free(self._grads.pop(weight.key, None))
 
     def _offload_gradient(self, weight: Weight) -> None:
         """copy_grads_in_partition: added up on the host by way of the GPU; at the boundary to the float32 gradients."""
-        ledger, size = self.ledger, self.setup.dtype.itemsize
+        ledger, size, master = self.ledger, self.setup.dtype.itemsize, self.setup.master_dtype
         piece = sum(n for rank, n in self._group[weight.key].slices(weight) if rank == self.setup.rank)
-        if not self.compact and (self._micro_step > 0 or not self._boundary) and weight.key not in self._accumulated:
+        adds_up = not self.compact and (self._micro_step > 0 or not self._boundary)
+        if adds_up and weight.key not in self._accumulated:
             self._accumulated.add(weight.key)
-            self._on_host("gradients", weight.elements * size)
+            if master is float32:  # else in the optimizer's gradient itself
+                self._on_host("gradients", weight.elements * size)
         if not self._boundary:
             return
-        ledger.briefly("temporaries", piece * NORM_ITEMSIZE)
-        if self.setup.accumulation_dtype is not float32:
-            ledger.briefly("temporaries", piece * float32.itemsize)
+        ledger.briefly("temporaries", piece * NORM_ITEMSIZE, name=NORM)
+        self._norms.append(ledger.allocate("temporaries", NORM_ITEMSIZE, name=NORM))
+        if self.setup.accumulation_dtype is not master:
+            ledger.briefly("temporaries", piece * master.itemsize)
         ledger.free(self._grads.pop(weight.key, None))
 
     def _epilogue(self) -> None:
@@ -337,8 +370,8 @@ class Zero12(WholeWeights):
         if setup.offload:
             for i in range(len(setup.groups)):
                 self._step_group(i, first)
-            ledger.free(*self._compact)
-            self._compact = []
+            ledger.free(*self._compact, *self._norms)
+            self._compact, self._norms = [], []
             return
         size = setup.accumulation_dtype.itemsize
         padding: list[Block] = []
@@ -346,16 +379,21 @@ class Zero12(WholeWeights):
         for group, pieces in zip(setup.groups, owned, strict=True):
             missing = group.partition - sum(n for _, n in pieces)
             if missing and not self.compact:
-                padding.append(ledger.allocate("gradients", missing * size))
+                padding.append(ledger.allocate("gradients", missing * size, name=PARTITION))
         for pieces in owned:
             for _, elements in pieces:
-                ledger.briefly("temporaries", elements * NORM_ITEMSIZE)
+                ledger.briefly("temporaries", elements * NORM_ITEMSIZE, name=NORM)
         for i, (group, pieces) in enumerate(zip(setup.groups, owned, strict=True)):
             several = len(pieces) + (group.partition > sum(n for _, n in pieces)) > 1
-            flat = ledger.allocate("temporaries", group.partition * size) if several and not self.compact else None
+            flat = (
+                ledger.allocate("temporaries", group.partition * size, name=STEPPED)
+                if several and not self.compact
+                else None
+            )
             gradient = flat
-            if setup.accumulation_dtype is not float32:
-                gradient = ledger.allocate("gradients", group.partition * float32.itemsize)
+            if setup.accumulation_dtype is not setup.master_dtype:
+                nbytes = group.partition * setup.master_dtype.itemsize
+                gradient = ledger.allocate("gradients", nbytes, name=STEPPED)
                 ledger.free(flat)
             ledger.free(*(block for last, block in self._all_grad_tensors if last == i))
             if i == len(setup.groups) - 1:
@@ -370,7 +408,7 @@ class Zero12(WholeWeights):
         optimizer = self.setup.optimizers[index]
         if first and not optimizer.made_at_construction:
             self._make_states(index)
-        self.ledger.briefly("temporaries", optimizer.temporaries.peak, self._place)
+        self.ledger.briefly("temporaries", optimizer.temporaries.peak, self._place, "of the optimizer's step")
 
     def save(self, state_dict: StateDict) -> None:
         """The model; then rank 0 writes the flat weights, and every rank its partitions of the optimizer."""
@@ -387,7 +425,7 @@ class Zero12(WholeWeights):
 
     def _make_states(self, index: int) -> None:
         for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
-            self.ledger.allocate("optimizer", nbytes, self._place)
+            self.ledger.allocate("optimizer", nbytes, self._place, "states")
 
 
 def optimizer_storages(optimizers: Sequence[Optimizer], partitions: Sequence[Parameter]) -> list[int]:
@@ -399,10 +437,13 @@ def optimizer_storages(optimizers: Sequence[Optimizer], partitions: Sequence[Par
 def _batches(pieces: Sequence[tuple[int, int]], limit: int) -> list[list[tuple[int, int]]]:
     """allreduce_and_scatter: a batch ends when it is above the limit."""
     batches: list[list[tuple[int, int]]] = [[]]
+    elements = 0
     for piece in pieces:
         batches[-1].append(piece)
-        if sum(n for _, n in batches[-1]) > limit:
+        elements += piece[1]
+        if elements > limit:
             batches.append([])
+            elements = 0
     return [batch for batch in batches if batch]
 
 
@@ -435,25 +476,21 @@ def zero_setup(
     keys = strategy.zero
     stage = strategy.zero_stage
     assert stage is not None
-    accumulation = ACCUMULATION[keys.grad_accum_dtype] if keys.grad_accum_dtype is not None else dtype
+    accumulation = named(keys.grad_accum_dtype, dtype)
     reasons = {
         "offload_optimizer": strategy.offload_optimizer == "nvme" and "nvme",
-        "optim": strategy.offload_optimizer != "none" and not optim.startswith("adamw_torch") and optim,
         "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
         "grad_accum_dtype": stage == 1
         and accumulation is not dtype
         and not uses_bf16_optimizer(strategy, dtype)
         and keys.grad_accum_dtype,
     }
-    if optim == "muon":
-        raise UnsupportedError("optim: 'muon' is not modelled yet under a ZeRO stage. Use another, or ddp.")
     for key, value in reasons.items():
         if value:
             raise UnsupportedError(f"{key}: {value!r} is not modelled yet under {strategy.kind}. Leave it out.")
-    # accelerate puts DeepSpeedCPUAdam in AdamW's place, which has the same states and no temporaries.
-    stepping = "adamw_torch_fused" if strategy.offload_optimizer != "none" else optim
     tape = Tape(rules)
-    partitions = [tape.parameter("flat partition", (group.partition,), float32) for group in groups]
+    master = master_dtype(strategy, dtype)
+    partitions = [tape.parameter("flat partition", (group.partition,), master) for group in groups]
     return ZeroSetup(
         stage=stage,
         groups=groups,
@@ -461,19 +498,100 @@ def zero_setup(
         rank=rank,
         dtype=dtype,
         accumulation_dtype=accumulation,
-        communication_dtype=dtype,
+        communication_dtype=named(keys.communication_data_type, dtype),
+        master_dtype=master,
         reduce_bucket_size=resolved(keys, "reduce_bucket_size", hidden_size),
         overlap_comm=bool(keys.overlap_comm),
         contiguous_gradients=keys.contiguous_gradients,
         reduce_scatter=keys.reduce_scatter,
         offload=strategy.offload_optimizer != "none",
         host="pinned" if keys.offload_optimizer.pin_memory else "host",
-        optimizers=[make_optimizer(stepping, rules, partial(Groups, [partition])) for partition in partitions],
+        optimizers=stepping(strategy, dtype, optim, len(groups), rules, partitions),
         partitions=partitions,
     )
 
 
-ACCUMULATION = {"fp32": float32, "bf16": bfloat16, "fp16": float16}
+def stepping(
+    strategy: Strategy, dtype: DType, optim: str, groups: int, rules: DeviceRules, partitions: Sequence[Parameter]
+) -> list[Optimizer]:
+    """The optimizer of each partition: on the host DeepSpeed's own, where accelerate or DeepSpeed puts it in the place
+    of the one that was asked for.
+
+    ``groups`` are the optimizer's. Raises SpecError for what accelerate or DeepSpeed fail on.
+    """
+    if optim == "muon":
+        raise UnsupportedError("optim: 'muon' is not modelled yet under a ZeRO stage. Use another, or ddp.")
+    keys = strategy.zero
+    on_host = strategy.offload_optimizer != "none"
+    if on_host and not keys.ds_optimizer and keys.zero_force_ds_cpu_optimizer:
+        moments = _mapped_by_accelerate(optim)
+    elif on_host and keys.ds_optimizer and optim in _MADE_BY_DEEPSPEED:
+        moments = _MADE_BY_DEEPSPEED[optim]
+    else:
+        if on_host and optim not in TORCH_OPTIMIZERS:
+            raise UnsupportedError.at("optim", optim, "is not modelled on the CPU", "Use adamw_torch.")
+        if optim == "adagrad" and groups > 1 and not uses_bf16_optimizer(strategy, dtype):
+            # initialize_optimizer_states puts one of a single group in its place, and the step asks for the second.
+            problem = f"fails in DeepSpeed under {strategy.kind} on weights with and without weight decay"
+            remedy = "Use another, or let DeepSpeed make it: optimizer.type Adagrad in its file."
+            raise SpecError.at("optim", optim, problem, remedy)
+        where = CPU if on_host else rules
+        return [make_optimizer(optim, where, partial(Groups, [partition])) for partition in partitions]
+    itemsize = (bfloat16 if keys.bf16_optimizer_states else float32).itemsize
+    return [CpuOptimizer(rules, partial(Groups, [partition]), moments, itemsize) for partition in partitions]
+
+
+def master_dtype(strategy: Strategy, dtype: DType) -> DType:
+    """Masters and gradients may be in bfloat16 (_configure_master_weights).
+
+    Raises SpecError for what that asserts against: states in float32 beside them are DeepSpeedCPUAdam's alone, and
+    accelerate makes that with such states only.
+    """
+    keys, offload = strategy.zero, strategy.offload_optimizer
+    if not keys.bf16_master_weights_and_grads:
+        return float32
+    if dtype is not bfloat16 or offload == "nvme" or uses_bf16_optimizer(strategy, dtype):
+        raise UnsupportedError.at(
+            "bf16_master_weights_and_grads", True, "is not modelled here", "Use it with bf16 and without NVMe."
+        )
+    forced = keys.ds_optimizer or keys.zero_force_ds_cpu_optimizer
+    if not keys.bf16_optimizer_states and (offload == "none" or not forced):
+        problem = "needs DeepSpeedCPUAdam, whose states stay in float32"
+        raise SpecError.at(
+            "bf16_master_weights_and_grads", True, problem, "Use --offload-optimizer cpu, or bf16_optimizer_states."
+        )
+    if keys.bf16_optimizer_states and offload != "none" and not keys.ds_optimizer:
+        problem = "is refused by DeepSpeed with the DeepSpeedCPUAdam that accelerate makes"
+        raise SpecError.at("bf16_optimizer_states", True, problem, "Let DeepSpeed make it: optimizer.type AdamW.")
+    return bfloat16
+
+
+TORCH_OPTIMIZERS = frozenset(
+    {*("adamw_torch", "adamw_torch_fused", "adamw_torch_foreach", "adamw_torch_loop"), "sgd", "adagrad", "rmsprop"}
+    | {"adafactor"}
+)
+"""Optimizers that run on a CPU too."""
+_MADE_BY_DEEPSPEED = {"adamw_torch_fused": 2, "adagrad": 1}
+"""Moments of what ``_configure_basic_optimizer`` makes where the optimizer is offloaded; else it is torch's."""
+
+
+def _mapped_by_accelerate(optim: str) -> int:
+    """map_pytorch_optim_to_deepspeed (accelerate 1.15): DeepSpeedCPUAdam, with two moments, whatever it is given.
+
+    But for torch's Adagrad and for Lion in 32 bit, whose constructors do not take the adamw_mode that it gives them.
+    """
+    if optim in ("adagrad", "lion_32bit", "paged_lion_32bit"):
+        problem = "fails in accelerate with an offloaded optimizer"
+        raise SpecError.at("optim", optim, problem, "Use another.")
+    return 2
+
+
+DTYPES = {"fp32": float32, "bf16": bfloat16, "fp16": float16}
+
+
+def named(name: str | None, default: DType) -> DType:
+    """The type of a key, which is the model's where none is given."""
+    return default if name is None else DTYPES[name]
 
 
 AUTO: dict[str, Callable[[int], int]] = {
@@ -496,6 +614,15 @@ def resolved(zero: ZeroSpec, key: str, hidden_size: int | None) -> int:
 
 def fullest_ranks(groups: Sequence[Group]) -> list[int]:
     """The ranks one of which holds most: the first, the last (padding), the one with most of straddling weights."""
-    ranks = groups[0].ranks
-    touched = [sum(w.elements for group in groups for w, _ in group.in_partition(rank)) for rank in range(ranks)]
-    return sorted({0, ranks - 1, touched.index(max(touched))})
+    changes: Counter[int] = Counter()  # rank -> elements of whole weights that it touches, more than the rank before it
+    for group in groups:
+        for weight in group.weights:
+            begin = group.starts[weight.key]
+            changes[begin // group.partition] += weight.elements
+            changes[(begin + weight.elements - 1) // group.partition + 1] -= weight.elements
+    level = most = fullest = 0
+    for rank in sorted(changes):
+        level += changes[rank]
+        if level > most:
+            most, fullest = level, rank
+    return sorted({0, groups[0].ranks - 1, fullest})

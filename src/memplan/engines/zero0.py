@@ -19,6 +19,8 @@ from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import DType, Parameter, float32
 
+REDUCED = "gradients that are reduced together"
+"""A block as an explanation names it."""
 ELEMENTS_PER_BUFFER = 500_000_000
 """Gradients are reduced in copies of this many elements and the last one's (MEMORY_OPT_ALLREDUCE_SIZE)."""
 
@@ -33,6 +35,8 @@ class Zero0Setup:
     frozen: Sequence[int]
     """Bytes of each weight that is not trained."""
     dtype: DType
+    communication_dtype: DType
+    """What gradients are reduced in."""
     optimizer: Optimizer
     stepped: Sequence[Parameter]
     """What the optimizer steps: the weights, or their masters in float32."""
@@ -55,15 +59,15 @@ class Zero0(WholeWeights):
         """Load; in 16 bit make masters, and step once with gradients of zeros so that the states are there."""
         size = self.setup.dtype.itemsize
         for nbytes in (*self.setup.frozen, *(elements * size for elements in self.setup.elements)):
-            self.ledger.allocate("weights", nbytes)
+            self.ledger.allocate("weights", nbytes, name="whole")
         if not self._has_masters:
             return
         for elements in self.setup.elements:
-            clone = self.ledger.allocate("temporaries", elements * size)
-            self.ledger.allocate("optimizer", elements * float32.itemsize)
+            clone = self.ledger.allocate("temporaries", elements * size, name="masters on their way")
+            self.ledger.allocate("optimizer", elements * float32.itemsize, name="masters")
             self.ledger.free(clone)
-        zeros = [self.ledger.allocate("gradients", elements * size) for elements in self.setup.elements]
-        zeros += [self.ledger.allocate("gradients", elements * float32.itemsize) for elements in self.setup.elements]
+        zeros = [self.ledger.allocate("gradients", n * size, name="zeros") for n in self.setup.elements]
+        zeros += [self.ledger.allocate("gradients", n * float32.itemsize, name="zeros") for n in self.setup.elements]
         self._step()
         self.ledger.free(*zeros)
 
@@ -76,13 +80,19 @@ class Zero0(WholeWeights):
         if not self._boundary:
             return
         for bucket in buckets(self.setup.elements):
+            flat = None
             if len(bucket) > 1:  # one alone is a view
-                self.ledger.briefly("communication", sum(bucket) * self.setup.dtype.itemsize)
+                flat = self.ledger.allocate("communication", sum(bucket) * self.setup.dtype.itemsize, name=REDUCED)
+            if self.setup.communication_dtype is not self.setup.dtype:
+                nbytes = sum(bucket) * self.setup.communication_dtype.itemsize
+                self.ledger.briefly("communication", nbytes, name=REDUCED)
+            self.ledger.free(flat)
 
     def step(self) -> None:
         upcast = []
         if self._has_masters:
-            upcast = [self.ledger.allocate("gradients", n * float32.itemsize) for n in self.setup.elements]
+            sizes = (elements * float32.itemsize for elements in self.setup.elements)
+            upcast = [self.ledger.allocate("gradients", nbytes, name="in float32") for nbytes in sizes]
         self._step()
         self.ledger.free(*upcast)
         self.ledger.free(*self._grads.values())
@@ -101,8 +111,8 @@ class Zero0(WholeWeights):
             self._has_states = True
             for p in self.setup.stepped:
                 for nbytes in optimizer.state_bytes(p):
-                    self.ledger.allocate("optimizer", nbytes)
-        self.ledger.briefly("temporaries", optimizer.temporaries.peak)
+                    self.ledger.allocate("optimizer", nbytes, name="states")
+        self.ledger.briefly("temporaries", optimizer.temporaries.peak, name="of the optimizer's step")
 
 
 def buckets(sizes: Iterable[int]) -> Iterator[list[int]]:
@@ -117,7 +127,9 @@ def buckets(sizes: Iterable[int]) -> Iterator[list[int]]:
         yield bucket
 
 
-def zero0_setup(model: Layout, frozen: Sequence[int], dtype: DType, optim: str, rules: DeviceRules) -> Zero0Setup:
+def zero0_setup(
+    model: Layout, frozen: Sequence[int], dtype: DType, communication_dtype: DType, optim: str, rules: DeviceRules
+) -> Zero0Setup:
     """Stage 0's settings. Raises UnsupportedError for an optimizer of several kinds of groups."""
     if optim == "muon":
         raise UnsupportedError("optim: 'muon' is not modelled under zero0. Use another, or ddp.")
@@ -131,6 +143,7 @@ def zero0_setup(model: Layout, frozen: Sequence[int], dtype: DType, optim: str, 
         elements=[p.numel for p in stepped],
         frozen=frozen,
         dtype=dtype,
+        communication_dtype=communication_dtype,
         optimizer=make_optimizer(optim, rules, partial(Groups, stepped)),
         stepped=stepped,
     )

@@ -11,19 +11,28 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
 
 from memplan.engines import checkpoint, nvme
 from memplan.engines.layout import Layout, StateDict
-from memplan.engines.zero import ACCUMULATION, NORM_ITEMSIZE, optimizer_storages, resolved
+from memplan.engines.zero import NORM_ITEMSIZE, master_dtype, named, optimizer_storages, resolved, stepping
 from memplan.errors import UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
-from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
+from memplan.memory.optimizers import Optimizer
 from memplan.specs.strategy import Strategy, ZeroSpec
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import DType, Parameter, float16, float32, int8
+
+BUCKET = "bucket of gradients (reduce_bucket_size)"
+LIVE = "gathered weights (stage3_max_live_parameters, stage3_max_reuse_distance)"
+STAYS = "weights that stay gathered (stage3_param_persistence_threshold)"
+TOGETHER = "what several weights are gathered into together (stage3_prefetch_bucket_size)"
+STAGED = "partitions on their way from the host (offload_param)"
+NORM = "gradients in float64, for their norm"
+TO_HOST = "a gradient on its way to the host (offload_optimizer)"
+SUB_GROUP = "gradient that a sub-group steps with (sub_group_size)"
+"""Blocks as an explanation names them; in parentheses the keys that size them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,9 @@ class Zero3Setup:
     ranks: int
     dtype: DType
     accumulation_dtype: DType
+    communication_dtype: DType
+    master_dtype: DType
+    """Of masters, and of the gradients that the optimizer is given."""
     reduce_bucket_size: int
     prefetch_bucket_size: int
     max_live_parameters: int
@@ -93,7 +105,7 @@ class Zero3Setup:
     optimizers: Sequence[Optimizer]
     """For each sub-group one, of its partition alone."""
     partitions: Sequence[Parameter]
-    """For each sub-group its partition: one flat weight in float32."""
+    """For each sub-group its partition: one flat weight in ``master_dtype``."""
 
 
 @dataclass(slots=True)
@@ -150,6 +162,7 @@ class Coordinator:
         self._queue: deque[tuple[Shard, int]] = deque()
         self._fetched_for: dict[Key, int] = {}
         self._step = 0
+        self._to_release: dict[tuple[Key, int], Sequence[Shard]] = {}
         self._running: dict[Key, None] = {}
         """Modules whose backward has begun."""
         self._holds: dict[Key, deque[Block | None]] = {}
@@ -200,7 +213,7 @@ class Coordinator:
     def release_sub_module(self, module: Key, forward: bool) -> None:
         """A module has done its forward, or its backward."""
         wanted = self.setup.modules[module]
-        released = [shard for shard in wanted if self._trace is None or self._may_go(shard)]
+        released = wanted if self._trace is None else self._params_to_release(module)
         if not forward:
             self._running.pop(module, None)
         for shard in wanted:
@@ -236,23 +249,30 @@ class Coordinator:
         for together in [[shard] for shard in away] if alone else [away]:
             staged = self._staged(together)  # _allgather_params_coalesced: all of them before the first is gathered
             for shard in together:
-                self.available[shard.key] = self._allocate(shard.partition * shard.ranks * shard.itemsize)
+                self.available[shard.key] = self._gather(shard)
             self.ledger.free(*staged)
 
     def _is_away(self, shard: Shard) -> bool:
         return shard.key not in self.available and shard.key not in self._inflight
 
-    def _allocate(self, nbytes: int) -> Block | None:
+    def _gather(self, shard: Shard, padded: bool = True) -> Block | None:
+        """A weight, whole, and with what the partitions are padded with."""
+        name = STAYS if shard.persistent else LIVE
+        elements = shard.partition * shard.ranks if padded else shard.elements
+        return self._allocate(elements * shard.itemsize, name)
+
+    def _allocate(self, nbytes: int, name: str) -> Block | None:
         """On one rank a gathered weight is the partition itself, if that is on the GPU."""
         if self.setup.ranks == 1 and not self.setup.offload_param:
             return None
-        return self.ledger.allocate("communication", nbytes)
+        return self.ledger.allocate("communication", nbytes, name=name)
 
     def _staged(self, shards: Sequence[Shard]) -> list[Block]:
         """Partitions come from the host before they are gathered."""
         if not self.setup.offload_param or self.setup.ranks == 1:
             return []
-        return [self.ledger.allocate("communication", shard.partition * shard.itemsize) for shard in shards]
+        sizes = (shard.partition * shard.itemsize for shard in shards)
+        return [self.ledger.allocate("communication", nbytes, name=STAGED) for nbytes in sizes]
 
     def _all_gather(self, shards: Sequence[Shard]) -> None:
         if not shards:
@@ -264,11 +284,12 @@ class Coordinator:
         gather = _Gather(shards, None, left=len(shards))
         if alone or self.setup.ranks == 1:
             for shard in shards:
-                self.available[shard.key] = self._allocate(shard.partition * shard.ranks * shard.itemsize)
+                self.available[shard.key] = self._gather(shard)
                 self.ledger.free(*self._staged([shard]))
             gather.waited = True
         else:
-            gather.flat = self._allocate(sum(shard.partition * shard.ranks * shard.itemsize for shard in shards))
+            elements = (shard.partition * shard.ranks * shard.itemsize for shard in shards)
+            gather.flat = self._allocate(sum(elements), TOGETHER)
             self.ledger.free(*self._staged(shards))
         for shard in shards:
             self._inflight[shard.key] = gather
@@ -278,7 +299,7 @@ class Coordinator:
     def _wait(self, gather: _Gather) -> None:
         if not gather.waited:
             for shard in gather.shards:
-                self.available[shard.key] = self._allocate(shard.elements * shard.itemsize)
+                self.available[shard.key] = self._gather(shard, padded=False)
             gather.waited = True
 
     def _drop(self, gather: _Gather) -> None:
@@ -358,8 +379,15 @@ class Coordinator:
             inflight = (next(s for s in gather.shards if s.key == key) for key, gather in self._inflight.items())
             self.swapper.prefetch([shard for shard, _ in self._queue], sum(shard.elements for shard in inflight))
 
+    def _params_to_release(self, module: Key) -> Sequence[Shard]:
+        """__params_to_release, whose first answer for a module and a step is the last: it has an lru_cache."""
+        at = module, self._step
+        if at not in self._to_release:
+            self._to_release[at] = [shard for shard in self.setup.modules[module] if self._may_go(shard)]
+        return self._to_release[at]
+
     def _may_go(self, shard: Shard) -> bool:
-        """__params_to_release: not what stays, what a prefetch passed over, or what is used again soon."""
+        """Not what stays, what a prefetch passed over, or what is used again soon."""
         trace = self._trace
         assert trace is not None
         if shard.persistent or self._fetched_for.get(shard.key, _NEVER) > self._step:
@@ -389,6 +417,8 @@ class Zero3:
         self._bucket: list[Shard] = []
         self._bucket_elements = 0
         self._grads: dict[Key, Block] = {}
+        self._norms: list[Block] = []
+        """Of gradients that are on the host now (norm_for_param_grads)."""
         self._boundary = True
         self._stepped = False
 
@@ -411,12 +441,12 @@ class Zero3:
             if optimizer.made_at_construction:
                 self._make_states(i)
         if setup.contiguous_gradients:
-            ledger.allocate("communication", setup.reduce_bucket_size * setup.dtype.itemsize)
+            ledger.allocate("communication", setup.reduce_bucket_size * setup.communication_dtype.itemsize, name=BUCKET)
         nbytes = sum(shard.partition for shard in self._trained.values()) * setup.accumulation_dtype.itemsize
         if setup.offload_optimizer:
             self._on_host("gradients", nbytes, setup.gradients_place)
         else:
-            ledger.allocate("gradients", nbytes)
+            ledger.allocate("gradients", nbytes, name="partitions of the gradients")
         for shard in self._trained.values():  # create_reduce_and_remove_grad_hooks gathers each once
             if setup.ranks > 1:
                 ledger.free(*self._gathered([shard]))
@@ -431,7 +461,7 @@ class Zero3:
             flat = ledger.allocate("weights", nbytes, "host")  # defragment: by way of the host
             ledger.free(*(partitions[key] for key in self._trained))
             ledger.empty_cache()
-            ledger.allocate("weights", nbytes)
+            ledger.allocate("weights", nbytes, name="partitions of the weights")
             ledger.free(flat)
             return
         for group, elements in zip(setup.groups, setup.flat_elements, strict=True):
@@ -467,8 +497,10 @@ class Zero3:
         elif setup.offload_optimizer:
             ledger.allocate("optimizer", nbytes, "host")
         else:
-            cast = None if read_from_nvme else ledger.allocate("temporaries", nbytes)  # .to(float32).clone()
-            ledger.allocate("optimizer", nbytes)
+            cast = None  # .to(float32).clone()
+            if not read_from_nvme and setup.dtype is not setup.master_dtype:
+                cast = ledger.allocate("temporaries", nbytes, name="masters on their way")
+            ledger.allocate("optimizer", nbytes, name="masters")
             ledger.free(cast)
 
     def _swaps(self, index: int) -> bool:
@@ -489,19 +521,21 @@ class Zero3:
             twice += [made.pop(key) for key in list(made) if key in partitions]
             partitions |= made
         for own in setup.modules.values():  # _load_state_dict_into_zero3_model
-            ledger.free(*self._gathered([shard for shard in own if shard.key in partitions]))
+            ledger.free(*self._gathered([shard for shard in own if shard.key in setup.made_partitioned]))
         ledger.free(*twice)
-        return partitions | self._partition([shard for shard in self._all if shard.key not in partitions], in_nvme)
+        others = [shard for shard in self._all if shard.key not in setup.made_partitioned]
+        return partitions | self._partition(others, in_nvme)
 
     def _partition(self, shards: Sequence[Shard], in_nvme: Set[Key]) -> dict[Key, Block]:
         """All of them are there whole, and are cut one by one."""
         setup = self.setup
         partitions: dict[Key, Block] = {}
-        whole = [self.ledger.allocate("weights", shard.elements * shard.itemsize) for shard in shards]
+        sizes = (shard.elements * shard.itemsize for shard in shards)
+        whole = [self.ledger.allocate("weights", nbytes, name="weights of a module, whole") for nbytes in sizes]
         for shard, block in zip(shards, whole, strict=True):
             nbytes = shard.partition * shard.itemsize
             if not setup.offload_param:
-                partitions[shard.key] = self.ledger.allocate("weights", nbytes)
+                partitions[shard.key] = self.ledger.allocate("weights", nbytes, name="partitions of the weights")
             elif shard.key not in in_nvme:  # small weights too: zero.Init does not know what will stay gathered
                 partitions[shard.key] = self._on_host("weights", nbytes, setup.weights_place)
             if shard.key not in setup.kept_whole:
@@ -513,9 +547,11 @@ class Zero3:
         blocks = []
         staged: list[Block] = []
         for shard in shards:
-            blocks.append(self.ledger.allocate("communication", shard.partition * shard.ranks * shard.itemsize))
+            nbytes = shard.partition * shard.ranks * shard.itemsize
+            blocks.append(self.ledger.allocate("communication", nbytes, name="weights gathered module by module"))
             if self.setup.offload_param:
-                staged.append(self.ledger.allocate("communication", shard.partition * shard.itemsize))
+                nbytes = shard.partition * shard.itemsize
+                staged.append(self.ledger.allocate("communication", nbytes, name=STAGED))
         self.ledger.free(*staged)
         return blocks
 
@@ -537,6 +573,9 @@ class Zero3:
 
     def begin_micro_batch(self, boundary: bool) -> None:
         self._boundary = boundary
+        self.coordinator.reset_step()
+
+    def begin_evaluation(self) -> None:
         self.coordinator.reset_step()
 
     def module_event(self, kind: str, module: Key) -> None:
@@ -596,23 +635,32 @@ class Zero3:
 
     def _avg_scatter_grads(self) -> list[Block]:
         """By reduce_scatter_coalesced: in one piece, padded for every rank."""
-        setup, made = self.setup, list[Block]()
+        setup, ledger = self.setup, self.ledger
+        size, copies, flat = setup.communication_dtype.itemsize, list[Block](), list[Block]()
+        if setup.communication_dtype is not setup.dtype:  # the bucket's buffer has the type already
+            own = [shard for shard in self._bucket if shard.key in self._grads]
+            copies = [ledger.allocate("communication", shard.elements * size, name="gradients, cast") for shard in own]
         if len(self._bucket) > 1 or self._bucket[0].elements % setup.ranks:
-            nbytes = sum(shard.partition * setup.ranks for shard in self._bucket) * setup.dtype.itemsize
-            made.append(self.ledger.allocate("communication", nbytes))
-        if setup.accumulation_dtype is not setup.dtype:
-            sizes = [shard.partition * setup.accumulation_dtype.itemsize for shard in self._bucket]
-            made += [self.ledger.allocate("temporaries", nbytes) for nbytes in sizes]
-        return made
+            nbytes = sum(shard.partition * setup.ranks for shard in self._bucket) * size
+            flat.append(ledger.allocate("communication", nbytes, name="reduce-scatter's input"))
+        if setup.accumulation_dtype is setup.communication_dtype:
+            if flat:
+                ledger.free(*copies)
+            return flat or copies
+        sizes = [shard.partition * setup.accumulation_dtype.itemsize for shard in self._bucket]
+        partitions = [ledger.allocate("temporaries", nbytes, name="gradients, cast") for nbytes in sizes]
+        ledger.free(*copies, *flat)
+        return partitions
 
     def _avg_scatter_contiguous_grads(self) -> list[Block]:
         """The buffer is reduced in place; the last rank pads what its partition lacks."""
         setup, made = self.setup, list[Block]()
         itemsize = setup.accumulation_dtype.itemsize
-        if setup.accumulation_dtype is not setup.dtype:
-            made.append(self.ledger.allocate("temporaries", self._bucket_elements * itemsize))
+        if setup.accumulation_dtype is not setup.communication_dtype:
+            nbytes = self._bucket_elements * itemsize
+            made.append(self.ledger.allocate("temporaries", nbytes, name="gradients, cast"))
         padded = [shard.partition * itemsize for shard in self._bucket if shard.elements % setup.ranks]
-        return made + [self.ledger.allocate("temporaries", nbytes) for nbytes in padded]
+        return made + [self.ledger.allocate("temporaries", nbytes, name="padded partitions") for nbytes in padded]
 
     def _offload_gradient(self, shard: Shard) -> list[tuple[Shard, Block]]:
         """partition_grads: the sum is on the GPU for its norm, and in float32 on its way to the host.
@@ -622,14 +670,15 @@ class Zero3:
         setup, ledger = self.setup, self.ledger
         swaps = self._boundary and self._swaps(self._sub_group[shard.key])
         dtypes = [setup.accumulation_dtype]
-        if self._boundary and setup.accumulation_dtype is not float32:
-            dtypes.append(float32)
+        if self._boundary and setup.accumulation_dtype is not setup.master_dtype:
+            dtypes.append(setup.master_dtype)
         made: list[Block] = []
         for dtype in dtypes:
-            component = "gradients" if swaps and dtype is float32 else "temporaries"
-            made.append(ledger.allocate(component, shard.partition * dtype.itemsize))
+            component = "gradients" if swaps and dtype is setup.master_dtype else "temporaries"
+            made.append(ledger.allocate(component, shard.partition * dtype.itemsize, name=TO_HOST))
             if self._boundary and len(made) == 1:
-                ledger.briefly("temporaries", min(shard.partition, NORM_PART) * NORM_ITEMSIZE)
+                ledger.briefly("temporaries", min(shard.partition, NORM_PART) * NORM_ITEMSIZE, name=NORM)
+                self._norms.append(ledger.allocate("temporaries", NORM_ITEMSIZE, name=NORM))
         swapped = [(shard, made.pop())] if swaps else []
         ledger.free(*made)
         return swapped
@@ -645,27 +694,30 @@ class Zero3:
             for i in range(len(setup.optimizers)):
                 self._step_on_host(i)
             self._stepped = True
+            ledger.free(*self._norms)  # reset_cpu_buffers
+            self._norms.clear()
             self.coordinator.gather_persistent(self._all)
             return
         for shard in self._trained.values():
-            ledger.briefly("temporaries", shard.partition * NORM_ITEMSIZE)
+            ledger.briefly("temporaries", shard.partition * NORM_ITEMSIZE, name=NORM)
         for i, (group, partition) in enumerate(zip(setup.sub_groups, setup.partitions, strict=True)):
             nbytes = partition.numel * setup.accumulation_dtype.itemsize
-            flat = ledger.allocate("temporaries", nbytes) if len(group) > 1 else None
+            flat = ledger.allocate("temporaries", nbytes, name=SUB_GROUP) if len(group) > 1 else None
             gradient = flat
-            if setup.accumulation_dtype is not float32:
-                gradient = ledger.allocate("gradients", partition.nbytes)
+            if setup.accumulation_dtype is not setup.master_dtype:
+                gradient = ledger.allocate("gradients", partition.nbytes, name=SUB_GROUP)
                 ledger.free(flat)
             if not self._stepped and not setup.optimizers[i].made_at_construction:
                 self._make_states(i)
-            ledger.briefly("temporaries", setup.optimizers[i].temporaries.peak)
+            ledger.briefly("temporaries", setup.optimizers[i].temporaries.peak, name="of the optimizer's step")
             ledger.free(gradient)
         self._stepped = True
         self.coordinator.gather_persistent(self._all)
 
     def _check_overflow(self) -> None:
-        """isinf of all gradients in float16: their absolute values, and a byte for each."""
-        if self.setup.dtype is not float16:
+        """isinf of gradients in float16, which adapters' are not: their absolute values, and a byte for each."""
+        first = next(iter(self._trained.values()), None)
+        if first is None or self.setup.dtype is not float16 or first.itemsize != float16.itemsize:
             return
         elements = sum(shard.partition for shard in self._trained.values())
         nbytes = elements * self.setup.accumulation_dtype.itemsize
@@ -679,6 +731,7 @@ class Zero3:
         if optimizer is None or not self._swaps(index):
             if not self._stepped and not self.setup.optimizers[index].made_at_construction:
                 self._make_states(index)
+            self.ledger.briefly("temporaries", self.setup.optimizers[index].temporaries.peak, self._optimizer_place)
             return
         optimizer.swap_in_optimizer_state(index)
         if not self._stepped:
@@ -716,7 +769,7 @@ class Zero3:
 
     def _make_states(self, index: int) -> None:
         for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
-            self.ledger.allocate("optimizer", nbytes, self._optimizer_place)
+            self.ledger.allocate("optimizer", nbytes, self._optimizer_place, "states")
 
 
 NORM_PART = 250_000_000
@@ -743,21 +796,19 @@ def zero3_setup(
     """
     keys = strategy.zero
     reasons = {
-        "optim": strategy.offload_optimizer != "none" and not optim.startswith("adamw_torch") and optim,
+        "optim": strategy.offload_optimizer == "nvme" and not optim.startswith("adamw_torch") and optim,
         "use_gds": "nvme" in (strategy.offload_optimizer, strategy.offload_param) and keys.aio.use_gds and "true",
         "ratio": strategy.offload_optimizer != "none" and keys.offload_optimizer.ratio != 1 and "less than 1",
         "zero_hpz_partition_size": keys.zero_hpz_partition_size > 1 and keys.zero_hpz_partition_size,
         "zero_quantized_weights": keys.zero_quantized_weights and "true",
         "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
     }
-    if optim == "muon":
-        raise UnsupportedError("optim: 'muon' is not modelled yet under a ZeRO stage. Use another, or ddp.")
     for key, value in reasons.items():
         if value:
             raise UnsupportedError(f"{key}: {value!r} is not modelled yet under {strategy.kind}. Leave it out.")
-    threshold = resolved(keys, "stage3_param_persistence_threshold", hidden_size)
+    persistent = _persistent(model, resolved(keys, "stage3_param_persistence_threshold", hidden_size), keys)
     shards = {
-        key: Shard(key, p.numel, p.dtype.itemsize, ranks, p.numel <= threshold) for key, p in model.parameters.items()
+        key: Shard(key, p.numel, p.dtype.itemsize, ranks, key in persistent) for key, p in model.parameters.items()
     }
     trained = {key for group in model.groups for key in group}
     groups = [[shards[key] for key in group] for group in model.groups]
@@ -766,11 +817,9 @@ def zero3_setup(
     swap_optimizer, params_in_nvme = strategy.offload_optimizer == "nvme", strategy.offload_param == "nvme"
     flat_elements = _flat_elements(groups, keys.offload_param.max_in_cpu if params_in_nvme else None)
     in_cpu = [fits for parts, n in zip(divided, flat_elements, strict=True) for fits in _in_flat_buffer(parts, n)]
-    # accelerate puts DeepSpeedCPUAdam in AdamW's place, which has the same states and no temporaries.
-    stepping = "adamw_torch_fused" if strategy.offload_optimizer != "none" else optim
-    tape = Tape(rules)
+    tape, master = Tape(rules), master_dtype(strategy, dtype)
     partitions = [
-        tape.parameter("flat partition", (sum(shard.partition for shard in part),), float32) for part in sub_groups
+        tape.parameter("flat partition", (sum(shard.partition for shard in part),), master) for part in sub_groups
     ]
     if swap_optimizer:
         swappable = [part.numel for part in partitions if nvme.is_swappable(keys.aio, part.nbytes)]
@@ -790,7 +839,9 @@ def zero3_setup(
         saves=frozenset(trained if adapted else shards if keys.stage3_gather_16bit_weights_on_model_save else ()),
         ranks=ranks,
         dtype=dtype,
-        accumulation_dtype=ACCUMULATION[keys.grad_accum_dtype] if keys.grad_accum_dtype is not None else dtype,
+        accumulation_dtype=named(keys.grad_accum_dtype, dtype),
+        communication_dtype=named(keys.communication_data_type, dtype),
+        master_dtype=master,
         reduce_bucket_size=resolved(keys, "reduce_bucket_size", hidden_size),
         prefetch_bucket_size=resolved(keys, "stage3_prefetch_bucket_size", hidden_size),
         max_live_parameters=keys.stage3_max_live_parameters,
@@ -808,9 +859,19 @@ def zero3_setup(
         gradients_place="pinned" if keys.offload_optimizer.pin_memory else "host",
         weights_place="pinned" if keys.offload_param.pin_memory else "host",
         groups=groups,
-        optimizers=[make_optimizer(stepping, rules, partial(Groups, [partition])) for partition in partitions],
+        optimizers=stepping(strategy, dtype, optim, len(groups), rules, partitions),
         partitions=partitions,
     )
+
+
+def _persistent(model: Layout, threshold: int, keys: ZeroSpec) -> set[Key]:
+    """mark_persistent_parameters: the small ones, in the model's order, as many as may stay over all."""
+    found, elements = set[Key](), 0
+    for key, p in model.parameters.items():
+        if p.numel <= threshold and p.numel + elements <= keys.stage3_model_persistence_threshold:
+            found.add(key)
+            elements += p.numel
+    return found
 
 
 def _flat_elements(groups: Sequence[Sequence[Shard]], max_in_cpu: int | None) -> list[int]:

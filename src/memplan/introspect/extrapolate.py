@@ -19,6 +19,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from typing import Any, TypeAlias
 
@@ -27,7 +28,16 @@ from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.introspect import trace
 from memplan.introspect.cuda_autocast import cuda_rules
 from memplan.introspect.cuda_kernels import cuda_kernels, cuda_operations
-from memplan.introspect.recording import NotRepeating, Recorder, Recording, Templates, expand, same_log, to_tape
+from memplan.introspect.recording import (
+    NotRepeating,
+    Recorder,
+    Recording,
+    Subject,
+    Templates,
+    expand,
+    same_log,
+    to_tape,
+)
 from memplan.micro_batch import Setup, Traced
 from memplan.results import Assumption
 from memplan.specs.model import ModelSpec
@@ -112,9 +122,10 @@ def trace_model(setup: Setup, module: Any = None, inputs: Inputs | None = None) 
     depths = _depths(stacks, recordings is not None)
     if recordings is None:
         recordings, stacks = _in_full(tracing, stacks), []
-    tapes = {name: to_tape(recording, setup.rules) for name, recording in recordings.items()}
+    root, subjects = _mirror(tracing, stacks)
+    tapes = {name: to_tape(recording, setup.rules, subjects) for name, recording in recordings.items()}
     return Traced(
-        root=_mirror(tracing, stacks, tapes["first"]),
+        root=root,
         first=tapes["first"],
         later=tapes.get("later"),
         evaluation=tapes.get("evaluation"),
@@ -248,8 +259,12 @@ def _on_meta(tensor: Any) -> Any:
 def _prepared(model: Any, setup: Setup) -> Any:
     """As the Trainer has it: with adapters, checkpointing and without a cache."""
     training = setup.training
+    if setup.engine == "zero3":  # zero.Init has done it before there are adapters
+        _cast(model, setup)
     if training.lora is not None:
         model = trace._add_lora(model, _lora(setup))
+    if setup.engine not in ("torch", "zero3"):
+        _cast(model, setup)
     if training.gradient_checkpointing:
         if not hasattr(model, "gradient_checkpointing_enable"):
             raise UnsupportedError(
@@ -265,6 +280,19 @@ def _prepared(model: Any, setup: Setup) -> Any:
     if getattr(model, "config", None) is not None:
         model.config.use_cache = False
     return model.train()
+
+
+def _cast(model: Any, setup: Setup) -> None:
+    """To what the engine computes in: DeepSpeed casts the module, and FSDP gathers its weights so."""
+    import torch
+
+    dtype = getattr(torch, setup.dtype.name)
+    if setup.engine in ("zero12", "fsdp1"):
+        model.to(dtype)  # buffers too
+        return
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _lora(setup: Setup) -> dict[str, Any]:
@@ -457,7 +485,8 @@ class _Tracing:
         trace._to_fake(model, self.fake_mode)
         self.loose = list(trace._loose_tensors(model))
         """Tensors that modules hold as plain attributes before anything has run; a forward may leave more there."""
-        self.forward = trace._prepared_forward(model, setup.precision.mixed_precision)
+        self.mixed_precision = "no" if setup.autocast is None else setup.precision.mixed_precision
+        self.forward = trace._prepared_forward(model, self.mixed_precision)
 
     def record(self, stacks: Sequence[_Stack]) -> dict[str, Recording]:
         """Return the first micro-batch, a later one with gradients there already, and an evaluation, as needed."""
@@ -471,6 +500,7 @@ class _Tracing:
                 trace._gc_disabled(collect=False),
                 trace._phase_hooks(self.model, tracker),
                 _layer_hooks(self.model, stacks, recorder),
+                _gradient_hooks(self.model, stacks, recorder) if self.gives_gradients else contextlib.nullcontext(),
                 trace._like_a_real_run(),
                 self.fake_mode,
                 tracker,
@@ -488,14 +518,29 @@ class _Tracing:
                     parameter.grad = None
         raise AssertionError  # no context swallows an error
 
+    @property
+    def gives_gradients(self) -> bool:
+        """An engine takes each gradient as it comes."""
+        return self.setup.engine != "torch" or self.setup.copies_gradients
+
     def _micro_batches(self, recorder: Recorder, depths: Mapping[int, int]) -> dict[str, Recording]:
         training = self.setup.training
         recordings = {"first": self._train(recorder, depths)}
         if training.grad_accum_steps > 1:
+            if self.gives_gradients:
+                self._leave_gradients()
             recordings["later"] = self._train(recorder, depths)
         if training.eval_batch_size is not None:
             recordings["evaluation"] = self._evaluate(recorder, depths, training.eval_batch_size)
         return recordings
+
+    def _leave_gradients(self) -> None:
+        """As a micro-batch does whose gradients stay where autograd has put them."""
+        import torch
+
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _train(self, recorder: Recorder, depths: Mapping[int, int]) -> Recording:
         step = self._step(recorder)
@@ -524,14 +569,14 @@ class _Tracing:
         step = trace._Step(
             model=self.model,
             tracker=recorder.tracker,
-            mixed_precision=self.setup.precision.mixed_precision,
+            mixed_precision=self.mixed_precision,
             grad_accum_steps=training.grad_accum_steps,
             max_grad_norm=0.0,
             weight_decay=0.0,
             optim=training.optim,
         )
         step.forward = self.forward
-        if self.setup.precision.mixed_precision == "fp16":
+        if self.mixed_precision == "fp16":
             step.scaler = torch.amp.GradScaler("cpu")
         return step
 
@@ -593,6 +638,42 @@ def _layer_hooks(model: Any, stacks: Sequence[_Stack], recorder: Recorder) -> It
             hook.remove()
 
 
+@contextlib.contextmanager
+def _gradient_hooks(model: Any, stacks: Sequence[_Stack], recorder: Recorder) -> Iterator[None]:
+    """Tell the recorder of each gradient that is ready, and let go of it, unless it was added to one that was there."""
+    subjects = _Subjects(model, stacks)
+    hooks = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            hooks.append(parameter.register_post_accumulate_grad_hook(partial(_take, recorder, subjects.of(name))))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _take(recorder: Recorder, subject: Subject, weight: Any) -> None:
+    if recorder.gradient(subject, weight.grad):
+        weight.grad = None
+
+
+class _Subjects:
+    """What engines hook into, by its path in the model as it is at present."""
+
+    def __init__(self, model: Any, stacks: Sequence[_Stack]) -> None:
+        containers = {id(stack.container): n for n, stack in enumerate(stacks)}
+        self._stacks = {f"{path}.": containers[id(m)] for path, m in model.named_modules() if id(m) in containers}
+
+    def of(self, path: str) -> Subject:
+        """A weight's or a module's."""
+        for prefix, stack in self._stacks.items():
+            number, _, rest = path.removeprefix(prefix).partition(".")
+            if path.startswith(prefix):
+                return Subject((stack, int(number)), f"{prefix}{{}}{'.' if rest else ''}{rest}")
+        return Subject(None, path)
+
+
 def _extrapolated(tracing: _Tracing, stacks: Sequence[_Stack]) -> dict[str, Recording] | None:
     """The recordings of the full depth from two short ones; None if they do not foretell it."""
     if not stacks:
@@ -640,8 +721,8 @@ def _in_full(tracing: _Tracing, stacks: Sequence[_Stack]) -> dict[str, Recording
 # -- as the estimator's modules --------------------------------------------------------------------------------------
 
 
-def _mirror(tracing: _Tracing, stacks: Sequence[_Stack], tape: Tape) -> Module:
-    """The model's modules and parameters in the estimator's vocabulary, under the same names."""
+def _mirror(tracing: _Tracing, stacks: Sequence[_Stack]) -> tuple[Module, dict[str, int]]:
+    """The model's modules and parameters in the estimator's vocabulary, under the same names; their id() by path."""
     import torch
 
     kinds: dict[type, type[Module]] = {
@@ -652,11 +733,14 @@ def _mirror(tracing: _Tracing, stacks: Sequence[_Stack], tape: Tape) -> Module:
     numbers = {id(stack.container): n for n, stack in enumerate(stacks)}
     loose = {id(tensor) for tensor in tracing.loose}
     parameters: dict[int, Parameter] = {}
+    subjects: dict[str, int] = {}
+    tape = Tape(tracing.setup.rules)
 
     def parameter(tensor: Any, name: str) -> Parameter:
         if id(tensor) not in parameters:
             made = tape.parameter(name, tuple(tensor.shape), _dtype(tensor), tensor.requires_grad)
             parameters[id(tensor)] = made
+        subjects[name] = id(parameters[id(tensor)])
         return parameters[id(tensor)]
 
     def visit(module: Any, path: str) -> Module:
@@ -683,7 +767,7 @@ def _mirror(tracing: _Tracing, stacks: Sequence[_Stack], tape: Tape) -> Module:
         made._kinds = list(range(len(module)))
         return made
 
-    return visit(tracing.model, "")
+    return visit(tracing.model, ""), subjects
 
 
 def _dtype(tensor: Any) -> DType:

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from memplan.errors import UnsupportedError
 from memplan.introspect.trace import Listener
 from memplan.tape.dispatch import DeviceRules
-from memplan.tape.tape import ACTIVATION, GRADIENT, INPUT, LOGITS, TEMPORARY, LayerKey, Tape
+from memplan.tape.tape import ACTIVATION, GRADIENT, INPUT, LOGITS, TEMPORARY, Event, EventKind, LayerKey, Tape
 from memplan.tape.tensor import DTYPES, DType
 
 __all__ = ["NotRepeating", "Recorder", "Recording", "Segment", "Templates", "expand", "same_log", "to_tape"]
@@ -41,6 +42,31 @@ class NotRepeating(Exception):
     """The layers of a model do not repeat as a short trace needs; only a trace of all of them tells."""
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A weight or a module that an engine hooks into."""
+
+    layer: LayerKey | None
+    """The layer that it is in."""
+    name: str
+    """Its path in the model, with ``{}`` for the layer's number."""
+
+    @property
+    def path(self) -> str:
+        return self.name if self.layer is None else self.name.replace("{}", str(self.layer[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """A moment at which an engine acts, as :class:`memplan.tape.tape.Event`."""
+
+    position: int
+    """In the events of its segment."""
+    kind: EventKind
+    subject: Subject
+    storage: int = -1
+
+
 @dataclass(slots=True)
 class Segment:
     """What was allocated (``i``) and freed (``~i``) within a layer's forward or backward, or outside of layers."""
@@ -50,6 +76,7 @@ class Segment:
     layer: LayerKey | None
     events: list[int] = field(default_factory=list)
     flops: int = 0
+    acts: list[Act] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +177,18 @@ class Recorder(Listener):
         if self._on and self._head is None and self._phase() == "forward":
             self._head = _sequence_number()
 
+    def gradient(self, weight: Subject, gradient: Any) -> bool:
+        """A weight has its gradient. Return whether it is new; one of a micro-batch before has no storage here."""
+        storage = self._index.get(self.tracker.serial_of(gradient) or 0, -1)
+        if self._on:
+            self._act("gradient", weight, storage)
+        return storage >= 0
+
+    def _act(self, kind: EventKind, subject: Subject, storage: int = -1) -> None:
+        self._arrive()
+        segment = self._segments[-1]
+        segment.acts.append(Act(len(segment.events), kind, subject, storage))
+
     @contextmanager
     def kernel(self, name: str) -> Iterator[Callable[[int], None]]:
         """What is allocated inside stands for a kernel; the value is told its floating-point operations."""
@@ -171,9 +210,10 @@ class Recorder(Listener):
         if self._segments[-1].phase == "backward":
             self._move_to(0)
         _check_order(self._segments, depths)
-        kept = {self.tracker.serial_of(gradient) for gradient in gradients}
+        kept = {self._index.get(self.tracker.serial_of(gradient)) for gradient in gradients}
+        kept |= {act.storage for segment in self._segments for act in segment.acts}
         components = [
-            INPUT if i < self._inputs else GRADIENT if storage.serial in kept else _component(storage)
+            INPUT if i < self._inputs else GRADIENT if i in kept else _component(storage)
             for i, storage in enumerate(self._storages)
         ]
         return Recording(self._segments, [storage.birth for storage in self._storages], components, self._inputs)
@@ -417,15 +457,35 @@ class _Expansion:
     def _segment(self, number: int, layer: int | None) -> Segment:
         segment = self._short.segments[number]
         events: list[int] = []
-        for event in segment.events:
+        acts: list[Act] = []
+        waiting = deque(segment.acts)
+        for position, event in enumerate(segment.events):
+            while waiting and waiting[0].position == position:
+                acts.append(self._act(waiting.popleft(), len(events), segment, layer))
             if event >= 0:
                 self._made[event, layer] = len(self._of)
                 events.append(len(self._of))
                 self._of.append(event)
             else:
                 events += [~storage for storage in self._freed(~event, segment, layer)]
+        acts += [self._act(act, len(events), segment, layer) for act in waiting]
         key = None if segment.layer is None or layer is None else (segment.layer[0], layer)
-        return Segment(segment.phase, key, events, segment.flops)
+        return Segment(segment.phase, key, events, segment.flops, acts)
+
+    def _act(self, act: Act, position: int, segment: Segment, layer: int | None) -> Act:
+        """What an engine does in ``segment``, when that stands for the deep model's ``layer``."""
+        storage = act.storage
+        if storage >= 0:
+            owner = self._short.segments[self._home[storage][0]].layer
+            if owner is not None and owner != segment.layer:
+                raise NotRepeating("a weight's gradient is made in another layer")
+            storage = self._find(storage, None if owner is None else layer)
+        subject = act.subject
+        if subject.layer is not None:
+            if subject.layer != segment.layer or layer is None:
+                raise NotRepeating("an engine acts on a layer outside of it")
+            subject = replace(subject, layer=(subject.layer[0], layer))
+        return Act(position, act.kind, subject, storage)
 
     def _freed(self, storage: int, segment: Segment, layer: int | None) -> list[int]:
         """What the free of ``storage``, seen in ``segment``, means in the deep model's ``layer``."""
@@ -490,14 +550,26 @@ def _normal(recording: Recording) -> list[Any]:
     order: dict[int, int] = {}
     result: list[Any] = []
     frees: list[int] = []
+
+    def flush() -> None:
+        if frees:
+            result.append(sorted(frees))
+            frees.clear()
+
     for segment in recording.segments:
-        for event in segment.events:
+        acts: dict[int, list[Act]] = {}
+        for act in segment.acts:
+            acts.setdefault(act.position, []).append(act)
+        for position, event in enumerate([*segment.events, None]):
+            for act in acts.get(position, ()):
+                flush()
+                result.append((act.kind, act.subject.path, order.get(act.storage, -1)))
+            if event is None:
+                break
             if event < 0:
                 frees.append(order[~event])
                 continue
-            if frees:
-                result.append(sorted(frees))
-                frees = []
+            flush()
             order[event] = len(order)
             result.append((segment.phase, recording.births[event], recording.components[event]))
     return [*result, sorted(frees)]
@@ -511,8 +583,8 @@ def known_dtype(name: str) -> DType:
     return DTYPES.get(name) or DType(name, 1, False)
 
 
-def to_tape(recording: Recording, rules: DeviceRules) -> Tape:
-    """Return a tape that says it ran what was recorded."""
+def to_tape(recording: Recording, rules: DeviceRules, subjects: Mapping[str, int]) -> Tape:
+    """Return a tape that says it ran what was recorded. ``subjects``: what an engine hooks into, its id() by path."""
     tape = Tape(rules)
     tape.sizes = [(birth.nbytes + 511) & -512 for birth in recording.births]
     tape.names = [birth.name for birth in recording.births]
@@ -526,6 +598,9 @@ def to_tape(recording: Recording, rules: DeviceRules) -> Tape:
             tape.mark(phase)
         elif phase == "forward":
             tape.mark("layer", segment.layer)
+        start = len(tape.log)
+        for act in segment.acts:
+            tape.events.append(Event(start + act.position, act.kind, subjects[act.subject.path], act.storage))
         tape.log += segment.events
         tape.flops += segment.flops
         if phase == "backward":

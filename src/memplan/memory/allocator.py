@@ -173,6 +173,21 @@ class CachingAllocator:
     def limit(self, nbytes: int | None) -> None:
         self._limit = nbytes
 
+    def confine(self, limit: int) -> None:
+        """From here on CUDA has no more than ``limit`` bytes to give, or what is reserved already."""
+        self._limit = max(limit, self._reserved)
+
+    def malloc_regardless(self, nbytes: int) -> int:
+        """As :meth:`malloc`; where the limit does not suffice even without what is cached, it grows by what is lacking.
+
+        So a run that CUDA would end tells what it needs.
+        """
+        try:
+            return self.malloc(nbytes)
+        except OutOfMemoryError as error:
+            self._limit = error.reserved + error.nbytes + self._large_segment
+            return self.malloc(nbytes)
+
     # -- torch's counters -------------------------------------------------------------------------------------------
 
     @property

@@ -8,13 +8,13 @@ what is alive on the tape at that moment.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from memplan.memory.allocator import CachingAllocator
 from memplan.memory.optimizers import OUTSIDE
 from memplan.memory.timeline import COMPONENTS, Segment, Unrolled
-from memplan.tape.tape import Event
+from memplan.tape.tape import Event, Tape
 
 Key = tuple[int, int]
 """A weight or a module of the whole model: the number of the made one that stands for it, and the layer, or OUTSIDE."""
@@ -118,13 +118,15 @@ def _dying(unrolled: Unrolled, segment: Segment) -> Leg:
 class Block:
     """Bytes that an engine holds in one place."""
 
-    __slots__ = ("address", "component", "nbytes", "place")
+    __slots__ = ("address", "component", "name", "nbytes", "place")
 
-    def __init__(self, place: str, component: str, nbytes: int) -> None:
+    def __init__(self, place: str, component: str, nbytes: int, name: str = "") -> None:
         self.address = 0
         self.place = place
         self.component = component
         self.nbytes = nbytes
+        self.name = name
+        """What it is, for an explanation."""
 
 
 _HOST = ("host", "pinned", "locked")
@@ -141,6 +143,9 @@ class Ledger:
     process among them.
     """
 
+    measures = True
+    """Whether it asks for the legs' growth and peak."""
+
     def __init__(self, pinned_in_powers_of_two: bool = True, ranks: int = 1) -> None:
         self.pinned_in_powers_of_two = pinned_in_powers_of_two
         self.ranks = ranks
@@ -156,7 +161,7 @@ class Ledger:
 
     # -- what engines do ---------------------------------------------------------------------------------------------
 
-    def allocate(self, component: str, nbytes: int, place: str = "gpu") -> Block:
+    def allocate(self, component: str, nbytes: int, place: str = "gpu", name: str = "") -> Block:
         """A block of ``nbytes``, rounded up as the place's allocator does."""
         if place == "gpu":
             nbytes = (nbytes + 511) & -512
@@ -170,7 +175,7 @@ class Ledger:
         self._look(place)
         if place == "gpu":
             self._count(nbytes)
-        return Block(place, component, nbytes)
+        return Block(place, component, nbytes, name)
 
     def _count(self, nbytes: int) -> None:
         counts = self.sizes.setdefault(nbytes, [0, 0, 0])
@@ -188,9 +193,9 @@ class Ledger:
                 self._totals[block.place] -= block.nbytes
                 block.nbytes = 0
 
-    def briefly(self, component: str, nbytes: int, place: str = "gpu") -> None:
+    def briefly(self, component: str, nbytes: int, place: str = "gpu", name: str = "") -> None:
         """A block that lives for one call."""
-        self.free(self.allocate(component, nbytes, place))
+        self.free(self.allocate(component, nbytes, place, name))
 
     def take(self, unrolled: Unrolled, leg: Leg) -> Block | None:
         """The gradient at a leg's end passes from the tape to the engine; None is one that was added to another."""
@@ -203,10 +208,13 @@ class Ledger:
         parts["gradients"] = parts.get("gradients", 0) + nbytes
         self._totals["gpu"] += nbytes
         self._count(nbytes)
-        return Block("gpu", "gradients", nbytes)
+        return Block("gpu", "gradients", nbytes, "as autograd makes them")
 
     def empty_cache(self) -> None:
         """``torch.cuda.empty_cache()``: here nothing is cached."""
+
+    def confine(self, limit: int) -> None:
+        """CUDA has no more than ``limit`` bytes to give: here nothing is cached that it could take back."""
 
     # -- what the tape does ------------------------------------------------------------------------------------------
 
@@ -282,9 +290,12 @@ class ReplayLedger(Ledger):
     It takes courses over tapes of all layers, and knows nothing of components and of other places.
     """
 
+    measures = False
+
     def __init__(self, allocator: CachingAllocator) -> None:
         super().__init__()
         self.allocator = allocator
+        self._malloc: Callable[[int], int] = allocator.malloc
         self._peaks: dict[str, int] = {}
         self._reserved = 0
         self._addresses: dict[int, int] = {}
@@ -307,10 +318,10 @@ class ReplayLedger(Ledger):
         self.allocator.reset_peak()
         self.phase = phase
 
-    def allocate(self, component: str, nbytes: int, place: str = "gpu") -> Block:
-        block = Block(place, component, nbytes)
+    def allocate(self, component: str, nbytes: int, place: str = "gpu", name: str = "") -> Block:
+        block = Block(place, component, nbytes, name)
         if place == "gpu":
-            block.address = self.allocator.malloc(nbytes)
+            block.address = self._malloc(nbytes)
         return block
 
     def free(self, *blocks: Block | None) -> None:
@@ -323,9 +334,13 @@ class ReplayLedger(Ledger):
     def empty_cache(self) -> None:
         self.allocator.empty_cache()
 
+    def confine(self, limit: int) -> None:
+        self.allocator.confine(limit)
+        self._malloc = self.allocator.malloc_regardless
+
     def run(self, unrolled: Unrolled, leg: Leg) -> None:
         sizes, taken, addresses = unrolled.tape.sizes, unrolled.taken, self._addresses
-        malloc, free = self.allocator.malloc, self.allocator.free
+        malloc, free = self._malloc, self.allocator.free
         for event in unrolled.tape.log[leg.start : leg.end]:
             if event >= 0:
                 addresses[event] = malloc(sizes[event])
@@ -343,3 +358,83 @@ class ReplayLedger(Ledger):
         for address in self._addresses.values():
             self.allocator.free(address)
         self._addresses.clear()
+
+
+class ExplainingLedger(Ledger):
+    """A ledger that keeps what is alive on the GPU at one phase's fullest moment, block by block.
+
+    It takes courses over tapes of all layers.
+    """
+
+    def __init__(self, explained: str) -> None:
+        super().__init__()
+        self._explained = explained
+        self._blocks: dict[int, Block] = {}
+        self._tensors: set[int] = set()
+        self._running: Tape | None = None
+        self.blocks: Counter[tuple[str, str, int]] = Counter()
+        """The engine's at that moment: (component, name, bytes) -> how many."""
+        self.tape: Tape | None = None
+        self.tensors: frozenset[int] = frozenset()
+        """The tape's storages at that moment."""
+
+    def allocate(self, component: str, nbytes: int, place: str = "gpu", name: str = "") -> Block:
+        before = self._height()
+        block = super().allocate(component, nbytes, place, name)
+        if place == "gpu":
+            self._blocks[id(block)] = block
+            self._keep(before, self._tensors)
+        return block
+
+    def free(self, *blocks: Block | None) -> None:
+        for block in blocks:
+            if block is not None:
+                self._blocks.pop(id(block), None)
+        super().free(*blocks)
+
+    def take(self, unrolled: Unrolled, leg: Leg) -> Block | None:
+        block = super().take(unrolled, leg)
+        if block is not None and leg.event is not None:
+            self._blocks[id(block)] = block
+            self._tensors.discard(leg.event.storage)
+        return block
+
+    def rewind(self) -> None:
+        self._tensors.clear()
+        super().rewind()
+
+    def begin(self, phase: str) -> None:
+        before = self._height() if phase == self._explained else 0
+        super().begin(phase)
+        self._keep(before, self._tensors)
+
+    def run(self, unrolled: Unrolled, leg: Leg) -> None:
+        self._running = unrolled.tape
+        before = self._height()
+        super().run(unrolled, leg)
+        fullest = set(self._tensors)
+        if self._height() > before:
+            total = 0
+            for event in unrolled.tape.log[leg.start : leg.end]:
+                if event >= 0:
+                    fullest.add(event)
+                    total += unrolled.tape.sizes[event]
+                elif ~event not in unrolled.taken:
+                    fullest.discard(~event)
+                    total -= unrolled.tape.sizes[~event]
+                if total == leg.peak:
+                    break
+        self._keep(before, fullest)
+        for event in unrolled.tape.log[leg.start : leg.end]:
+            if event >= 0:
+                self._tensors.add(event)
+            elif ~event not in unrolled.taken:
+                self._tensors.discard(~event)
+
+    def _height(self) -> int:
+        return self._highest.get((self._explained, "gpu"), 0)
+
+    def _keep(self, before: int, tensors: set[int]) -> None:
+        if self.phase == self._explained and self._height() > before:
+            self.blocks = Counter((each.component, each.name, each.nbytes) for each in self._blocks.values())
+            self.tape, self.tensors = self._running, frozenset(tensors)

@@ -234,6 +234,8 @@ class Optimizer:
         """All parameters of a dtype at once; otherwise one after the other (_default_to_fused_or_foreach)."""
         self.weight_decay = weight_decay
         self._make_groups = groups
+        self._states: dict[int, tuple[Parameter, tuple[int, ...]]] = {}
+        """By the parameter's id(), with the parameter, so that no other gets its id."""
 
     @cached_property
     def groups(self) -> Groups:
@@ -242,7 +244,10 @@ class Optimizer:
 
     def state_bytes(self, p: Parameter) -> tuple[int, ...]:
         """Bytes of each tensor that is kept on the device for p, rounded, in the order they are made."""
-        return tuple(rounded(size) for size in self.states(p))
+        known = self._states.get(id(p))
+        if known is None:
+            self._states[id(p)] = known = p, tuple(rounded(size) for size in self.states(p))
+        return known[1]
 
     def shared_bytes(self, parameters: Counted) -> tuple[int, ...]:
         """Bytes of each tensor on the device that all parameters' states share, rounded."""
@@ -354,6 +359,22 @@ class AdamW(Optimizer):
         elif not self.fused:  # _single_tensor_adam
             for p in parameters:
                 f.denom = _out(t, _out(t, p))  # exp_avg_sq.sqrt() / bias_correction2_sqrt
+
+
+class CpuOptimizer(Optimizer):
+    """DeepSpeedCPUAdam, or with one moment DeepSpeedCPUAdagrad: C++ that works in place (deepspeed/ops, 0.19.8)."""
+
+    def __init__(self, rules: DeviceRules, groups: Callable[[], Groups], moments: int = 2, itemsize: int = 4) -> None:
+        super().__init__(rules, groups)
+        self.moments = moments
+        self.itemsize = itemsize
+
+    @property
+    def has_temporaries(self) -> bool:
+        return False
+
+    def states(self, p: Parameter) -> tuple[int, ...]:
+        return (p.numel * self.itemsize,) * self.moments
 
 
 class SGD(Optimizer):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from memplan.memory.allocator import (
     CachingAllocator,
-    OutOfMemoryError,
     SizeClass,
     TraceSummary,
     reserved_upper_bound,
 )
+from memplan.memory.evaluation import FORWARDS, Kept, pile_up
 from memplan.memory.optimizers import Optimizer, clip_grad_norm
 from memplan.specs.training import AllocatorSpec
 from memplan.tape.tape import Tape
@@ -42,30 +43,18 @@ class _Replay:
         self.allocator = configured(conf)
         self.peaks: dict[str, int] = {}
         self._peak_reserved = 0
-        self._segment = conf.large_segment_size_mb * MiB
 
     @property
     def peak_reserved(self) -> int:
         """The most reserved in any phase."""
         return max(self._peak_reserved, self.allocator.peak_reserved)
 
-    def confine(self, limit: int) -> None:
-        """From here on CUDA has no more than ``limit`` bytes to give, or what is reserved already."""
-        self.allocator.limit = max(limit, self.allocator.reserved)
-
-    def _malloc(self, nbytes: int) -> int:
-        """Where the limit does not suffice even without what is cached, it grows by what the request lacks."""
-        try:
-            return self.allocator.malloc(nbytes)
-        except OutOfMemoryError as error:
-            self.allocator.limit = error.reserved + error.nbytes + self._segment
-            return self.allocator.malloc(nbytes)
-
     def run(
         self, phase: str, log: Sequence[int], sizes: Sequence[int], addresses: list[int] | None = None
     ) -> list[int]:
         """Play a log, or a further part of one, and return where its tensors lie."""
-        malloc: Callable[[int], int] = self.allocator.malloc if self.allocator.limit is None else self._malloc
+        allocator = self.allocator
+        malloc = allocator.malloc if allocator.limit is None else allocator.malloc_regardless
         free = self.allocator.free
         if addresses is None:
             addresses = [0] * len(sizes)
@@ -125,10 +114,20 @@ def reserved_bound(
 
 
 def engines_bound(
-    blocks: Mapping[int, Sequence[int]], counts: Mapping[int, tuple[int, int]], micro_batches: int
+    blocks: Mapping[int, Sequence[int]],
+    counts: Mapping[int, tuple[int, int]],
+    micro_batches: int,
+    evaluated: Mapping[int, tuple[int, int]],
 ) -> int:
-    """The same under an engine that shards, whose ``blocks`` a ledger has counted over all steps."""
-    return _upper_bound({}, counts, micro_batches, [(size, most, number) for size, (_, most, number) in blocks.items()])
+    """The same under an engine that shards, whose ``blocks`` a ledger has counted over all steps.
+
+    ``evaluated`` says of a batch of evaluation what ``counts`` says of a micro-batch.
+    """
+    live: dict[int, tuple[int, int]] = {size: (peak, number * micro_batches) for size, (peak, number) in counts.items()}
+    for size, (peak, number) in evaluated.items():
+        most, allocated = live.get(size, (0, 0))
+        live[size] = max(most, peak), allocated + number * FORWARDS
+    return _upper_bound({}, live, 1, [(size, most, number) for size, (_, most, number) in blocks.items()])
 
 
 def _upper_bound(
@@ -158,10 +157,7 @@ class EvaluationLoop:
 
     tape: Tape
     """A batch's forward."""
-    predictions: Sequence[int]
-    """Bytes of each tensor of a batch that is kept."""
-    steps: int
-    """Batches kept on the GPU."""
+    kept: Kept
     ranks: int
     """Processes from which predictions are gathered."""
     limit: int | None
@@ -174,39 +170,24 @@ class EvaluationLoop:
         opened for it holds nothing else. ``counts`` says of a batch what :func:`reserved_bound` wants of a micro-batch.
         """
         kept: list[tuple[int, int, int]] = []
-        for nbytes in self.predictions:
-            kept += [(nbytes * self.ranks * batches, 1, 1) for batches in range(2, self.steps + 1)]
-            kept += [(nbytes, 2, self.steps), (nbytes * self.ranks, 2, self.steps)]
-        return _upper_bound({}, counts, self.steps, kept)
+        steps = self.kept.steps
+        for nbytes, _ in self.kept.predictions:
+            kept += [(nbytes * self.ranks * batches, 1, 1) for batches in range(2, steps + 1)]
+            kept += [(nbytes, 2, steps), (nbytes * self.ranks, 2, steps)]
+        return _upper_bound({}, counts, steps, kept)
 
 
 def _evaluate(replay: _Replay, loop: EvaluationLoop) -> None:
-    """The batches up to the last whose predictions stay on the GPU, as in engines/plain.py; between the first two and
-    the last two only predictions are added.
-    """
+    """The batches whose predictions stay on the GPU."""
     if loop.limit is not None:
-        replay.confine(loop.limit)
-    gathered: list[int] = []
-    container: list[int] = []
-    for batch in range(loop.steps):
-        if batch < 2 or batch >= loop.steps - 2:
-            addresses = replay.run("eval", loop.tape.log, loop.tape.sizes)
-            replay.free(addresses[tensor] for tensor in _left_alive(loop.tape.log))
-        local = replay.allocate("eval", loop.predictions)
-        if batch > 1:  # the first batch's are the container's
-            replay.free(gathered)
-        gathered = local
-        if loop.ranks > 1:
-            gathered = replay.allocate("eval", [nbytes * loop.ranks for nbytes in loop.predictions])
-            replay.free(local)
-        if batch == 0:
-            container = gathered
-            continue
-        joined: list[int] = []
-        for old, nbytes in zip(container, loop.predictions, strict=True):
-            joined += replay.allocate("eval", [nbytes * loop.ranks * (batch + 1)])
-            replay.free([old])
-        container = joined
+        replay.allocator.confine(loop.limit)
+    log, sizes = loop.tape.log, loop.tape.sizes
+
+    def forward() -> None:
+        addresses = replay.run("eval", log, sizes)
+        replay.free(addresses[tensor] for tensor in _left_alive(log))
+
+    pile_up(loop.kept, loop.ranks, forward, partial(replay.allocate, "eval"), replay.free, gathers=loop.ranks > 1)
 
 
 def replay_steps(

@@ -44,7 +44,7 @@ def estimates_html(estimates: EstimateList) -> str:
     rows = (
         f"<tr>{_cell(name)}{_cell(words.gib(estimate.gpu.peak_device), right=True)}"
         f"{_cell(words.interval(estimate.gpu.low, estimate.gpu.high), right=True)}"
-        f"{_cell(words.VERDICTS[estimate.verdict], color=_COLORS[estimate.verdict])}</tr>"
+        f"{_cell(words.verdict_in_a_row(estimate), color=_COLORS[estimate.verdict])}</tr>"
         for name, estimate in zip(words.rungs(estimates.estimates), estimates.estimates, strict=True)
     )
     table = f'<table style="{_TABLE}"><thead><tr>{"".join(heads)}</tr></thead><tbody>{"".join(rows)}</tbody></table>'

@@ -203,21 +203,23 @@ def _body(estimate: Estimate, width: int, next_steps: str) -> list[RenderableTyp
 def _rungs(estimates: EstimateList, gpus: Sequence[Sequence[str]]) -> RenderableType:
     each_has_gpus = len(gpus) == len(estimates.estimates)
     table = _grid(header=True)
-    table.add_column("setup", no_wrap=True, overflow="ellipsis")
-    table.add_column("peak GiB", justify="right", no_wrap=True)
-    table.add_column("low .. high", justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    columns: dict[str, list[str]] = {
+        "peak GiB": [words.gib(each.gpu.peak_device) for each in estimates.estimates],
+        "low .. high": [words.interval(each.gpu.low, each.gpu.high) for each in estimates.estimates],
+        "verdict": [words.verdict_in_a_row(each) for each in estimates.estimates],
+    }
     if each_has_gpus:
-        table.add_column("fits on", no_wrap=True)
-    names = words.rungs(estimates.estimates)
-    for index, estimate in enumerate(estimates.estimates):
-        table.add_row(
-            names[index],
-            words.gib(estimate.gpu.peak_device),
-            words.interval(estimate.gpu.low, estimate.gpu.high),
-            Text(words.VERDICTS[estimate.verdict], style=_STYLES[estimate.verdict]),
-            *([next(iter(gpus[index]), "no GPU")] if each_has_gpus else []),
-        )
+        columns["fits on"] = [next(iter(names), "no GPU") for names in gpus]
+    table.add_column("setup")
+    for header, cells in columns.items():  # whole: the setup gets what is left
+        is_number = header in ("peak GiB", "low .. high")
+        width = max(map(len, (header, *cells)))
+        table.add_column(header, justify="right" if is_number else "left", no_wrap=True, min_width=width)
+    setups = words.rungs(estimates.estimates)
+    for estimate, setup, peak, interval, verdict, *gpu in zip(
+        estimates.estimates, setups, *columns.values(), strict=True
+    ):
+        table.add_row(_line(setup), peak, interval, Text(verdict, style=_STYLES[estimate.verdict]), *gpu)
     return Group(Text(), table)
 
 

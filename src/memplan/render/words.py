@@ -29,6 +29,7 @@ __all__ = [
     "rungs",
     "setup_facts",
     "verdict",
+    "verdict_in_a_row",
 ]
 
 VERDICTS: dict[Verdict, str] = {
@@ -41,6 +42,7 @@ VERDICTS: dict[Verdict, str] = {
 
 _PRECISION = {"no": "", "bf16": " + bf16 autocast", "fp16": " + fp16 autocast"}
 _PLACES = {"host": ("--host-memory", "host memory"), "nvme": ("--nvme", "NVMe")}
+_ROW_PLACES = {"host": "host", "nvme": "NVMe"}
 _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
@@ -248,6 +250,12 @@ def verdict(estimate: Estimate) -> str:
     }
     place = _deciding(estimate)
     return VERDICTS[estimate.verdict] + (f": {margins[place]}" if place else "")
+
+
+def verdict_in_a_row(estimate: Estimate) -> str:
+    """The verdict in a word or two; the numbers beside it are the GPU's, so another place that decides it is named."""
+    place = _deciding(estimate)
+    return VERDICTS[estimate.verdict] + (f" ({_ROW_PLACES[place]})" if place in _ROW_PLACES else "")
 
 
 def _deciding(estimate: Estimate) -> str | None:

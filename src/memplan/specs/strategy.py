@@ -154,6 +154,13 @@ class ZeroSpec(Spec):
     """``data_types.grad_accum_dtype``; None is the model's type."""
     communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
     """``communication_data_type``: what gradients are reduced in; None is the model's type."""
+    bf16_master_weights_and_grads: bool = False
+    """``bf16.bf16_master_weights_and_grads``: masters, and the gradients that are stepped, in bfloat16."""
+    bf16_optimizer_states: bool = False
+    """``bf16.bf16_optimizer_states``: the optimizer's states too."""
+    zero_force_ds_cpu_optimizer: bool = True
+    """An offloaded optimizer is DeepSpeedCPUAdam, whatever the Trainer was asked for; False takes torch's own on
+    the CPU. It is beside ``zero_optimization`` in the file."""
     ds_optimizer: bool = False
     """The file has a section ``optimizer``: DeepSpeed makes it, and the Trainer hands it all weights as one group, not
     those with weight decay and those without (``deepspeed_optim_sched``)."""
@@ -163,6 +170,13 @@ class ZeroSpec(Spec):
     """Details of ``Strategy.offload_param``."""
     aio: AioSpec = AioSpec()
     """``aio``, which is beside ``zero_optimization`` in the file: offload to NVMe."""
+
+    @model_validator(mode="after")
+    def _legal(self) -> ZeroSpec:
+        if self.bf16_optimizer_states and not self.bf16_master_weights_and_grads:
+            remedy = "Set bf16_master_weights_and_grads too."
+            raise SpecError.at("bf16_optimizer_states", True, "is refused by DeepSpeed with masters in float32", remedy)
+        return self
 
 
 class FsdpSpec(Spec):

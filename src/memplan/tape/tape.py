@@ -38,27 +38,31 @@ LayerKey = tuple[int, int]
 BackwardFn = Callable[["Tape", "Node", Any, Any], Sequence["Tensor | None"]]
 
 
+EventKind = Literal[
+    "gradient",
+    "pre_forward",
+    "post_forward",
+    "pre_backward",
+    "post_backward",
+    "end_backward",
+    "hold",
+    "drop",
+    "keep",
+    "replace",
+    "step",
+]
+
+
 class Event(NamedTuple):
     """A moment at which an engine acts."""
 
     position: int
     """In the log."""
-    kind: Literal[
-        "gradient",
-        "pre_forward",
-        "post_forward",
-        "pre_backward",
-        "post_backward",
-        "end_backward",
-        "hold",
-        "drop",
-        "keep",
-        "replace",
-        "step",
-    ]
-    """end_backward: post_backward, of a module whose inputs need no gradient. hold and drop: a recomputation saves a
-    weight as it is then, for one node. keep: a node's ctx holds it until the graph dies. replace: a module has put
-    another tensor in a weight's place. step: backward() is done, and the graph is still alive."""
+    kind: EventKind
+    """end_backward: post_backward, of a module whose inputs need no gradient. hold and drop: for one node a weight is
+    saved as it is then, which a recomputation does, and an operation that is given a view of it. keep: a node's ctx
+    holds it until the graph dies. replace: a module has put another tensor in a weight's place. step: backward() is
+    done, and the graph is still alive."""
     subject: int
     """id() of the weight or the module."""
     storage: int = -1
@@ -232,7 +236,9 @@ class Tape:
 
     def parameter(self, name: str, shape: Shape, dtype: DType, requires_grad: bool = True) -> Parameter:
         """A weight. Its bytes are not logged: they are there before the step and after it."""
-        p = Parameter(shape, contiguous_strides(shape), dtype, self._persistent)
+        storage = Persistent(self)
+        p = Parameter(shape, contiguous_strides(shape), dtype, storage)
+        storage.owner = id(p)
         p.name = name
         p.elements = p.numel
         p.loaded = None
@@ -304,10 +310,8 @@ class Tape:
     def _save(self, node: Node, tensors: tuple[Tensor | None, ...]) -> None:
         if self._recording is not None:
             for x in tensors:
-                if x.__class__ is Parameter and self.watches:
-                    self.events.append(Event(len(self.log), "hold", id(x)))
-                    self._recording.append(x)
-                    continue
+                if self.watches and x is not None and _weight_of(x):
+                    self.events.append(Event(len(self.log), "hold", _weight_of(x)))
                 self._recording.append(None if x is None else _detached(x))
                 self._mark_saved(x)
                 if len(self._recording) == self._record_limit:
@@ -319,9 +323,11 @@ class Tape:
             node.saved.length += len(tensors)
             frame.count += len(tensors)
         else:
-            kept = [None if x is None else _detached(x) for x in tensors]
+            kept = [x if x.__class__ is Parameter else None if x is None else _detached(x) for x in tensors]
             for x in kept:
                 self._mark_saved(x)
+                if self.watches and x is not None and x.__class__ is not Parameter and _weight_of(x):
+                    self.events.append(Event(len(self.log), "hold", _weight_of(x)))
             node.saved = kept if node.saved is None else node.saved + kept
 
     def keep(self, x: Tensor) -> None:
@@ -387,7 +393,7 @@ class Tape:
         before = self._seq
         out = forward(*args)
         self.events.append(Event(len(self.log), "post_forward", id(module)))
-        if self.grad_enabled and self._recording is None and self._seq > before:
+        if self.grad_enabled and self._recording is None and (self._seq > before or _needs_grad(out)):
             hooked = any(isinstance(x, Tensor) and x.node is not None for x in args)
             self._watched.append((before, self._seq, id(module), hooked))
         return out
@@ -492,8 +498,7 @@ class Tape:
         heap: list[tuple[int, Node]] = [(-root.seq, root)]
         boundaries = self._boundaries
         waiting: list[AccumulateGrad] = []
-        # Taken from the end: the last first, and of those that end together the outermost.
-        modules = sorted(self._watched, key=lambda each: (each[1], -each[0]))
+        modules = self._watched  # taken from the end: the last that ended first
         running: list[tuple[int, int, int, bool]] = []
         del loss, root
         while heap:
@@ -506,9 +511,11 @@ class Tape:
                     self.mark("layer_backward_end", boundaries.pop()[1])
             while modules and node.seq <= modules[-1][1]:
                 entered = modules.pop()
-                if node.seq > entered[0]:
+                if node.seq > entered[0] or entered[0] == entered[1]:  # one that does nothing has no node
                     self.events.append(Event(len(self.log), "pre_backward", entered[2]))
                     running.append(entered)
+                    if node.seq <= entered[0]:
+                        self._leave(running.pop())
             grads: Any = node.grads
             node.grads = None
             saved = node.saved
@@ -518,11 +525,12 @@ class Tape:
             if node.outputs == 1:
                 grads = grads[0]
             held: list[int] = []
-            if self.watches and saved.__class__ is Recomputed:  # what it saved, an operation may let go early
-                held = [id(x) for x in saved if x.__class__ is Parameter]
+            if self.watches and saved:  # what it saved, an operation may let go early
+                seen = saved.__class__ is not Recomputed  # a weight that was saved as itself, with what it is then
+                held = [_weight_of(x) for x in saved if x is not None and not (seen and x.__class__ is Parameter)]
             results = list(node.fn(self, node, grads, saved))
             if held:
-                self.events += [Event(len(self.log), "drop", subject) for subject in held]
+                self.events += [Event(len(self.log), "drop", subject) for subject in held if subject]
             del grads, saved
             edges = node.edges
             node.edges = []
@@ -631,6 +639,17 @@ def _obeys_layout(grad: Tensor, sink: AccumulateGrad) -> bool:
 
 def _give_back(tape: Tape, node: Node, grad: Any, saved: Any) -> Sequence[Tensor | None]:
     return (grad,)
+
+
+def _weight_of(x: Tensor) -> int:
+    """id() of the weight that x is, or is a view of; 0 is none."""
+    storage = x.storage
+    return storage.owner if storage.__class__ is Persistent else 0
+
+
+def _needs_grad(out: Any) -> bool:
+    """Whether a module has handed on what it was given, to which a gradient flows: dropout of 0 does."""
+    return isinstance(out, Tensor) and out.node is not None
 
 
 def _detached(x: Tensor) -> Tensor:

@@ -171,13 +171,15 @@ class Storage:
 
 
 class Persistent:
-    """The storage of every parameter and buffer: there before the step and after it, so never in the log."""
+    """The storage of a parameter, or of the buffers: there before the step and after it, so never in the log."""
 
-    __slots__ = ("id", "tape")
+    __slots__ = ("id", "owner", "tape")
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
         self.id = -1
+        self.owner = 0
+        """id() of the parameter: its views have the same storage."""
 
 
 class Tensor:

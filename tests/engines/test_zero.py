@@ -1,0 +1,30 @@
+"""Partitions of flat buffers."""
+
+from __future__ import annotations
+
+import pytest
+
+from memplan.engines.zero import Group, Weight, _batches, fullest_ranks
+
+
+def groups(ranks: int, *sizes: list[int]) -> list[Group]:
+    return [Group([Weight((i, at), n) for at, n in enumerate(each)], ranks) for i, each in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize(
+    "sizes", [([5],), ([1, 1, 1000, 3], [7, 2]), ([300, 1, 299], [1, 500, 1]), ([64] * 9, [1] * 5)], ids=str
+)
+def test_the_fullest_rank_is_the_first_that_touches_most(sizes: tuple[list[int], ...], ranks: int) -> None:
+    made = groups(ranks, *sizes)
+    touched = [sum(w.elements for group in made for w, _ in group.in_partition(rank)) for rank in range(ranks)]
+    assert fullest_ranks(made) == sorted({0, ranks - 1, touched.index(max(touched))})
+
+
+def test_it_is_found_without_looking_at_each_rank() -> None:
+    assert fullest_ranks(groups(10**9, [10**10, 5], [10**9])) == [0, 10**9 - 1]
+
+
+def test_a_batch_ends_with_the_piece_that_takes_it_above_the_limit() -> None:
+    assert _batches([(0, 3), (1, 3), (2, 1), (3, 9), (4, 2)], 6) == [[(0, 3), (1, 3), (2, 1)], [(3, 9)], [(4, 2)]]
+    assert len(_batches([(rank, 1) for rank in range(200_000)], 10**6)) == 1  # in the time of one pass

@@ -1,0 +1,45 @@
+"""``--explain`` under an engine that shards: every block of the peak by what it is."""
+
+from __future__ import annotations
+
+import pytest
+
+import memplan
+
+MODEL = "HuggingFaceTB/SmolLM2-135M"
+ENGINES = {
+    "zero0": {"kind": "zero0"},
+    "zero1": {"kind": "zero1"},
+    "bf16": {"kind": "zero1", "zero": {"grad_accum_dtype": "fp32"}},
+    "zero2": {"kind": "zero2", "zero": {"overlap_comm": True}},
+    "zero2 offloaded": {"kind": "zero2", "offload_optimizer": "cpu"},
+    "zero3": {"kind": "zero3"},
+    "zero3 offloaded": {"kind": "zero3", "offload_optimizer": "cpu", "offload_param": "cpu"},
+    "fsdp": {"kind": "fsdp"},
+    "fsdp offloaded": {"kind": "fsdp", "offload_param": "cpu"},
+    "fsdp1": {"kind": "fsdp", "fsdp": {"version": 1}},
+}
+
+
+@pytest.mark.parametrize("seq_len", [16, 2048])
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_terms_sum_to_the_peak_and_say_what_they_are(name: str, seq_len: int) -> None:
+    training = memplan.TrainingSpec(seq_len=seq_len)
+    found = memplan.estimate(MODEL, training, "4xA100-80GB", memplan.Strategy(**ENGINES[name]), explain=True)
+    assert sum(term.bytes for term in found.explanation) == found.gpu.peak_device
+    parts = dict.fromkeys(dict(found.gpu.components), 0)
+    for term in found.explanation:
+        parts[term.name.split(":")[0]] += term.bytes
+        assert ":" in term.name or term.name in ("fragmentation", "context", "nccl"), term
+    assert parts == dict(found.gpu.components)
+
+
+def test_a_term_names_the_key_that_sizes_it() -> None:
+    def bucket(size: int) -> int:
+        strategy = memplan.Strategy(kind="zero3", zero={"reduce_bucket_size": size})
+        found = memplan.estimate(MODEL, memplan.TrainingSpec(seq_len=64), "4xA100-80GB", strategy, explain=True)
+        terms = [term for term in found.explanation if "reduce_bucket_size" in term.formula]
+        return sum(term.bytes for term in terms)
+
+    assert bucket(10_000_000) == 20_000_256
+    assert bucket(1_000_000) == 2_000_384
