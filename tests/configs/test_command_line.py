@@ -180,17 +180,28 @@ def test_int8_under_zero3_of_a_file_is_said_to_stay_whole(run: Callable[..., Any
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"communication_data_type": "fp32", "bf16": {"enabled": True}}, "communication_data_type: "),
-        (
-            {"zero_optimization": {"stage": 3, "stage3_model_persistence_threshold": 5}},
-            "stage3_model_persistence_threshold: 5 is not modelled yet under zero3",
-        ),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights: 'true' is not"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size: 2 is not"),
     ],
 )
 def test_keys_that_the_engine_does_not_model(run: Callable[..., Any], changes: dict[str, Any], message: str) -> None:
     assert message in refused(run("--gpus=2", "--engine-config", write("ds.json", {**AUTO, **changes})))
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value"),
+    [
+        (2, "communication_data_type", "fp32"),  # the bucket is cast to be reduced
+        (3, "stage3_model_persistence_threshold", 300),  # of five norms of 64 weights, 320, one is no longer kept
+    ],
+)
+def test_a_key_of_the_file_changes_the_answer(run: Callable[..., Any], stage: int, key: str, value: Any) -> None:
+    def peak(changes: dict[str, Any]) -> Any:
+        zero = {"stage": stage, **(changes if key.startswith("stage3") else {})}
+        values = {**AUTO, "zero_optimization": zero, **(changes if not key.startswith("stage3") else {})}
+        return json.loads(run("--gpus=2", "--engine-config", write("ds.json", values), "--json")[1])["gpu"]["phases"]
+
+    assert peak({key: value}) != peak({})
 
 
 def test_gradients_reduced_in_the_models_type_are_the_default(run: Callable[..., Any]) -> None:
