@@ -226,6 +226,7 @@ def engine_config(options: dict[str, Any], nvme_path: str = "") -> dict[str, Any
         "zero_optimization": zero,
         # DeepSpeedCPUAdam's states are AdamW's, made where AdamW's are.
         "zero_force_ds_cpu_optimizer": False,
+        **options.get("deepspeed", {}),
     }
     if "grad_accum_dtype" in knobs:
         config["data_types"] = {"grad_accum_dtype": knobs.pop("grad_accum_dtype")}
