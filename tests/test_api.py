@@ -2,6 +2,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -237,19 +238,55 @@ def test_the_ladder_goes_from_the_setup_as_asked_to_the_smallest() -> None:
 
 
 def test_rungs_that_change_nothing_are_left_out() -> None:
-    assert len(api.ladder(TINY, cluster="T4").estimates) == 2
+    assert len(api.ladder(TINY, cluster="T4").estimates) == 4
     for checkpointing in (True, False):
         asked = TrainingSpec(gradient_checkpointing=checkpointing)
         ladder = api.ladder(TINY, asked, "T4")
-        assert [estimate.setup["gradient_checkpointing"] for estimate in ladder.estimates] == [checkpointing]
+        assert [estimate.setup["gradient_checkpointing"] for estimate in ladder.estimates] == [checkpointing] * 3
 
 
-def test_engines_that_shard_are_left_out_where_they_are_not_modelled() -> None:
-    for training in (TrainingSpec(liger=True), TrainingSpec(eval_batch_size=1), TrainingSpec(optim="muon")):
-        kinds = {each.strategy.kind for each in api.rungs(api.Setup(training, Strategy(kind="ddp")))}
-        assert kinds == {"ddp"}
-    offloaded = api.rungs(api.Setup(TrainingSpec(optim="adafactor"), Strategy(kind="ddp")))
-    assert {each.strategy.offload_optimizer for each in offloaded} == {"none"}
+def test_rungs_that_are_refused_or_not_modelled_are_left_out() -> None:
+    def kinds(**training: Any) -> list[str]:
+        ladder = api.ladder(TINY, TrainingSpec(gradient_checkpointing=True, **training), "2xT4", replay=False)
+        return [f"{each.setup['strategy']} {each.setup['offload_optimizer']}" for each in ladder.estimates]
+
+    everything = ["ddp none", "zero1 none", "zero2 none", "zero2 cpu", "zero3 none", "zero3 none", "zero3 cpu"]
+    assert kinds() == kinds(eval_batch_size=1) == everything
+    assert kinds(lora=8, quantization="nf4") == everything
+    assert kinds(liger=True) == everything[:4]
+
+
+def test_one_gpu_may_offload() -> None:
+    cluster = ClusterSpec(gpu="T4", nvme="1TiB")
+    ladder = api.ladder(TINY, TrainingSpec(gradient_checkpointing=True), cluster, replay=False)
+    places = [
+        [each.setup[name] for name in ("strategy", "offload_optimizer", "offload_param")] for each in ladder.estimates
+    ]
+    assert places == [
+        ["single", "none", "none"],
+        ["zero2", "cpu", "none"],
+        ["zero3", "cpu", "cpu"],
+        ["zero3", "nvme", "cpu"],
+        ["zero3", "nvme", "nvme"],
+    ]
+
+
+def test_the_best_of_a_ladder_that_does_not_fit_lacks_least() -> None:
+    cluster = ClusterSpec(gpu="T4", gpus=2, host_memory="64GiB")
+    ladder = api.ladder(LLAMA, TrainingSpec(), cluster, replay=False)
+    assert ladder.verdict == "does-not-fit"
+    assert ladder.best == ladder.estimates[-1]
+    assert ladder.best.setup["offload_param"] == "cpu"
+
+
+def test_a_strategy_that_does_not_fit_is_given_the_first_rung_that_does() -> None:
+    result = api.estimate(LLAMA, cluster="2xA100-80GB", strategy="ddp", replay=False)
+    assert (
+        "--strategy zero3 --gradient-checkpointing"
+        in api.advise(result, LLAMA, cluster="2xA100-80GB", strategy="ddp").options
+    )
+    fits = api.estimate(LLAMA, TrainingSpec(gradient_checkpointing=True), "2xA100-80GB", "zero3")
+    assert fits.verdict == "fits"
 
 
 def test_loading_and_generation_have_one_rung() -> None:
@@ -269,8 +306,8 @@ def advice(result, training: TrainingSpec, cluster: str | None, strategy: Strate
 
 
 def test_what_is_advised_fits() -> None:
-    cluster = ClusterSpec(gpu="A100-80GB", gpu_memory="48GiB")
-    result = api.ladder(LLAMA, LONG, cluster, replay=False)
+    cluster = ClusterSpec(gpu="A100-80GB", gpu_memory="48GiB", host_memory="64GiB")
+    result = api.ladder(LLAMA, LONG, cluster)
     assert result.verdict == "does-not-fit"
     found = api.advise(result, LLAMA, LONG, cluster)
     assert "--lora-rank 16" in found.options
@@ -304,7 +341,7 @@ def test_gpus_of_a_kind_that_cannot_fit_are_not_tried_one_by_one(monkeypatch: py
     monkeypatch.undo()
     gpus = sorted(api.all_gpus(), key=lambda gpu: gpu.memory_bytes)
     names = [gpu.name for gpu in gpus if gpu.memory_bytes < find_gpu(found.gpus[0][0]).memory_bytes]
-    assert len([name for name in tried if name in names]) < 0.5 * len(names)
+    assert len(set(tried) & set(names)) < 0.5 * len(names)
     for name in names[-4:]:
         assert api.estimate(LLAMA, training, cluster.replace(gpu=name), strategy).verdict != "fits"
 

@@ -159,9 +159,9 @@ def test_the_defaults_in_the_help_are_those_of_the_specs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "verdict", "code"),
     [
-        (["tiny", "--gpu", "T4"], "fits", 0),
+        (["tiny", "--gpu", "T4", "--host-memory", "64"], "fits", 0),
         (["tiny"], "unknown", 0),
-        (["tiny", "--gpu", "T4", "--gpu-memory", "100MiB"], "does-not-fit", 1),
+        (["tiny", "--gpu", "T4", "--gpu-memory", "100MiB", "--host-memory", "64"], "does-not-fit", 1),
     ],
 )
 def test_exit_codes(run, arguments: list[str], verdict: str, code: int) -> None:
@@ -176,14 +176,14 @@ def test_tight_exits_with_3_and_a_list_with_its_best(run) -> None:
     assert gpu["low"] < gpu["high"]
     tight = run("estimate", "tiny", "--gpu", "T4", "--strategy", "single", "--gpu-memory", f"{gpu['low']}B", "--json")
     assert (tight.code, tight.json["verdict"]) == (3, "tight")
-    asked, smaller = (
+    asked, smaller, *_ = (
         each["gpu"] for each in run("estimate", "tiny", "--gpu", "T4", "--seq-len", "4096", "--json").json["estimates"]
     )
     assert smaller["high"] < asked["high"]
     between = f"{smaller['high']}B"
     result = run("estimate", "tiny", "--gpu", "T4", "--seq-len", "4096", "--gpu-memory", between, "--json")
     assert result.code == 0
-    first, second = (each["verdict"] for each in result.json["estimates"])
+    first, second, *_ = (each["verdict"] for each in result.json["estimates"])
     assert (first != "fits", second) == (True, "fits")
 
 
@@ -449,10 +449,13 @@ def test_what_is_not_modelled_is_refused_with_the_reason(run, arguments: list[st
 
 def test_a_trace_answers_as_the_architecture_file_does(run) -> None:
     written, traced = (
-        json.loads(run("estimate", "tiny", "--gpu", "T4", "--json", *more).out) for more in ([], ["--trace"])
+        json.loads(run("estimate", "tiny", "--gpu", "T4", "--json", *more).out)["estimates"]
+        for more in ([], ["--trace"])
     )
-    assert len(traced["estimates"]) == len(written["estimates"])
-    for mine, other in zip(traced["estimates"], written["estimates"], strict=True):
+    assert len(traced) >= 3
+    under = {mine["setup"]["strategy"] for mine in traced}  # rungs that a trace does not have are left out
+    written = [other for other in written if other["setup"]["strategy"] in under]
+    for mine, other in zip(traced, written, strict=True):
         assert mine["gpu"]["steady_allocated"] == pytest.approx(other["gpu"]["steady_allocated"], rel=2e-3)
         assert any(assumption["name"] == "trace" for assumption in mine["assumptions"])
     table = run("estimate", "tiny", "--gpu", "T4", "--trace")

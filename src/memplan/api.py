@@ -49,10 +49,11 @@ EngineConfigLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | None
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What the ladder may change; model, hardware and software stay as they are."""
+    """What the ladder may change, and on how many GPUs; model, hardware and software stay as they are."""
 
     training: TrainingSpec
     strategy: Strategy
+    gpus: int = 1
     nvme_buffer_size: int | None = None
     """Elements of the largest partition of a weight, which a buffer must hold if weights are offloaded to NVMe; None
     where there is no NVMe."""
@@ -122,14 +123,14 @@ def ladder(
 ) -> EstimateList:
     """Estimate every rung of the ladder, from the setup as asked to the one that needs the least memory.
 
-    Arguments and errors are those of :func:`estimate`; :data:`LADDER` lists the rungs. One that a traced model does not
-    have, as gradient checkpointing, is left out.
+    Arguments and errors are those of :func:`estimate`; :data:`LADDER` lists the rungs. One that the libraries refuse
+    for this run, or that is not modelled for it, is left out.
     """
     case = _resolved(model, cluster, software, trace=trace, inputs=inputs)
     first, *others = rungs(case.with_nvme(_asked(case, case.decided(_training(training)), None)))
     estimates = [case.estimate(first, replay=replay, explain=explain)]
     for setup in others:
-        with suppress(*([UnsupportedError] if case.tracer is not None else [])):
+        with suppress(SpecError, UnsupportedError):
             estimates.append(case.estimate(setup, replay=replay, explain=explain))
     return EstimateList(estimates=tuple(estimates))
 
@@ -175,7 +176,7 @@ class Advice:
     """The smallest GPUs of the catalog that the setup as asked fits on; where the GPU is not known, the smallest one
     for each further estimate too."""
     options: tuple[str, ...] = ()
-    """Command line options, each of which makes the setup as asked fit."""
+    """Command line options, each of which makes the run fit."""
 
 
 def advise(
@@ -197,16 +198,21 @@ def advise(
     config = None if engine_config is None else _engine_config(engine_config)
     case = _resolved(model, cluster, software, config)
     asked = _asked(case, _training(training), strategy, config)
-    first = result.estimates[0] if isinstance(result, EstimateList) else result
+    estimates = result.estimates if isinstance(result, EstimateList) else (result,)
     if result.verdict != "unknown":
-        return Advice(gpus=(_fitting_gpus(case, asked, first),), options=_remedies(case, asked))
+        options = _remedies(case, asked)
+        if isinstance(result, EstimateList):
+            options = options or _remedies(case, asked, rungs(asked)[-1])
+        elif config is None:
+            options += _fitting_rung(case, asked)
+        return Advice(gpus=(_fitting_gpus(case, asked, estimates[0]),), options=options)
     if case.cluster.gpu is not None:
         return Advice()  # a device without a size of its own
-    gpus = [_fitting_gpus(case, asked, first)]
-    if isinstance(result, EstimateList):
-        further = zip(rungs(case.with_nvme(asked))[1:], result.estimates[1:], strict=True)
-        for setup, estimated in further:  # an engine that shards takes too long to be tried on every GPU
-            gpus.append(("-",) if setup.strategy.shards else _fitting_gpus(case, setup, estimated, limit=1))
+    gpus = [_fitting_gpus(case, asked, estimates[0])]
+    # Rungs that were left out come last.
+    for setup, estimated in zip(rungs(case.with_nvme(asked))[1:], estimates[1:], strict=False):
+        # An engine that shards takes too long to be tried on every GPU.
+        gpus.append(("-",) if setup.strategy.shards else _fitting_gpus(case, setup, estimated, limit=1))
     return Advice(gpus=tuple(gpus))
 
 
@@ -215,8 +221,9 @@ def _asked(case: _Case, training: TrainingSpec, strategy: StrategyLike, config: 
         from memplan.configs.setup import with_training
 
         training, spread, notes = with_training(config, training, _strategy_fields(strategy), case.cluster.gpus)
-        return Setup(training, spread, notes=(*case.notes, *notes, *config.assumptions))
-    return Setup(training, _default_strategy(training, case.cluster) if strategy is None else _strategy(strategy))
+        return Setup(training, spread, case.cluster.gpus, notes=(*case.notes, *notes, *config.assumptions))
+    spread = _default_strategy(training, case.cluster) if strategy is None else _strategy(strategy)
+    return Setup(training, spread, case.cluster.gpus)
 
 
 def _default_strategy(training: TrainingSpec, cluster: ClusterSpec) -> Strategy:
@@ -248,17 +255,14 @@ def _checkpointed(setup: Setup) -> Setup | None:
 
 
 def _under(kind: Kind, offload_optimizer: Offload = "none", offload_param: Offload = "none") -> Change:
-    """The change to an engine that shards, for a run on several GPUs that it is modelled for."""
+    """The change to an engine that shards; one GPU has nobody to share with, and may offload."""
+    offloads = (offload_optimizer, offload_param)
 
     def change(setup: Setup) -> Setup | None:
-        training = setup.training
-        unmodelled = training.quantization is not None or training.liger or training.eval_batch_size is not None
-        adamw = training.optim.startswith("adamw_torch")
-        if setup.strategy.kind == "single" or unmodelled or not (adamw or offload_optimizer == "none"):
+        alone = setup.gpus == 1
+        if setup.training.task != "train" or (alone and offload_optimizer == "none"):
             return None
-        if training.task != "train" or training.optim == "muon":
-            return None
-        if "nvme" in (offload_optimizer, offload_param) and setup.nvme_buffer_size is None:
+        if "nvme" in offloads and setup.nvme_buffer_size is None:
             return None
         strategy = Strategy(kind=kind, offload_optimizer=offload_optimizer, offload_param=offload_param)
         return replace(setup, strategy=strategy)
@@ -360,7 +364,9 @@ def _changed(setup: Setup, **fields: Any) -> Setup:
     return replace(setup, training=setup.training.replace(**fields))
 
 
-def _remedies(case: _Case, setup: Setup, limit: int = 2) -> tuple[str, ...]:
+def _remedies(case: _Case, asked: Setup, setup: Setup | None = None, limit: int = 2) -> tuple[str, ...]:
+    """Options that make ``setup`` fit, which is the one asked for if None."""
+    setup = setup or asked
     enough: list[Sequence[Change]] = []
     found: list[str] = []
     for changes in REMEDIES:
@@ -369,8 +375,15 @@ def _remedies(case: _Case, setup: Setup, limit: int = 2) -> tuple[str, ...]:
             continue
         if len(found) < limit and case.fits(less):
             enough.append(changes)
-            found.append(_options(setup.training, less.training))
+            found.append(_options(asked, less))
     return tuple(found)
+
+
+def _fitting_rung(case: _Case, asked: Setup) -> tuple[str, ...]:
+    """Options for the first rung of the ladder that fits, where a run was asked for that does not."""
+    ladder = rungs(replace(asked, strategy=_default_strategy(asked.training, case.cluster)))
+    found = next((setup for setup in ladder if setup.strategy.shards and case.fits(setup)), None)
+    return () if found is None else (_options(asked, found),)
 
 
 def _fitting_gpus(case: _Case, setup: Setup, estimated: Estimate, limit: int = 3) -> tuple[str, ...]:
@@ -400,10 +413,20 @@ def _all_changed(setup: Setup, changes: Sequence[Change]) -> Setup | None:
     return setup
 
 
-def _options(asked: TrainingSpec, less: TrainingSpec) -> str:
+def _options(asked: Setup, less: Setup) -> str:
     """The command line options that turn one run into the other."""
-    names = [name for name in TrainingSpec.model_fields if getattr(asked, name) != getattr(less, name)]
-    return " ".join(_option(name, getattr(less, name)) for name in names)
+    before, after = _named(asked), _named(less)
+    return " ".join(_option(name, value) for name, value in after.items() if before[name] != value)
+
+
+def _named(setup: Setup) -> dict[str, object]:
+    """What options say, by their names."""
+    training, strategy = setup.training, setup.strategy
+    spread = {"strategy": strategy.kind, **{name: getattr(strategy, name) for name in _OFFLOADS}}
+    return spread | {name: getattr(training, name) for name in TrainingSpec.model_fields}
+
+
+_OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 def _option(name: str, value: object) -> str:
@@ -445,7 +468,7 @@ class _Case:
 
     def with_nvme(self, setup: Setup) -> Setup:
         """The setup with what offloading to NVMe asks for, where there is one."""
-        if self.cluster.nvme is None or setup.strategy.kind == "single" or self.tracer is not None:
+        if self.cluster.nvme is None or setup.training.task != "train" or self.tracer is not None:
             return setup
         strategy = Strategy(kind="zero3")
         resolved = estimator.resolve(self.model, setup.training, self.cluster, strategy, self.software)

@@ -367,6 +367,13 @@ class EstimateList(Result):
         """The best of the estimates' verdicts: one setup that fits is enough."""
         return best_verdict(estimate.verdict for estimate in self.estimates)
 
+    @property
+    def best(self) -> Estimate:
+        """The first with the best verdict; where none fits, the one that lacks least of what it lacks most."""
+        verdict = self.verdict
+        found = (estimate for estimate in self.estimates if estimate.verdict == verdict)
+        return min(found, key=_lacks) if verdict == "does-not-fit" else next(found)
+
     def to_dict(self, *, explain: bool = False) -> dict[str, Any]:
         """Return the JSON contract as plain values."""
         return {
@@ -520,6 +527,13 @@ def verdict_by_place(gpu: GpuMemory, host: HostMemory, nvme: NvmeMemory) -> dict
         if used:
             verdicts[name] = verdict_for(used, used, capacity)
     return verdicts
+
+
+def _lacks(estimate: Estimate) -> float:
+    """How many times over a setup needs the place that it is least fit for."""
+    gpu, host, nvme = estimate.gpu, estimate.host, estimate.nvme
+    places = ((gpu.low, gpu.capacity), (host.peak, host.capacity), (nvme.bytes, nvme.capacity))
+    return max((needed / capacity for needed, capacity in places if capacity), default=0.0)
 
 
 def worst_verdict(verdicts: Iterable[Verdict]) -> Verdict:

@@ -62,12 +62,15 @@ def test_the_place_that_decides_is_named_with_what_it_needs() -> None:
 
     full, unknown = estimate(host=host(GiB)), estimate(host=host(None))
     assert words.verdict(full) == "does not fit: host memory, 7.00 GiB more than there is"
-    assert words.next_steps(full) == "it needs 8.00 GiB of host memory in each node"
-    assert words.next_steps(full, options=["--lora-rank 8"]) == "add --lora-rank 8"
+    assert words.next_steps(full) == "give each node 8.00 GiB of host memory"
+    assert words.next_steps(full, ["H200"], ["--lora-rank 8"], of="ddp") == (
+        "add --lora-rank 8, or give each node 8.00 GiB of host memory, or use H200 for ddp"
+    )
+    assert words.next_steps(full, ["H200"]) == words.next_steps(full)  # a GPU does not help it
     assert words.verdict(unknown) == "unknown: host memory, the capacity is not known"
     assert words.next_steps(unknown) == "give its size with --host-memory"
     nvme = NvmeMemory(capacity=GiB, bytes=2 * GiB, components={"weights": 2 * GiB})
-    assert words.next_steps(estimate(nvme=nvme)) == "it needs 2.00 GiB of NVMe in each node"
+    assert words.next_steps(estimate(nvme=nvme)) == "give each node 2.00 GiB of NVMe"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,7 @@ def test_the_rungs_differ_and_the_best_is_the_first_of_its_verdict() -> None:
         "ddp, batch 1 x 4",
         "ddp, batch 4, checkpointing",
     ]
-    assert words.best_of(several()) == several().estimates[1]
+    assert several().best == several().estimates[1]
 
 
 def test_extras_of_other_tasks() -> None:

@@ -37,7 +37,7 @@ def estimate_html(estimate: Estimate) -> str:
 
 
 def estimates_html(estimates: EstimateList) -> str:
-    """Return a row per estimate, and the table of the first one with the best verdict."""
+    """Return a row per estimate, and the table of the best."""
     if not estimates.estimates:
         return "<div>no estimates</div>"
     heads = (_head("setup"), _head("peak GiB", right=True), _head("low .. high", right=True), _head("verdict"))
@@ -48,7 +48,7 @@ def estimates_html(estimates: EstimateList) -> str:
         for name, estimate in zip(words.rungs(estimates.estimates), estimates.estimates, strict=True)
     )
     table = f'<table style="{_TABLE}"><thead><tr>{"".join(heads)}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    return f"<div>{table}</div>{estimate_html(words.best_of(estimates))}"
+    return f"<div>{table}</div>{estimate_html(estimates.best)}"
 
 
 def comparison_html(comparison: Comparison) -> str:

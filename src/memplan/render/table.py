@@ -59,16 +59,17 @@ def estimates_text(
     options: Sequence[str] = (),
     console: Console | None = None,
 ) -> str:
-    """Return a row per estimate, and the page of the first one with the best verdict.
+    """Return a row per estimate, and the page of the best.
 
     ``gpus`` holds names of GPUs that the first estimate fits on, and may go on with those of the others.
     """
     console = console or _console()
-    best = words.best_of(estimates)
-    next_steps = words.next_steps(best, gpus[0] if gpus else (), options)
+    best = estimates.best
     if len(estimates.estimates) == 1:
         return estimate_text(best, gpus=gpus[0] if gpus else (), options=options, console=console)
-    title = _line(words.rungs(estimates.estimates)[estimates.estimates.index(best)], style="bold")
+    names, place = words.rungs(estimates.estimates), estimates.estimates.index(best)
+    next_steps = words.next_steps(best, gpus[0] if gpus else (), options, of=names[0] if place else "")
+    title = _line(names[place], style="bold")
     body = _body(best, console.width, next_steps)
     return _text(Group(_model(best), _rungs(estimates, gpus), Text(), title, _setup(best), *body), console)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memplan.results import Assumption, Comparison, CountedModel, Estimate, EstimateList, Verdict, verdict_by_place
+from memplan.results import Assumption, Comparison, CountedModel, Estimate, Verdict, verdict_by_place
 from memplan.units import GiB, KiB
 
 __all__ = [
     "VERDICTS",
     "assumed",
-    "best_of",
     "compared_hardware",
     "components_of",
     "count",
@@ -235,11 +234,6 @@ def components_of(estimate: Estimate) -> list[tuple[str, int]]:
     return [(name, size) for name, size in estimate.gpu.components if size and name not in outside]
 
 
-def best_of(estimates: EstimateList) -> Estimate:
-    """The first estimate with the list's verdict."""
-    return next(estimate for estimate in estimates.estimates if estimate.verdict == estimates.verdict)
-
-
 def verdict(estimate: Estimate) -> str:
     """The verdict, with the place that decides it and the numbers behind it."""
     gpu, host, nvme = estimate.gpu, estimate.host, estimate.nvme
@@ -276,10 +270,11 @@ def _margin(low: int, high: int, capacity: int | None) -> str:
     return f"even the lower end is {gib(low - capacity)} GiB more than there is"
 
 
-def next_steps(estimate: Estimate, gpus: Sequence[str] = (), options: Sequence[str] = ()) -> str:
+def next_steps(estimate: Estimate, gpus: Sequence[str] = (), options: Sequence[str] = (), of: str = "") -> str:
     """What to do about a verdict, or nothing if the setup fits.
 
-    ``gpus`` are names of GPUs that the setup fits on, ``options`` what may be added, each by itself, to make it fit.
+    ``gpus`` are names of GPUs that the setup fits on, or the setup that is named ``of``; ``options`` what may be added,
+    each by itself, to make the run fit.
     """
     if estimate.verdict == "fits":
         return ""
@@ -288,15 +283,16 @@ def next_steps(estimate: Estimate, gpus: Sequence[str] = (), options: Sequence[s
         (option, name), used = _PLACES[place], estimate.host.peak if place == "host" else estimate.nvme.bytes
         if estimate.verdict == "unknown":
             return f"give its size with {option}"
-        if not options:
-            return f"it needs {gib(used)} GiB of {name} in each node"
+        lacks = f"give each node {gib(used)} GiB of {name}"
     if estimate.verdict == "unknown" and gpu_name(estimate) is not None:
         return "give its size with --gpu-memory"
     if estimate.verdict == "unknown":
         return f"name yours with --gpu; it fits on {_listed(gpus)}" if gpus else "name a GPU with --gpu"
     steps = [f"add {option}" for option in options]
-    if gpus:
-        steps.append(f"use {_listed(gpus)}")
+    if place in _PLACES:
+        steps.append(lacks)
+    if gpus and (of or place not in _PLACES):
+        steps.append(f"use {_listed(gpus)}" + (f" for {of}" if of else ""))
     return ", or ".join(steps) or f"it needs a GPU of {gib(estimate.gpu.high)} GiB"
 
 
