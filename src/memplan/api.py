@@ -220,6 +220,9 @@ def _asked(case: _Case, training: TrainingSpec, strategy: StrategyLike, config: 
     if config is not None:
         from memplan.configs.setup import with_training
 
+        if training.task != "train":
+            problem = f"has no use in task {training.task}: it is of a training run"
+            raise SpecError.at("engine_config", config.source, problem, "Leave it out, or use --task train.")
         training, spread, notes = with_training(config, training, _strategy_fields(strategy), case.cluster.gpus)
         return Setup(training, spread, case.cluster.gpus, notes=(*case.notes, *notes, *config.assumptions))
     spread = _default_strategy(training, case.cluster) if strategy is None else _strategy(strategy)

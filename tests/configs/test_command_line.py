@@ -229,3 +229,12 @@ def test_a_name_of_a_gpu_says_nothing_about_their_number(run: Callable[..., Any]
     values = {"distributed_type": "MULTI_GPU", "num_processes": 4}
     assert memplan.estimate("config.json", {"seq_len": 64}, "A100-80GB", engine_config=values).setup["gpus"] == 4
     assert memplan.estimate("config.json", {"seq_len": 64}, "2xA100-80GB", engine_config=values).setup["gpus"] == 2
+
+
+@pytest.mark.parametrize("task", ["load", "generate"])
+def test_a_config_is_of_training(run: Callable[..., Any], task: str) -> None:
+    message = refused(run("--engine-config", write("ds.json", AUTO), "--task", task))
+    assert message == (
+        f"--engine-config: 'ds.json' has no use in task {task}: it is of a training run. "
+        "Leave it out, or use --task train."
+    )

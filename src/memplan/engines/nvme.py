@@ -136,7 +136,10 @@ class ParamSwapper:
             raise SpecError.at("zero.stage3_prefetch_bucket_size", self._prefetch_bucket_size, problem, remedy)
         if len(shards) > self._available_buffers:
             problem = "is too few: more weights of NVMe are gathered at once, and each keeps a buffer"
-            remedy = "Use more, or a smaller stage3_max_reuse_distance, which keeps weights gathered."
+            remedy = (
+                "Use more, or a smaller stage3_max_reuse_distance, which keeps weights gathered, in a file for "
+                "--engine-config."
+            )
             raise SpecError.at("zero.offload_param.buffer_count", self._keys.buffer_count, problem, remedy)
         self._available_buffers -= len(shards)
         for shard in shards:
@@ -227,7 +230,7 @@ def check_buffer_count(keys: OffloadOptimizerSpec, swappable: int) -> None:
     needed = TENSORS * at_once
     if keys.buffer_count < needed:
         problem = f"is too few: pipelining has {at_once} sub-groups in memory at once"
-        raise SpecError.at("zero.offload_optimizer.buffer_count", keys.buffer_count, problem, f"Use {needed} or more.")
+        raise SpecError.at("zero.offload_optimizer.buffer_count", keys.buffer_count, problem, f"Use {needed} or more, in a file for --engine-config.")
 
 
 def check_fast_init(optimizer: OffloadOptimizerSpec, param: OffloadParamSpec, aio: AioSpec, largest: int) -> None:

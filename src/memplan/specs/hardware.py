@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from memplan.constants import Constant
 from memplan.errors import SpecError
@@ -109,7 +109,7 @@ class ClusterSpec(Spec):
     """Bytes of RAM per node; None is unknown."""
     nvme: MemorySize | None = None
     """Bytes of NVMe per node; None is unknown."""
-    nvme_path: str | None = None
+    nvme_path: Annotated[str, Field(min_length=1)] | None = None
     """Folder on the NVMe, for engines that offload to it."""
 
     @model_validator(mode="after")

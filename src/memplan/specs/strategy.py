@@ -249,15 +249,18 @@ class Strategy(Spec):
             return self
         if self.offload_optimizer != "none" and self.kind not in ("zero1", "zero2", "zero3"):
             remedy = "Use --strategy zero1, zero2 or zero3, or none."
-            raise SpecError.at("offload_optimizer", self.offload_optimizer, f"cannot go with {self.kind}", remedy)
+            raise SpecError.at("offload_optimizer", self.offload_optimizer, self._cannot_offload(), remedy)
         if self.offload_optimizer == "nvme" and self.kind != "zero3":
             # deepspeed/runtime/zero/config.py: "`nvme` ... Valid only with stage 3."
             remedy = "Use --strategy zero3, or cpu."
-            raise SpecError.at("offload_optimizer", "nvme", f"cannot go with {self.kind}", remedy)
+            raise SpecError.at("offload_optimizer", "nvme", self._cannot_offload(), remedy)
         if self.offload_param != "none" and self.kind != "zero3":
             remedy = "Use --strategy zero3 or fsdp, or none."
-            raise SpecError.at("offload_param", self.offload_param, f"cannot go with {self.kind}", remedy)
+            raise SpecError.at("offload_param", self.offload_param, self._cannot_offload(), remedy)
         return self
+
+    def _cannot_offload(self) -> str:
+        return f"cannot go with {self.kind}" if "kind" in self.model_fields_set else "needs an engine that offloads it"
 
     def _legal_fsdp(self) -> None:
         if self.offload_optimizer != "none":
