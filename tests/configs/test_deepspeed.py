@@ -570,3 +570,9 @@ def test_a_setup_has_a_config_of_its_own(config: dict[str, Any]) -> None:
 def test_a_setup_of_another_engine_has_none() -> None:
     with pytest.raises(SpecError, match="strategy: 'fsdp' is not DeepSpeed's"):
         to_deepspeed(Strategy(kind="fsdp"), TrainingSpec())
+
+
+def test_a_file_without_any_key_of_deepspeed_is_not_its_config() -> None:
+    fsdp_config = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "backward_prefetch": "backward_pre"}
+    with pytest.raises(SpecError, match=r"is none of DeepSpeed's keys, .*--strategy fsdp"):
+        parse_deepspeed(fsdp_config, "fsdp.json")

@@ -150,7 +150,8 @@ def test_the_extrapolated_gradients_are_those_of_all_layers(family: str) -> None
     weights = sum(p.requires_grad for p in tracing.model.parameters())
     for name, recording_ in full.items():
         assert same_log(short[name], recording_), name
-        acts = [act for segment in recording_.segments for act in segment.acts]
+        *acts, last = [act for segment in recording_.segments for act in segment.acts]
+        assert last.kind == "step"
         assert len(acts) == len({act.subject.path for act in acts}) == weights
         assert all((act.storage >= 0) is (name == "first") for act in acts)  # later ones are added to those
 

@@ -98,10 +98,10 @@ def test_more_never_needs_less(strategy: memplan.Strategy, field: str, values: t
 
 @pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3", "fsdp"])
 def test_states_are_shared_out_but_for_padding(kind: Any) -> None:
-    whole = run(memplan.Strategy(kind=kind), gpus=1).gpu.components.optimizer
-    for gpus in (2, 3, 8, 64):
-        shared = run(memplan.Strategy(kind=kind), gpus=gpus).gpu.components.optimizer * gpus
-        assert whole <= shared <= whole * 1.05
+    for gpus in (2, 3, 8):  # on more FSDP has its peak in loading, without any
+        found = run(memplan.Strategy(kind=kind), gpus=gpus)
+        whole = found.model.parameters * (8 if kind == "fsdp" else 12)  # two moments; DeepSpeed's masters beside them
+        assert whole <= found.gpu.components.optimizer * gpus <= whole * 1.05
 
 
 def test_offloading_can_need_more_on_the_gpu_with_many_ranks() -> None:

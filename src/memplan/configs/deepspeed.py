@@ -113,6 +113,10 @@ class _Reader:
         self.notes: list[str] = []
         self.refused: dict[str, MemplanError] = {}
         self.top = self._section("", data)
+        if data and not self.top.raw:
+            problem = "is none of DeepSpeed's keys, nor is any other of the file"
+            remedy = "Give a DeepSpeed JSON or an accelerate YAML; for the Trainer's fsdp_config use --strategy fsdp."
+            raise SpecError.at(f"{source}: {next(iter(data))}", next(iter(data.values())), problem, remedy)
         self.zero = self._zero()
         self.stage = self._stage()
 

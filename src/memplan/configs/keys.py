@@ -378,6 +378,7 @@ ACCELERATE: dict[str, dict[str, Key]] = {
         "fsdp_transformer_layer_cls_to_wrap": _sets(str | None, "transformer_layer_cls_to_wrap"),
         "fsdp_min_num_params": _sets(Count, "min_num_params"),
         "fsdp_backward_prefetch": _sets(Any, "backward_prefetch"),
+        "fsdp_backward_prefetch_policy": _idle("an earlier name, which accelerate 1.15 ignores"),
         "fsdp_state_dict_type": _sets(str | None, "state_dict_type"),
         "fsdp_forward_prefetch": _sets(bool, "forward_prefetch"),
         "fsdp_use_orig_params": _sets(bool, "use_orig_params"),

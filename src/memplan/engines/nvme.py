@@ -230,7 +230,12 @@ def check_buffer_count(keys: OffloadOptimizerSpec, swappable: int) -> None:
     needed = TENSORS * at_once
     if keys.buffer_count < needed:
         problem = f"is too few: pipelining has {at_once} sub-groups in memory at once"
-        raise SpecError.at("zero.offload_optimizer.buffer_count", keys.buffer_count, problem, f"Use {needed} or more, in a file for --engine-config.")
+        raise SpecError.at(
+            "zero.offload_optimizer.buffer_count",
+            keys.buffer_count,
+            problem,
+            f"Use {needed} or more, in a file for --engine-config.",
+        )
 
 
 def check_fast_init(optimizer: OffloadOptimizerSpec, param: OffloadParamSpec, aio: AioSpec, largest: int) -> None:

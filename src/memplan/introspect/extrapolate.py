@@ -548,6 +548,7 @@ class _Tracing:
         step.inputs = [self._batch(self.setup.training.micro_batch_size)]
         recorder.has_inputs()
         step.num_items = step._count_items(step.inputs)
+        step.after_backward = recorder.step if self.setup.engine in ("zero12", "zero3") else None
         loss = step._training_step(step.inputs[0])
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         recording = recorder.finish(gradients, depths)

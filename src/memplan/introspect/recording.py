@@ -56,6 +56,9 @@ class Subject:
         return self.name if self.layer is None else self.name.replace("{}", str(self.layer[1]))
 
 
+_NOTHING = Subject(None, "")
+
+
 @dataclass(frozen=True, slots=True)
 class Act:
     """A moment at which an engine acts, as :class:`memplan.tape.tape.Event`."""
@@ -183,6 +186,13 @@ class Recorder(Listener):
         if self._on:
             self._act("gradient", weight, storage)
         return storage >= 0
+
+    def step(self) -> None:
+        """The optimizer steps here, where the graph is still alive: inside of accelerate's backward."""
+        if self._on:
+            self._arrive()
+            self._move_to(0)
+            self._act("step", _NOTHING)
 
     def _act(self, kind: EventKind, subject: Subject, storage: int = -1) -> None:
         self._arrive()
@@ -600,7 +610,8 @@ def to_tape(recording: Recording, rules: DeviceRules, subjects: Mapping[str, int
             tape.mark("layer", segment.layer)
         start = len(tape.log)
         for act in segment.acts:
-            tape.events.append(Event(start + act.position, act.kind, subjects[act.subject.path], act.storage))
+            subject = 0 if act.subject == _NOTHING else subjects[act.subject.path]
+            tape.events.append(Event(start + act.position, act.kind, subject, act.storage))
         tape.log += segment.events
         tape.flops += segment.flops
         if phase == "backward":

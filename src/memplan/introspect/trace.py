@@ -506,6 +506,7 @@ class _Step:
     optimizer: Any = None
     forward: Any = None
     scaler: Any = None
+    after_backward: Callable[[], None] | None = None
     total_loss: Any = None
     last_loss: Any = None
     num_items: Any = None
@@ -561,6 +562,8 @@ class _Step:
         if self.scaler is not None:
             scaled = self.scaler.scale(scaled)
         _backward(scaled)
+        if self.after_backward is not None:
+            self.after_backward()
         return loss.detach()
 
     def _compute_loss(self, inputs: dict[str, Any]) -> Any:
