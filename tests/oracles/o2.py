@@ -31,6 +31,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import sys
 import tempfile
 import time
@@ -1045,6 +1046,7 @@ def groups() -> dict[str, list[Setup]]:
         made[group].append(Setup("qwen2", "small", _setup("small", **options).options))
     made["fsdp"].append(Setup("t5", "small", {**BASE, "dtype": "float32", "num_layers": 4, "strategy": "fsdp"}))
     made["grid"] = _grid()
+    made["full"] = _full()
     made["eval"] = [Setup(family, config, _setup(config, **o).options) for family, config, o in _eval_variants()]
     made["knobs"] = _knobs()
     rows = [("llama", "small", options) for options in _quantized_variants()] + _quantized_held_out()
@@ -1336,6 +1338,46 @@ def _grid() -> list[Setup]:
         accumulation = {"grad_accum_steps": 3} if number // 5 % 2 else {}
         merged = {**BASE, **precision, **shape, **options, **engine, **zero, **accumulation, "gpus": gpus}
         rows.append(Setup(family, config, {name: value for name, value in merged.items() if value is not None}))
+    return rows
+
+
+def _full() -> list[Setup]:
+    """Every engine and offload x number of ranks x precision x accumulation x bucket sizes, on three models.
+
+    In an order that makes the first rows of it a sample. T5 overflows in float16 whatever the scale, and FSDP2 refuses
+    its embedding; NVMe is a group of its own.
+    """
+    optimizer, param = {"offload_optimizer": "cpu"}, {"offload_param": "cpu"}
+    engines: list[dict[str, Any]] = [
+        *({"strategy": stage} for stage in STAGES),
+        *({"strategy": stage, **optimizer} for stage in STAGES[1:]),
+        {"strategy": "zero3", **param},
+        {"strategy": "zero3", **optimizer, **param},
+        {"strategy": "fsdp"},
+        {"strategy": "fsdp", **param},
+    ]
+    models: list[tuple[str, str, dict[str, Any]]] = [
+        ("llama", "wide", {"num_layers": 2}),  # a large vocabulary
+        ("t5", "small", {}),  # an encoder's layers and a decoder's
+        ("gpt2", "small", LORA),
+    ]
+    precisions = ({}, FP16 | {"fp16": {"initial_scale_power": 4}}, FP32)
+    accumulations = ({}, {"grad_accum_steps": 3})
+    buckets: list[dict[str, Any]] = [{"zero": {"reduce_bucket_size": size}} for size in (1000, 50_000_000)]
+    rows = []
+    for engine, model, gpus, precision, accumulation in itertools.product(
+        engines, models, WORLDS, precisions, accumulations
+    ):
+        family, config, options = model
+        fsdp = engine["strategy"] == "fsdp"
+        if family == "t5" and (fsdp or "fp16" in precision):
+            continue
+        dtype = {"dtype": "float32"} if fsdp else {}
+        for zero in [{}] if fsdp or engine["strategy"] == "zero0" else buckets:
+            merged = {**BASE, "num_layers": None, **precision, **dtype, **options, **engine, **zero, **accumulation}
+            merged["gpus"] = gpus
+            rows.append(Setup(family, config, {name: value for name, value in merged.items() if value is not None}))
+    random.Random(0).shuffle(rows)
     return rows
 
 
@@ -1861,7 +1903,7 @@ def run_group(setups: Sequence[Setup], path: Path, group: str) -> Archive:
     for setup in setups:
         if setup.key not in rows:
             started = time.perf_counter()
-            rows[setup.key] = run(setup)
+            rows[setup.key] = _brief(run(setup)) if group == "full" else run(setup)
             write_archive(Archive(group, versions(), list(rows.values())), path)
             note = rows[setup.key].unsupported or "measured"
             sys.stdout.write(f"{time.perf_counter() - started:4.0f} s {setup.key}: {note}\n")
@@ -1870,6 +1912,29 @@ def run_group(setups: Sequence[Setup], path: Path, group: str) -> Archive:
     archive = Archive(group, versions(), [row for key, row in rows.items() if key in wanted])
     write_archive(archive, path)
     return archive
+
+
+CPUS_OWN = (
+    "zero/linear.py:12",  # oneDNN's bfloat16 products take a workspace of their own, which is not an ATen tensor
+    "aten::mm |",  # a product of the forward, which does likewise
+    "fully_sharded_data_parallel.py:2119 <listcomp>",  # in float32 of 16-bit gradients CPU's vector_norm casts first
+    "_fsdp_collectives.py:321 chunk_cat",  # pads into a tensor of its own; CUDA has one kernel (TensorShape.cu)
+)
+"""In the sites of what is allocated on CPU only."""
+
+
+def _brief(row: Row) -> Row:
+    """The row with its levels, and of the blocks those that CPU alone allocates."""
+    if row.result is None:
+        return row
+    phases = {
+        side: {
+            name: {**phase, "blocks": [block for block in phase["blocks"] if any(own in block[2] for own in CPUS_OWN)]}
+            for name, phase in named.items()
+        }
+        for side, named in row.result["phases"].items()
+    }
+    return dataclasses.replace(row, result={**row.result, "phases": phases})
 
 
 def write_archive(archive: Archive, path: Path) -> None:

@@ -37,14 +37,7 @@ IDLE = 0.005
 PEAK = 0.01
 SCALARS = 16 * 1024
 """Bytes of step counts, losses and norms, 512 for each: nothing, but for the small rest that offloading leaves."""
-CPU_KERNEL = "zero/linear.py:12"
-"""Where oneDNN's bfloat16 products take a workspace of their own, on CPU only: not an ATen tensor."""
-CPU_PRODUCT = "aten::mm |"
-"""A product of the forward, which does likewise."""
-CPU_NORM = "fully_sharded_data_parallel.py:2119 <listcomp>"
-"""FSDP1's clip_grad_norm_ in float32 of 16-bit gradients: CPU's vector_norm casts them first, CUDA's as it reads."""
-CPU_CHUNK_CAT = "_fsdp_collectives.py:321 chunk_cat"
-"""torch._chunk_cat pads into a tensor of its own on CPU; CUDA has one kernel for it (TensorShape.cu)."""
+CPU_KERNEL, CPU_PRODUCT, CPU_NORM, CPU_CHUNK_CAT = o2.CPUS_OWN
 PLANS = "torch/distributed/distributed_c10d.py"
 
 
