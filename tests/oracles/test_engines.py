@@ -153,10 +153,7 @@ SHARDED = [row for row in ROWS if row.setup.options["strategy"] != "single"]
 
 
 @pytest.mark.parametrize("row", SHARDED, ids=lambda row: row.setup.key)
-def test_an_engine_holds_what_deepspeed_holds(row: o2.Row, request: pytest.FixtureRequest) -> None:
-    if row.setup.family == "t5" and row.setup.options["strategy"] == "zero3" and row.setup.options["gpus"] == 64:
-        reason = "T5DenseActDense looks at wo.weight, which is then gathered with it (register_external_parameter)"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_an_engine_holds_what_deepspeed_holds(row: o2.Row) -> None:
     check_gpu(row)
 
 
