@@ -55,7 +55,15 @@ LARGEST = 30
 """Blocks listed at a peak."""
 EVAL_BATCHES = 3
 """Batches of an evaluation that keeps no predictions; others have as many as are kept on the GPU."""
-LIBRARIES = ("liger_kernel/", "deepspeed/", "transformers/", "accelerate/", "peft/", "torch/distributed/", "torch/optim/")
+LIBRARIES = (
+    "liger_kernel/",
+    "deepspeed/",
+    "transformers/",
+    "accelerate/",
+    "peft/",
+    "torch/distributed/",
+    "torch/optim/",
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The ledger: allocator events, phases and the frames behind them
@@ -1055,6 +1063,9 @@ def groups() -> dict[str, list[Setup]]:
     for group, options in _untied_variants():
         made[group].append(Setup("qwen2", "small", _setup("small", **options).options))
     made["fsdp"].append(Setup("t5", "small", {**BASE, "dtype": "float32", "num_layers": 4, "strategy": "fsdp"}))
+    for gpus in (4, 5):  # rows that four ranks share evenly, and five do not
+        options = {**BASE, "dtype": "float32", "attn": "eager", "strategy": "fsdp", "gpus": gpus}
+        made["fsdp"].append(Setup("gemma2", "small", options))
     made["grid"] = _grid()
     made["eval"] = [Setup(family, config, _setup(config, **o).options) for family, config, o in _eval_variants()]
     made["knobs"] = _knobs()
@@ -1066,30 +1077,31 @@ def groups() -> dict[str, list[Setup]]:
 
 
 def _liger_variants() -> list[tuple[str, str, dict[str, Any]]]:
-    """Liger's loss reads the head's weight where the head does not run; needs liger-kernel. Held out but for two."""
+    """Liger's loss reads the head's weight where the head does not run; needs liger-kernel. Held out but for the
+    first two.
+    """
     exact = {"dtype": "float32", "mixed_precision": "no", "liger": True}
     zero3: dict[str, Any] = {"strategy": "zero3", "liger": True}
     fsdp: dict[str, Any] = {"strategy": "fsdp", "dtype": "float32", "liger": True}
     offload = {"offload_optimizer": "cpu", "offload_param": "cpu"}
-    by_size = {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 5_000_000}
+    linear = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "Linear"]}
+    by_size = {"version": 1, "auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 5_000_000}
     saves_head = {"lora": {"rank": 8, "modules_to_save": ["lm_head"]}}
     return [
         ("llama", "small", {**zero3, **exact, "gpus": 3}),
         ("llama", "small", {**fsdp, **exact, "gpus": 3}),
+        ("llama", "small", {**fsdp, "fsdp": linear}),
+        ("qwen2", "wide", {**fsdp, **exact, "fsdp": by_size}),
         ("llama", "tied", {**zero3, **exact, "gpus": 5, "grad_accum_steps": 3}),
-        ("qwen2", "wide", {**zero3, "gpus": 64, **LORA}),
+        ("qwen2", "small", {**fsdp, **exact, "gpus": 2, "eval_batch_size": 64, "eval_accumulation_steps": 1}),
+        ("llama", "tied", {**fsdp, **exact, "gpus": 8}),
+        ("llama", "small", {**fsdp, **exact, **saves_head, "fsdp": {"version": 1}}),
         ("mistral", "small", {**zero3, **offload, "gpus": 2}),
-        ("qwen3", "wide", {**zero3, **exact, "gradient_checkpointing": True, "gpus": 8, "zero": _ZERO3_KNOBS[0]}),
-        ("llama", "tied", {**fsdp, **exact, "gpus": 8, "grad_accum_steps": 2}),
-        ("qwen2", "wide", {**fsdp, **exact, "gpus": 2, "eval_batch_size": 8, "eval_accumulation_steps": 2}),
+        ("qwen3", "small", {**zero3, **exact, "gradient_checkpointing": True, "gpus": 8, "zero": _ZERO3_KNOBS[0]}),
         ("mistral", "small", {**fsdp, "gpus": 64, "gradient_checkpointing": True}),
-        ("qwen3", "small", {**fsdp, **LORA, "gpus": 4, "offload_param": "cpu"}),
-        ("llama", "wide", {**fsdp, **exact, "gpus": 4, "fsdp": by_size}),
-        ("llama", "wide", {**fsdp, **exact, "gpus": 3, "fsdp": {"version": 1, **by_size}}),
-        ("qwen2", "wide", {**fsdp, **exact, "gpus": 4, "fsdp": {"version": 1, **by_size}}),
-        ("mistral", "small", {**fsdp, **exact, "gpus": 64, "fsdp": {"version": 1}, "grad_accum_steps": 2}),
-        ("llama", "small", {**fsdp, **exact, **saves_head, "gpus": 4, "fsdp": {"version": 1}}),
-        ("llama", "small", {**zero3, **saves_head, "gpus": 4}),
+        ("qwen2", "small", {**zero3, **LORA, "gpus": 64}),
+        ("llama", "small", {**zero3, **saves_head}),
+        ("llama", "wide", {**fsdp, **exact, "gpus": 3, "fsdp": by_size}),
     ]
 
 
@@ -1115,9 +1127,9 @@ def _external_held_out() -> list[tuple[str, str, dict[str, Any]]]:
         ("deberta-v2", "variant v3-masked-lm", eager),
         ("deberta-v2", "variant own-position-keys", {**eager, "gpus": 64, "grad_accum_steps": 2}),
         ("deberta-v2", "variant v3-classifier", {**eager, "gpus": 3, "offload_param": "cpu"}),
-        # on two sides, since the next batch of images, which is fetched ahead, is the host's
-        ("vit", "small", {**whole, "gpus": 3, "two_sides": True}),
-        ("vit", "small", {**whole, "gpus": 64, "two_sides": True, "micro_batch_size": 2}),
+        # of small images: the next batch, which is fetched ahead, would be the host's
+        ("vit", "small", {**whole, "gpus": 3, "values": {"image_size": 32}}),
+        ("vit", "small", {**whole, "gpus": 64, "values": {"image_size": 32}, "zero": _ZERO3_KNOBS[0]}),
     ]
 
 

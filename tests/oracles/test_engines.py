@@ -46,8 +46,8 @@ CPU_NORM = "fully_sharded_data_parallel.py:2119 <listcomp>"
 CPU_CHUNK_CAT = "_fsdp_collectives.py:321 chunk_cat"
 """torch._chunk_cat pads into a tensor of its own on CPU; CUDA has one kernel for it (TensorShape.cu)."""
 CPU_ADD = "aten::empty | liger_kernel/ops/fused_linear_cross_entropy.py"
-"""Liger's sum of the head's gradient, which CPU's add_ of float32 to 16 bit copies twice. One copy in float32 and a 16-bit
-product are what the estimate has too: half of the three copies that are then there is CPU's own."""
+"""Liger's sum of the head's gradient: CPU's add_ of float32 to 16 bit copies both into float32. There are three copies
+then, where the estimate has one and, as it is made, a 16-bit product: half of them is CPU's own."""
 PLANS = "torch/distributed/distributed_c10d.py"
 
 

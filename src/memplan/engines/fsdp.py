@@ -442,7 +442,9 @@ def _check_head(root: Module, model: Layout, units: Sequence[Unit], keys: FsdpSp
     head = fused_head(root)
     if head is not None and any(unit.first == model.numbers[id(head)] for unit in units):
         problem = "puts the head into a unit of its own, whose weight Liger's loss reads without having it gathered"
-        raise SpecError.at("auto_wrap_policy", keys.auto_wrap_policy, problem, "Use TRANSFORMER_BASED_WRAP, or no Liger.")
+        raise SpecError.at(
+            "auto_wrap_policy", keys.auto_wrap_policy, problem, "Use TRANSFORMER_BASED_WRAP, or no Liger."
+        )
 
 
 def _ignored(model: Layout, version: int, quantization: QuantizationSpec) -> list[Key]:
