@@ -22,11 +22,12 @@ def run(kind: str, family: str = "llama", *, zero: Any = None, fsdp: Any = None,
     strategy = memplan.Strategy(kind=kind, zero=ZeroSpec(**(zero or {})), fsdp=FsdpSpec(**(fsdp or {})))
     spec = memplan.TrainingSpec(**{"seq_len": 64, "liger": True, **training})
     config = {**CONFIGS[family]["wide"], "num_hidden_layers": 2}
-    return memplan.estimate(config, spec, "4xA100-80GB", strategy, replay=False)
+    return memplan.estimate(config, spec, "1xA100-80GB" if kind == "single" else "4xA100-80GB", strategy, replay=False)
 
 
-def phase(found: Estimate, name: str) -> int:
-    return {each.name: each.allocated for each in found.gpu.phases}[name]
+def above_idle(found: Estimate, name: str) -> int:
+    phases = {each.name: each.allocated for each in found.gpu.phases}
+    return phases[name] - phases["idle"]
 
 
 @pytest.mark.parametrize(("family", "keys"), [("llama", LINEAR), ("qwen2", BY_SIZE)])
@@ -41,14 +42,13 @@ def test_but_where_liger_redirects_the_loss_to_it() -> None:
 
 
 def test_under_zero_3_the_head_stays_through_the_backward() -> None:
-    """And without Liger only as long as its own: what is left is the gradients that the layers make beside it."""
     keys = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0, "reduce_bucket_size": 1000}
     frozen = {"lora": 8, "zero": keys}  # no gradient of the head beside it
-    assert phase(run("zero3", **frozen), "backward") - phase(run("zero3", **frozen), "idle") > 2 * HEAD
+    assert above_idle(run("zero3", **frozen), "backward") > 2 * HEAD
 
 
 @pytest.mark.parametrize("kind", ["single", "zero3", "fsdp"])
 def test_an_evaluation_makes_the_logits_that_training_does_not(kind: str) -> None:
     """Liger's forward skips them only while it trains."""
     logits = 64 * 64 * 32003 * 4
-    assert phase(run(kind, eval_batch_size=64), "eval") > logits > phase(run(kind), "loss")
+    assert above_idle(run(kind, eval_batch_size=64), "eval") > logits > above_idle(run(kind), "loss")
