@@ -219,10 +219,6 @@ def _check_sharded(training: TrainingSpec, strategy: Strategy, traced: Traced | 
         "trace": traced is not None
         and strategy.kind in ("zero3", "fsdp")
         and "a trace has no hooks of modules for the engine",
-        "liger": training.liger
-        and strategy.kind in ("zero3", "fsdp")
-        and "its fused loss reads the head's weight outside of the head's forward, where the engine gathers it for "
-        "another module, which is not modelled",
     }
     for option, reason in reasons.items():
         if reason:

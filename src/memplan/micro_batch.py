@@ -185,7 +185,7 @@ def build(
     if prepares_for_kbit_training(training):
         prepare_for_kbit_training(root)
     if training.liger:
-        apply_liger_kernel(b, root, model.model_type)
+        apply_liger_kernel(b, root, model.model_type, fsdp1=setup.engine == "fsdp1")
     if training.lora is not None:
         apply_lora(b, root, training.lora, model.model_type)
         if setup.engine == "fsdp1":

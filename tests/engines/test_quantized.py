@@ -96,7 +96,6 @@ FLOATS = QuantizationSpec(kind="nf4", quant_storage="float32")
         ("fsdp", PACKED.replace(prepare_for_kbit_training=False), V1, UnsupportedError, "Use version 2"),
         *((kind, FLOATS, {}, SpecError, "it would cast packed weights to bf") for kind in ("zero2", "zero3", "fsdp")),
         ("zero2", "nf4", {"mixed_precision": "no"}, UnsupportedError, "--mixed-precision bf16"),
-        ("zero3", None, {"liger": True}, UnsupportedError, "outside of the head's forward"),
     ],
 )
 def test_what_the_libraries_or_memplan_cannot_do_is_refused(

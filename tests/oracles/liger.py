@@ -56,6 +56,18 @@ class _Kernel:
         return lambda *args, **kwargs: None
 
 
+class _ZeroingKernel(_Kernel):
+    """One that leaves zeros in all it is given: what is in new memory may be no number, and then no step is taken."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            for x in (*args, *kwargs.values()):
+                if hasattr(x, "untyped_storage") and x.is_floating_point():
+                    x.data.zero_()
+
+        return launch
+
+
 class _Anything:
     """Whatever a kernel's source names: types, constants, decorators."""
 
@@ -73,13 +85,18 @@ def _module(name: str, **members: Any) -> types.ModuleType:
     return made
 
 
-def stand_in_triton() -> None:
-    """Put modules named ``triton...`` in place. torch looks for triton when it is imported, so it must be by then."""
+def stand_in_triton(*, zeroing: bool = False) -> None:
+    """Put modules named ``triton...`` in place. torch looks for triton when it is imported, so it must be by then.
+
+    Kernels do nothing, or are ``zeroing`` their tensors.
+    """
     import torch._inductor  # noqa: F401
     import transformers  # noqa: F401
 
+    kernel = _ZeroingKernel if zeroing else _Kernel
+
     def jit(function: Any = None, **options: Any) -> Any:
-        return _Kernel if function is None else _Kernel(function)
+        return kernel if function is None else kernel(function)
 
     def anything(name: str) -> Any:
         if name.startswith("__"):

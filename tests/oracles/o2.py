@@ -44,7 +44,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.oracles import nvme
+from tests.oracles import liger, nvme
 from tests.oracles.families import CONFIGS, LORA_TARGETS
 from tests.oracles.o1 import Archive, Row, Setup, same_versions, sampled
 
@@ -56,7 +56,15 @@ LARGEST = 30
 """Blocks listed at a peak."""
 EVAL_BATCHES = 3
 """Batches of an evaluation that keeps no predictions; others have as many as are kept on the GPU."""
-LIBRARIES = ("deepspeed/", "transformers/", "accelerate/", "peft/", "torch/distributed/", "torch/optim/")
+LIBRARIES = (
+    "liger_kernel/",
+    "deepspeed/",
+    "transformers/",
+    "accelerate/",
+    "peft/",
+    "torch/distributed/",
+    "torch/optim/",
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The ledger: allocator events, phases and the frames behind them
@@ -255,6 +263,8 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 
     torch.manual_seed(0)
     import_libraries()
+    if options.get("liger"):
+        liger.stand_in_triton(zeroing=True)
     if "quantization" in options:
         torch.backends.mkldnn.enabled = False  # its products take scratch memory
     places = {options.get(name, "none") for name in ("offload_optimizer", "offload_param")}
@@ -288,6 +298,8 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     if recorder.swapping is not None:
         blocks += recorder.swapping.blocks
         facts["nvme"] = recorder.files
+    if options.get("liger"):
+        facts["liger_kernel"] = importlib.metadata.version("liger-kernel")
     if "quantization" in options:
         facts["bitsandbytes"] = importlib.metadata.version("bitsandbytes")
     found = {side: phases_of(blocks, marks, side) for side in ("device", "host")}
@@ -449,7 +461,8 @@ def _quiet() -> Iterator[None]:
 def _train(values: dict[str, Any], options: dict[str, Any], arguments: Any, recorder: Recorder) -> dict[str, Any]:
     import torch
 
-    vocabulary = {**values, **options.get("values", {})}["vocab_size"]
+    values = {**values, **options.get("values", {})}
+    classifies = values["architectures"][0].endswith("Classification")
 
     class Rows(torch.utils.data.Dataset[dict[str, Any]]):
         def __init__(self, batches: int, size: int) -> None:
@@ -459,8 +472,10 @@ def _train(values: dict[str, Any], options: dict[str, Any], arguments: Any, reco
             return self.length
 
         def __getitem__(self, index: int) -> dict[str, Any]:
-            tokens = torch.randint(5, vocabulary, (options["seq_len"],))
-            return {"input_ids": tokens, "labels": tokens.clone()}
+            if "image_size" in values:
+                return {"pixel_values": torch.randn(3, *[values["image_size"]] * 2), "labels": torch.tensor(1)}
+            tokens = torch.randint(5, values["vocab_size"], (options["seq_len"],))
+            return {"input_ids": tokens, "labels": torch.tensor(1) if classifies else tokens.clone()}
 
     recorder.mark("load")
     model = _model(values, options, Path(arguments.output_dir) / "pretrained")
@@ -492,6 +507,7 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
         "gradient_accumulation_steps": options.get("grad_accum_steps", 1),
         "gradient_checkpointing": options.get("gradient_checkpointing", False),
         "optim": options.get("optim", "adamw_torch_fused"),
+        "use_liger_kernel": options.get("liger", False),
         "max_steps": 2,
         "logging_steps": 1000,
         "save_strategy": "steps" if options.get("save") else "no",
@@ -572,7 +588,10 @@ def _model(values: dict[str, Any], options: dict[str, Any], pretrained: Path) ->
 
     lora = options["lora"]
     targets = lora.get("targets", LORA_TARGETS.get(values["model_type"], ["q_proj", "v_proj"]))
-    return peft.get_peft_model(model, peft.LoraConfig(r=lora["rank"], lora_alpha=16, target_modules=targets))
+    config = peft.LoraConfig(
+        r=lora["rank"], lora_alpha=16, target_modules=targets, modules_to_save=lora.get("modules_to_save")
+    )
+    return peft.get_peft_model(model, config)
 
 
 def _quantized(kind: Any, options: dict[str, Any], pretrained: Path, wanted: dict[str, Any]) -> Any:
@@ -1045,13 +1064,75 @@ def groups() -> dict[str, list[Setup]]:
     for group, options in _untied_variants():
         made[group].append(Setup("qwen2", "small", _setup("small", **options).options))
     made["fsdp"].append(Setup("t5", "small", {**BASE, "dtype": "float32", "num_layers": 4, "strategy": "fsdp"}))
+    for gpus in (4, 5):  # rows that four ranks share evenly, and five do not
+        options = {**BASE, "dtype": "float32", "attn": "eager", "strategy": "fsdp", "gpus": gpus}
+        made["fsdp"].append(Setup("gemma2", "small", options))
     made["grid"] = _grid()
     made["full"] = _full()
     made["eval"] = [Setup(family, config, _setup(config, **o).options) for family, config, o in _eval_variants()]
     made["knobs"] = _knobs()
     rows = [("llama", "small", options) for options in _quantized_variants()] + _quantized_held_out()
     made["quantized"] = [Setup(family, config, _qlora(config, **options).options) for family, config, options in rows]
+    made["liger"] = [Setup(f, config, _setup(config, **o).options) for f, config, o in _liger_variants()]
+    made["external"] = [Setup(f, config, _setup(config, "zero3", **o).options) for f, config, o in _external_held_out()]
     return made
+
+
+def _liger_variants() -> list[tuple[str, str, dict[str, Any]]]:
+    """Liger's loss reads the head's weight where the head does not run; needs liger-kernel. Held out but for the
+    first two.
+    """
+    exact = {"dtype": "float32", "mixed_precision": "no", "liger": True}
+    zero3: dict[str, Any] = {"strategy": "zero3", "liger": True}
+    fsdp: dict[str, Any] = {"strategy": "fsdp", "dtype": "float32", "liger": True}
+    offload = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+    linear = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "Linear"]}
+    by_size = {"version": 1, "auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 5_000_000}
+    saves_head = {"lora": {"rank": 8, "modules_to_save": ["lm_head"]}}
+    return [
+        ("llama", "small", {**zero3, **exact, "gpus": 3}),
+        ("llama", "small", {**fsdp, **exact, "gpus": 3}),
+        ("llama", "small", {**fsdp, "fsdp": linear}),
+        ("qwen2", "wide", {**fsdp, **exact, "fsdp": by_size}),
+        ("llama", "tied", {**zero3, **exact, "gpus": 5, "grad_accum_steps": 3}),
+        ("qwen2", "small", {**fsdp, **exact, "gpus": 2, "eval_batch_size": 64, "eval_accumulation_steps": 1}),
+        ("llama", "tied", {**fsdp, **exact, "gpus": 8}),
+        ("llama", "small", {**fsdp, **exact, **saves_head, "fsdp": {"version": 1}}),
+        ("mistral", "small", {**zero3, **offload, "gpus": 2}),
+        ("qwen3", "small", {**zero3, **exact, "gradient_checkpointing": True, "gpus": 8, "zero": _ZERO3_KNOBS[0]}),
+        ("mistral", "small", {**fsdp, "gpus": 64, "gradient_checkpointing": True}),
+        ("qwen2", "small", {**zero3, **LORA, "gpus": 64}),
+        ("llama", "small", {**zero3, **saves_head}),
+        ("llama", "wide", {**fsdp, **exact, "gpus": 3, "fsdp": by_size}),
+    ]
+
+
+def _external_held_out() -> list[tuple[str, str, dict[str, Any]]]:
+    """Modules that look at weights of others, which ZeRO-3 then gathers with them. First looked at when that was in."""
+    long, whole = {"micro_batch_size": 3, "seq_len": 90}, {"num_layers": None}
+    offload = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+    gated = {**whole, "values": {"feed_forward_proj": "gated-gelu", "num_layers": 2, "num_decoder_layers": 2}}
+    rank_128 = {"lora": {"rank": 128, "targets": ["q_proj", "v_proj", "down_proj"]}}
+    eager = {**whole, "attn": "eager"}
+    return [
+        ("t5", "small", {**whole, "gpus": 3}),
+        ("t5", "small", {**whole, "gpus": 64, "grad_accum_steps": 3, **long}),
+        ("t5", "small", {**whole, "gpus": 1, "zero": _ZERO3_KNOBS[0]}),
+        ("t5", "wide", {**whole, "gpus": 5, "gradient_checkpointing": True, **long}),
+        ("t5", "small", {**whole, "lora": {"rank": 64, "targets": ["q", "v", "wo"]}, **long}),
+        ("t5", "small", {**gated, "gpus": 8, "grad_accum_steps": 3}),
+        ("t5", "small", {**gated, "gpus": 2, **offload}),
+        ("t5", "small", {**gated, "gpus": 64, "offload_param": "cpu", "zero": _ZERO3_KNOBS[1]}),
+        ("llama", "small", {**rank_128, "gpus": 8, "grad_accum_steps": 3}),
+        ("llama", "small", {**rank_128, **offload, "gpus": 3}),
+        ("llama", "wide", {**rank_128, "gradient_checkpointing": True, "gpus": 64}),
+        ("deberta-v2", "variant v3-masked-lm", eager),
+        ("deberta-v2", "variant own-position-keys", {**eager, "gpus": 64, "grad_accum_steps": 2}),
+        ("deberta-v2", "variant v3-classifier", {**eager, "gpus": 3, "offload_param": "cpu"}),
+        # of small images: the next batch, which is fetched ahead, would be the host's
+        ("vit", "small", {**whole, "gpus": 3, "values": {"image_size": 32}}),
+        ("vit", "small", {**whole, "gpus": 64, "values": {"image_size": 32}, "zero": _ZERO3_KNOBS[0]}),
+    ]
 
 
 def _eval_variants() -> list[tuple[str, str, dict[str, Any]]]:

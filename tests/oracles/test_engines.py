@@ -38,6 +38,9 @@ PEAK = 0.01
 SCALARS = 16 * 1024
 """Bytes of step counts, losses and norms, 512 for each: nothing, but for the small rest that offloading leaves."""
 CPU_KERNEL, CPU_PRODUCT, CPU_NORM, CPU_CHUNK_CAT = o2.CPUS_OWN
+CPU_ADD = "aten::empty | liger_kernel/ops/fused_linear_cross_entropy.py"
+"""Liger's sum of the head's gradient: CPU's add_ of float32 to 16 bit copies both into float32. There are three copies
+then, where the estimate has one and, as it is made, a 16-bit product: half of them is CPU's own."""
 PLANS = "torch/distributed/distributed_c10d.py"
 
 
@@ -115,7 +118,7 @@ def scratch(row: o2.Row, phase: str) -> int:
     assert row.result is not None
     options = row.setup.options
     model = _model(dict(CONFIGS[row.setup.family][row.setup.config]) | options.get("values", {}))
-    root = build_model(Build(Tape(CPU), bfloat16), model, None)
+    root = build_model(Build(Tape(CPU), bfloat16, attn=options.get("attn", "sdpa")), model, None)
     matrices = [p.shape for p, _ in Inventory(root).parameters if len(p.shape) == 2]
     tokens, rank = options["micro_batch_size"] * options["seq_len"], options.get("lora", {}).get("rank", 0)
     size = 4 if (options["dtype"], options["mixed_precision"]) == ("float32", "no") else 2
@@ -138,6 +141,7 @@ def scratch(row: o2.Row, phase: str) -> int:
             or CPU_NORM in site
             or ((CPU_KERNEL in site or site.startswith(CPU_PRODUCT)) and n not in results)
         )
+        + sum(n * count * 3 // 2 for n, count, site in each["blocks"] if site.startswith(CPU_ADD))
         for each in found
     )
 
@@ -146,10 +150,7 @@ SHARDED = [row for row in ROWS if row.setup.options["strategy"] != "single"]
 
 
 @pytest.mark.parametrize("row", SHARDED, ids=lambda row: row.setup.key)
-def test_an_engine_holds_what_deepspeed_holds(row: o2.Row, request: pytest.FixtureRequest) -> None:
-    if row.setup.family == "t5" and row.setup.options["strategy"] == "zero3" and row.setup.options["gpus"] == 64:
-        reason = "T5DenseActDense looks at wo.weight, which is then gathered with it (register_external_parameter)"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_an_engine_holds_what_deepspeed_holds(row: o2.Row) -> None:
     check_gpu(row)
 
 
@@ -258,7 +259,7 @@ def test_the_real_thing_offloads_to_a_folder_here() -> None:
 
 REFUSED = [
     row
-    for group in ("fsdp", "fsdp1", "knobs", "quantized")
+    for group in ("fsdp", "fsdp1", "knobs", "quantized", "liger")
     for row in o2.load_archives()[group].rows
     if row.result is None
 ]

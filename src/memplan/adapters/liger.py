@@ -17,12 +17,12 @@ from functools import partial
 from memplan.adapters.lora import LoraLinear, ModulesToSave
 from memplan.architectures.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
 from memplan.architectures.moe import Experts
-from memplan.architectures.nn import Build, Module, causal_lm_output
+from memplan.architectures.nn import Build, Module, causal_lm_output, looked_at
 from memplan.architectures.phi3 import FusedMLP
 from memplan.errors import SpecError, UnsupportedError
 from memplan.specs.software import SoftwareSpec
 from memplan.tape import liger, ops
-from memplan.tape.tensor import Tensor, int32, int64
+from memplan.tape.tensor import Parameter, Tensor, int32, int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,8 @@ class Kernels:
     rope: bool = True
     fused_loss: bool = True
     """The loss is fused with the projection to the vocabulary; without, the cross-entropy alone is Liger's."""
+    redirects: bool = False
+    """Under FSDP's version 1 the fused loss runs as the head's forward (lce_maybe_trainable_lm_head)."""
 
 
 _LLAMA = {"norm": True, "input_layernorm": True, "post_attention_layernorm": True}
@@ -52,7 +54,7 @@ FAMILIES: dict[str, Kernels] = {
     "gemma3_text": Kernels(_GEMMA3),
     "glm4": Kernels(_GLM4, rope=False),
     "granite": Kernels(_LLAMA, fused_loss=False),
-    "llama": Kernels(_LLAMA),
+    "llama": Kernels(_LLAMA, redirects=True),
     "mistral": Kernels(_LLAMA),
     "mixtral": Kernels(_LLAMA),
     "olmo2": Kernels(_OLMO2),
@@ -60,7 +62,7 @@ FAMILIES: dict[str, Kernels] = {
     "qwen2": Kernels(_LLAMA),
     "qwen3": Kernels(_QWEN3),
     "qwen3_moe": Kernels(_QWEN3),
-    "smollm3": Kernels(_LLAMA),
+    "smollm3": Kernels(_LLAMA, redirects=True),
 }
 """Those of MODEL_TYPE_TO_APPLY_LIGER_FN that memplan has."""
 
@@ -113,8 +115,9 @@ class LigerExperts(Module):
         return liger.fused_experts(hidden_states, self.gate_up_proj, self.down_proj, top_k_index, top_k_weights)
 
 
-def apply_liger_kernel(b: Build, root: Module, model_type: str) -> None:
-    """Put Liger's kernels into a model, before adapters go around its layers.
+def apply_liger_kernel(b: Build, root: Module, model_type: str, *, fsdp1: bool = False) -> None:
+    """Put Liger's kernels into a model, before adapters go around its layers. ``fsdp1``: it will be wrapped by FSDP's
+    version 1.
 
     Raises SpecError for a family that Liger has no kernels for, for a head that its forward pass does not fit, and
     for versions that do not go together; UnsupportedError for a version of Liger that is not modelled.
@@ -142,7 +145,7 @@ def apply_liger_kernel(b: Build, root: Module, model_type: str) -> None:
         elif isinstance(module, LlamaAttention) and kernels.rope and "rotate" not in vars(module):
             module.rotate = liger.rotary_pos_emb  # a layer of SmolLM3 without positions has its own already
     if kernels.fused_loss:
-        root.output = fused_output
+        root.output = partial(fused_output, redirects=fsdp1 and kernels.redirects)
     else:
         root.output = partial(causal_lm_output, cross_entropy=liger.cross_entropy)
 
@@ -157,25 +160,51 @@ def _check_versions(software: SoftwareSpec) -> None:
 
 
 def fused_output(
-    b: Build, lm_head: Module, hidden_states: Tensor, labels: Tensor, softcap: bool = False, scale: bool = False
-) -> tuple[Tensor, None]:
-    """Liger's lce_forward after the decoder, with LigerForCausalLMLoss: the loss; there are no logits."""
-    weight = _head_weight(lm_head)
+    b: Build,
+    lm_head: Module,
+    hidden_states: Tensor,
+    labels: Tensor,
+    softcap: bool = False,
+    scale: bool = False,
+    *,
+    redirects: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Liger's lce_forward after the decoder: (loss, None), and as ever (loss, logits) where nothing is trained.
+
+    It ``redirects`` the loss to be the head's forward (_FSDPForwardRedirection).
+    """
+    if not b.tape.training:
+        return causal_lm_output(b, lm_head, hidden_states, labels, softcap, scale)
+    lm_head = _unwrapped(lm_head)
+    loss = partial(_causal_lm_loss, b, lm_head)
+    if redirects:
+        return b.tape.watch(lm_head, loss, (hidden_states, labels)), None
+    return loss(hidden_states, labels), None
+
+
+def fused_head(root: Module) -> Module | None:
+    """The head whose weight the loss reads without calling it, if it does."""
+    output = getattr(root, "output", None)
+    if not isinstance(root, LlamaForCausalLM) or not isinstance(output, partial) or output.func is not fused_output:
+        return None
+    return None if output.keywords["redirects"] else _unwrapped(root.lm_head)
+
+
+def _causal_lm_loss(b: Build, lm_head: Module, hidden_states: Tensor, labels: Tensor) -> Tensor:
+    """LigerForCausalLMLoss."""
+    weight: Parameter = looked_at(lm_head.weight)  # type: ignore[attr-defined]
     t = b.tape
     t.mark("loss")
     labels = ops.pad_last(labels, 1)
     shift_labels = t.new((labels.shape[0], labels.shape[1] - 1), int64, "shift_labels").view(-1)
     hidden_states = hidden_states.view(-1, hidden_states.shape[-1])
     addmm_out_dtype = b.software.at_least("torch", "2.8")
-    return liger.fused_linear_cross_entropy(hidden_states, weight, shift_labels, addmm_out_dtype) / 2.0, None
+    return liger.fused_linear_cross_entropy(hidden_states, weight, shift_labels, addmm_out_dtype) / 2.0
 
 
-def _head_weight(lm_head: Module) -> Tensor:
-    """``lm_head.weight``, which knows nothing of what an adapter adds to its product."""
+def _unwrapped(lm_head: Module) -> Module:
+    """The module whose weight is read, which knows nothing of what an adapter adds to its product."""
     if isinstance(lm_head, LoraLinear):
         problem = "trains nothing under Liger, whose loss reads the weight beneath it"
         raise SpecError.at("lora_targets", "lm_head", problem, "Leave out lm_head or liger.")
-    if isinstance(lm_head, ModulesToSave):
-        lm_head = lm_head.modules_to_save
-    weight: Tensor = lm_head.weight  # type: ignore[attr-defined]
-    return weight
+    return lm_head.modules_to_save if isinstance(lm_head, ModulesToSave) else lm_head

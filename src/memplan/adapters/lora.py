@@ -15,7 +15,7 @@ from typing import Any
 
 from memplan.adapters.quantization import Linear4bit, Linear8bitLt
 from memplan.architectures.moe import Experts
-from memplan.architectures.nn import Build, Conv1D, Layers, Linear, Model, Module, ModuleList
+from memplan.architectures.nn import Build, Conv1D, Layers, Linear, Model, Module, ModuleList, looked_at
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
 from memplan.specs.training import LoraSpec
 from memplan.tape import ops
@@ -73,6 +73,7 @@ class LoraLinear(Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.base_layer(x)
         result_dtype = result.dtype
+        looked_at(self.lora_A.weight)
         x = x.to(self.input_dtype)
         result = result + self.lora_B(self.lora_A(ops.dropout(x, self.dropout))) * 2.0
         return result.to(result_dtype)
@@ -90,7 +91,7 @@ class LoraQuantizedLinear(LoraLinear):
         # torch.is_autocast_enabled() tells of CUDA's autocast; CPU's is another.
         requires_conversion = tape.autocast is None or tape.rules.kind == "cpu"
         if requires_conversion:
-            x = x.to(self.lora_A.weight.dtype)
+            x = x.to(looked_at(self.lora_A.weight).dtype)
         output = self.lora_B(self.lora_A(ops.dropout(x, self.dropout))) * 2.0
         if requires_conversion:
             output = output.to(expected_dtype)

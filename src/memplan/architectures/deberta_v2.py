@@ -18,6 +18,7 @@ from memplan.architectures.nn import (
     Module,
     activation,
     check_position_table,
+    looked_at,
 )
 from memplan.errors import UnsupportedError
 from memplan.specs.fields import Fields
@@ -288,7 +289,7 @@ class DebertaV2Encoder(Module):
         attention_mask = hidden_states.tape.new((batch, 1, length, length), attention_mask.dtype, "attention_mask")
         relative_pos = build_relative_position(hidden_states.tape, length, self.c.has_buckets)
         all_hidden_states = [hidden_states]
-        rel_embeddings: Tensor = self.rel_embeddings.weight
+        rel_embeddings: Tensor = looked_at(self.rel_embeddings.weight)
         if self.c.norm_rel_ebd:
             rel_embeddings = self.LayerNorm(rel_embeddings)
         for layer in self.layer:

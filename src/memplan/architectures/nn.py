@@ -151,6 +151,12 @@ def _watched(tape: Tape, module: Module, forward: Callable[..., Any], *args: Any
     return tape.watch(module, forward, args)
 
 
+def looked_at(p: Parameter) -> Parameter:
+    """A weight of another module, as a forward reads it: an engine that shards weights may have to gather it then."""
+    p.tape.look(p)
+    return p
+
+
 class ModuleList(Module):
     """torch.nn.ModuleList: children named by their place."""
 

@@ -22,6 +22,7 @@ from memplan.architectures.nn import (
     activation,
     bidirectional_mask,
     causal_mask,
+    looked_at,
 )
 from memplan.specs.fields import Fields
 from memplan.tape import ops
@@ -117,7 +118,7 @@ class T5DenseActDense(Module):
         hidden_states = self.wi(hidden_states)
         hidden_states = self.act(hidden_states)
         hidden_states = self.dropout(hidden_states)
-        hidden_states = hidden_states.to(self.wo.weight.dtype)
+        hidden_states = hidden_states.to(looked_at(self.wo.weight).dtype)
         hidden_states = self.wo(hidden_states)
         return hidden_states
 
@@ -135,7 +136,7 @@ class T5DenseGatedActDense(Module):
         hidden_linear = self.wi_1(hidden_states)
         hidden_states = hidden_gelu * hidden_linear
         hidden_states = self.dropout(hidden_states)
-        hidden_states = hidden_states.to(self.wo.weight.dtype)
+        hidden_states = hidden_states.to(looked_at(self.wo.weight).dtype)
         hidden_states = self.wo(hidden_states)
         return hidden_states
 

@@ -18,6 +18,7 @@ from memplan.architectures.nn import (
     activation,
     attention,
     check_heads,
+    looked_at,
     num_labels,
 )
 from memplan.specs.fields import Fields
@@ -174,14 +175,14 @@ class ViTPooler(Module):
 
 class ViTModel(Module):
     def __init__(self, b: Build, c: ViTConfig, add_pooling_layer: bool = True) -> None:
-        self.dtype = b.dtype
         self.embeddings = ViTEmbeddings(b, c)
         self.layers = Layers(b, [0] * c.num_hidden_layers, lambda i: ViTLayer(b, c))
         self.layernorm = LayerNorm(b, c.hidden_size)
         self.pooler = ViTPooler(b, c) if add_pooling_layer else None
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        pixel_values = pixel_values.to(self.dtype)
+        expected_dtype = looked_at(self.embeddings.patch_embeddings.projection.weight).dtype
+        pixel_values = pixel_values.to(expected_dtype)
         hidden_states = embedding_output = self.embeddings(pixel_values)
         for layer in self.layers:
             hidden_states = layer(hidden_states)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 
+from memplan.adapters.liger import fused_head
 from memplan.architectures.nn import Module
 from memplan.engines.fsdp1 import FlatParam, Fsdp1Setup
 from memplan.engines.layout import Layout, StateDict
@@ -84,6 +85,10 @@ class Fsdp:
         self._reduce_input: Block | None = None
         self._order: list[Unit] = []
         """Units in the order of their forward's end."""
+        self._runs: dict[Key, Unit] = {}
+        """Units whose forward has begun, by their first module."""
+        self._of_root: list[Unit] = []
+        """Units whose forward ended with the root's, some module of theirs having none."""
         self._reduced: set[Key] = set()
         self._has_states = False
         self._boundary = True
@@ -149,20 +154,30 @@ class Fsdp:
     def module_event(self, kind: str, module: Key) -> None:
         """A hook of a module; only those of units matter, and in the backward no forward's."""
         if kind == "pre_forward" and module in self._begins and not self._backward:
+            self._runs[module] = self._begins[module]
             self._unshard(self._begins[module])
             self._wait(self._begins[module], forward=True)
         elif kind == "post_forward" and module in self._ends and not self._backward:
-            unit = self._ends[module]
-            if unit.reshard_after_forward:
-                self._reshard(unit)
-            self._order.append(unit)
+            self._post_forward(self._ends[module])
         if kind == "post_forward" and module == self.setup.root and not self._backward:
             self.ledger.free(self._last_gathered)
             self._last_gathered = None
+            self._of_root = list(self._runs.values())  # _force_complete_incomplete_states
+            for unit in self._of_root:
+                self._post_forward(unit)
         elif kind == "pre_backward" and module in self._ends:
             self._pre_backward(self._ends[module])
+        elif kind == "pre_backward" and module == self.setup.root:
+            for unit in self._of_root:
+                self._pre_backward(unit)
         elif kind == "post_backward" and module in self._begins:
             self._post_backward(self._begins[module])
+
+    def _post_forward(self, unit: Unit) -> None:
+        self._runs.pop(unit.first, None)
+        if unit.reshard_after_forward:
+            self._reshard(unit)
+        self._order.append(unit)
 
     def process_gradients(self, key: Key, gradient: Block | None) -> None:
         if gradient is not None:
@@ -371,7 +386,9 @@ def fsdp_setup(
         (key, tape.parameter("whole", model.parameters[key].shape, master)) for group in model.groups for key in group
     ]
     if keys.version == 1:
-        flats = _flat_params(units.version_1(), keys, ranks, dtype, offload)
+        wrapped = units.version_1()
+        _check_head(root, model, wrapped, keys)
+        flats = _flat_params(wrapped, keys, ranks, dtype, offload)
         sizes = {row.key: elements for flat in flats for row, elements in flat.pieces()}
         shapes: list[list[Shape]] = [[(sizes[key],) for key in group if key in sizes] for group in model.groups]
         if not keys.use_orig_params:
@@ -390,6 +407,7 @@ def fsdp_setup(
             state_dict_type=keys.state_dict_type,
         )
     found = units.version_2()
+    _check_head(root, model, found, keys)
     if units.below_blocks and training.gradient_checkpointing:
         raise UnsupportedError(
             "transformer_layer_cls_to_wrap: units inside of blocks are gathered once more where a block is recomputed, "
@@ -417,6 +435,16 @@ def fsdp_setup(
         whole=whole,
         state_dict_type=keys.state_dict_type,
     )
+
+
+def _check_head(root: Module, model: Layout, units: Sequence[Unit], keys: FsdpSpec) -> None:
+    """Liger's loss dies of a weight that is not gathered."""
+    head = fused_head(root)
+    if head is not None and any(unit.first == model.numbers[id(head)] for unit in units):
+        problem = "puts the head into a unit of its own, whose weight Liger's loss reads without having it gathered"
+        raise SpecError.at(
+            "auto_wrap_policy", keys.auto_wrap_policy, problem, "Use TRANSFORMER_BASED_WRAP, or no Liger."
+        )
 
 
 def _ignored(model: Layout, version: int, quantization: QuantizationSpec) -> list[Key]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -132,11 +132,11 @@ class _Trace:
     passed: list[int] = field(default_factory=list)
     """Elements of all weights used before each step."""
 
-    def complete(self, setup: Zero3Setup) -> None:
+    def complete(self, wanted: Callable[[Key], Sequence[Shard]]) -> None:
         for step, module in enumerate(self.modules):
-            for shard in setup.modules[module]:
+            for shard in wanted(module):
                 self.uses.setdefault(shard.key, []).append(step)
-        elements = (sum(shard.elements for shard in setup.modules[module]) for module in self.modules)
+        elements = (sum(shard.elements for shard in wanted(module)) for module in self.modules)
         self.passed = [0, *accumulate(elements)]
 
     def next_use(self, shard: Shard, step: int) -> int | None:
@@ -165,6 +165,11 @@ class Coordinator:
         self._to_release: dict[tuple[Key, int], Sequence[Shard]] = {}
         self._running: dict[Key, None] = {}
         """Modules whose backward has begun."""
+        self._forwards: list[Key] = []
+        """Modules whose forward runs (FWD_MODULE_STACK)."""
+        self._external: dict[Key, list[Shard]] = {}
+        """For a module, the weights of others that its forward was seen to look at."""
+        self.ds_id = {shard.key: i for i, own in enumerate(setup.modules.values()) for shard in own}
         self._holds: dict[Key, deque[Block | None]] = {}
         self._held: Counter[Block] = Counter()
         """How many nodes a gathered weight is saved for by a recomputation, or kept in the ctx of."""
@@ -182,11 +187,11 @@ class Coordinator:
             if self._recorded is None:
                 self._recorded = _Trace()
             else:
-                self._recorded.complete(self.setup)
+                self._recorded.complete(self._wanted)
                 self._trace = self._recorded
         if self._trace is not None:
             self._queue = deque(
-                (shard, step) for step, module in enumerate(self._trace.modules) for shard in self.setup.modules[module]
+                (shard, step) for step, module in enumerate(self._trace.modules) for shard in self._wanted(module)
             )
         self._fetched_for.clear()
         self._step = 0
@@ -196,9 +201,11 @@ class Coordinator:
         """What a module needs, and some of what comes after it."""
         if self._trace is None and self._recorded is not None:
             self._recorded.modules.append(module)
-        if not forward:
+        if forward:
+            self._forwards.append(module)
+        else:
             self._running[module] = None
-        wanted = self.setup.modules[module]
+        wanted = self._wanted(module)
         self._all_gather([shard for shard in wanted if self._is_away(shard)])
         for shard in wanted:
             self._active.setdefault(shard.key, set()).add(module)
@@ -212,9 +219,11 @@ class Coordinator:
 
     def release_sub_module(self, module: Key, forward: bool) -> None:
         """A module has done its forward, or its backward."""
-        wanted = self.setup.modules[module]
+        wanted = self._wanted(module)
         released = wanted if self._trace is None else self._params_to_release(module)
-        if not forward:
+        if forward:
+            self._forwards.pop()
+        else:
             self._running.pop(module, None)
         for shard in wanted:
             self._active.get(shard.key, set()).discard(module)
@@ -225,7 +234,7 @@ class Coordinator:
         """Modules whose inputs need no gradient have no hook after their backward."""
         while self._running:
             module, _ = self._running.popitem()
-            for shard in self.setup.modules[module]:
+            for shard in self._wanted(module):
                 self._active.get(shard.key, set()).discard(module)
                 if not shard.persistent:
                     self._release(shard)
@@ -251,6 +260,31 @@ class Coordinator:
             for shard in together:
                 self.available[shard.key] = self._gather(shard)
             self.ledger.free(*staged)
+
+    def look(self, shard: Shard) -> None:
+        """ZeROOrderedDict.__getitem__: a weight that is away is gathered alone, and the module that runs has it from
+        then on (register_external_parameter).
+        """
+        if not self._is_away(shard):
+            return
+        self._external.setdefault(self._forwards[-1], []).append(shard)
+        if self.swapper is not None:
+            self.swapper.ensure_availability([shard])
+        self.available[shard.key], *staged = self._gathered_alone(shard)
+        self.ledger.free(*staged)
+
+    def _gathered_alone(self, shard: Shard) -> list[Block]:
+        """_allgather_params_sequential: into memory of its own, on one rank too."""
+        nbytes = shard.partition * shard.itemsize
+        blocks = [self.ledger.allocate("communication", nbytes * shard.ranks, name=LIVE)]
+        if self.setup.offload_param:
+            blocks.append(self.ledger.allocate("communication", nbytes, name=STAGED))
+        return blocks
+
+    def _wanted(self, module: Key) -> Sequence[Shard]:
+        """iter_params: a module's own weights, and others that its forward looks at, in the order of their ds_id."""
+        own, external = self.setup.modules[module], self._external.get(module)
+        return own if external is None else sorted([*own, *external], key=lambda shard: self.ds_id[shard.key])
 
     def _is_away(self, shard: Shard) -> bool:
         return shard.key not in self.available and shard.key not in self._inflight
@@ -383,7 +417,7 @@ class Coordinator:
         """__params_to_release, whose first answer for a module and a step is the last: it has an lru_cache."""
         at = module, self._step
         if at not in self._to_release:
-            self._to_release[at] = [shard for shard in self.setup.modules[module] if self._may_go(shard)]
+            self._to_release[at] = [shard for shard in self._wanted(module) if self._may_go(shard)]
         return self._to_release[at]
 
     def _may_go(self, shard: Shard) -> bool:
@@ -413,7 +447,7 @@ class Zero3:
         self._trained = {shard.key: shard for group in setup.sub_groups for shard in group}
         self._sub_group = {shard.key: i for i, group in enumerate(setup.sub_groups) for shard in group}
         self._all = [*self._trained.values(), *setup.frozen]
-        self._order = {shard.key: i for i, own in enumerate(setup.modules.values()) for shard in own}
+        self._shards = {shard.key: shard for shard in self._all}
         self._bucket: list[Shard] = []
         self._bucket_elements = 0
         self._grads: dict[Key, Block] = {}
@@ -588,6 +622,8 @@ class Zero3:
             self.coordinator.keep(module)
         elif kind == "replace":
             self.coordinator.replace(module)
+        elif kind == "look":
+            self.coordinator.look(self._shards[module])
         elif kind.startswith("pre"):
             self.coordinator.fetch_sub_module(module, forward=kind == "pre_forward")
         else:
@@ -621,7 +657,7 @@ class Zero3:
         all_reduces = fills_buffer and not setup.reduce_scatter
         reduced = self._avg_scatter_contiguous_grads() if all_reduces else self._avg_scatter_grads()
         swapped: list[tuple[Shard, Block]] = []
-        self._bucket.sort(key=lambda shard: self._order[shard.key])  # by ds_id
+        self._bucket.sort(key=lambda shard: self.coordinator.ds_id[shard.key])
         for shard in self._bucket:
             if self.setup.offload_optimizer:
                 swapped += self._offload_gradient(shard)

@@ -49,6 +49,7 @@ EventKind = Literal[
     "drop",
     "keep",
     "replace",
+    "look",
     "step",
 ]
 
@@ -61,8 +62,8 @@ class Event(NamedTuple):
     kind: EventKind
     """end_backward: post_backward, of a module whose inputs need no gradient. hold and drop: for one node a weight is
     saved as it is then, which a recomputation does, and an operation that is given a view of it. keep: a node's ctx
-    holds it until the graph dies. replace: a module has put another tensor in a weight's place. step: backward() is
-    done, and the graph is still alive."""
+    holds it until the graph dies. replace: a module has put another tensor in a weight's place. look: a forward reads
+    a weight that is another module's. step: backward() is done, and the graph is still alive."""
     subject: int
     """id() of the weight or the module."""
     storage: int = -1
@@ -346,6 +347,11 @@ class Tape:
         self.events.append(Event(len(self.log), "keep" if self._recording is None else "hold", id(p)))
         if self._recording is not None:
             self._held_in_context.append(id(p))
+
+    def look(self, p: Parameter) -> None:
+        """A module's forward reads a weight that is not its own, be it for its dtype alone."""
+        if self.watches:
+            self.events.append(Event(len(self.log), "look", id(p)))
 
     def replace(self, p: Parameter) -> None:
         """``module.weight.data = other``: what the weight was gathered into is let go."""
