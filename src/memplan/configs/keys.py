@@ -393,13 +393,16 @@ ACCELERATE: dict[str, dict[str, Key]] = {
             ("tp_size", "tensor"),
             ("cp_size", "context"),
             ("sp_size", "sequence"),
-            ("dp_replicate_size", "hybrid sharded data"),
         )
     }
     | {
-        f"parallelism_config_{name}": _idle("its kind of parallelism is off, or FSDP's own")
+        "parallelism_config_dp_replicate_size": _sets(Positive | None, "dp_replicate_size"),
+        "parallelism_config_dp_shard_size": _sets(Positive | None, "dp_shard_size"),
+    }
+    | {
+        f"parallelism_config_{name}": _idle("its kind of parallelism is off")
         for name in (
-            *("dp_shard_size", "cp_backend", "cp_comm_strategy", "sp_backend", "sp_seq_length"),
+            *("cp_backend", "cp_comm_strategy", "sp_backend", "sp_seq_length"),
             *("sp_seq_length_is_variable", "sp_attn_implementation"),
         )
     },
