@@ -1065,6 +1065,7 @@ def groups() -> dict[str, list[Setup]]:
     made["eval"] = [Setup(family, config, _setup(config, **o).options) for family, config, o in _eval_variants()]
     made["knobs"] = _knobs()
     made["hybrid"] = [_row(*row) for row in _hybrid()]
+    made["twinflow"] = [_row(*row) for row in _twin_flow()]
     rows = [("llama", "small", options) for options in _quantized_variants()] + _quantized_held_out()
     made["quantized"] = [Setup(family, config, _qlora(config, **options).options) for family, config, options in rows]
     return made
@@ -1188,6 +1189,33 @@ def _hybrid() -> list[tuple[str, str, dict[str, Any]]]:
         ("qwen2", "small", version_1("HYBRID_SHARD_ZERO2", **offload, **more)),
         ("llama", "wide", version_1(gpus=3, nodes=3, gradient_checkpointing=True, fsdp=_FLAT_POST, **long)),
         ("qwen2", "small", version_1(gpus=64, nodes=8, dtype="float32", **kept)),
+    ]
+
+
+def _twin_flow() -> list[tuple[str, str, dict[str, Any]]]:
+    """An offloaded optimizer's ``ratio``, which leaves the first sub-groups on the GPU."""
+
+    def row(ratio: float, sub_group_size: int = 200_000, **options: Any) -> dict[str, Any]:
+        keys = {"offload_optimizer": {"ratio": ratio}, "sub_group_size": sub_group_size}
+        keys |= {"zero_force_ds_cpu_optimizer": True, **options.pop("zero", {})}
+        return {"strategy": "zero3", **_OFFLOAD, **options, "zero": keys}
+
+    more, both = {"grad_accum_steps": 3}, {"offload_param": "cpu"}
+    saved = {"save": True, "pretrained": {"dtype": "bfloat16"}}
+    rows = [row(0.5), row(0.3, **more), row(0.5, **both), row(0.0), row(0.5, 10**9), row(0.5, gpus=1)]
+    rows += [row(0.5, **saved), row(0.5, zero={"zero_force_ds_cpu_optimizer": False})]  # the last is refused
+    # First looked at when the rule had been written.
+    in_fp32 = {"grad_accum_dtype": "fp32"}
+    pageable = {"offload_optimizer": {"ratio": 0.25, "pin_memory": False}}
+    return [
+        *(("llama", "small", each) for each in rows),
+        ("qwen2", "small", row(0.7, 100_000, gpus=3, num_layers=4, **more, zero=in_fp32)),
+        ("llama", "wide", row(0.4, 1_000_000, gpus=8, **LORA, micro_batch_size=2, seq_len=120)),
+        ("qwen2", "small", row(0.25, 50_000, gpus=2, **both, **more, zero=pageable)),
+        ("llama", "tied", row(0.1, 300_000, gpus=64, **FP16, gradient_checkpointing=True)),
+        ("gpt2", "small", row(0.6, 150_000, gpus=5, **FP32)),
+        ("llama", "wide", row(0.5, 2_000_000, gpus=2, **both, **saved)),
+        ("qwen2", "small", row(0.9, 60_000, gpus=1, **both, **saved, zero={"communication_data_type": "fp32"})),
     ]
 
 

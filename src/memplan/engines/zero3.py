@@ -11,14 +11,23 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 from memplan.engines import checkpoint, nvme
 from memplan.engines.layout import Layout, StateDict
-from memplan.engines.zero import NORM_ITEMSIZE, master_dtype, named, optimizer_storages, resolved, stepping
-from memplan.errors import UnsupportedError
+from memplan.engines.zero import (
+    NORM_ITEMSIZE,
+    master_dtype,
+    named,
+    optimizer_storages,
+    resolved,
+    stepping,
+    uses_cpu_adam,
+)
+from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
-from memplan.memory.optimizers import Optimizer
+from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
 from memplan.specs.strategy import Strategy, ZeroSpec
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
@@ -31,6 +40,7 @@ TOGETHER = "what several weights are gathered into together (stage3_prefetch_buc
 STAGED = "partitions on their way from the host (offload_param)"
 NORM = "gradients in float64, for their norm"
 TO_HOST = "a gradient on its way to the host (offload_optimizer)"
+KEPT = "gradients of sub-groups that are stepped on the GPU (ratio, sub_group_size)"
 SUB_GROUP = "gradient that a sub-group steps with (sub_group_size)"
 """Blocks as an explanation names them; in parentheses the keys that size them."""
 
@@ -87,6 +97,8 @@ class Zero3Setup:
     """Each partition is reduced to its rank, in place of an all-reduce of the bucket's buffer."""
     offload_optimizer: bool
     """Masters, gradients and optimizer states are on the host."""
+    on_gpu: Sequence[bool]
+    """For each sub-group: its masters, gradients and states are on the GPU all the same (subgroup_to_device)."""
     offload_param: bool
     """So are the partitions of the weights."""
     swap_optimizer: bool
@@ -432,10 +444,13 @@ class Zero3:
         for i in range(len(setup.partitions)):
             self._create_fp32_partition(i)
         # initialize_optimizer_states: a gradient of zeros, and the gradients that offloading keeps.
-        zeros = ledger.allocate("temporaries", largest, self._optimizer_place)
+        zeros = ledger.allocate("temporaries", largest, self._device)
         for i, partition in enumerate(setup.partitions):
             if setup.offload_optimizer and not self._swaps(i):
-                self._on_host("gradients", partition.nbytes, setup.gradients_place)
+                made = self._on_host("gradients", partition.nbytes, setup.gradients_place)
+                if setup.on_gpu[i]:
+                    ledger.allocate("gradients", partition.nbytes, name=KEPT)
+                    ledger.free(made)
         ledger.free(zeros)
         for i, optimizer in enumerate(setup.optimizers):
             if optimizer.made_at_construction:
@@ -494,11 +509,12 @@ class Zero3:
             if read_from_nvme and not setup.keys.offload_optimizer.fast_init:
                 ledger.briefly("temporaries", nbytes, "host")
             self._optimizer.initialize_parameters(nbytes)
-        elif setup.offload_optimizer:
+        elif not setup.on_gpu[index]:
             ledger.allocate("optimizer", nbytes, "host")
         else:
             cast = None  # .to(float32).clone()
-            if not read_from_nvme and setup.dtype is not setup.master_dtype:
+            comes_from_host = setup.offload_param and setup.offload_optimizer
+            if not read_from_nvme and (setup.dtype is not setup.master_dtype or comes_from_host):
                 cast = ledger.allocate("temporaries", nbytes, name="masters on their way")
             ledger.allocate("optimizer", nbytes, name="masters")
             ledger.free(cast)
@@ -565,9 +581,13 @@ class Zero3:
         return pinned
 
     @property
-    def _optimizer_place(self) -> str:
-        """Where the optimizer works: DeepSpeedCPUAdam's states are pageable."""
+    def _device(self) -> str:
+        """Where gradients wait for the optimizer (self.device)."""
         return "host" if self.setup.offload_optimizer else "gpu"
+
+    def _optimizer_place(self, index: int) -> str:
+        """Where a sub-group is stepped: DeepSpeedCPUAdam's states are pageable."""
+        return "gpu" if self.setup.on_gpu[index] else "host"
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
@@ -721,8 +741,8 @@ class Zero3:
             return
         elements = sum(shard.partition for shard in self._trained.values())
         nbytes = elements * self.setup.accumulation_dtype.itemsize
-        absolute = self.ledger.allocate("temporaries", nbytes, self._optimizer_place)
-        self.ledger.briefly("temporaries", elements, self._optimizer_place)
+        absolute = self.ledger.allocate("temporaries", nbytes, self._device)
+        self.ledger.briefly("temporaries", elements, self._device)
         self.ledger.free(absolute)
 
     def _step_on_host(self, index: int) -> None:
@@ -731,7 +751,8 @@ class Zero3:
         if optimizer is None or not self._swaps(index):
             if not self._stepped and not self.setup.optimizers[index].made_at_construction:
                 self._make_states(index)
-            self.ledger.briefly("temporaries", self.setup.optimizers[index].temporaries.peak, self._optimizer_place)
+            nbytes, place = self.setup.optimizers[index].temporaries.peak, self._optimizer_place(index)
+            self.ledger.briefly("temporaries", nbytes, place, "of the optimizer's step")
             return
         optimizer.swap_in_optimizer_state(index)
         if not self._stepped:
@@ -747,7 +768,8 @@ class Zero3:
         if len(setup.saves) == len(self._all):
             self.ledger.briefly("temporaries", state_dict.split * setup.dtype.itemsize, "main")
         self.coordinator.release_and_reset_all(self._all)  # checkpoint_event_prologue
-        storages = [] if setup.offload_optimizer else optimizer_storages(setup.optimizers, setup.partitions)
+        there = [i for i in range(len(setup.partitions)) if setup.on_gpu[i]]
+        storages = optimizer_storages([setup.optimizers[i] for i in there], [setup.partitions[i] for i in there])
         checkpoint.write(ledger, storages)
         self.coordinator.gather_persistent(self._all)
         # get_layer_state_dict calls itself, a cycle that holds the model until the garbage collector comes by.
@@ -769,7 +791,7 @@ class Zero3:
 
     def _make_states(self, index: int) -> None:
         for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
-            self.ledger.allocate("optimizer", nbytes, self._optimizer_place, "states")
+            self.ledger.allocate("optimizer", nbytes, self._optimizer_place(index), "states")
 
 
 NORM_PART = 250_000_000
@@ -795,10 +817,11 @@ def zero3_setup(
     Raises UnsupportedError for unmodelled ones.
     """
     keys = strategy.zero
+    has_ratio = strategy.offload_optimizer != "none" and keys.offload_optimizer.ratio < 1
     reasons = {
         "optim": strategy.offload_optimizer == "nvme" and not optim.startswith("adamw_torch") and optim,
         "use_gds": "nvme" in (strategy.offload_optimizer, strategy.offload_param) and keys.aio.use_gds and "true",
-        "ratio": strategy.offload_optimizer != "none" and keys.offload_optimizer.ratio != 1 and "less than 1",
+        "ratio": has_ratio and "nvme" in (strategy.offload_optimizer, strategy.offload_param) and "less than 1",
         "zero_hpz_partition_size": keys.zero_hpz_partition_size > 1 and keys.zero_hpz_partition_size,
         "zero_quantized_weights": keys.zero_quantized_weights and "true",
         "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
@@ -827,6 +850,9 @@ def zero3_setup(
         if not all(in_cpu):
             largest = max(part.numel for part in partitions)
             nvme.check_fast_init(keys.offload_optimizer, keys.offload_param, keys.aio, largest)
+    on_gpu, optimizers = _placed(
+        strategy, optim, rules, partitions, stepping(strategy, dtype, optim, len(groups), rules, partitions)
+    )
     return Zero3Setup(
         sub_groups=sub_groups,
         frozen=[shard for key, shard in shards.items() if key not in trained],
@@ -850,6 +876,7 @@ def zero3_setup(
         contiguous_gradients=keys.contiguous_gradients,
         reduce_scatter=keys.reduce_scatter,
         offload_optimizer=strategy.offload_optimizer != "none",
+        on_gpu=on_gpu,
         offload_param=strategy.offload_param != "none",
         swap_optimizer=swap_optimizer,
         params_in_nvme=params_in_nvme,
@@ -859,9 +886,30 @@ def zero3_setup(
         gradients_place="pinned" if keys.offload_optimizer.pin_memory else "host",
         weights_place="pinned" if keys.offload_param.pin_memory else "host",
         groups=groups,
-        optimizers=stepping(strategy, dtype, optim, len(groups), rules, partitions),
+        optimizers=optimizers,
         partitions=partitions,
     )
+
+
+def _placed(
+    strategy: Strategy, optim: str, rules: DeviceRules, partitions: Sequence[Parameter], optimizers: list[Optimizer]
+) -> tuple[list[bool], list[Optimizer]]:
+    """Which sub-groups are on the GPU, and each one's optimizer: an offloaded one's ``ratio`` leaves the first to
+    torch's AdamW (backup_optimizer). Raises SpecError for what DeepSpeed asserts against.
+    """
+    ratio = strategy.zero.offload_optimizer.ratio
+    if strategy.offload_optimizer == "none":
+        return [True] * len(partitions), optimizers
+    if ratio == 1:
+        return [False] * len(partitions), optimizers
+    if not uses_cpu_adam(strategy.zero, optim):
+        problem, remedy = "is refused by DeepSpeed without DeepSpeedCPUAdam", "Use adamw_torch_fused, or leave it out."
+        raise SpecError.at("zero.offload_optimizer.ratio", ratio, problem, remedy)
+    on_gpu = [i < int((1 - ratio) * len(partitions)) for i in range(len(partitions))]
+    for i, partition in enumerate(partitions):
+        if on_gpu[i]:
+            optimizers[i] = make_optimizer("adamw_torch", rules, partial(Groups, [partition]))
+    return on_gpu, optimizers
 
 
 def _persistent(model: Layout, threshold: int, keys: ZeroSpec) -> set[Key]:
