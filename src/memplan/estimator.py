@@ -105,9 +105,7 @@ def estimate(
         placed["save"]["temporaries"] = placed["save"].get("temporaries", 0) + split
     if training.quantization is not None and not strategy.shards:
         placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
-    # Hybrid sharding has a group within nodes and one between them, beside that of all ranks.
-    hybrid = strategy.kind == "fsdp" and strategy.fsdp.is_hybrid
-    outside = _outside(gpu, cluster, software, communicators=2 if hybrid else 1)
+    outside = _outside(gpu, cluster, software, communicators=2 if strategy.has_groups_of_nodes else 1)
     replayed = None
     if setup.rules.kind != "cpu":
         # No bound is known for other settings of the allocator.

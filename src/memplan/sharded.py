@@ -263,6 +263,7 @@ def _engine(
             strategy,
             model,
             ranks,
+            per_node,
             setup.dtype,
             hidden_size,
             optim,

@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 import unittest.mock
 import warnings
 from collections import Counter
@@ -262,6 +263,7 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu" if sides is None else "cpu:0"
     _become_rank_zero(options["gpus"], options.get("nodes", 1))
     _do_without_native_optimizers()
+    _do_without_quantizer()
     recorder = Recorder()
     warnings.simplefilter("ignore")
     gc.collect()
@@ -409,6 +411,41 @@ def _do_without_native_optimizers() -> None:
         module, kind = name.rsplit(".", 1)
         builder = getattr(importlib.import_module(f"deepspeed.ops.{module}"), f"{kind}Builder")
         builder.load = lambda *_, **__: Does()
+
+
+def _do_without_quantizer() -> None:
+    """ZeRO++'s CUDA kernels, for their results' sizes: csrc/quantization/pt_binding.cpp."""
+    import torch
+
+    def quantize(values: Any, groups: int, bits: int, kind: str) -> tuple[Any, Any]:
+        *sizes, last = values.shape
+        scales = torch.empty((groups, 1), dtype=torch.float32, device=values.device)
+        return torch.empty((*sizes, last * bits // 8), dtype=torch.int8, device=values.device), scales
+
+    def dequantize(quantized: Any, scales: Any, groups: int, bits: int, kind: str) -> Any:
+        *sizes, last = quantized.shape
+        return torch.zeros((*sizes, last * 8 // bits), dtype=torch.half, device=quantized.device)
+
+    def swizzle_quant(values: Any, groups: int, bits: int, *_: Any) -> tuple[Any, Any]:
+        scales = torch.empty((groups, 1), dtype=torch.float32, device=values.device)
+        return torch.empty((values.numel() * bits // 8,), dtype=torch.int8, device=values.device), scales
+
+    def quantized_reduction(
+        values: Any, scales: Any, groups: int, out_groups: int, bits: int, kind: str, devices: int
+    ) -> tuple[Any, Any]:
+        *sizes, last = values.shape
+        sums = torch.empty((*sizes, last // devices), dtype=torch.int8, device=values.device)
+        return sums, torch.empty((out_groups, 1), dtype=torch.float32, device=values.device)
+
+    module = types.SimpleNamespace(
+        quantize=quantize,
+        dequantize=dequantize,
+        swizzle_quant=swizzle_quant,
+        quantized_reduction=quantized_reduction,
+        Symmetric="Symmetric",
+    )
+    builder = importlib.import_module("deepspeed.ops.op_builder").QuantizerBuilder
+    builder.load = lambda *_, **__: module
 
 
 def import_libraries() -> None:
@@ -1066,6 +1103,7 @@ def groups() -> dict[str, list[Setup]]:
     made["knobs"] = _knobs()
     made["hybrid"] = [_row(*row) for row in _hybrid()]
     made["twinflow"] = [_row(*row) for row in _twin_flow()]
+    made["zeropp"] = [_row(*row) for row in _zero_plus_plus()]
     rows = [("llama", "small", options) for options in _quantized_variants()] + _quantized_held_out()
     made["quantized"] = [Setup(family, config, _qlora(config, **options).options) for family, config, options in rows]
     return made
@@ -1216,6 +1254,54 @@ def _twin_flow() -> list[tuple[str, str, dict[str, Any]]]:
         ("gpt2", "small", row(0.6, 150_000, gpus=5, **FP32)),
         ("llama", "wide", row(0.5, 2_000_000, gpus=2, **both, **saved)),
         ("qwen2", "small", row(0.9, 60_000, gpus=1, **both, **saved, zero={"communication_data_type": "fp32"})),
+    ]
+
+
+def _zero_plus_plus() -> list[tuple[str, str, dict[str, Any]]]:
+    """ZeRO++: second partitions within a node, weights and gradients that travel quantized."""
+    second, weights, gradients = (
+        {"zero_hpz_partition_size": 4},
+        {"zero_quantized_weights": True},
+        {"zero_quantized_gradients": True},
+    )
+
+    def row(zero: dict[str, Any], **options: Any) -> dict[str, Any]:
+        return {"strategy": "zero3", "gpus": 8, "nodes": 2, **options, "zero": zero}
+
+    more, param = {"grad_accum_steps": 3}, {"offload_param": "cpu"}
+    saved = {"save": True, "pretrained": {"dtype": "bfloat16"}}
+    rows = [
+        *(row(zero) for zero in (second, weights, gradients, {**second, **weights, **gradients})),
+        row(second, **param, **_OFFLOAD),
+        row(weights, **param),
+        row(gradients, **_OFFLOAD, **more),
+        row(gradients, **more),
+        row(second, **LORA),
+        row(second, **saved),
+        row(weights, **FP16),
+        row(gradients, **FP32),
+        row(second, gpus=1, nodes=1),
+        row({"zero_hpz_partition_size": 3}),  # this and the next two are refused
+        row({**gradients, "reduce_scatter": False}),
+        row(weights, gpus=64, nodes=8),
+        row({"zero_quantized_nontrainable_weights": True}, **LORA),
+    ]
+    # First looked at when the rules had been written.
+    one_by_one = {"stage3_allgather_sequential": True, "stage3_prefetch_bucket_size": 500_000}
+    large, two = {"reduce_bucket_size": 20_000_000, "stage3_max_live_parameters": 0}, {"zero_hpz_partition_size": 2}
+    away = {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
+    kept = {"eval_batch_size": 2, "eval_accumulation_steps": 3, "two_sides": True}
+    return [
+        *(("llama", "small", each) for each in rows),
+        ("qwen2", "small", row({**gradients, **large}, gpus=4, num_layers=3, grad_accum_steps=2)),
+        ("llama", "small", row({**gradients, **large, "communication_data_type": "fp32"}, nodes=4, **more)),
+        ("qwen2", "small", row({**weights, **two, **one_by_one}, gpus=4, **FP16, **param)),
+        ("llama", "wide", row({**weights, **away}, gpus=16, nodes=2, gradient_checkpointing=True, seq_len=90)),
+        ("gpt2", "small", row({**two, **away}, gpus=6, nodes=3, **more)),
+        ("llama", "tied", row({**second, **weights}, **LORA, **param, micro_batch_size=2, seq_len=120)),
+        ("llama", "wide", row({"zero_hpz_partition_size": 8}, gpus=16, **saved, **param)),
+        ("qwen2", "small", row(two, gpus=4, **kept)),
+        ("olmoe", "small", row({**gradients, **large, **two}, gpus=4, dtype="float32", mixed_precision="bf16")),
     ]
 
 

@@ -93,7 +93,7 @@ _ZERO: dict[str, Key] = {
     ),
     "zero_hpz_partition_size": _sets(Count, "zero_hpz_partition_size"),
     "zero_quantized_weights": _sets(bool, "zero_quantized_weights"),
-    "zero_quantized_nontrainable_weights": _only(bool, False, why="quantized partitions are not modelled", stages=(3,)),
+    "zero_quantized_nontrainable_weights": _sets(bool, "zero_quantized_nontrainable_weights"),
     "zero_quantized_gradients": _sets(bool, "zero_quantized_gradients"),
     "memory_efficient_linear": _only(bool, True, why="torch's linear layer saves other tensors there", stages=(3,)),
     "pipeline_loading_checkpoint": _idle(_CHECKPOINTS, bool),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 
-from memplan.engines import checkpoint, nvme
+from memplan.engines import checkpoint, nvme, zeropp
 from memplan.engines.layout import Layout, StateDict
 from memplan.engines.zero import (
     NORM_ITEMSIZE,
@@ -31,7 +31,7 @@ from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
 from memplan.specs.strategy import Strategy, ZeroSpec
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
-from memplan.tape.tensor import DType, Parameter, float16, float32, int8
+from memplan.tape.tensor import DType, Parameter, Shape, float16, float32, int8
 
 BUCKET = "bucket of gradients (reduce_bucket_size)"
 LIVE = "gathered weights (stage3_max_live_parameters, stage3_max_reuse_distance)"
@@ -40,6 +40,7 @@ TOGETHER = "what several weights are gathered into together (stage3_prefetch_buc
 STAGED = "partitions on their way from the host (offload_param)"
 NORM = "gradients in float64, for their norm"
 TO_HOST = "a gradient on its way to the host (offload_optimizer)"
+CAST = "gradients, cast"
 KEPT = "gradients of sub-groups that are stepped on the GPU (ratio, sub_group_size)"
 SUB_GROUP = "gradient that a sub-group steps with (sub_group_size)"
 """Blocks as an explanation names them; in parentheses the keys that size them."""
@@ -54,6 +55,7 @@ class Shard:
     itemsize: int
     """Bytes of an element: adapters stay in float32, since zero.Init has done the cast before them."""
     ranks: int
+    shape: Shape
     persistent: bool
     """Small enough to stay gathered between steps (ds_persist)."""
 
@@ -61,6 +63,11 @@ class Shard:
     def partition(self) -> int:
         """Elements of one rank's partition, padding included."""
         return -(-self.elements // self.ranks)
+
+    @property
+    def aligned(self) -> int:
+        """Elements of all partitions."""
+        return self.partition * self.ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,13 @@ class Zero3Setup:
     saves: frozenset[Key]
     """Weights of the model that is gathered to be saved."""
     ranks: int
+    per_node: int
+    secondary_group: int
+    """Ranks that have second partitions of all weights together (zero_hpz_partition_size); 0 is none."""
+    quantized_weights: bool
+    """Weights are gathered in 8 bits."""
+    quantized_gradients: bool
+    """Gradients are reduced in 4 bits: all to all within nodes, then between them."""
     dtype: DType
     accumulation_dtype: DType
     communication_dtype: DType
@@ -125,10 +139,11 @@ class _Gather:
     """AllGatherCoalescedHandle."""
 
     shards: Sequence[Shard]
-    flat: Block | None
-    """What several weights are gathered into together, until the last of them is fetched."""
+    held: list[Block | None]
+    """What several weights are gathered into together, and what is quantized, until the last of them is fetched."""
     waited: bool = False
     left: int = 0
+    quantized: bool = False
 
 
 _NEVER = -(10**10)
@@ -182,6 +197,13 @@ class Coordinator:
         """How many nodes a gathered weight is saved for by a recomputation, or kept in the ctx of."""
         self._kept: list[tuple[Key, Block]] = []
         """Gathered weights that the graph of the loss holds."""
+        self.secondary = zeropp.Secondaries(setup.secondary_group, self._second_partition)
+
+    def _second_partition(self, nbytes: int) -> Block:
+        """Where the first ones are."""
+        if not self.setup.offload_param:
+            return self.ledger.allocate("weights", nbytes, name=zeropp.SECONDARY)
+        return on_host(self.ledger, "weights", nbytes, self.setup.weights_place)
 
     def reset_step(self) -> None:
         """A forward begins."""
@@ -259,7 +281,9 @@ class Coordinator:
         if self.swapper is not None:
             self.swapper.ensure_availability(away)
         for together in [[shard] for shard in away] if alone else [away]:
-            staged = self._staged(together)  # _allgather_params_coalesced: all of them before the first is gathered
+            staged = self._staged(
+                together, first=True
+            )  # _allgather_params_coalesced: all of them before the first is gathered
             for shard in together:
                 self.available[shard.key] = self._gather(shard)
             self.ledger.free(*staged)
@@ -279,11 +303,15 @@ class Coordinator:
             return None
         return self.ledger.allocate("communication", nbytes, name=name)
 
-    def _staged(self, shards: Sequence[Shard]) -> list[Block]:
-        """Partitions come from the host before they are gathered."""
+    def _own_part(self, shard: Shard) -> int:
+        """Elements of what this rank gives to a gathering."""
+        return shard.aligned // self.secondary.group if shard.key in self.secondary else shard.partition
+
+    def _staged(self, shards: Sequence[Shard], *, first: bool = False) -> list[Block]:
+        """Partitions come from the host before they are gathered: the ``first`` ones, or the second where they are."""
         if not self.setup.offload_param or self.setup.ranks == 1:
             return []
-        sizes = (shard.partition * shard.itemsize for shard in shards)
+        sizes = ((shard.partition if first else self._own_part(shard)) * shard.itemsize for shard in shards)
         return [self.ledger.allocate("communication", nbytes, name=STAGED) for nbytes in sizes]
 
     def _all_gather(self, shards: Sequence[Shard]) -> None:
@@ -292,35 +320,96 @@ class Coordinator:
         self._n_available += sum(shard.elements for shard in shards)
         if self.swapper is not None:
             self.swapper.ensure_availability(shards)
+        for together in (
+            [shard for shard in shards if shard.key in self.secondary],
+            [shard for shard in shards if shard.key not in self.secondary],
+        ):
+            if together:
+                self._all_gather_coalesced(together)
+
+    def _all_gather_coalesced(self, shards: Sequence[Shard]) -> None:
         alone = len(shards) == 1 or self.setup.allgather_sequential
-        gather = _Gather(shards, None, left=len(shards))
-        if alone or self.setup.ranks == 1:
+        gather = _Gather(shards, [], left=len(shards))
+        if self.setup.quantized_weights and self.setup.ranks > 1:
+            gather.quantized = True
+            gather.held = self._quantized_one_by_one(shards) if alone else self._quantized_together(shards)
+        elif alone or self.setup.ranks == 1:
             for shard in shards:
                 self.available[shard.key] = self._gather(shard)
                 self.ledger.free(*self._staged([shard]))
             gather.waited = True
         else:
-            elements = (shard.partition * shard.ranks * shard.itemsize for shard in shards)
-            gather.flat = self._allocate(sum(elements), TOGETHER)
+            gather.held = [self._allocate(sum(shard.aligned * shard.itemsize for shard in shards), TOGETHER)]
             self.ledger.free(*self._staged(shards))
         for shard in shards:
             self._inflight[shard.key] = gather
             if self.swapper is not None and shard.persistent:
                 self.swapper.remove_partition_and_release_buffer(shard)
 
+    def _quantized_one_by_one(self, shards: Sequence[Shard]) -> list[Block | None]:
+        """_all_gather_sequential: what is gathered, with all ranks' scales."""
+        held: list[Block | None] = []
+        before: list[Block] = []
+        """Of the weight before, by the loop's variables."""
+        for shard in shards:
+            own = self._own_part(shard)
+            held.append(self._passes(shard.aligned))
+            half = None if self._is_half(shard) else self._passes(own * float16.itemsize)
+            sizes = zeropp.quantized(own)
+            made = [self._passes(nbytes) for nbytes in sizes]
+            self.ledger.free(half, *before)
+            held.append(self._passes(sizes[1] * (shard.aligned // own)))
+            before = made
+        self.ledger.free(*before)
+        return held
+
+    def _quantized_together(self, shards: Sequence[Shard]) -> list[Block | None]:
+        """_all_gather_coalesced: the partitions are put together, and quantized as one."""
+        own = sum(map(self._own_part, shards))
+        aligned = sum(shard.aligned for shard in shards)
+        gathered = self._passes(aligned)
+        staged = self._staged(shards)
+        together = self._passes(own * max(shard.itemsize for shard in shards))
+        self.ledger.free(*staged)
+        if not all(map(self._is_half, shards)):
+            half = self._passes(own * float16.itemsize)
+            self.ledger.free(together)
+            together = half
+        sizes = zeropp.quantized(own)
+        made = [self._passes(nbytes) for nbytes in sizes]
+        self.ledger.free(together)
+        scales = self._passes(sizes[1] * (aligned // own))
+        self.ledger.free(*made)
+        return [gathered, scales]
+
+    def _passes(self, nbytes: int) -> Block:
+        return self.ledger.allocate("communication", nbytes, name=zeropp.QUANTIZED)
+
+    def _is_half(self, shard: Shard) -> bool:
+        """In float16, which the quantizer takes and returns."""
+        return self.setup.dtype is float16 and shard.itemsize == float16.itemsize
+
     def _wait(self, gather: _Gather) -> None:
-        if not gather.waited:
-            for shard in gather.shards:
-                self.available[shard.key] = self._gather(shard, padded=False)
-            gather.waited = True
+        if gather.waited:
+            return
+        gather.waited = True
+        together = len(gather.shards) > 1 and not self.setup.allgather_sequential
+        if gather.quantized and together:
+            gather.held.append(self._passes(sum(shard.aligned for shard in gather.shards) * float16.itemsize))
+        for shard in gather.shards:
+            cast = gather.quantized and not self._is_half(shard)
+            half = self._passes(shard.elements * float16.itemsize) if cast else None
+            self.available[shard.key] = self._gather(shard, padded=False)
+            self.ledger.free(half)
 
     def _drop(self, gather: _Gather) -> None:
         gather.left -= 1
         if not gather.left:
-            self.ledger.free(gather.flat)
+            self.ledger.free(*gather.held)
 
     def _release(self, shard: Shard) -> None:
         if shard.key in self.available and not self._active.get(shard.key):
+            self.secondary.partition(shard.key, shard.aligned, shard.itemsize)
             block = self.available.pop(shard.key)
             if block is not None and not self._held[block]:
                 self.ledger.free(block)
@@ -432,6 +521,8 @@ class Zero3:
         self._norms: list[Block] = []
         """Of gradients that are on the host now (norm_for_param_grads)."""
         self._boundary = True
+        self._accumulates = False
+        """Gradients are added to those of a micro-batch before."""
         self._stepped = False
 
     def initialize(self) -> None:
@@ -447,7 +538,7 @@ class Zero3:
         zeros = ledger.allocate("temporaries", largest, self._device)
         for i, partition in enumerate(setup.partitions):
             if setup.offload_optimizer and not self._swaps(i):
-                made = self._on_host("gradients", partition.nbytes, setup.gradients_place)
+                made = on_host(ledger, "gradients", partition.nbytes, setup.gradients_place)
                 if setup.on_gpu[i]:
                     ledger.allocate("gradients", partition.nbytes, name=KEPT)
                     ledger.free(made)
@@ -459,12 +550,11 @@ class Zero3:
             ledger.allocate("communication", setup.reduce_bucket_size * setup.communication_dtype.itemsize, name=BUCKET)
         nbytes = sum(shard.partition for shard in self._trained.values()) * setup.accumulation_dtype.itemsize
         if setup.offload_optimizer:
-            self._on_host("gradients", nbytes, setup.gradients_place)
+            on_host(ledger, "gradients", nbytes, setup.gradients_place)
         else:
             ledger.allocate("gradients", nbytes, name="partitions of the gradients")
         for shard in self._trained.values():  # create_reduce_and_remove_grad_hooks gathers each once
-            if setup.ranks > 1:
-                ledger.free(*self._gathered([shard]))
+            ledger.free(*self._gathered([shard]))
 
     def _place_partitions(self) -> None:
         """Weights are cut into partitions; those that are trained then move into flat buffers."""
@@ -480,7 +570,7 @@ class Zero3:
             ledger.free(flat)
             return
         for group, elements in zip(setup.groups, setup.flat_elements, strict=True):
-            self._on_host("weights", elements * group[0].itemsize, "pinned")  # whatever pin_memory says
+            on_host(ledger, "weights", elements * group[0].itemsize, "pinned")  # whatever pin_memory says
         for sub_group, in_cpu in zip(setup.sub_groups, setup.in_cpu, strict=True):
             for shard in sub_group if in_cpu else ():  # _move_to_flat_buffer
                 if self._params is not None:
@@ -549,11 +639,12 @@ class Zero3:
         sizes = (shard.elements * shard.itemsize for shard in shards)
         whole = [self.ledger.allocate("weights", nbytes, name="weights of a module, whole") for nbytes in sizes]
         for shard, block in zip(shards, whole, strict=True):
+            self.coordinator.secondary.partition(shard.key, shard.aligned, shard.itemsize)
             nbytes = shard.partition * shard.itemsize
             if not setup.offload_param:
                 partitions[shard.key] = self.ledger.allocate("weights", nbytes, name="partitions of the weights")
             elif shard.key not in in_nvme:  # small weights too: zero.Init does not know what will stay gathered
-                partitions[shard.key] = self._on_host("weights", nbytes, setup.weights_place)
+                partitions[shard.key] = on_host(self.ledger, "weights", nbytes, setup.weights_place)
             if shard.key not in setup.kept_whole:
                 self.ledger.free(block)
         return partitions
@@ -570,15 +661,6 @@ class Zero3:
                 staged.append(self.ledger.allocate("communication", nbytes, name=STAGED))
         self.ledger.free(*staged)
         return blocks
-
-    def _on_host(self, component: str, nbytes: int, place: str) -> Block:
-        """Made in pageable memory and, if it is to be pinned, copied."""
-        made = self.ledger.allocate(component, nbytes, "host")
-        if place == "host":
-            return made
-        pinned = self.ledger.allocate(component, nbytes, place)
-        self.ledger.free(made)
-        return pinned
 
     @property
     def _device(self) -> str:
@@ -627,6 +709,7 @@ class Zero3:
 
     def finish_micro_batch(self) -> None:
         self._reduce_and_partition()
+        self._accumulates = True
         self.coordinator.release_backward_leftovers()
 
     def end_graph(self) -> None:
@@ -645,6 +728,8 @@ class Zero3:
         for shard in self._bucket:
             if self.setup.offload_optimizer:
                 swapped += self._offload_gradient(shard)
+            elif self._adds_quantized(shard):
+                self.ledger.briefly("temporaries", shard.partition * setup.accumulation_dtype.itemsize, name=CAST)
             self.ledger.free(self._grads.pop(shard.key, None))
         for shard, gradient in swapped:  # together, after the bucket's last
             assert self._optimizer is not None
@@ -659,8 +744,10 @@ class Zero3:
         size, copies, flat = setup.communication_dtype.itemsize, list[Block](), list[Block]()
         if setup.communication_dtype is not setup.dtype:  # the bucket's buffer has the type already
             own = [shard for shard in self._bucket if shard.key in self._grads]
-            copies = [ledger.allocate("communication", shard.elements * size, name="gradients, cast") for shard in own]
-        if len(self._bucket) > 1 or self._bucket[0].elements % setup.ranks:
+            copies = [ledger.allocate("communication", shard.elements * size, name=CAST) for shard in own]
+        if setup.quantized_gradients:
+            flat = self._all_to_all_quant_reduce()
+        elif len(self._bucket) > 1 or self._bucket[0].elements % setup.ranks:
             nbytes = sum(shard.partition * setup.ranks for shard in self._bucket) * size
             flat.append(ledger.allocate("communication", nbytes, name="reduce-scatter's input"))
         if setup.accumulation_dtype is setup.communication_dtype:
@@ -668,9 +755,45 @@ class Zero3:
                 ledger.free(*copies)
             return flat or copies
         sizes = [shard.partition * setup.accumulation_dtype.itemsize for shard in self._bucket]
-        partitions = [ledger.allocate("temporaries", nbytes, name="gradients, cast") for nbytes in sizes]
+        partitions = [ledger.allocate("temporaries", nbytes, name=CAST) for nbytes in sizes]
         ledger.free(*copies, *flat)
         return partitions
+
+    def _all_to_all_quant_reduce(self) -> list[Block]:
+        """What is left of a bucket's gradients: partitions in float16, and of those that cannot be quantized what they
+        are reduced from.
+        """
+        setup, ledger = self.setup, self.ledger
+        left: list[Block] = []
+        passing: list[list[Block]] = [[] for _ in range(7)]
+        """Of the gradient before, by the loop's variables."""
+        for shard in sorted(self._bucket, key=lambda shard: self._order[shard.key]):
+            if not zeropp.reduces_quantized(shard.shape, shard.elements, setup.ranks):
+                if shard.elements % setup.ranks:
+                    nbytes = shard.aligned * setup.communication_dtype.itemsize
+                    left.append(ledger.allocate("communication", nbytes, name="reduce-scatter's input"))
+                continue
+            sizes = zeropp.quant_reduce_sizes(shard.shape, shard.elements, setup.ranks, setup.per_node)
+            for i, together in enumerate(sizes):
+                made = [ledger.allocate("communication", nbytes, name=zeropp.REDUCED) for nbytes in together]
+                ledger.free(*passing[i])
+                passing[i] = made
+            total: Block | None = None
+            for _ in range(setup.ranks // setup.per_node + 1):  # the nodes' chunks are added up, and divided
+                nbytes = shard.partition * float16.itemsize
+                new = ledger.allocate("communication", nbytes, name=zeropp.REDUCED)
+                ledger.free(total)
+                total = new
+            left += [] if total is None else [total]
+        ledger.free(*(block for made in passing for block in made))
+        return left
+
+    def _adds_quantized(self, shard: Shard) -> bool:
+        """Whether a gradient that came in float16 is cast to be added to that of the micro-batch before."""
+        setup = self.setup
+        came_in_float16 = zeropp.reduces_quantized(shard.shape, shard.elements, setup.ranks)
+        is_cast = setup.communication_dtype is setup.accumulation_dtype is not float16
+        return self._accumulates and setup.quantized_gradients and came_in_float16 and is_cast
 
     def _avg_scatter_contiguous_grads(self) -> list[Block]:
         """The buffer is reduced in place; the last rank pads what its partition lacks."""
@@ -678,7 +801,7 @@ class Zero3:
         itemsize = setup.accumulation_dtype.itemsize
         if setup.accumulation_dtype is not setup.communication_dtype:
             nbytes = self._bucket_elements * itemsize
-            made.append(self.ledger.allocate("temporaries", nbytes, name="gradients, cast"))
+            made.append(self.ledger.allocate("temporaries", nbytes, name=CAST))
         padded = [shard.partition * itemsize for shard in self._bucket if shard.elements % setup.ranks]
         return made + [self.ledger.allocate("temporaries", nbytes, name="padded partitions") for nbytes in padded]
 
@@ -696,6 +819,8 @@ class Zero3:
         for dtype in dtypes:
             component = "gradients" if swaps and dtype is setup.master_dtype else "temporaries"
             made.append(ledger.allocate(component, shard.partition * dtype.itemsize, name=TO_HOST))
+            if len(made) == 1 and self._adds_quantized(shard):
+                ledger.briefly("temporaries", shard.partition * dtype.itemsize, name=CAST)
             if self._boundary and len(made) == 1:
                 ledger.briefly("temporaries", min(shard.partition, NORM_PART) * NORM_ITEMSIZE, name=NORM)
                 self._norms.append(ledger.allocate("temporaries", NORM_ITEMSIZE, name=NORM))
@@ -716,7 +841,7 @@ class Zero3:
             self._stepped = True
             ledger.free(*self._norms)  # reset_cpu_buffers
             self._norms.clear()
-            self.coordinator.gather_persistent(self._all)
+            self._post_step()
             return
         for shard in self._trained.values():
             ledger.briefly("temporaries", shard.partition * NORM_ITEMSIZE, name=NORM)
@@ -732,7 +857,12 @@ class Zero3:
             ledger.briefly("temporaries", setup.optimizers[i].temporaries.peak, name="of the optimizer's step")
             ledger.free(gradient)
         self._stepped = True
+        self._post_step()
+
+    def _post_step(self) -> None:
+        self._accumulates = False
         self.coordinator.gather_persistent(self._all)
+        self.coordinator.secondary.invalidate(self._trained, self.ledger)
 
     def _check_overflow(self) -> None:
         """isinf of gradients in float16, which adapters' are not: their absolute values, and a byte for each."""
@@ -785,6 +915,7 @@ class Zero3:
             for shard in own:
                 if shard.key in self.setup.saves and shard.key not in model:
                     model[shard.key] = ledger.allocate("weights", shard.elements * shard.itemsize, "main")
+                self.coordinator.secondary.partition(shard.key, shard.aligned, shard.itemsize)
             ledger.free(*gathered)
         self.coordinator.gather_persistent(self._all)
         return list(model.values())
@@ -792,6 +923,16 @@ class Zero3:
     def _make_states(self, index: int) -> None:
         for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
             self.ledger.allocate("optimizer", nbytes, self._optimizer_place(index), "states")
+
+
+def on_host(ledger: Ledger, component: str, nbytes: int, place: str) -> Block:
+    """Made in pageable memory and, if it is to be pinned, copied."""
+    made = ledger.allocate(component, nbytes, "host")
+    if place == "host":
+        return made
+    pinned = ledger.allocate(component, nbytes, place)
+    ledger.free(made)
+    return pinned
 
 
 NORM_PART = 250_000_000
@@ -802,6 +943,7 @@ def zero3_setup(
     strategy: Strategy,
     model: Layout,
     ranks: int,
+    per_node: int,
     dtype: DType,
     hidden_size: int | None,
     optim: str,
@@ -817,21 +959,26 @@ def zero3_setup(
     Raises UnsupportedError for unmodelled ones.
     """
     keys = strategy.zero
+    cuts_frozen = any(p.node is None for p in model.parameters.values()) and (quantized or not keys.zero3_init_flag)
     has_ratio = strategy.offload_optimizer != "none" and keys.offload_optimizer.ratio < 1
     reasons = {
         "optim": strategy.offload_optimizer == "nvme" and not optim.startswith("adamw_torch") and optim,
         "use_gds": "nvme" in (strategy.offload_optimizer, strategy.offload_param) and keys.aio.use_gds and "true",
         "ratio": has_ratio and "nvme" in (strategy.offload_optimizer, strategy.offload_param) and "less than 1",
-        "zero_hpz_partition_size": keys.zero_hpz_partition_size > 1 and keys.zero_hpz_partition_size,
-        "zero_quantized_weights": keys.zero_quantized_weights and "true",
-        "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
+        "zero_quantized_nontrainable_weights": keys.zero_quantized_nontrainable_weights and cuts_frozen and "true",
     }
     for key, value in reasons.items():
         if value:
             raise UnsupportedError(f"{key}: {value!r} is not modelled yet under {strategy.kind}. Leave it out.")
+    if keys.zero_quantized_gradients and not keys.reduce_scatter:
+        remedy = "Set reduce_scatter too."
+        raise SpecError.at(
+            "zero.zero_quantized_gradients", True, "is refused by DeepSpeed without reduce_scatter", remedy
+        )
     persistent = _persistent(model, resolved(keys, "stage3_param_persistence_threshold", hidden_size), keys)
     shards = {
-        key: Shard(key, p.numel, p.dtype.itemsize, ranks, key in persistent) for key, p in model.parameters.items()
+        key: Shard(key, p.numel, p.dtype.itemsize, ranks, p.shape, key in persistent)
+        for key, p in model.parameters.items()
     }
     trained = {key for group in model.groups for key in group}
     groups = [[shards[key] for key in group] for group in model.groups]
@@ -864,6 +1011,10 @@ def zero3_setup(
         # Of an adapted model the Trainer saves what is trained, whatever the key says.
         saves=frozenset(trained if adapted else shards if keys.stage3_gather_16bit_weights_on_model_save else ()),
         ranks=ranks,
+        per_node=per_node,
+        secondary_group=_secondary_group(strategy, ranks),
+        quantized_weights=keys.zero_quantized_weights,
+        quantized_gradients=keys.zero_quantized_gradients and ranks > per_node,
         dtype=dtype,
         accumulation_dtype=named(keys.grad_accum_dtype, dtype),
         communication_dtype=named(keys.communication_data_type, dtype),
@@ -889,6 +1040,19 @@ def zero3_setup(
         optimizers=optimizers,
         partitions=partitions,
     )
+
+
+def _secondary_group(strategy: Strategy, ranks: int) -> int:
+    """_create_zero_param_parallel_group. Raises SpecError for what it asserts against, and what fails."""
+    name, size = "zero.zero_hpz_partition_size", strategy.zero.zero_hpz_partition_size
+    if size <= 1:
+        return 0
+    if strategy.offload_param == "nvme":  # torch.empty(..., device="nvme")
+        raise SpecError.at(name, size, "fails in DeepSpeed with offload_param nvme", "Use cpu, or leave it out.")
+    if ranks % min(size, ranks):
+        remedy = "Use a divisor, such as the GPUs of a node."
+        raise SpecError.at(name, size, f"does not divide {ranks} GPUs, which DeepSpeed asserts", remedy)
+    return min(size, ranks)
 
 
 def _placed(

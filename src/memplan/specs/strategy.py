@@ -145,12 +145,14 @@ class ZeroSpec(Spec):
     """Stage 3: gather the whole 16-bit model to save it."""
     stage3_allgather_sequential: bool = False
     """Stage 3: gather one parameter at a time, without a coalesced copy."""
-    zero_hpz_partition_size: PositiveInt = 1
-    """Stage 3: ranks of a secondary partition (ZeRO++)."""
+    zero_hpz_partition_size: NonNegativeInt = 1
+    """Stage 3: ranks that have a second partition of the weights together, a node's (ZeRO++)."""
     zero_quantized_weights: bool = False
-    """Stage 3: gather quantized weights (ZeRO++)."""
+    """Stage 3: gather weights in 8 bits (ZeRO++)."""
     zero_quantized_gradients: bool = False
-    """Stage 3: reduce quantized gradients (ZeRO++)."""
+    """Stage 3: reduce gradients in 4 bits (ZeRO++), if there are several nodes."""
+    zero_quantized_nontrainable_weights: bool = False
+    """Stage 3: keep weights in 8 bits that are not trained when they are partitioned (ZeRO++): under zero.Init none."""
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """``data_types.grad_accum_dtype``; None is the model's type."""
     communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
@@ -293,6 +295,14 @@ class Strategy(Spec):
     def zero_stage(self) -> int | None:
         """DeepSpeed's stage, 0 .. 3; None for other engines."""
         return int(self.kind[-1]) if self.is_deepspeed else None
+
+    @property
+    def has_groups_of_nodes(self) -> bool:
+        """Whether ranks have a group within nodes, and one between them, beside that of all."""
+        if self.kind == "fsdp":
+            return self.fsdp.is_hybrid
+        keys = self.zero
+        return self.kind == "zero3" and (keys.zero_hpz_partition_size > 1 or keys.zero_quantized_gradients)
 
     @property
     def shards(self) -> bool:
