@@ -105,21 +105,22 @@ def estimate(
         placed["save"]["temporaries"] = placed["save"].get("temporaries", 0) + split
     if training.quantization is not None and not strategy.shards:
         placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
+    outside = _outside(gpu, cluster, software, communicators=2 if strategy.has_groups_of_nodes else 1)
     replayed = None
     if setup.rules.kind != "cpu":
         # No bound is known for other settings of the allocator.
         exact = replay or training.alloc_conf is not None
-        limit = _limit(cluster, gpu, software) if run.evaluation is not None else None
+        limit = _limit(cluster, gpu, outside) if run.evaluation is not None else None
         if strategy.shards:
             replayed = Replayed({}, played.bound)
             if exact:
-                replayed = sharded.replay(setup, gpu, strategy, cluster.gpus, played.rank, limit)
+                replayed = sharded.replay(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node, played.rank, limit)
         else:
             if exact:
                 replayed = _replay(setup, gpu, strategy, cluster.gpus, limit)
             else:
                 replayed = Replayed({}, _bound(setup, gpu, strategy, cluster.gpus))
-    memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software)
+    memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software, outside)
     host = sharded.host_memory(played, cluster) if strategy.shards else _host_memory(setup, run, micro, cluster, placed)
     nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
     if strategy.shards:
@@ -262,7 +263,7 @@ def _explanation(
         from memplan import sharded
 
         rank = sharded.play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node).rank
-        found = sharded.explained(setup, gpu, strategy, cluster.gpus, rank, memory.peak_phase)
+        found = sharded.explained(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node, rank, memory.peak_phase)
         return explain_sharded(strategy.kind, found, memory)
 
     accumulated = run.grad_accum_steps > 1
@@ -393,12 +394,12 @@ def _capacity(cluster: ClusterSpec, gpu: GPUSpec | None) -> int | None:
     return cluster.gpu_memory or (gpu.memory_bytes if gpu is not None and not gpu.is_cpu else None)
 
 
-def _limit(cluster: ClusterSpec, gpu: GPUSpec | None, software: SoftwareSpec) -> int | None:
+def _limit(cluster: ClusterSpec, gpu: GPUSpec | None, outside: tuple[Constant, Constant]) -> int | None:
     """Of them, those that the process leaves to torch's allocator for certain."""
     capacity = _capacity(cluster, gpu)
     if capacity is None:
         return None
-    return max(0, capacity - sum(int(each.high) for each in _outside(gpu, cluster, software)))
+    return max(0, capacity - sum(int(each.high) for each in outside))
 
 
 def _loading(setup: Setup, gpu: GPUSpec | None, cluster: ClusterSpec, weights: int) -> Parts:
@@ -452,7 +453,9 @@ def _infer(
         workspaces=workspaces,
     )
     found = infer(root, partial(build, setup, full_depth=True), training, machine)
-    memory, assumptions = _gpu_memory(found.placed, found.replayed, process, gpu, software)
+    memory, assumptions = _gpu_memory(
+        found.placed, found.replayed, process, gpu, software, _outside(gpu, process, software)
+    )
     on_host, on_disk = found.on_host, found.on_disk
     host = HostMemory(
         capacity=cluster.host_memory,
@@ -495,11 +498,13 @@ def _explanation_of_inference(found: Inference, memory: GpuMemory) -> tuple[Term
 # -- the hardware ----------------------------------------------------------------------------------------------------
 
 
-def _outside(gpu: GPUSpec | None, cluster: ClusterSpec, software: SoftwareSpec) -> tuple[Constant, Constant]:
+def _outside(
+    gpu: GPUSpec | None, cluster: ClusterSpec, software: SoftwareSpec, communicators: int = 1
+) -> tuple[Constant, Constant]:
     """What the process takes outside torch's counters: the CUDA context and NCCL."""
-    if gpu is None:
-        return NO_GPU_CONTEXT, nccl(reference_gpu(), cluster.gpus, cluster.gpus_per_node, software)
-    return cuda_context(gpu, software), nccl(gpu, cluster.gpus, cluster.gpus_per_node, software)
+    context = NO_GPU_CONTEXT if gpu is None else cuda_context(gpu, software)
+    gpu = reference_gpu() if gpu is None else gpu
+    return context, nccl(gpu, cluster.gpus, cluster.gpus_per_node, software, communicators=communicators)
 
 
 NO_GPU_CONTEXT = Constant(
@@ -582,6 +587,7 @@ def _gpu_memory(
     cluster: ClusterSpec,
     gpu: GPUSpec | None,
     software: SoftwareSpec,
+    outside: tuple[Constant, Constant],
 ) -> tuple[GpuMemory, list[Assumption]]:
     """Peaks, their composition and their interval on the device."""
     allocated = {name: plain.total(parts) for name, parts in placed.items()}
@@ -595,8 +601,7 @@ def _gpu_memory(
     peak_phase = max(allocated, key=lambda name: (allocated[name], name in _STEADY))
     peak = allocated[peak_phase]
     reserved = max(peak, replayed.peak_reserved) if replayed is not None else peak
-    context, communicators = _outside(gpu, cluster, software)
-    outside = [context, communicators]
+    context, communicators = outside
     device = reserved + int(context.value) + int(communicators.value)
     parts = placed[peak_phase]
     memory = GpuMemory(

@@ -64,6 +64,9 @@ def _changes(setup: Setup, strategy: Strategy) -> Iterator[tuple[str, int | bool
         reshard = strategy.fsdp.reshard_after_forward
         changed = strategy.fsdp.replace(reshard_after_forward=not reshard)
         yield "reshard_after_forward", reshard, not reshard, strategy.replace(fsdp=changed)
+        if strategy.fsdp.is_hybrid:
+            changed = strategy.fsdp.replace(dp_replicate_size=1, dp_shard_size=None)
+            yield "dp_replicate_size", strategy.fsdp.dp_replicate_size, 1, strategy.replace(fsdp=changed)
     elif strategy.kind == "fsdp":
         sharding = strategy.fsdp.sharding_strategy or SHARDING_STRATEGIES[0]
         for other in SHARDING_STRATEGIES:

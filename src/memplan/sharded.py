@@ -68,7 +68,7 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
     found: list[Sharded] = []
     for rank in _ranks(strategy, micro.layout(strategy.zero.ds_optimizer), ranks):
         ledger = Ledger(ranks=per_node)
-        play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=False)
+        play_engine(setup, gpu, strategy, ranks, per_node, rank, ledger, full_depth=False)
         placed = {phase: ledger.fullest(phase) for phase in phases}
         host = {phase: ledger.fullest(phase, "host") for phase in phases}
         pinned = {phase: plain.total(ledger.fullest(phase, "pinned")) for phase in phases}
@@ -78,19 +78,21 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
 
 
 @lru_cache(maxsize=64)
-def replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int, limit: int | None) -> Replayed:
+def replay(
+    setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per_node: int, rank: int, limit: int | None
+) -> Replayed:
     """The allocator under the engine: two steps, and evaluation in what CUDA has to give."""
     ledger = ReplayLedger(configured(setup.training.alloc_conf or AllocatorSpec()))
-    play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=True, limit=limit)
+    play_engine(setup, gpu, strategy, ranks, per_node, rank, ledger, full_depth=True, limit=limit)
     return Replayed(ledger.peaks, ledger.peak_reserved)
 
 
 def explained(
-    setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, rank: int, phase: str
+    setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per_node: int, rank: int, phase: str
 ) -> ExplainingLedger:
     """What one rank has on its GPU at a phase's fullest moment, block by block."""
     ledger = ExplainingLedger(phase)
-    play_engine(setup, gpu, strategy, ranks, rank, ledger, full_depth=True)
+    play_engine(setup, gpu, strategy, ranks, per_node, rank, ledger, full_depth=True)
     return ledger
 
 
@@ -99,13 +101,16 @@ def play_engine(
     gpu: GPUSpec | None,
     strategy: Strategy,
     ranks: int,
+    per_node: int,
     rank: int,
     ledger: Ledger,
     *,
     full_depth: bool,
     limit: int | None = None,
 ) -> None:
-    """Play two steps, and evaluation, on one rank; ``ledger`` keeps what it places."""
+    """Play two steps, and evaluation, on one rank of ``ranks``, of which ``per_node`` are on a node; ``ledger`` keeps
+    what it places.
+    """
     run, closed = run_of(setup, gpu)
     accumulates = run.grad_accum_steps > 1
     first = all_layers(setup, False) if full_depth else closed
@@ -144,7 +149,7 @@ def play_engine(
         grad_accum_steps=run.grad_accum_steps,
         evaluation=evaluation,
     )
-    play(_engine(setup, strategy, first.root, model, ranks, rank, ledger), ledger, played)
+    play(_engine(setup, strategy, first.root, model, ranks, per_node, rank, ledger), ledger, played)
 
 
 def _loaded(setup: Setup, strategy: Strategy, model: Layout) -> list[Loaded]:
@@ -226,7 +231,14 @@ def _converted(setup: Setup, strategy: Strategy, model: Layout) -> int:
 
 
 def _engine(
-    setup: Setup, strategy: Strategy, root: Module, model: Layout, ranks: int, rank: int, ledger: Ledger
+    setup: Setup,
+    strategy: Strategy,
+    root: Module,
+    model: Layout,
+    ranks: int,
+    per_node: int,
+    rank: int,
+    ledger: Ledger,
 ) -> Engine:
     hidden_size, optim = setup.model.hidden_size, setup.training.optim
     if setup.training.quantization is not None:
@@ -237,7 +249,7 @@ def _engine(
             strategy,
             root,
             model,
-            ranks,
+            fsdp.shard_group(strategy.fsdp, ranks, per_node),
             setup.dtype,
             loaded,
             mixed,
@@ -251,6 +263,7 @@ def _engine(
             strategy,
             model,
             ranks,
+            per_node,
             setup.dtype,
             hidden_size,
             optim,

@@ -41,7 +41,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, folder: Path, config: Mapping[str,
 
     path = folder / "a.yaml"
     path.write_text(yaml.safe_dump({"num_processes": 2, "num_machines": 1, **config}))
-    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(prepare, "is_port_in_use", lambda port: False)
     monkeypatch.setattr(dataclasses, "is_cuda_available", lambda: True)
@@ -74,6 +74,7 @@ FSDP: list[dict[str, Any]] = [
     {"fsdp_version": 1, "fsdp_sharding_strategy": "full_shard", "fsdp_backward_prefetch": "BACKWARD_POST"},
     {"fsdp_version": 1, "fsdp_reshard_after_forward": "SHARD_GRAD_OP"},
     {"fsdp_version": 1, "fsdp_sharding_strategy": "NO_SHARD"},
+    {"fsdp_version": 1, "fsdp_sharding_strategy": "hybrid_shard_zero2"},
     {"fsdp_version": 1, "fsdp_reshard_after_forward": False},
     {"fsdp_version": 1, "fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_forward_prefetch": True},
     {"fsdp_version": 1, "fsdp_backward_prefetch": "NO_PREFETCH", "fsdp_use_orig_params": False},
@@ -95,7 +96,7 @@ def test_fsdp_is_what_accelerate_launches(
     own = strategy.fsdp
     assert own.version == real.fsdp_version
     if own.version == 1:
-        assert own.sharding_strategy == real.sharding_strategy.name
+        assert own.sharding_strategy == real.sharding_strategy.name.lstrip("_")
         assert own.backward_prefetch == (real.backward_prefetch.name if real.backward_prefetch else "NO_PREFETCH")
         assert own.forward_prefetch == real.forward_prefetch
         assert own.use_orig_params == real.use_orig_params
@@ -113,6 +114,33 @@ def test_fsdp_is_what_accelerate_launches(
         assert own.min_num_params == real.min_num_params
     if own.auto_wrap_policy == "TRANSFORMER_BASED_WRAP":
         assert list(own.transformer_layer_cls_to_wrap) == (real.transformer_cls_names_to_wrap or [])
+
+
+PARALLEL: list[dict[str, Any]] = [
+    {"parallelism_config_dp_replicate_size": 2, "parallelism_config_dp_shard_size": 4},
+    {"parallelism_config_dp_shard_size": 8},
+    {"parallelism_config_dp_replicate_size": 2},
+    {"parallelism_config_tp_size": 1},
+]
+
+
+@pytest.mark.parametrize("values", PARALLEL, ids=lambda values: json.dumps(values)[:80])
+def test_hybrid_sharding_is_what_accelerate_launches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    from accelerate import ParallelismConfig
+
+    config = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}, "parallelism_config": values}
+    launched(monkeypatch, tmp_path, config)
+    real, own = ParallelismConfig(), strategy_of(config).fsdp
+    assert (own.dp_replicate_size, own.dp_shard_size) == (real.dp_replicate_size, real.dp_shard_size)
+
+
+def test_version_1_with_a_parallelism_config_is_refused() -> None:
+    sizes = {"parallelism_config_dp_replicate_size": 2, "parallelism_config_dp_shard_size": 1}
+    config = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}, "parallelism_config": sizes}
+    with pytest.raises(SpecError, match=r"fsdp_version: 1 is refused by accelerate with a parallelism_config\. Leave"):
+        parsed(config)
 
 
 DEEPSPEED: list[dict[str, Any]] = [
@@ -241,6 +269,7 @@ def test_what_accelerate_refuses_is_refused(
         {"distributed_type": "FSDP", "mixed_precision": "fp8"},
         {"distributed_type": "MULTI_GPU", "dynamo_config": {"dynamo_backend": "INDUCTOR"}},
         {"distributed_type": "FSDP", "parallelism_config": {"parallelism_config_tp_size": 2}},
+        {"distributed_type": "MULTI_GPU", "parallelism_config": {"parallelism_config_dp_replicate_size": 2}},
         {"distributed_type": "FSDP", "fsdp_config": {"fsdp_ignored_modules": "head"}},
         {"distributed_type": "MULTI_GPU", "use_cpu": True},
         {"compute_environment": "AMAZON_SAGEMAKER", "distributed_type": "NO"},

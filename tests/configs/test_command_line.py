@@ -180,12 +180,23 @@ def test_int8_under_zero3_of_a_file_is_said_to_stay_whole(run: Callable[..., Any
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights: 'true' is not"),
-        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size: 2 is not"),
+        ({"zero_quantized_gradients": True, "reduce_scatter": False}, "zero_quantized_gradients: True is refused"),
+        (
+            {"zero_hpz_partition_size": 2, "offload_param": {"device": "nvme", "nvme_path": "/nvme"}},
+            "zero_hpz_partition_size: 2 fails in DeepSpeed with offload_param nvme",
+        ),
+        (
+            {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme", "ratio": 0.5}},
+            "ratio: 'less than 1' is not modelled",
+        ),
     ],
 )
-def test_keys_that_the_engine_does_not_model(run: Callable[..., Any], changes: dict[str, Any], message: str) -> None:
-    assert message in refused(run("--gpus=2", "--engine-config", write("ds.json", {**AUTO, **changes})))
+def test_keys_that_the_engine_refuses_or_memplan_does_not_model(
+    run: Callable[..., Any], changes: dict[str, Any], message: str
+) -> None:
+    assert message in refused(
+        run("--gpus=2", "--engine-config", write("ds.json", {**AUTO, "zero_optimization": {"stage": 3, **changes}}))
+    )
 
 
 @pytest.mark.parametrize(

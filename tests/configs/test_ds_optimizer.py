@@ -52,6 +52,6 @@ def test_one_group(options: dict[str, Any]) -> None:
     cluster = ClusterSpec(gpu=cpu, gpus=options["gpus"])
     setup = estimator.resolve(_model(values), training, cluster, strategy, SoftwareSpec())
     ledger = Ledger(pinned_in_powers_of_two=False)
-    sharded.play_engine(setup, cpu, strategy, options["gpus"], 0, ledger, full_depth=False)
+    sharded.play_engine(setup, cpu, strategy, options["gpus"], options["gpus"], 0, ledger, full_depth=False)
     found = {name: size for name, size in estimated(ledger).items() if name in truth}
     assert found == {name: pytest.approx(size, rel=0.002 if name == "idle" else 0.005) for name, size in truth.items()}

@@ -29,7 +29,7 @@ LAYER = 4 * 1024**2 + 3 * 1024 * 4096
 
 
 def shard(number: int, elements: int, itemsize: int = 2, ranks: int = 1, persistent: bool = False) -> Shard:
-    return Shard((number, -1), elements, itemsize, ranks, persistent)
+    return Shard((number, -1), elements, itemsize, ranks, (elements,), persistent)
 
 
 def param_swapper(itemsize: int = 2, **keys: Any) -> tuple[nvme.ParamSwapper, Ledger]:

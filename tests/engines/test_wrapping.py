@@ -69,9 +69,12 @@ SPEC: list[tuple[dict[str, Any], str]] = [
     ({"training": {"optim": "adafactor"}}, "optim: 'adafactor' cannot step on the DTensors"),
     ({"version": 1, "reshard_after_forward": False}, "reshard_after_forward.*SHARD_GRAD_OP"),
     ({"sharding_strategy": "FULL_SHARD"}, "sharding_strategy.*version 2"),
+    ({"version": 1, "dp_replicate_size": 2}, "dp_replicate_size: 2 cannot go with version 1. Use sharding_strategy"),
+    ({"dp_replicate_size": 3}, "dp_replicate_size: 3 cannot be: 3 groups of"),
+    ({"dp_replicate_size": 2, "dp_shard_size": 8}, "dp_shard_size: 8 cannot be: 2 groups of 8 ranks"),
+    ({"dp_replicate_size": 4}, "dp_replicate_size: 4 leaves nothing to shard over with 4 GPUs"),
 ]
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
-    ({"version": 1, "sharding_strategy": "HYBRID_SHARD"}, "sharding_strategy: 'HYBRID_SHARD'"),
     ({"version": 1, "limit_all_gathers": False}, "limit_all_gathers"),
     ({"version": 1, "offload": True, "gpus": 1, "training": {"mixed_precision": "no"}}, "offload_param"),
     ({"version": 1, "training": {"lora": 8}, "transformer_layer_cls_to_wrap": ("LlamaMLP",)}, "PEFT"),

@@ -16,7 +16,7 @@ tensor a side: the accelerator answers to "cpu:0", the host to "cpu", and what c
 What the instrument does not see: buffers of a real communication library (NCCL's channels, gloo's staging), the memory
 that streams keep alive (``record_stream``), pinned blocks' rounding to powers of two, and the CUDA context.
 Kernels are CPU's: attention and the loss keep what they keep on CPU, as in O1. Under FSDP1 streams do nothing, so how
-far the CPU runs ahead (``limit_all_gathers``) cannot be seen; hybrid sharding, which needs nodes, is not measured.
+far the CPU runs ahead (``limit_all_gathers``) cannot be seen.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 import unittest.mock
 import warnings
 from collections import Counter
@@ -271,8 +272,9 @@ def measure(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     told_apart = places != {"none"} or any(options.get(name) for name in ("two_sides", "pretrained", "save"))
     sides = TwoSides() if told_apart else None
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu" if sides is None else "cpu:0"
-    _become_rank_zero(options["gpus"])
+    _become_rank_zero(options["gpus"], options.get("nodes", 1))
     _do_without_native_optimizers()
+    _do_without_quantizer()
     recorder = Recorder()
     warnings.simplefilter("ignore")
     gc.collect()
@@ -376,7 +378,7 @@ def _add_storages(tensor: Any, storages: dict[int, int]) -> None:
                 storages[storage.data_ptr()] = storage.nbytes()
 
 
-def _become_rank_zero(gpus: int) -> None:
+def _become_rank_zero(gpus: int, nodes: int) -> None:
     import torch
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -385,8 +387,8 @@ def _become_rank_zero(gpus: int) -> None:
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(gpus),
-        "LOCAL_WORLD_SIZE": str(gpus),
-        "LOCAL_SIZE": str(gpus),
+        "LOCAL_WORLD_SIZE": str(gpus // nodes),
+        "LOCAL_SIZE": str(gpus // nodes),
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": "29511",
     }
@@ -422,6 +424,41 @@ def _do_without_native_optimizers() -> None:
         module, kind = name.rsplit(".", 1)
         builder = getattr(importlib.import_module(f"deepspeed.ops.{module}"), f"{kind}Builder")
         builder.load = lambda *_, **__: Does()
+
+
+def _do_without_quantizer() -> None:
+    """ZeRO++'s CUDA kernels, for their results' sizes: csrc/quantization/pt_binding.cpp."""
+    import torch
+
+    def quantize(values: Any, groups: int, bits: int, kind: str) -> tuple[Any, Any]:
+        *sizes, last = values.shape
+        scales = torch.empty((groups, 1), dtype=torch.float32, device=values.device)
+        return torch.empty((*sizes, last * bits // 8), dtype=torch.int8, device=values.device), scales
+
+    def dequantize(quantized: Any, scales: Any, groups: int, bits: int, kind: str) -> Any:
+        *sizes, last = quantized.shape
+        return torch.zeros((*sizes, last * 8 // bits), dtype=torch.half, device=quantized.device)
+
+    def swizzle_quant(values: Any, groups: int, bits: int, *_: Any) -> tuple[Any, Any]:
+        scales = torch.empty((groups, 1), dtype=torch.float32, device=values.device)
+        return torch.empty((values.numel() * bits // 8,), dtype=torch.int8, device=values.device), scales
+
+    def quantized_reduction(
+        values: Any, scales: Any, groups: int, out_groups: int, bits: int, kind: str, devices: int
+    ) -> tuple[Any, Any]:
+        *sizes, last = values.shape
+        sums = torch.empty((*sizes, last // devices), dtype=torch.int8, device=values.device)
+        return sums, torch.empty((out_groups, 1), dtype=torch.float32, device=values.device)
+
+    module = types.SimpleNamespace(
+        quantize=quantize,
+        dequantize=dequantize,
+        swizzle_quant=swizzle_quant,
+        quantized_reduction=quantized_reduction,
+        Symmetric="Symmetric",
+    )
+    builder = importlib.import_module("deepspeed.ops.op_builder").QuantizerBuilder
+    builder.load = lambda *_, **__: module
 
 
 def import_libraries() -> None:
@@ -527,8 +564,11 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
         knobs = dict(options.get("fsdp", {}))
         if options.get("offload_param", "none") != "none":
             knobs["cpu_offload"] = True
+        if replicas := knobs.pop("dp_replicate_size", None):
+            sizes = {"dp_replicate_size": replicas, "dp_shard_size": knobs.pop("dp_shard_size", None)}
+            arguments["parallelism_config"] = _parallelism(**sizes, gpus=options["gpus"])
         if knobs.get("version") == 1:
-            _let_fsdp1_run_on_cpu()
+            _let_fsdp1_run_on_cpu(options["gpus"] // options.get("nodes", 1))
             # Of accelerate's own configuration; it does not look at what the Trainer passes on (reshard_after_forward).
             os.environ["FSDP_SHARDING_STRATEGY"] = knobs.pop("sharding_strategy", "FULL_SHARD")
         return transformers.TrainingArguments(**arguments, fsdp=True, fsdp_config=knobs)
@@ -537,9 +577,22 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
     return transformers.TrainingArguments(**arguments, deepspeed=engine_config(options, str(directory / "nvme")))
 
 
-def _let_fsdp1_run_on_cpu() -> None:
-    """sync_module_states, the Trainer's default, asks for an accelerator; its broadcast does without one."""
+def _parallelism(dp_replicate_size: int, dp_shard_size: int | None, gpus: int) -> Any:
+    """accelerate's, with all other ranks to shard over unless it is said how many."""
+    import accelerate
+
+    return accelerate.ParallelismConfig(
+        dp_replicate_size=dp_replicate_size, dp_shard_size=dp_shard_size or gpus // dp_replicate_size
+    )
+
+
+def _let_fsdp1_run_on_cpu(devices: int) -> None:
+    """sync_module_states, the Trainer's default, asks for an accelerator; its broadcast does without one. Hybrid
+    sharding takes the devices that torch sees for those of a node.
+    """
     import torch
+
+    torch.cpu.device_count = lambda: devices
 
     dataclasses_of_accelerate = importlib.import_module("accelerate.utils.dataclasses")
     dataclasses_of_accelerate.is_cuda_available = lambda: True  # type: ignore[attr-defined]
@@ -783,6 +836,7 @@ class TwoSides:
             "on_accelerator": lambda _, tensor: self.side_of(tensor) == "device",
         }
         self._stack.enter_context(unittest.mock.patch.multiple(type(get_accelerator()), **answers))
+        self._stack.enter_context(unittest.mock.patch.object(get_accelerator(), "_name", "cpu:0"))
         fully_shard = importlib.import_module("torch.distributed.fsdp._fully_shard._fully_shard")
         mesh_device = {"_get_device_from_mesh": lambda mesh: torch.device("cpu:0")}
         self._stack.enter_context(unittest.mock.patch.multiple(fully_shard, **mesh_device))
@@ -1071,6 +1125,9 @@ def groups() -> dict[str, list[Setup]]:
     made["full"] = _full()
     made["eval"] = [Setup(family, config, _setup(config, **o).options) for family, config, o in _eval_variants()]
     made["knobs"] = _knobs()
+    made["hybrid"] = [_row(*row) for row in _hybrid()]
+    made["twinflow"] = [_row(*row) for row in _twin_flow()]
+    made["zeropp"] = [_row(*row) for row in _zero_plus_plus()]
     rows = [("llama", "small", options) for options in _quantized_variants()] + _quantized_held_out()
     made["quantized"] = [Setup(family, config, _qlora(config, **options).options) for family, config, options in rows]
     made["liger"] = [Setup(f, config, _setup(config, **o).options) for f, config, o in _liger_variants()]
@@ -1211,6 +1268,123 @@ def _eval_held_out() -> list[tuple[str, str, dict[str, Any]]]:
             },
         ),
         ("qwen2", "small", {"strategy": "fsdp", "gpus": 8, "fsdp": no_shard, "eval_batch_size": 7, "seq_len": 90}),
+    ]
+
+
+def _hybrid() -> list[tuple[str, str, dict[str, Any]]]:
+    """FSDP's hybrid sharding: version 2 on a mesh of accelerate's ParallelismConfig, version 1 by nodes."""
+    more, offload = {"grad_accum_steps": 3}, {"offload_param": "cpu"}
+    bf16, loads = {"dtype": "bfloat16", "mixed_precision": "no"}, {"cpu_ram_efficient_loading": True}
+
+    def version_2(replicas: int = 2, **options: Any) -> dict[str, Any]:
+        keys = {"dp_replicate_size": replicas, **options.pop("fsdp", {})}
+        return {"strategy": "fsdp", "gpus": 8, "nodes": 2, **options, "fsdp": keys}
+
+    def version_1(name: str = "HYBRID_SHARD", **options: Any) -> dict[str, Any]:
+        keys = {"version": 1, "sharding_strategy": name, **options.pop("fsdp", {})}
+        return {"strategy": "fsdp", "gpus": 8, "nodes": 2, **options, "fsdp": keys}
+
+    rows = [
+        *(version_2(**each) for each in ({}, more, FP32, bf16, LORA, offload, {"two_sides": True, "fsdp": loads})),
+        *(version_1(**each) for each in ({}, more, offload, {"gpus": 2})),
+        version_1("HYBRID_SHARD_ZERO2"),
+        version_1("SHARD_GRAD_OP", gpus=4, nodes=1),  # of 16-bit weights, of which the others have none
+        version_2(gpus=2),  # refused
+        version_2(fsdp={"dp_shard_size": 2}),
+        version_1("FULL_SHARD", fsdp={"dp_replicate_size": 2}),
+    ]
+    # First looked at when the rules had been written.
+    long, saved = {"micro_batch_size": 2, "seq_len": 120}, {"save": True, "pretrained": {"dtype": "bfloat16"}}
+    kept = {"eval_batch_size": 2, "eval_accumulation_steps": 3, "two_sides": True}
+    return [
+        *(("llama", "small", row) for row in rows),
+        ("qwen2", "small", version_2(4, gpus=12, nodes=3, num_layers=3, **more)),
+        ("llama", "wide", version_2(8, gpus=64, nodes=8, gradient_checkpointing=True, **long)),
+        ("qwen2", "small", version_2(**LORA, **offload, **more)),
+        ("llama", "tied", version_2(2, gpus=4, optim="sgd", fsdp={"reshard_after_forward": False})),
+        ("qwen2", "small", version_2(**saved)),
+        ("llama", "small", version_2(3, gpus=6, nodes=3, **saved, fsdp=loads)),
+        ("llama", "wide", version_2(**kept)),
+        ("qwen2", "small", version_1(gpus=6, num_layers=3, grad_accum_steps=2, fsdp={"backward_prefetch": _PRE})),
+        ("llama", "tied", version_1("HYBRID_SHARD_ZERO2", gpus=16, nodes=4, **LORA, **long)),
+        ("qwen2", "small", version_1("HYBRID_SHARD_ZERO2", **offload, **more)),
+        ("llama", "wide", version_1(gpus=3, nodes=3, gradient_checkpointing=True, fsdp=_FLAT_POST, **long)),
+        ("qwen2", "small", version_1(gpus=64, nodes=8, dtype="float32", **kept)),
+    ]
+
+
+def _twin_flow() -> list[tuple[str, str, dict[str, Any]]]:
+    """An offloaded optimizer's ``ratio``, which leaves the first sub-groups on the GPU."""
+
+    def row(ratio: float, sub_group_size: int = 200_000, **options: Any) -> dict[str, Any]:
+        keys = {"offload_optimizer": {"ratio": ratio}, "sub_group_size": sub_group_size}
+        keys |= {"zero_force_ds_cpu_optimizer": True, **options.pop("zero", {})}
+        return {"strategy": "zero3", **_OFFLOAD, **options, "zero": keys}
+
+    more, both = {"grad_accum_steps": 3}, {"offload_param": "cpu"}
+    saved = {"save": True, "pretrained": {"dtype": "bfloat16"}}
+    rows = [row(0.5), row(0.3, **more), row(0.5, **both), row(0.0), row(0.5, 10**9), row(0.5, gpus=1)]
+    rows += [row(0.5, **saved), row(0.5, zero={"zero_force_ds_cpu_optimizer": False})]  # the last is refused
+    # First looked at when the rule had been written.
+    in_fp32 = {"grad_accum_dtype": "fp32"}
+    pageable = {"offload_optimizer": {"ratio": 0.25, "pin_memory": False}}
+    return [
+        *(("llama", "small", each) for each in rows),
+        ("qwen2", "small", row(0.7, 100_000, gpus=3, num_layers=4, **more, zero=in_fp32)),
+        ("llama", "wide", row(0.4, 1_000_000, gpus=8, **LORA, micro_batch_size=2, seq_len=120)),
+        ("qwen2", "small", row(0.25, 50_000, gpus=2, **both, **more, zero=pageable)),
+        ("llama", "tied", row(0.1, 300_000, gpus=64, **FP16, gradient_checkpointing=True)),
+        ("gpt2", "small", row(0.6, 150_000, gpus=5, **FP32)),
+        ("llama", "wide", row(0.5, 2_000_000, gpus=2, **both, **saved)),
+        ("qwen2", "small", row(0.9, 60_000, gpus=1, **both, **saved, zero={"communication_data_type": "fp32"})),
+    ]
+
+
+def _zero_plus_plus() -> list[tuple[str, str, dict[str, Any]]]:
+    """ZeRO++: second partitions within a node, weights and gradients that travel quantized."""
+    second, weights, gradients = (
+        {"zero_hpz_partition_size": 4},
+        {"zero_quantized_weights": True},
+        {"zero_quantized_gradients": True},
+    )
+
+    def row(zero: dict[str, Any], **options: Any) -> dict[str, Any]:
+        return {"strategy": "zero3", "gpus": 8, "nodes": 2, **options, "zero": zero}
+
+    more, param = {"grad_accum_steps": 3}, {"offload_param": "cpu"}
+    saved = {"save": True, "pretrained": {"dtype": "bfloat16"}}
+    rows = [
+        *(row(zero) for zero in (second, weights, gradients, {**second, **weights, **gradients})),
+        row(second, **param, **_OFFLOAD),
+        row(weights, **param),
+        row(gradients, **_OFFLOAD, **more),
+        row(gradients, **more),
+        row(second, **LORA),
+        row(second, **saved),
+        row(weights, **FP16),
+        row(gradients, **FP32),
+        row(second, gpus=1, nodes=1),
+        row({"zero_hpz_partition_size": 3}),  # this and the next two are refused
+        row({**gradients, "reduce_scatter": False}),
+        row(weights, gpus=64, nodes=8),
+        row({"zero_quantized_nontrainable_weights": True}, **LORA),
+    ]
+    # First looked at when the rules had been written.
+    one_by_one = {"stage3_allgather_sequential": True, "stage3_prefetch_bucket_size": 500_000}
+    large, two = {"reduce_bucket_size": 20_000_000, "stage3_max_live_parameters": 0}, {"zero_hpz_partition_size": 2}
+    away = {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
+    kept = {"eval_batch_size": 2, "eval_accumulation_steps": 3, "two_sides": True}
+    return [
+        *(("llama", "small", each) for each in rows),
+        ("qwen2", "small", row({**gradients, **large}, gpus=4, num_layers=3, grad_accum_steps=2)),
+        ("llama", "small", row({**gradients, **large, "communication_data_type": "fp32"}, nodes=4, **more)),
+        ("qwen2", "small", row({**weights, **two, **one_by_one}, gpus=4, **FP16, **param)),
+        ("llama", "wide", row({**weights, **away}, gpus=16, nodes=2, gradient_checkpointing=True, seq_len=90)),
+        ("gpt2", "small", row({**two, **away}, gpus=6, nodes=3, **more)),
+        ("llama", "tied", row({**second, **weights}, **LORA, **param, micro_batch_size=2, seq_len=120)),
+        ("llama", "wide", row({"zero_hpz_partition_size": 8}, gpus=16, **saved, **param)),
+        ("qwen2", "small", row(two, gpus=4, **kept)),
+        ("olmoe", "small", row({**gradients, **large, **two}, gpus=4, dtype="float32", mixed_precision="bf16")),
     ]
 
 

@@ -35,6 +35,8 @@ AUTO = {
 """What o2.engine_config leaves to the Trainer."""
 IDLE = 0.005
 PEAK = 0.01
+NOT_SPECS = ("nodes", "two_sides", "save", "fp16")
+"""Options of o2's that are no field of these."""
 SCALARS = 16 * 1024
 """Bytes of step counts, losses and norms, 512 for each: nothing, but for the small rest that offloading leaves."""
 CPU_KERNEL, CPU_PRODUCT, CPU_NORM, CPU_CHUNK_CAT = o2.CPUS_OWN
@@ -47,19 +49,19 @@ PLANS = "torch/distributed/distributed_c10d.py"
 def played(row: o2.Row) -> Ledger:
     """The engine of a row, as its rank 0."""
     cpu = find_gpu("cpu")
-    cluster = ClusterSpec(gpu=cpu, gpus=row.setup.options["gpus"])
+    cluster = ClusterSpec(gpu=cpu, gpus=row.setup.options["gpus"], nodes=row.setup.options.get("nodes", 1))
     model, training, strategy = specs(row)
     setup = estimator.resolve(model, training, cluster, strategy, SoftwareSpec())
     if row.result is not None and "host" not in row.result["phases"]:  # no mode was on, for which torch works elsewhere
         setup = replace(setup, rules=replace(setup.rules, accumulate_in_place=True))
     ledger = Ledger(pinned_in_powers_of_two=False)  # the truth has no pinned blocks
-    sharded.play_engine(setup, cpu, strategy, cluster.gpus, 0, ledger, full_depth=False)
+    sharded.play_engine(setup, cpu, strategy, cluster.gpus, cluster.gpus_per_node, 0, ledger, full_depth=False)
     return ledger
 
 
 def specs(row: o2.Row) -> tuple[ModelSpec, TrainingSpec, Strategy]:
     """The specs that a row's options are."""
-    options = {name: value for name, value in row.setup.options.items() if name not in ("two_sides", "save", "fp16")}
+    options = {name: value for name, value in row.setup.options.items() if name not in NOT_SPECS}
     config = CONFIGS[row.setup.family][row.setup.config] | options.pop("values", {})
     config |= {"dtype": options.pop("pretrained", {"dtype": options["dtype"]})["dtype"]}
     if "num_layers" in options:
@@ -259,7 +261,7 @@ def test_the_real_thing_offloads_to_a_folder_here() -> None:
 
 REFUSED = [
     row
-    for group in ("fsdp", "fsdp1", "knobs", "quantized", "liger")
+    for group in ("fsdp", "fsdp1", "hybrid", "twinflow", "zeropp", "knobs", "quantized", "liger")
     for row in o2.load_archives()[group].rows
     if row.result is None
 ]

@@ -80,6 +80,9 @@ class _Reader:
         strategy: dict[str, Any] = {"kind": kind}
         if kind == "fsdp":
             strategy |= self._fsdp()
+        elif self._sizes()[0] > 1:
+            name = self._optional("parallelism_config").name("parallelism_config_dp_replicate_size")
+            raise UnsupportedError(f"{name}: is not modelled without FSDP. Leave it out.")
         return EngineConfig(self.source, strategy, training, cluster=cluster, refused=refused, notes=tuple(self.notes))
 
     def _section(self, path: str, values: object) -> Section:
@@ -254,8 +257,26 @@ class _Reader:
                 "use_orig_params": keys.get("fsdp_use_orig_params", True),
                 "sync_module_states": keys.get("fsdp_sync_module_states", True),
             }
+        if self.top.get("parallelism_config"):
+            fsdp |= self._hybrid(keys, version)
         offload = "cpu" if keys.get("fsdp_offload_params", False) else "none"
         return {"offload_param": offload, "fsdp": fsdp}
+
+    def _sizes(self) -> tuple[int, int]:
+        """ParallelismConfig's groups that have all shards each, and the ranks of such a group."""
+        section = self._optional("parallelism_config")
+        replicas, shards = (section.get(f"parallelism_config_dp_{name}_size") for name in ("replicate", "shard"))
+        return replicas or 1, shards or 1
+
+    def _hybrid(self, keys: Section, version: int) -> dict[str, Any]:
+        """A section ``parallelism_config``, whatever it says, has accelerate count the ranks that it names."""
+        if self.top.get("num_processes", -1) == 1:
+            return {}
+        if version == 1:
+            remedy = "Leave parallelism_config out, or use version 2."
+            raise keys.wrong("fsdp_version", "is refused by accelerate with a parallelism_config", remedy)
+        replicas, shards = self._sizes()
+        return {"dp_replicate_size": replicas, "dp_shard_size": shards}
 
     def _check_checkpointing_offload(self, keys: Section, version: int) -> None:
         name = "fsdp_activation_checkpointing_offload"

@@ -93,7 +93,7 @@ _ZERO: dict[str, Key] = {
     ),
     "zero_hpz_partition_size": _sets(Count, "zero_hpz_partition_size"),
     "zero_quantized_weights": _sets(bool, "zero_quantized_weights"),
-    "zero_quantized_nontrainable_weights": _only(bool, False, why="quantized partitions are not modelled", stages=(3,)),
+    "zero_quantized_nontrainable_weights": _sets(bool, "zero_quantized_nontrainable_weights"),
     "zero_quantized_gradients": _sets(bool, "zero_quantized_gradients"),
     "memory_efficient_linear": _only(bool, True, why="torch's linear layer saves other tensors there", stages=(3,)),
     "pipeline_loading_checkpoint": _idle(_CHECKPOINTS, bool),
@@ -394,13 +394,16 @@ ACCELERATE: dict[str, dict[str, Key]] = {
             ("tp_size", "tensor"),
             ("cp_size", "context"),
             ("sp_size", "sequence"),
-            ("dp_replicate_size", "hybrid sharded data"),
         )
     }
     | {
-        f"parallelism_config_{name}": _idle("its kind of parallelism is off, or FSDP's own")
+        "parallelism_config_dp_replicate_size": _sets(Positive | None, "dp_replicate_size"),
+        "parallelism_config_dp_shard_size": _sets(Positive | None, "dp_shard_size"),
+    }
+    | {
+        f"parallelism_config_{name}": _idle("its kind of parallelism is off")
         for name in (
-            *("dp_shard_size", "cp_backend", "cp_comm_strategy", "sp_backend", "sp_seq_length"),
+            *("cp_backend", "cp_comm_strategy", "sp_backend", "sp_seq_length"),
             *("sp_seq_length_is_variable", "sp_attn_implementation"),
         )
     },

@@ -27,6 +27,7 @@ from memplan.tape.tensor import DType, Parameter, Shape, float32
 
 CAST = "shards in the dtype in which they are gathered (mixed precision)"
 GATHERED = "gathered weights of units (auto_wrap_policy, reshard_after_forward)"
+ALL_REDUCED = "shards of gradients as nodes reduce them (dp_replicate_size)"
 STAGED = "shards on their way from the host (offload_params)"
 SAVED = "a tensor gathered to be saved (state_dict_type)"
 WHOLE = "weights on their way, whole"
@@ -52,6 +53,9 @@ class FsdpSetup:
     """The model comes on the GPU, and not from the host."""
     root: Key
     ranks: int
+    """Over which weights are sharded."""
+    is_hybrid: bool
+    """Several groups of such ranks have all shards, and reduce gradients among each other (HSDPMeshInfo)."""
     dtype: DType
     """MixedPrecisionPolicy's param_dtype and reduce_dtype, or the model's."""
     offload: bool
@@ -83,6 +87,8 @@ class Fsdp:
         self._grads: dict[Key, Block] = {}
         self._sharded_grads: list[Block] = []
         self._reduce_input: Block | None = None
+        self._all_reduced: list[Block] = []
+        """Each unit's, until its next backward (_all_reduce_state)."""
         self._order: list[Unit] = []
         """Units in the order of their forward's end."""
         self._runs: dict[Key, Unit] = {}
@@ -190,8 +196,9 @@ class Fsdp:
         for unit in self.setup.units:  # in the order of all_states: the modules'
             if unit.first not in self._reduced:
                 self._post_backward(unit)
-        self.ledger.free(self._reduce_input, *self._gathered.values())  # finalize_backward
+        self.ledger.free(self._reduce_input, *self._all_reduced, *self._gathered.values())  # finalize_backward
         self._reduce_input = None
+        self._all_reduced.clear()
         self._gathered.clear()
         self._backward = False
 
@@ -276,18 +283,26 @@ class Fsdp:
         whole = [self._grads.pop(key) for key in grads]
         held = whole.pop() if self.setup.ranks > 1 else None  # by the variable of foreach_reduce's loop
         self.ledger.free(*whole)
-        output = self.ledger.allocate("gradients", sum(row.shard for row in rows) * size, name="shards")
-        if rows[0].itemsize != size:
-            cast = self.ledger.allocate("gradients", sum(row.shard for row in rows) * rows[0].itemsize, name="shards")
-            self.ledger.free(output)
-            output = cast
+        is_cast = rows[0].itemsize != size
+        name = ALL_REDUCED if self.setup.is_hybrid and (is_cast or self.setup.offload) else "shards"
+        reduced = output = self.ledger.allocate("gradients", sum(row.shard for row in rows) * size, name=name)
+        if is_cast:
+            output = self.ledger.allocate("gradients", sum(row.shard for row in rows) * rows[0].itemsize, name="shards")
+            self._reduced_copied(reduced)
         if self.setup.offload:
             on_host = [self._on_host_or_gpu("gradients", row.shard * row.itemsize) for row in rows]
             self._sharded_grads += on_host
-            self.ledger.free(output)
+            self._reduced_copied(output) if output is reduced else self.ledger.free(output)
         else:
             self._sharded_grads.append(output)
         self.ledger.free(held)
+
+    def _reduced_copied(self, block: Block) -> None:
+        """What was reduced is in another tensor now."""
+        if self.setup.is_hybrid:
+            self._all_reduced.append(block)
+        else:
+            self.ledger.free(block)
 
     # -- step ----------------------------------------------------------------------------------------------------------
 
@@ -356,7 +371,9 @@ def fsdp_setup(
     model_type: str,
     rules: DeviceRules,
 ) -> FsdpSetup | Fsdp1Setup:
-    """The units that accelerate makes; ``loaded`` is the dtype of frozen weights. Raises MemplanError."""
+    """The units that accelerate makes, cut over ``ranks``; ``loaded`` is the dtype of frozen weights. Raises
+    MemplanError.
+    """
     keys, offload = strategy.fsdp, strategy.offload_param != "none"
     _check_optimizer(training.optim, keys.version)
     if training.lora is not None and not mixed and loaded is not float32:
@@ -428,6 +445,7 @@ def fsdp_setup(
         on_gpu=training.quantization is not None,
         root=model.numbers[id(root)],
         ranks=ranks,
+        is_hybrid=keys.is_hybrid,
         dtype=dtype,
         offload=offload,
         optimizer=make_optimizer(training.optim, places, lambda: stepped),
@@ -445,6 +463,27 @@ def _check_head(root: Module, model: Layout, units: Sequence[Unit], keys: FsdpSp
         raise SpecError.at(
             "auto_wrap_policy", keys.auto_wrap_policy, problem, "Use TRANSFORMER_BASED_WRAP, or no Liger."
         )
+
+
+def shard_group(keys: FsdpSpec, gpus: int, per_node: int) -> int:
+    """Ranks over which weights are sharded. Raises SpecError for groups that accelerate refuses.
+
+    Version 1's hybrids take a node for a group (_init_intra_and_inter_node_groups): with one GPU each nothing is
+    sharded, and nothing reduced.
+    """
+    if keys.version == 1:
+        return per_node if keys.is_hybrid else gpus
+    replicas = keys.dp_replicate_size
+    shards = gpus // replicas if keys.dp_shard_size is None else keys.dp_shard_size
+    if replicas * shards != gpus:  # ParallelismConfig._validate_accelerator: "total_size ... does not match"
+        remedy = "Change one of them, or --gpus."
+        name, value = ("dp_replicate_size", replicas) if keys.dp_shard_size is None else ("dp_shard_size", shards)
+        problem = f"cannot be: {replicas} groups of {shards} ranks are not {gpus} GPUs"
+        raise SpecError.at(name, value, problem, remedy)
+    if shards == 1 and gpus > 1:  # ibid.: "no dimension for FSDP to shard across"
+        remedy = "Use a smaller one, or --strategy ddp."
+        raise SpecError.at("dp_replicate_size", replicas, f"leaves nothing to shard over with {gpus} GPUs", remedy)
+    return shards
 
 
 def _ignored(model: Layout, version: int, quantization: QuantizationSpec) -> list[Key]:
@@ -494,11 +533,6 @@ def _stepped(tape: Tape, shapes: Sequence[Sequence[Shape]], dtype: DType) -> Gro
 def _flat_params(units: Sequence[Unit], keys: FsdpSpec, ranks: int, dtype: DType, offload: bool) -> list[FlatParam]:
     """Raises MemplanError for what FSDP1 refuses and for what is not modelled."""
     strategy = keys.sharding_strategy or "FULL_SHARD"
-    if strategy.startswith("HYBRID"):
-        raise UnsupportedError(
-            f"sharding_strategy: {strategy!r} is not modelled: it shards within a node and reduces across nodes, of "
-            "which nothing could be checked. Use FULL_SHARD or SHARD_GRAD_OP."
-        )
     if not keys.limit_all_gathers:
         raise UnsupportedError(
             "limit_all_gathers: False lets the CPU run ahead, and how many units are gathered at a time depends on how "

@@ -298,11 +298,10 @@ class Fsdp1:
 
     def _post_forward(self, handle: _Handle) -> None:
         self._post_forward_order.append(handle)
-        self._reshard(handle, free=handle.flat.unit.reshard_after_forward and not handle.is_root)
         # Where they stay gathered a forward with gradients leaves the views as they are (_skipped_use_sharded_views).
-        handle.shows_grads = self.setup.offload and (
-            handle.flat.unit.reshard_after_forward or not self._is_grad_enabled
-        )
+        views = handle.flat.unit.reshard_after_forward or not self._is_grad_enabled
+        self._reshard(handle, free=handle.flat.unit.reshard_after_forward and not handle.is_root, views=views)
+        handle.shows_grads = self.setup.offload and views
         handle.needs_pre_backward = True
         handle.state = "idle"
 
@@ -338,11 +337,13 @@ class Fsdp1:
             return None
         return self.ledger.allocate("communication", flat.shard * flat.itemsize, name=STAGED)
 
-    def _reshard(self, handle: _Handle, *, free: bool) -> None:
+    def _reshard(self, handle: _Handle, *, free: bool, views: bool = True) -> None:
+        """``views``: weights become views of the shard that is kept."""
         handle.is_resharded = True
         handle.prefetched = False
-        self.ledger.free(*handle.stale)
-        handle.stale.clear()
+        if views or not handle.flat.is_sharded:
+            self.ledger.free(*handle.stale)
+            handle.stale.clear()
         if free or not handle.flat.is_sharded:
             self.ledger.free(handle.unsharded)
             handle.unsharded = None

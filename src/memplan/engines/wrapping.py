@@ -126,7 +126,7 @@ class Units:
     def version_1(self) -> list[Unit]:
         """Of FullyShardedDataParallel."""
         keys = self._keys
-        reshard = keys.sharding_strategy in (None, "FULL_SHARD")
+        reshard = keys.sharding_strategy in (None, "FULL_SHARD", "HYBRID_SHARD")
         if any(isinstance(each.module, LoraLinear) for each in self.tree.walk()):
             if keys.transformer_layer_cls_to_wrap:
                 raise UnsupportedError(

@@ -479,7 +479,6 @@ def zero_setup(
     accumulation = named(keys.grad_accum_dtype, dtype)
     reasons = {
         "offload_optimizer": strategy.offload_optimizer == "nvme" and "nvme",
-        "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
         "grad_accum_dtype": stage == 1
         and accumulation is not dtype
         and not uses_bf16_optimizer(strategy, dtype)
@@ -539,6 +538,11 @@ def stepping(
         return [make_optimizer(optim, where, partial(Groups, [partition])) for partition in partitions]
     itemsize = (bfloat16 if keys.bf16_optimizer_states else float32).itemsize
     return [CpuOptimizer(rules, partial(Groups, [partition]), moments, itemsize) for partition in partitions]
+
+
+def uses_cpu_adam(keys: ZeroSpec, optim: str) -> bool:
+    """Whether an offloaded optimizer is DeepSpeedCPUAdam."""
+    return optim == "adamw_torch_fused" if keys.ds_optimizer else keys.zero_force_ds_cpu_optimizer
 
 
 def master_dtype(strategy: Strategy, dtype: DType) -> DType:

@@ -11,18 +11,27 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
-from memplan.engines import checkpoint, nvme
+from memplan.engines import checkpoint, nvme, zeropp
 from memplan.engines.layout import Layout, StateDict
-from memplan.engines.zero import NORM_ITEMSIZE, master_dtype, named, optimizer_storages, resolved, stepping
-from memplan.errors import UnsupportedError
+from memplan.engines.zero import (
+    NORM_ITEMSIZE,
+    master_dtype,
+    named,
+    optimizer_storages,
+    resolved,
+    stepping,
+    uses_cpu_adam,
+)
+from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
-from memplan.memory.optimizers import Optimizer
+from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
 from memplan.specs.strategy import Strategy, ZeroSpec
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
-from memplan.tape.tensor import DType, Parameter, float16, float32, int8
+from memplan.tape.tensor import DType, Parameter, Shape, float16, float32, int8
 
 BUCKET = "bucket of gradients (reduce_bucket_size)"
 LIVE = "gathered weights (stage3_max_live_parameters, stage3_max_reuse_distance)"
@@ -31,6 +40,8 @@ TOGETHER = "what several weights are gathered into together (stage3_prefetch_buc
 STAGED = "partitions on their way from the host (offload_param)"
 NORM = "gradients in float64, for their norm"
 TO_HOST = "a gradient on its way to the host (offload_optimizer)"
+CAST = "gradients, cast"
+KEPT = "gradients of sub-groups that are stepped on the GPU (ratio, sub_group_size)"
 SUB_GROUP = "gradient that a sub-group steps with (sub_group_size)"
 """Blocks as an explanation names them; in parentheses the keys that size them."""
 
@@ -44,6 +55,7 @@ class Shard:
     itemsize: int
     """Bytes of an element: adapters stay in float32, since zero.Init has done the cast before them."""
     ranks: int
+    shape: Shape
     persistent: bool
     """Small enough to stay gathered between steps (ds_persist)."""
 
@@ -51,6 +63,11 @@ class Shard:
     def partition(self) -> int:
         """Elements of one rank's partition, padding included."""
         return -(-self.elements // self.ranks)
+
+    @property
+    def aligned(self) -> int:
+        """Elements of all partitions."""
+        return self.partition * self.ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +88,13 @@ class Zero3Setup:
     saves: frozenset[Key]
     """Weights of the model that is gathered to be saved."""
     ranks: int
+    per_node: int
+    secondary_group: int
+    """Ranks that have second partitions of all weights together (zero_hpz_partition_size); 0 is none."""
+    quantized_weights: bool
+    """Weights are gathered in 8 bits."""
+    quantized_gradients: bool
+    """Gradients are reduced in 4 bits: all to all within nodes, then between them."""
     dtype: DType
     accumulation_dtype: DType
     communication_dtype: DType
@@ -87,6 +111,8 @@ class Zero3Setup:
     """Each partition is reduced to its rank, in place of an all-reduce of the bucket's buffer."""
     offload_optimizer: bool
     """Masters, gradients and optimizer states are on the host."""
+    on_gpu: Sequence[bool]
+    """For each sub-group: its masters, gradients and states are on the GPU all the same (subgroup_to_device)."""
     offload_param: bool
     """So are the partitions of the weights."""
     swap_optimizer: bool
@@ -113,10 +139,11 @@ class _Gather:
     """AllGatherCoalescedHandle."""
 
     shards: Sequence[Shard]
-    flat: Block | None
-    """What several weights are gathered into together, until the last of them is fetched."""
+    held: list[Block | None]
+    """What several weights are gathered into together, and what is quantized, until the last of them is fetched."""
     waited: bool = False
     left: int = 0
+    quantized: bool = False
 
 
 _NEVER = -(10**10)
@@ -175,6 +202,13 @@ class Coordinator:
         """How many nodes a gathered weight is saved for by a recomputation, or kept in the ctx of."""
         self._kept: list[tuple[Key, Block]] = []
         """Gathered weights that the graph of the loss holds."""
+        self.secondary = zeropp.Secondaries(setup.secondary_group, self._second_partition)
+
+    def _second_partition(self, nbytes: int) -> Block:
+        """Where the first ones are."""
+        if not self.setup.offload_param:
+            return self.ledger.allocate("weights", nbytes, name=zeropp.SECONDARY)
+        return on_host(self.ledger, "weights", nbytes, self.setup.weights_place)
 
     def reset_step(self) -> None:
         """A forward begins."""
@@ -256,7 +290,9 @@ class Coordinator:
         if self.swapper is not None:
             self.swapper.ensure_availability(away)
         for together in [[shard] for shard in away] if alone else [away]:
-            staged = self._staged(together)  # _allgather_params_coalesced: all of them before the first is gathered
+            staged = self._staged(
+                together, first=True
+            )  # _allgather_params_coalesced: all of them before the first is gathered
             for shard in together:
                 self.available[shard.key] = self._gather(shard)
             self.ledger.free(*staged)
@@ -301,11 +337,15 @@ class Coordinator:
             return None
         return self.ledger.allocate("communication", nbytes, name=name)
 
-    def _staged(self, shards: Sequence[Shard]) -> list[Block]:
-        """Partitions come from the host before they are gathered."""
+    def _own_part(self, shard: Shard) -> int:
+        """Elements of what this rank gives to a gathering."""
+        return shard.aligned // self.secondary.group if shard.key in self.secondary else shard.partition
+
+    def _staged(self, shards: Sequence[Shard], *, first: bool = False) -> list[Block]:
+        """Partitions come from the host before they are gathered: the ``first`` ones, or the second where they are."""
         if not self.setup.offload_param or self.setup.ranks == 1:
             return []
-        sizes = (shard.partition * shard.itemsize for shard in shards)
+        sizes = ((shard.partition if first else self._own_part(shard)) * shard.itemsize for shard in shards)
         return [self.ledger.allocate("communication", nbytes, name=STAGED) for nbytes in sizes]
 
     def _all_gather(self, shards: Sequence[Shard]) -> None:
@@ -314,35 +354,96 @@ class Coordinator:
         self._n_available += sum(shard.elements for shard in shards)
         if self.swapper is not None:
             self.swapper.ensure_availability(shards)
+        for together in (
+            [shard for shard in shards if shard.key in self.secondary],
+            [shard for shard in shards if shard.key not in self.secondary],
+        ):
+            if together:
+                self._all_gather_coalesced(together)
+
+    def _all_gather_coalesced(self, shards: Sequence[Shard]) -> None:
         alone = len(shards) == 1 or self.setup.allgather_sequential
-        gather = _Gather(shards, None, left=len(shards))
-        if alone or self.setup.ranks == 1:
+        gather = _Gather(shards, [], left=len(shards))
+        if self.setup.quantized_weights and self.setup.ranks > 1:
+            gather.quantized = True
+            gather.held = self._quantized_one_by_one(shards) if alone else self._quantized_together(shards)
+        elif alone or self.setup.ranks == 1:
             for shard in shards:
                 self.available[shard.key] = self._gather(shard)
                 self.ledger.free(*self._staged([shard]))
             gather.waited = True
         else:
-            elements = (shard.partition * shard.ranks * shard.itemsize for shard in shards)
-            gather.flat = self._allocate(sum(elements), TOGETHER)
+            gather.held = [self._allocate(sum(shard.aligned * shard.itemsize for shard in shards), TOGETHER)]
             self.ledger.free(*self._staged(shards))
         for shard in shards:
             self._inflight[shard.key] = gather
             if self.swapper is not None and shard.persistent:
                 self.swapper.remove_partition_and_release_buffer(shard)
 
+    def _quantized_one_by_one(self, shards: Sequence[Shard]) -> list[Block | None]:
+        """_all_gather_sequential: what is gathered, with all ranks' scales."""
+        held: list[Block | None] = []
+        before: list[Block] = []
+        """Of the weight before, by the loop's variables."""
+        for shard in shards:
+            own = self._own_part(shard)
+            held.append(self._passes(shard.aligned))
+            half = None if self._is_half(shard) else self._passes(own * float16.itemsize)
+            sizes = zeropp.quantized(own)
+            made = [self._passes(nbytes) for nbytes in sizes]
+            self.ledger.free(half, *before)
+            held.append(self._passes(sizes[1] * (shard.aligned // own)))
+            before = made
+        self.ledger.free(*before)
+        return held
+
+    def _quantized_together(self, shards: Sequence[Shard]) -> list[Block | None]:
+        """_all_gather_coalesced: the partitions are put together, and quantized as one."""
+        own = sum(map(self._own_part, shards))
+        aligned = sum(shard.aligned for shard in shards)
+        gathered = self._passes(aligned)
+        staged = self._staged(shards)
+        together = self._passes(own * max(shard.itemsize for shard in shards))
+        self.ledger.free(*staged)
+        if not all(map(self._is_half, shards)):
+            half = self._passes(own * float16.itemsize)
+            self.ledger.free(together)
+            together = half
+        sizes = zeropp.quantized(own)
+        made = [self._passes(nbytes) for nbytes in sizes]
+        self.ledger.free(together)
+        scales = self._passes(sizes[1] * (aligned // own))
+        self.ledger.free(*made)
+        return [gathered, scales]
+
+    def _passes(self, nbytes: int) -> Block:
+        return self.ledger.allocate("communication", nbytes, name=zeropp.QUANTIZED)
+
+    def _is_half(self, shard: Shard) -> bool:
+        """In float16, which the quantizer takes and returns."""
+        return self.setup.dtype is float16 and shard.itemsize == float16.itemsize
+
     def _wait(self, gather: _Gather) -> None:
-        if not gather.waited:
-            for shard in gather.shards:
-                self.available[shard.key] = self._gather(shard, padded=False)
-            gather.waited = True
+        if gather.waited:
+            return
+        gather.waited = True
+        together = len(gather.shards) > 1 and not self.setup.allgather_sequential
+        if gather.quantized and together:
+            gather.held.append(self._passes(sum(shard.aligned for shard in gather.shards) * float16.itemsize))
+        for shard in gather.shards:
+            cast = gather.quantized and not self._is_half(shard)
+            half = self._passes(shard.elements * float16.itemsize) if cast else None
+            self.available[shard.key] = self._gather(shard, padded=False)
+            self.ledger.free(half)
 
     def _drop(self, gather: _Gather) -> None:
         gather.left -= 1
         if not gather.left:
-            self.ledger.free(gather.flat)
+            self.ledger.free(*gather.held)
 
     def _release(self, shard: Shard) -> None:
         if shard.key in self.available and not self._active.get(shard.key):
+            self.secondary.partition(shard.key, shard.aligned, shard.itemsize)
             block = self.available.pop(shard.key)
             if block is not None and not self._held[block]:
                 self.ledger.free(block)
@@ -454,6 +555,8 @@ class Zero3:
         self._norms: list[Block] = []
         """Of gradients that are on the host now (norm_for_param_grads)."""
         self._boundary = True
+        self._accumulates = False
+        """Gradients are added to those of a micro-batch before."""
         self._stepped = False
 
     def initialize(self) -> None:
@@ -466,10 +569,13 @@ class Zero3:
         for i in range(len(setup.partitions)):
             self._create_fp32_partition(i)
         # initialize_optimizer_states: a gradient of zeros, and the gradients that offloading keeps.
-        zeros = ledger.allocate("temporaries", largest, self._optimizer_place)
+        zeros = ledger.allocate("temporaries", largest, self._device)
         for i, partition in enumerate(setup.partitions):
             if setup.offload_optimizer and not self._swaps(i):
-                self._on_host("gradients", partition.nbytes, setup.gradients_place)
+                made = on_host(ledger, "gradients", partition.nbytes, setup.gradients_place)
+                if setup.on_gpu[i]:
+                    ledger.allocate("gradients", partition.nbytes, name=KEPT)
+                    ledger.free(made)
         ledger.free(zeros)
         for i, optimizer in enumerate(setup.optimizers):
             if optimizer.made_at_construction:
@@ -478,12 +584,11 @@ class Zero3:
             ledger.allocate("communication", setup.reduce_bucket_size * setup.communication_dtype.itemsize, name=BUCKET)
         nbytes = sum(shard.partition for shard in self._trained.values()) * setup.accumulation_dtype.itemsize
         if setup.offload_optimizer:
-            self._on_host("gradients", nbytes, setup.gradients_place)
+            on_host(ledger, "gradients", nbytes, setup.gradients_place)
         else:
             ledger.allocate("gradients", nbytes, name="partitions of the gradients")
         for shard in self._trained.values():  # create_reduce_and_remove_grad_hooks gathers each once
-            if setup.ranks > 1:
-                ledger.free(*self._gathered([shard]))
+            ledger.free(*self._gathered([shard]))
 
     def _place_partitions(self) -> None:
         """Weights are cut into partitions; those that are trained then move into flat buffers."""
@@ -499,7 +604,7 @@ class Zero3:
             ledger.free(flat)
             return
         for group, elements in zip(setup.groups, setup.flat_elements, strict=True):
-            self._on_host("weights", elements * group[0].itemsize, "pinned")  # whatever pin_memory says
+            on_host(ledger, "weights", elements * group[0].itemsize, "pinned")  # whatever pin_memory says
         for sub_group, in_cpu in zip(setup.sub_groups, setup.in_cpu, strict=True):
             for shard in sub_group if in_cpu else ():  # _move_to_flat_buffer
                 if self._params is not None:
@@ -528,11 +633,12 @@ class Zero3:
             if read_from_nvme and not setup.keys.offload_optimizer.fast_init:
                 ledger.briefly("temporaries", nbytes, "host")
             self._optimizer.initialize_parameters(nbytes)
-        elif setup.offload_optimizer:
+        elif not setup.on_gpu[index]:
             ledger.allocate("optimizer", nbytes, "host")
         else:
             cast = None  # .to(float32).clone()
-            if not read_from_nvme and setup.dtype is not setup.master_dtype:
+            comes_from_host = setup.offload_param and setup.offload_optimizer
+            if not read_from_nvme and (setup.dtype is not setup.master_dtype or comes_from_host):
                 cast = ledger.allocate("temporaries", nbytes, name="masters on their way")
             ledger.allocate("optimizer", nbytes, name="masters")
             ledger.free(cast)
@@ -567,11 +673,12 @@ class Zero3:
         sizes = (shard.elements * shard.itemsize for shard in shards)
         whole = [self.ledger.allocate("weights", nbytes, name="weights of a module, whole") for nbytes in sizes]
         for shard, block in zip(shards, whole, strict=True):
+            self.coordinator.secondary.partition(shard.key, shard.aligned, shard.itemsize)
             nbytes = shard.partition * shard.itemsize
             if not setup.offload_param:
                 partitions[shard.key] = self.ledger.allocate("weights", nbytes, name="partitions of the weights")
             elif shard.key not in in_nvme:  # small weights too: zero.Init does not know what will stay gathered
-                partitions[shard.key] = self._on_host("weights", nbytes, setup.weights_place)
+                partitions[shard.key] = on_host(self.ledger, "weights", nbytes, setup.weights_place)
             if shard.key not in setup.kept_whole:
                 self.ledger.free(block)
         return partitions
@@ -589,19 +696,14 @@ class Zero3:
         self.ledger.free(*staged)
         return blocks
 
-    def _on_host(self, component: str, nbytes: int, place: str) -> Block:
-        """Made in pageable memory and, if it is to be pinned, copied."""
-        made = self.ledger.allocate(component, nbytes, "host")
-        if place == "host":
-            return made
-        pinned = self.ledger.allocate(component, nbytes, place)
-        self.ledger.free(made)
-        return pinned
-
     @property
-    def _optimizer_place(self) -> str:
-        """Where the optimizer works: DeepSpeedCPUAdam's states are pageable."""
+    def _device(self) -> str:
+        """Where gradients wait for the optimizer (self.device)."""
         return "host" if self.setup.offload_optimizer else "gpu"
+
+    def _optimizer_place(self, index: int) -> str:
+        """Where a sub-group is stepped: DeepSpeedCPUAdam's states are pageable."""
+        return "gpu" if self.setup.on_gpu[index] else "host"
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
@@ -643,6 +745,7 @@ class Zero3:
 
     def finish_micro_batch(self) -> None:
         self._reduce_and_partition()
+        self._accumulates = True
         self.coordinator.release_backward_leftovers()
 
     def end_graph(self) -> None:
@@ -661,6 +764,8 @@ class Zero3:
         for shard in self._bucket:
             if self.setup.offload_optimizer:
                 swapped += self._offload_gradient(shard)
+            elif self._adds_quantized(shard):
+                self.ledger.briefly("temporaries", shard.partition * setup.accumulation_dtype.itemsize, name=CAST)
             self.ledger.free(self._grads.pop(shard.key, None))
         for shard, gradient in swapped:  # together, after the bucket's last
             assert self._optimizer is not None
@@ -675,8 +780,10 @@ class Zero3:
         size, copies, flat = setup.communication_dtype.itemsize, list[Block](), list[Block]()
         if setup.communication_dtype is not setup.dtype:  # the bucket's buffer has the type already
             own = [shard for shard in self._bucket if shard.key in self._grads]
-            copies = [ledger.allocate("communication", shard.elements * size, name="gradients, cast") for shard in own]
-        if len(self._bucket) > 1 or self._bucket[0].elements % setup.ranks:
+            copies = [ledger.allocate("communication", shard.elements * size, name=CAST) for shard in own]
+        if setup.quantized_gradients:
+            flat = self._all_to_all_quant_reduce()
+        elif len(self._bucket) > 1 or self._bucket[0].elements % setup.ranks:
             nbytes = sum(shard.partition * setup.ranks for shard in self._bucket) * size
             flat.append(ledger.allocate("communication", nbytes, name="reduce-scatter's input"))
         if setup.accumulation_dtype is setup.communication_dtype:
@@ -684,9 +791,45 @@ class Zero3:
                 ledger.free(*copies)
             return flat or copies
         sizes = [shard.partition * setup.accumulation_dtype.itemsize for shard in self._bucket]
-        partitions = [ledger.allocate("temporaries", nbytes, name="gradients, cast") for nbytes in sizes]
+        partitions = [ledger.allocate("temporaries", nbytes, name=CAST) for nbytes in sizes]
         ledger.free(*copies, *flat)
         return partitions
+
+    def _all_to_all_quant_reduce(self) -> list[Block]:
+        """What is left of a bucket's gradients: partitions in float16, and of those that cannot be quantized what they
+        are reduced from.
+        """
+        setup, ledger = self.setup, self.ledger
+        left: list[Block] = []
+        passing: list[list[Block]] = [[] for _ in range(7)]
+        """Of the gradient before, by the loop's variables."""
+        for shard in sorted(self._bucket, key=lambda shard: self._order[shard.key]):
+            if not zeropp.reduces_quantized(shard.shape, shard.elements, setup.ranks):
+                if shard.elements % setup.ranks:
+                    nbytes = shard.aligned * setup.communication_dtype.itemsize
+                    left.append(ledger.allocate("communication", nbytes, name="reduce-scatter's input"))
+                continue
+            sizes = zeropp.quant_reduce_sizes(shard.shape, shard.elements, setup.ranks, setup.per_node)
+            for i, together in enumerate(sizes):
+                made = [ledger.allocate("communication", nbytes, name=zeropp.REDUCED) for nbytes in together]
+                ledger.free(*passing[i])
+                passing[i] = made
+            total: Block | None = None
+            for _ in range(setup.ranks // setup.per_node + 1):  # the nodes' chunks are added up, and divided
+                nbytes = shard.partition * float16.itemsize
+                new = ledger.allocate("communication", nbytes, name=zeropp.REDUCED)
+                ledger.free(total)
+                total = new
+            left += [] if total is None else [total]
+        ledger.free(*(block for made in passing for block in made))
+        return left
+
+    def _adds_quantized(self, shard: Shard) -> bool:
+        """Whether a gradient that came in float16 is cast to be added to that of the micro-batch before."""
+        setup = self.setup
+        came_in_float16 = zeropp.reduces_quantized(shard.shape, shard.elements, setup.ranks)
+        is_cast = setup.communication_dtype is setup.accumulation_dtype is not float16
+        return self._accumulates and setup.quantized_gradients and came_in_float16 and is_cast
 
     def _avg_scatter_contiguous_grads(self) -> list[Block]:
         """The buffer is reduced in place; the last rank pads what its partition lacks."""
@@ -694,7 +837,7 @@ class Zero3:
         itemsize = setup.accumulation_dtype.itemsize
         if setup.accumulation_dtype is not setup.communication_dtype:
             nbytes = self._bucket_elements * itemsize
-            made.append(self.ledger.allocate("temporaries", nbytes, name="gradients, cast"))
+            made.append(self.ledger.allocate("temporaries", nbytes, name=CAST))
         padded = [shard.partition * itemsize for shard in self._bucket if shard.elements % setup.ranks]
         return made + [self.ledger.allocate("temporaries", nbytes, name="padded partitions") for nbytes in padded]
 
@@ -712,6 +855,8 @@ class Zero3:
         for dtype in dtypes:
             component = "gradients" if swaps and dtype is setup.master_dtype else "temporaries"
             made.append(ledger.allocate(component, shard.partition * dtype.itemsize, name=TO_HOST))
+            if len(made) == 1 and self._adds_quantized(shard):
+                ledger.briefly("temporaries", shard.partition * dtype.itemsize, name=CAST)
             if self._boundary and len(made) == 1:
                 ledger.briefly("temporaries", min(shard.partition, NORM_PART) * NORM_ITEMSIZE, name=NORM)
                 self._norms.append(ledger.allocate("temporaries", NORM_ITEMSIZE, name=NORM))
@@ -732,7 +877,7 @@ class Zero3:
             self._stepped = True
             ledger.free(*self._norms)  # reset_cpu_buffers
             self._norms.clear()
-            self.coordinator.gather_persistent(self._all)
+            self._post_step()
             return
         for shard in self._trained.values():
             ledger.briefly("temporaries", shard.partition * NORM_ITEMSIZE, name=NORM)
@@ -748,7 +893,12 @@ class Zero3:
             ledger.briefly("temporaries", setup.optimizers[i].temporaries.peak, name="of the optimizer's step")
             ledger.free(gradient)
         self._stepped = True
+        self._post_step()
+
+    def _post_step(self) -> None:
+        self._accumulates = False
         self.coordinator.gather_persistent(self._all)
+        self.coordinator.secondary.invalidate(self._trained, self.ledger)
 
     def _check_overflow(self) -> None:
         """isinf of gradients in float16, which adapters' are not: their absolute values, and a byte for each."""
@@ -757,8 +907,8 @@ class Zero3:
             return
         elements = sum(shard.partition for shard in self._trained.values())
         nbytes = elements * self.setup.accumulation_dtype.itemsize
-        absolute = self.ledger.allocate("temporaries", nbytes, self._optimizer_place)
-        self.ledger.briefly("temporaries", elements, self._optimizer_place)
+        absolute = self.ledger.allocate("temporaries", nbytes, self._device)
+        self.ledger.briefly("temporaries", elements, self._device)
         self.ledger.free(absolute)
 
     def _step_on_host(self, index: int) -> None:
@@ -767,7 +917,8 @@ class Zero3:
         if optimizer is None or not self._swaps(index):
             if not self._stepped and not self.setup.optimizers[index].made_at_construction:
                 self._make_states(index)
-            self.ledger.briefly("temporaries", self.setup.optimizers[index].temporaries.peak, self._optimizer_place)
+            nbytes, place = self.setup.optimizers[index].temporaries.peak, self._optimizer_place(index)
+            self.ledger.briefly("temporaries", nbytes, place, "of the optimizer's step")
             return
         optimizer.swap_in_optimizer_state(index)
         if not self._stepped:
@@ -783,7 +934,8 @@ class Zero3:
         if len(setup.saves) == len(self._all):
             self.ledger.briefly("temporaries", state_dict.split * setup.dtype.itemsize, "main")
         self.coordinator.release_and_reset_all(self._all)  # checkpoint_event_prologue
-        storages = [] if setup.offload_optimizer else optimizer_storages(setup.optimizers, setup.partitions)
+        there = [i for i in range(len(setup.partitions)) if setup.on_gpu[i]]
+        storages = optimizer_storages([setup.optimizers[i] for i in there], [setup.partitions[i] for i in there])
         checkpoint.write(ledger, storages)
         self.coordinator.gather_persistent(self._all)
         # get_layer_state_dict calls itself, a cycle that holds the model until the garbage collector comes by.
@@ -799,13 +951,24 @@ class Zero3:
             for shard in own:
                 if shard.key in self.setup.saves and shard.key not in model:
                     model[shard.key] = ledger.allocate("weights", shard.elements * shard.itemsize, "main")
+                self.coordinator.secondary.partition(shard.key, shard.aligned, shard.itemsize)
             ledger.free(*gathered)
         self.coordinator.gather_persistent(self._all)
         return list(model.values())
 
     def _make_states(self, index: int) -> None:
         for nbytes in self.setup.optimizers[index].state_bytes(self.setup.partitions[index]):
-            self.ledger.allocate("optimizer", nbytes, self._optimizer_place, "states")
+            self.ledger.allocate("optimizer", nbytes, self._optimizer_place(index), "states")
+
+
+def on_host(ledger: Ledger, component: str, nbytes: int, place: str) -> Block:
+    """Made in pageable memory and, if it is to be pinned, copied."""
+    made = ledger.allocate(component, nbytes, "host")
+    if place == "host":
+        return made
+    pinned = ledger.allocate(component, nbytes, place)
+    ledger.free(made)
+    return pinned
 
 
 NORM_PART = 250_000_000
@@ -816,6 +979,7 @@ def zero3_setup(
     strategy: Strategy,
     model: Layout,
     ranks: int,
+    per_node: int,
     dtype: DType,
     hidden_size: int | None,
     optim: str,
@@ -831,20 +995,26 @@ def zero3_setup(
     Raises UnsupportedError for unmodelled ones.
     """
     keys = strategy.zero
+    cuts_frozen = any(p.node is None for p in model.parameters.values()) and (quantized or not keys.zero3_init_flag)
+    has_ratio = strategy.offload_optimizer != "none" and keys.offload_optimizer.ratio < 1
     reasons = {
         "optim": strategy.offload_optimizer == "nvme" and not optim.startswith("adamw_torch") and optim,
         "use_gds": "nvme" in (strategy.offload_optimizer, strategy.offload_param) and keys.aio.use_gds and "true",
-        "ratio": strategy.offload_optimizer != "none" and keys.offload_optimizer.ratio != 1 and "less than 1",
-        "zero_hpz_partition_size": keys.zero_hpz_partition_size > 1 and keys.zero_hpz_partition_size,
-        "zero_quantized_weights": keys.zero_quantized_weights and "true",
-        "zero_quantized_gradients": keys.zero_quantized_gradients and "true",
+        "ratio": has_ratio and "nvme" in (strategy.offload_optimizer, strategy.offload_param) and "less than 1",
+        "zero_quantized_nontrainable_weights": keys.zero_quantized_nontrainable_weights and cuts_frozen and "true",
     }
     for key, value in reasons.items():
         if value:
             raise UnsupportedError(f"{key}: {value!r} is not modelled yet under {strategy.kind}. Leave it out.")
+    if keys.zero_quantized_gradients and not keys.reduce_scatter:
+        remedy = "Set reduce_scatter too."
+        raise SpecError.at(
+            "zero.zero_quantized_gradients", True, "is refused by DeepSpeed without reduce_scatter", remedy
+        )
     persistent = _persistent(model, resolved(keys, "stage3_param_persistence_threshold", hidden_size), keys)
     shards = {
-        key: Shard(key, p.numel, p.dtype.itemsize, ranks, key in persistent) for key, p in model.parameters.items()
+        key: Shard(key, p.numel, p.dtype.itemsize, ranks, p.shape, key in persistent)
+        for key, p in model.parameters.items()
     }
     trained = {key for group in model.groups for key in group}
     groups = [[shards[key] for key in group] for group in model.groups]
@@ -863,6 +1033,9 @@ def zero3_setup(
         if not all(in_cpu):
             largest = max(part.numel for part in partitions)
             nvme.check_fast_init(keys.offload_optimizer, keys.offload_param, keys.aio, largest)
+    on_gpu, optimizers = _placed(
+        strategy, optim, rules, partitions, stepping(strategy, dtype, optim, len(groups), rules, partitions)
+    )
     return Zero3Setup(
         sub_groups=sub_groups,
         frozen=[shard for key, shard in shards.items() if key not in trained],
@@ -874,6 +1047,10 @@ def zero3_setup(
         # Of an adapted model the Trainer saves what is trained, whatever the key says.
         saves=frozenset(trained if adapted else shards if keys.stage3_gather_16bit_weights_on_model_save else ()),
         ranks=ranks,
+        per_node=per_node,
+        secondary_group=_secondary_group(strategy, ranks),
+        quantized_weights=keys.zero_quantized_weights,
+        quantized_gradients=keys.zero_quantized_gradients and ranks > per_node,
         dtype=dtype,
         accumulation_dtype=named(keys.grad_accum_dtype, dtype),
         communication_dtype=named(keys.communication_data_type, dtype),
@@ -886,6 +1063,7 @@ def zero3_setup(
         contiguous_gradients=keys.contiguous_gradients,
         reduce_scatter=keys.reduce_scatter,
         offload_optimizer=strategy.offload_optimizer != "none",
+        on_gpu=on_gpu,
         offload_param=strategy.offload_param != "none",
         swap_optimizer=swap_optimizer,
         params_in_nvme=params_in_nvme,
@@ -895,9 +1073,43 @@ def zero3_setup(
         gradients_place="pinned" if keys.offload_optimizer.pin_memory else "host",
         weights_place="pinned" if keys.offload_param.pin_memory else "host",
         groups=groups,
-        optimizers=stepping(strategy, dtype, optim, len(groups), rules, partitions),
+        optimizers=optimizers,
         partitions=partitions,
     )
+
+
+def _secondary_group(strategy: Strategy, ranks: int) -> int:
+    """_create_zero_param_parallel_group. Raises SpecError for what it asserts against, and what fails."""
+    name, size = "zero.zero_hpz_partition_size", strategy.zero.zero_hpz_partition_size
+    if size <= 1:
+        return 0
+    if strategy.offload_param == "nvme":  # torch.empty(..., device="nvme")
+        raise SpecError.at(name, size, "fails in DeepSpeed with offload_param nvme", "Use cpu, or leave it out.")
+    if ranks % min(size, ranks):
+        remedy = "Use a divisor, such as the GPUs of a node."
+        raise SpecError.at(name, size, f"does not divide {ranks} GPUs, which DeepSpeed asserts", remedy)
+    return min(size, ranks)
+
+
+def _placed(
+    strategy: Strategy, optim: str, rules: DeviceRules, partitions: Sequence[Parameter], optimizers: list[Optimizer]
+) -> tuple[list[bool], list[Optimizer]]:
+    """Which sub-groups are on the GPU, and each one's optimizer: an offloaded one's ``ratio`` leaves the first to
+    torch's AdamW (backup_optimizer). Raises SpecError for what DeepSpeed asserts against.
+    """
+    ratio = strategy.zero.offload_optimizer.ratio
+    if strategy.offload_optimizer == "none":
+        return [True] * len(partitions), optimizers
+    if ratio == 1:
+        return [False] * len(partitions), optimizers
+    if not uses_cpu_adam(strategy.zero, optim):
+        problem, remedy = "is refused by DeepSpeed without DeepSpeedCPUAdam", "Use adamw_torch_fused, or leave it out."
+        raise SpecError.at("zero.offload_optimizer.ratio", ratio, problem, remedy)
+    on_gpu = [i < int((1 - ratio) * len(partitions)) for i in range(len(partitions))]
+    for i, partition in enumerate(partitions):
+        if on_gpu[i]:
+            optimizers[i] = make_optimizer("adamw_torch", rules, partial(Groups, [partition]))
+    return on_gpu, optimizers
 
 
 def _persistent(model: Layout, threshold: int, keys: ZeroSpec) -> set[Key]:

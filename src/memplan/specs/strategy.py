@@ -66,7 +66,8 @@ class OffloadOptimizerSpec(Spec):
     fast_init: bool = False
     """NVMe: initialise the states on NVMe in one go."""
     ratio: float = 1.0
-    """Share of the parameters that is updated on the CPU; ZeRO-3 only."""
+    """Stage 3: share of the sub-groups that are updated on the CPU, the last ones (Twin-Flow of ZeRO-Offload++); the
+    others' masters, gradients and states are on the GPU."""
 
     @model_validator(mode="after")
     def _legal(self) -> OffloadOptimizerSpec:
@@ -144,12 +145,14 @@ class ZeroSpec(Spec):
     """Stage 3: gather the whole 16-bit model to save it."""
     stage3_allgather_sequential: bool = False
     """Stage 3: gather one parameter at a time, without a coalesced copy."""
-    zero_hpz_partition_size: PositiveInt = 1
-    """Stage 3: ranks of a secondary partition (ZeRO++)."""
+    zero_hpz_partition_size: NonNegativeInt = 1
+    """Stage 3: ranks that have a second partition of the weights together, a node's (ZeRO++)."""
     zero_quantized_weights: bool = False
-    """Stage 3: gather quantized weights (ZeRO++)."""
+    """Stage 3: gather weights in 8 bits (ZeRO++)."""
     zero_quantized_gradients: bool = False
-    """Stage 3: reduce quantized gradients (ZeRO++)."""
+    """Stage 3: reduce gradients in 4 bits (ZeRO++), if there are several nodes."""
+    zero_quantized_nontrainable_weights: bool = False
+    """Stage 3: keep weights in 8 bits that are not trained when they are partitioned (ZeRO++): under zero.Init none."""
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """``data_types.grad_accum_dtype``; None is the model's type."""
     communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
@@ -189,7 +192,12 @@ class FsdpSpec(Spec):
     sharding_strategy: (
         Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2"] | None
     ) = None
-    """Version 1; None is FULL_SHARD. accelerate takes it from its own configuration only, not from the Trainer's."""
+    """Version 1; None is FULL_SHARD. accelerate takes it from its own configuration only, not from the Trainer's.
+    The hybrid ones shard over the GPUs of a node, and every node has all shards."""
+    dp_replicate_size: PositiveInt = 1
+    """Version 2: groups of ranks that have all shards each (``ParallelismConfig`` of accelerate); 1 is no hybrid."""
+    dp_shard_size: PositiveInt | None = None
+    """Version 2: ranks of such a group; None is as many as there are."""
     auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] = "TRANSFORMER_BASED_WRAP"
     """What becomes a unit of sharding."""
     transformer_layer_cls_to_wrap: Names = ()
@@ -221,9 +229,19 @@ class FsdpSpec(Spec):
             remedy = "Use sharding_strategy: SHARD_GRAD_OP, or version 2."
             raise SpecError.at("reshard_after_forward", False, "cannot go with version 1", remedy)
         if self.version == 2 and self.sharding_strategy is not None:
-            remedy = "Use reshard_after_forward, or version 1."
+            remedy = "Use reshard_after_forward and dp_replicate_size, or version 1."
             raise SpecError.at("sharding_strategy", self.sharding_strategy, "cannot go with version 2", remedy)
+        if self.version == 1 and (self.dp_replicate_size > 1 or self.dp_shard_size is not None):
+            # accelerate/parallelism_config.py: "only compatible DistributedType.FSDP (version 2) ..."
+            name = "dp_replicate_size" if self.dp_replicate_size > 1 else "dp_shard_size"
+            remedy = "Use sharding_strategy: HYBRID_SHARD, or version 2."
+            raise SpecError.at(name, getattr(self, name), "cannot go with version 1", remedy)
         return self
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether several groups of ranks have all shards."""
+        return self.dp_replicate_size > 1 or (self.sharding_strategy or "").startswith("HYBRID")
 
 
 class Strategy(Spec):
@@ -257,6 +275,13 @@ class Strategy(Spec):
         if self.offload_param != "none" and self.kind != "zero3":
             remedy = "Use --strategy zero3 or fsdp, or none."
             raise SpecError.at("offload_param", self.offload_param, self._cannot_offload(), remedy)
+        ratio = self.zero.offload_optimizer.ratio
+        if self.offload_optimizer != "none" and ratio < 1 and self.kind != "zero3":
+            # deepspeed/runtime/zero/config.py: "Partial offloading only supported for ZeRO Stage 3."
+            remedy = "Leave it out, or use --strategy zero3."
+            raise SpecError.at(
+                "zero.offload_optimizer.ratio", ratio, f"is refused by DeepSpeed with {self.kind}", remedy
+            )
         return self
 
     def _cannot_offload(self) -> str:
@@ -273,6 +298,14 @@ class Strategy(Spec):
     def zero_stage(self) -> int | None:
         """DeepSpeed's stage, 0 .. 3; None for other engines."""
         return int(self.kind[-1]) if self.is_deepspeed else None
+
+    @property
+    def has_groups_of_nodes(self) -> bool:
+        """Whether ranks have a group within nodes, and one between them, beside that of all."""
+        if self.kind == "fsdp":
+            return self.fsdp.is_hybrid
+        keys = self.zero
+        return self.kind == "zero3" and (keys.zero_hpz_partition_size > 1 or keys.zero_quantized_gradients)
 
     @property
     def shards(self) -> bool:
