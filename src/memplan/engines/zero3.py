@@ -803,7 +803,7 @@ class Zero3:
         left: list[Block] = []
         passing: list[list[Block]] = [[] for _ in range(7)]
         """Of the gradient before, by the loop's variables."""
-        for shard in sorted(self._bucket, key=lambda shard: self._order[shard.key]):
+        for shard in sorted(self._bucket, key=lambda shard: self.coordinator.ds_id[shard.key]):
             if not zeropp.reduces_quantized(shard.shape, shard.elements, setup.ranks):
                 if shard.elements % setup.ranks:
                     nbytes = shard.aligned * setup.communication_dtype.itemsize
