@@ -93,17 +93,12 @@ def _legs(unrolled: Unrolled, segment: Segment, measured: bool) -> Iterator[Leg]
 
 def _changes(unrolled: Unrolled, leg: Leg) -> Iterator[tuple[int, int]]:
     """Every allocation and free of a leg: its component, and the bytes. What an engine takes, it frees itself."""
-    tape, segment = unrolled.tape, leg.segment
-    taken = unrolled.taken
+    tape, taken, changes = unrolled.tape, unrolled.taken, unrolled.changes
     for event in tape.log[leg.start : leg.end]:
         if event >= 0:
-            yield tape.components[event], tape.sizes[event]
-        elif ~event in taken:
-            continue
-        elif segment.layer is None:
-            yield tape.components[~event], -tape.sizes[~event] * unrolled.repeated.get(~event, 1)
-        elif ~event not in segment.last:
-            yield tape.components[~event], -tape.sizes[~event]
+            yield tape.components[event], changes[event]
+        elif ~event not in taken:
+            yield tape.components[~event], changes[event]
 
 
 def _dying(unrolled: Unrolled, segment: Segment) -> Leg:
