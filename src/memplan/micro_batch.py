@@ -155,7 +155,7 @@ def micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation
     if full_depth:
         return _run(setup, batch, training.seq_len, True, accumulated, evaluation)
     alike = replace(setup, training=training.replace(micro_batch_size=1, seq_len=1))
-    return _recordings(alike, accumulated, evaluation).micro_batch(batch, training.seq_len)
+    return recordings(alike, accumulated, evaluation).micro_batch(batch, training.seq_len)
 
 
 def _run(setup: Setup, batch: Any, length: Any, full_depth: bool, accumulated: bool, evaluation: bool) -> MicroBatch:
@@ -259,7 +259,8 @@ class Recording:
 
 
 @lru_cache(maxsize=16)
-def _recordings(setup: Setup, accumulated: bool, evaluation: bool) -> Recordings:
+def recordings(setup: Setup, accumulated: bool, evaluation: bool) -> Recordings:
+    """Those of all setups that differ in batch and length only, which ``setup`` stands for."""
     return Recordings(partial(_run, setup, full_depth=False, accumulated=accumulated, evaluation=evaluation))
 
 

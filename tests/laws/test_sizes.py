@@ -33,7 +33,7 @@ def all_of(micro: MicroBatch) -> list[Any]:
         [(mark.name, mark.layer, mark.position, mark.flops, mark.events) for mark in tape.marks],
         [(event.position, event.kind, event.storage) for event in tape.events],
         (micro.predictions, micro.assumptions),
-        (unrolled.profile(), unrolled.size_counts(), unrolled.changes, unrolled.weights),
+        (unrolled.profile(), unrolled.size_counts(), unrolled.changes),
         [(segment, count) for segment, count in unrolled.runs],
     ]
 

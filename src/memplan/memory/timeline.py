@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, groupby
-from operator import mul
 
 from memplan.tape.tape import GRADIENT, LayerKey, Tape
 
@@ -75,15 +74,29 @@ class Unrolled:
     segments: list[Segment]
     runs: list[tuple[Segment, int]]
     """Segments, each with how often it repeats."""
-    weights: list[int]
-    """By an entry of the log, how many storages of the whole model it makes (or frees: negative) each time its segment
-    runs. A free may stand for every layer's storage, or for none, where it is told by ``Segment.last``."""
+    frees: dict[int, int]
+    """Entries of the log that free another number of storages of the whole model than one, each time that their segment
+    runs: every layer's, or none, where ``Segment.last`` tells them."""
     stacks: Stacks
 
     @cached_property
     def changes(self) -> list[int]:
         """By an entry of the log, the bytes by which it changes what is alive."""
-        return list(map(mul, _by_entry(self.tape.sizes), self.weights))
+        return self._signed(self.tape.sizes)
+
+    @cached_property
+    def component_of(self) -> list[int]:
+        """By an entry of the log, the tape's component of its storage."""
+        return self.tape.components + self.tape.components[::-1]
+
+    def _signed(self, values: list[int]) -> list[int]:
+        """Values of storages by an entry of the log: negative, and as often as it frees, for ``~i``, which counts from
+        the end, as Python's indices do.
+        """
+        signed = values + [-value for value in reversed(values)]
+        for entry, number in self.frees.items():
+            signed[entry] *= number
+        return signed
 
     @cached_property
     def taken(self) -> frozenset[int]:
@@ -132,13 +145,15 @@ class Unrolled:
     def size_counts(self) -> dict[int, tuple[int, int]]:
         """For every size of tensor: the most alive at one time, and how many are allocated."""
         numbers: dict[int, int] = {}
-        number_of = _by_entry([numbers.setdefault(size, len(numbers)) for size in self.tape.sizes])
+        made = [numbers.setdefault(size, len(numbers)) for size in self.tape.sizes]
+        number_of = made + made[::-1]
+        weights = self._signed([1] * len(made))
         live, most, allocated = ([0] * len(numbers) for _ in range(3))
         counted: dict[int, list[tuple[int, int, int, int]]] = {}
         for segment, repeats in self.runs:
             counts = counted.get(id(segment))
             if counts is None:
-                counts = counted[id(segment)] = self._count(segment, number_of, len(numbers))
+                counts = counted[id(segment)] = self._count(segment, number_of, weights, len(numbers))
             for number, net, peak, allocations in counts:
                 before = live[number]
                 highest = before + peak + ((repeats - 1) * net if net > 0 else 0)
@@ -148,10 +163,11 @@ class Unrolled:
                 live[number] = before + repeats * net
         return {size: (most[number], allocated[number]) for size, number in numbers.items()}
 
-    def _count(self, segment: Segment, number_of: list[int], sizes: int) -> list[tuple[int, int, int, int]]:
+    def _count(
+        self, segment: Segment, number_of: list[int], weights: list[int], sizes: int
+    ) -> list[tuple[int, int, int, int]]:
         """Of every size in a segment: its number, growth, peak and allocations."""
         net, peak, allocations = ([0] * sizes for _ in range(3))
-        weights = self.weights
         for event in self.tape.log[segment.start : segment.end]:
             number = number_of[event]
             net[number] = now = net[number] + weights[event]
@@ -166,13 +182,13 @@ class Unrolled:
         segments = _segments(tape)
         for segment, same in zip(segments, self.segments, strict=True):
             segment.crossing, segment.last = same.crossing, same.last
-        unrolled = Unrolled(tape, segments, _runs(segments, self.stacks), self.weights, self.stacks)
+        unrolled = Unrolled(tape, segments, _runs(segments, self.stacks), self.frees, self.stacks)
         unrolled._measure()
         return unrolled
 
     def _measure(self) -> None:
         """Fill in each segment's net growth and its peak above its start."""
-        changes, component_of, log = self.changes, _by_entry(self.tape.components), self.tape.log
+        changes, component_of, log = self.changes, self.component_of, self.tape.log
         for segment in self.segments:
             segment.peak = max(accumulate(map(changes.__getitem__, log[segment.start : segment.end]), initial=0))
             for event in segment.crossing:
@@ -181,27 +197,22 @@ class Unrolled:
 
     def _at_peak(self, segment: Segment, before: list[int]) -> list[int]:
         """The composition at the segment's peak, with ``before`` at its start."""
+        changes, component_of = self.changes, self.component_of
         parts = list(before)
-        component_of = _by_entry(self.tape.components)
         total = 0
         for event in self.tape.log[segment.start : segment.end]:
             if total == segment.peak:
                 break
-            parts[component_of[event]] += self.changes[event]
-            total += self.changes[event]
+            parts[component_of[event]] += changes[event]
+            total += changes[event]
         return parts
-
-
-def _by_entry(values: list[int]) -> list[int]:
-    """Values of storages, to be indexed by an entry of the log: ``~i`` counts from the end, as Python's indices do."""
-    return values + values[::-1]
 
 
 def unroll(tape: Tape, stacks: Stacks) -> Unrolled:
     """Lay out the whole model's log, from a tape on which each kind of layer ran once."""
     segments = _segments(tape)
-    weights = _weights(tape, segments, _multiplicities(stacks))
-    unrolled = Unrolled(tape, segments, _runs(segments, stacks), weights, stacks)
+    frees = _frees(tape, segments, _multiplicities(stacks))
+    unrolled = Unrolled(tape, segments, _runs(segments, stacks), frees, stacks)
     unrolled._measure()
     return unrolled
 
@@ -229,12 +240,12 @@ def _segments(tape: Tape) -> list[Segment]:
     return segments
 
 
-def _weights(tape: Tape, segments: list[Segment], multiplicity: dict[LayerKey, int]) -> list[int]:
-    """:attr:`Unrolled.weights`. Also fills in what crosses each segment's borders, and what dies with its last
+def _frees(tape: Tape, segments: list[Segment], multiplicity: dict[LayerKey, int]) -> dict[int, int]:
+    """:attr:`Unrolled.frees`. Also fills in what crosses each segment's borders, and what dies with its last
     repetition.
     """
     flowing = tape.flowing
-    weights = [1] * len(tape.sizes) + [-1] * len(tape.sizes)
+    frees: dict[int, int] = {}
     repeated: dict[int, int] = {}
     """Storage made in a repeated layer -> how many storages of the whole model it stands for."""
     owner: dict[int, LayerKey] = {}
@@ -245,11 +256,11 @@ def _weights(tape: Tape, segments: list[Segment], multiplicity: dict[LayerKey, i
         segment.crossing = [entry for entry in entries if ~entry not in present]
         for entry in segment.crossing:
             if layer is None:
-                if entry < 0:
-                    weights[entry] = -repeated.get(~entry, 1)  # every layer's, freed at once: autocast's cache
+                if ~entry in repeated:
+                    frees[entry] = repeated[~entry]  # every layer's, freed at once: autocast's cache
             elif entry < 0:
                 if multiplicity[layer] > 1 and owner.get(~entry) != layer and ~entry not in flowing:
-                    weights[entry] = 0
+                    frees[entry] = 0
                     segment.last.append(~entry)
             elif entry not in flowing or entry in tape.held:
                 repeated[entry] = multiplicity[layer]
@@ -257,7 +268,7 @@ def _weights(tape: Tape, segments: list[Segment], multiplicity: dict[LayerKey, i
             elif (keeper := tape.kept.get(entry)) is not None and keeper[0] == layer[0]:
                 # What a layer is given and keeps: as many as there are layers to keep it.
                 repeated[entry] = multiplicity[keeper]
-    return weights
+    return frees
 
 
 def _runs(segments: list[Segment], stacks: Stacks) -> list[tuple[Segment, int]]:
