@@ -19,6 +19,7 @@ from itertools import count
 from memplan.catalog.gpus import find_gpu
 from memplan.catalog.hub import resolve_config
 from memplan.estimator import estimate
+from memplan.micro_batch import recordings
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
@@ -58,15 +59,21 @@ def process(*arguments: str, repeats: int = 7) -> tuple[float, int]:
     return median, int(peak.stdout.split()[-1]) * 1024
 
 
-def in_process(model: ModelSpec, *, replay: bool, repeats: int) -> float:
-    """Median milliseconds of an estimate; every call has another sequence length, so nothing is remembered."""
-    cluster = ClusterSpec(gpu=find_gpu("A100-80GB"))
+def in_process(model: ModelSpec, *, replay: bool, repeats: int, first: bool = False, kind: str = "single") -> float:
+    """Median milliseconds of an estimate; every call has another sequence length. What was recorded at some is used for
+    others, as in a search, unless each is to be as the ``first`` of its setup.
+    """
+    cluster = ClusterSpec(gpu=find_gpu("A100-80GB"), gpus=1 if kind == "single" else 4)
     lengths = count(1024, 8)
 
     def run() -> None:
-        estimate(model, TrainingSpec(seq_len=next(lengths)), cluster, Strategy(), SoftwareSpec(), replay=replay)
+        if first:
+            recordings.cache_clear()
+        training = TrainingSpec(seq_len=next(lengths))
+        estimate(model, training, cluster, Strategy(kind=kind), SoftwareSpec(), replay=replay)
 
-    run()
+    for _ in range(5):
+        run()
     return milliseconds(run, repeats)
 
 
@@ -108,6 +115,12 @@ def main() -> None:
     model = resolve_config(MODEL)
     rows: list[tuple[str, str]] = []
     rows.append(("memplan, in process, without replay", f"{in_process(model, replay=False, repeats=200):.2f} ms"))
+    alone = in_process(model, replay=False, repeats=200, first=True)
+    rows.append(("  the first of its setup", f"{alone:.2f} ms"))
+    rows += [
+        (f"  {kind} on 4 GPUs", f"{in_process(model, replay=False, repeats=20, kind=kind):.1f} ms")
+        for kind in ("zero2", "zero3", "fsdp")
+    ]
     rows.append(("memplan, in process, with replay", f"{in_process(model, replay=True, repeats=20):.1f} ms"))
     base, base_bytes = process("-c", BASELINE)
     cold, cold_bytes = process("-m", "memplan", "estimate", MODEL, "--json")

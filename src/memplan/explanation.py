@@ -195,7 +195,7 @@ def _workspace(parts: Parts) -> Term:
 
 def _keys_and_values(tape: Tape, alive: set[int]) -> list[Term]:
     """The cache as it is at the peak: where a layer's is just being extended, the old one and the new."""
-    groups = Counter((*tape.shapes[i], tape.sizes[i]) for i in alive)
+    groups = Counter((*tape.births[i][1:], tape.sizes[i]) for i in alive)
     return [
         Term(
             name="activations: keys and values",
@@ -260,8 +260,8 @@ def _tensors(tape: Tape, alive: set[int], source: str = "") -> list[Term]:
     """The tape's tensors that are alive, like with like; ``source`` if it is not by component."""
     groups: Counter[tuple[str, str, tuple[int, ...], str, int]] = Counter()
     for i in alive:
-        shape, dtype = tape.shapes[i]
-        groups[COMPONENTS[tape.components[i]], tape.names[i], shape, dtype.name, tape.sizes[i]] += 1
+        name, shape, dtype = tape.births[i]
+        groups[COMPONENTS[tape.components[i]], name, shape, dtype.name, tape.sizes[i]] += 1
     terms = []
     for (component, name, shape, type_name, size), count in sorted(groups.items(), key=lambda g: -g[0][4] * g[1]):
         terms.append(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from memplan.specs.software import SoftwareSpec
 from memplan.specs.training import TrainingSpec
 from memplan.tape import tensor as dtypes
 from memplan.tape.dispatch import DeviceRules
+from memplan.tape.symbols import Record
 from memplan.tape.tape import INPUT, AccumulateGrad, Tape
 from memplan.tape.tensor import DType, Tensor
 
@@ -100,15 +102,19 @@ class MicroBatch:
     assumptions: tuple[Constant, ...] = ()
     predictions: Sequence[Prediction] = ()
     """The batch's logits and labels, which evaluation may keep; none where no logits are made."""
+    like: MicroBatch | None = None
+    """The same on a batch of another size, of which this one is made."""
 
     @cached_property
     def unrolled(self) -> Unrolled:
         """The log of all layers."""
+        if self.like is not None:
+            return self.like.unrolled.resized(self.tape)
         return unroll(self.tape, self.inventory.stacks)
 
     @cached_property
     def _layouts(self) -> dict[bool, Layout]:
-        return {}
+        return {} if self.like is None else self.like._layouts
 
     def layout(self, one_group: bool = False) -> Layout:
         """The model as an engine that shards sees it (:func:`memplan.engines.layout.layout`)."""
@@ -116,12 +122,44 @@ class MicroBatch:
             self._layouts[one_group] = layout(self.root, one_group)
         return self._layouts[one_group]
 
+    @property
+    def numbers(self) -> tuple[list[Any], ...]:
+        """Those that the size of the batch decides: bytes of each storage; FLOPs at each mark and at the end; bytes of
+        predictions; value, low and high of assumptions.
+        """
+        tape = self.tape
+        return (
+            tape.sizes,
+            [*(mark.flops for mark in tape.marks), tape.flops],
+            [each.nbytes for each in self.predictions],
+            [number for each in self.assumptions for number in (each.value, each.low, each.high)],
+        )
+
+    def resized(self, sizes: list[Any], flops: list[Any], predictions: list[Any], assumptions: list[Any]) -> MicroBatch:
+        """The same on a batch of another size, which decides these :attr:`numbers`."""
+        tape = self.tape.resized(sizes, flops)
+        kept = [each._replace(nbytes=nbytes) for each, nbytes in zip(self.predictions, predictions, strict=True)]
+        assumed = zip(self.assumptions, assumptions[::3], assumptions[1::3], assumptions[2::3])
+        constants = (replace(each, value=value, low=low, high=high) for each, value, low, high in assumed)
+        return MicroBatch(tape, self.root, self.inventory, tuple(constants), kept, like=self)
+
 
 def micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation: bool = False) -> MicroBatch:
-    """Run one micro-batch (or one evaluation batch) on a fresh tape, or take the one that was traced."""
+    """Run one micro-batch (or one evaluation batch) on a fresh tape, or take the one that was traced or recorded."""
     if setup.traced is not None:
         return setup.traced.micro_batch(accumulated=accumulated, evaluation=evaluation)
     training = setup.training
+    batch = training.micro_batch_size
+    if evaluation:
+        batch = training.eval_batch_size or batch
+    if full_depth:
+        return _run(setup, batch, training.seq_len, True, accumulated, evaluation)
+    alike = replace(setup, training=training.replace(micro_batch_size=1, seq_len=1))
+    return recordings(alike, accumulated, evaluation).micro_batch(batch, training.seq_len)
+
+
+def _run(setup: Setup, batch: Any, length: Any, full_depth: bool, accumulated: bool, evaluation: bool) -> MicroBatch:
+    """Run one micro-batch on a fresh tape; ``batch`` and ``length`` may be symbols."""
     tape = Tape(setup.rules)
     tape.engine_takes_gradients = setup.engine != "torch" or setup.copies_gradients
     tape.steps_in_backward = setup.engine in ("zero12", "zero3")
@@ -138,12 +176,10 @@ def micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation
         for p, _ in inventory.parameters:
             if isinstance(p.node, AccumulateGrad):
                 p.node.accumulated = True
-    batch = training.micro_batch_size
     if evaluation:
         tape.training = tape.grad_enabled = False
-        batch = training.eval_batch_size or batch
     with tape.tagged(INPUT):
-        inputs = root.inputs(batch, training.seq_len)
+        inputs = root.inputs(batch, length)
     tape.input_count = len(tape.sizes)
     loss, outputs = _forward(tape, root, inputs, setup)
     found = (outputs, *inputs[1:]) if isinstance(outputs, Tensor) else ()
@@ -155,6 +191,77 @@ def micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation
         tape.backward(loss)
     tape.close()
     return MicroBatch(tape, root, inventory, tuple(tape.assumptions.values()), predictions)
+
+
+class Recordings:
+    """Micro-batches of one setup but for batch and length, in which those that follow differ.
+
+    One of which no recording tells is run. The fourth of these is recorded too, and one each time that they have
+    doubled: with symbols for batch and length (:mod:`memplan.tape.symbols`), which takes as long as eight runs.
+    """
+
+    MOST = 4
+    """Recordings of one setup. Which way the code goes differs between short and long, one and several sequences."""
+
+    def __init__(self, run: Callable[[Any, Any], MicroBatch]) -> None:
+        self._run = run
+        self._runs = 0
+        self._recordings: deque[Recording] = deque(maxlen=self.MOST)
+
+    def micro_batch(self, batch: int, length: int) -> MicroBatch:
+        """The one of this batch and length."""
+        for recording in tuple(self._recordings):
+            found = recording.micro_batch(batch, length)
+            if found is not None:
+                return found
+        result = self._run(batch, length)
+        self._runs += 1
+        if self._runs >= 4 and self._runs.bit_count() == 1:
+            made = Recording.of(self._run, batch, length, result)
+            if made is not None:
+                self._recordings.append(made)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What a micro-batch does on a batch of any size, as long as the code goes the same way."""
+
+    record: Record
+    one: MicroBatch
+    """Of the size for which it was recorded."""
+    places: tuple[list[int], ...]
+    """Where the record gives its numbers (:attr:`MicroBatch.numbers`)."""
+
+    @classmethod
+    def of(cls, run: Callable[[Any, Any], MicroBatch], batch: int, length: int, one: MicroBatch) -> Recording | None:
+        """Record what made ``one``; None where the code does more with the sizes than compare and calculate."""
+        record = Record()
+        try:
+            found = run(record.input(batch), record.input(length))
+        except (TypeError, AttributeError):
+            return None
+        recording = cls(record, one, tuple([record.place(each) for each in numbers] for numbers in found.numbers))
+        again = recording.micro_batch(batch, length)
+        # A number that got past the record, into a text or a dict, would show.
+        if again is None or again.numbers != one.numbers:
+            return None
+        same = (found.tape.log, found.tape.components) == (one.tape.log, one.tape.components)
+        told = [each.source for each in found.assumptions] == [each.source for each in one.assumptions]
+        return recording if same and told else None
+
+    def micro_batch(self, batch: int, length: int) -> MicroBatch | None:
+        """The micro-batch of this size; None if the code would go another way."""
+        values = self.record.replay(batch, length)
+        if values is None:
+            return None
+        return self.one.resized(*([values[place] for place in places] for places in self.places))
+
+
+@lru_cache(maxsize=16)
+def recordings(setup: Setup, accumulated: bool, evaluation: bool) -> Recordings:
+    """Those of all setups that differ in batch and length only, which ``setup`` stands for."""
+    return Recordings(partial(_run, setup, full_depth=False, accumulated=accumulated, evaluation=evaluation))
 
 
 def build(

@@ -43,7 +43,7 @@ def run(model: Model, length: int = 16) -> Counter[str]:
     tape = model.b.tape
     loss, _ = model(*model.inputs(2, length))
     tape.backward(loss)
-    return Counter(tape.names)
+    return Counter(name for name, _, _ in tape.births)
 
 
 def test_a_decoder_is_refused() -> None:

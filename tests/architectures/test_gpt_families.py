@@ -134,7 +134,7 @@ def test_upcast_attention_has_its_scores_in_float32() -> None:
     def scores(upcast: bool) -> int:
         b, model = build("gpt2", dtype=bfloat16, reorder_and_upcast_attn=upcast, vocab_size=8)
         model(*model.inputs(2, 64))
-        return next(b.tape.sizes[i] for i, name in enumerate(b.tape.names) if name == "softmax")
+        return next(b.tape.sizes[i] for i, (name, _, _) in enumerate(b.tape.births) if name == "softmax")
 
     assert scores(False) == 2 * 6 * 64 * 64 * 2
     assert scores(True) == 2 * 6 * 64 * 64 * 4

@@ -35,7 +35,8 @@ def on_the_tape(config: dict[str, Any]) -> Counter[int]:
     loss, logits = root(*root.inputs(BATCH, LENGTH))
     del logits
     tape.backward(loss)
-    return Counter(size for name, size in zip(tape.names, tape.sizes, strict=True) if name == "accumulate")
+    births = zip(tape.births, tape.sizes, strict=True)
+    return Counter(size for (name, _, _), size in births if name == "accumulate")
 
 
 def in_torch(config: dict[str, Any]) -> Counter[int]:

@@ -55,7 +55,7 @@ class Run:
     def made_in_backward(self, out: Tensor) -> list[str]:
         """The names of what the backward allocates."""
         self.tape.backward(out)
-        return [self.tape.names[event] for event in self.tape.log[self.middle :] if event >= 0]
+        return [self.tape.births[event][0] for event in self.tape.log[self.middle :] if event >= 0]
 
     def _bytes(self, start: int, end: int) -> tuple[int, int]:
         total = peak = 0

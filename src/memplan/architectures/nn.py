@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import ref
 
 from memplan.architectures.cache import DynamicCache
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
@@ -144,11 +145,13 @@ def watch(root: Module, tape: Tape) -> None:
     for _, module in root.named_modules():
         if not hasattr(module, "forward"):  # a list of modules, which is never called
             continue
-        module.forward = partial(_watched, tape, module, module.forward)
+        module.forward = partial(_watched, tape, ref(module))  # no cycle: reference counting frees it
 
 
-def _watched(tape: Tape, module: Module, forward: Callable[..., Any], *args: Any) -> Any:
-    return tape.watch(module, forward, args)
+def _watched(tape: Tape, module: ref[Module], *args: Any) -> Any:
+    watched = module()
+    assert watched is not None
+    return tape.watch(watched, partial(type(watched).forward, watched), args)
 
 
 def looked_at(p: Parameter) -> Parameter:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from memplan.memory.evaluation import Kept
 from memplan.memory.optimizers import Optimizer, clip_grad_norm, rounded
@@ -28,7 +29,7 @@ class Evaluation:
     kept: Kept
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Run:
     """What an engine places: the model's parameters and the profile of one micro-batch."""
 
@@ -43,7 +44,7 @@ class Run:
     workspaces: tuple[int, ...]
     """cuBLAS's, inside the allocator's memory: from the first step on."""
 
-    @property
+    @cached_property
     def trainable(self) -> list[tuple[Parameter, int]]:
         """The parameters that get a gradient."""
         return [(p, count) for p, count in self.parameters if p.node is not None]

@@ -1142,8 +1142,11 @@ def _in_flat_buffer(sub_groups: Sequence[Sequence[Shard]], elements: int) -> lis
 def _sub_groups(shards: Sequence[Shard], size: int) -> list[list[Shard]]:
     """_create_fp16_sub_groups: a sub-group ends once it has reached its size, in elements of partitions."""
     groups: list[list[Shard]] = [[]]
+    elements = 0
     for shard in shards:
-        if groups[-1] and sum(each.partition for each in groups[-1]) >= size:
+        if groups[-1] and elements >= size:
             groups.append([])
+            elements = 0
         groups[-1].append(shard)
+        elements += shard.partition
     return groups

@@ -597,8 +597,7 @@ def to_tape(recording: Recording, rules: DeviceRules, subjects: Mapping[str, int
     """Return a tape that says it ran what was recorded. ``subjects``: what an engine hooks into, its id() by path."""
     tape = Tape(rules)
     tape.sizes = [(birth.nbytes + 511) & -512 for birth in recording.births]
-    tape.names = [birth.name for birth in recording.births]
-    tape.shapes = [(birth.shape, known_dtype(birth.dtype)) for birth in recording.births]
+    tape.births = [(birth.name, birth.shape, known_dtype(birth.dtype)) for birth in recording.births]
     tape.components = list(recording.components)
     tape.input_count = recording.input_count
     phase = "forward"

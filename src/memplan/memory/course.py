@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import add
 
 from memplan.memory.allocator import CachingAllocator
 from memplan.memory.optimizers import OUTSIDE
@@ -93,17 +94,12 @@ def _legs(unrolled: Unrolled, segment: Segment, measured: bool) -> Iterator[Leg]
 
 def _changes(unrolled: Unrolled, leg: Leg) -> Iterator[tuple[int, int]]:
     """Every allocation and free of a leg: its component, and the bytes. What an engine takes, it frees itself."""
-    tape, segment = unrolled.tape, leg.segment
-    taken = unrolled.taken
+    tape, taken, changes = unrolled.tape, unrolled.taken, unrolled.changes
     for event in tape.log[leg.start : leg.end]:
         if event >= 0:
-            yield tape.components[event], tape.sizes[event]
-        elif ~event in taken:
-            continue
-        elif segment.layer is None:
-            yield tape.components[~event], -tape.sizes[~event] * unrolled.repeated.get(~event, 1)
-        elif ~event not in segment.last:
-            yield tape.components[~event], -tape.sizes[~event]
+            yield tape.components[event], changes[event]
+        elif ~event not in taken:
+            yield tape.components[~event], changes[event]
 
 
 def _dying(unrolled: Unrolled, segment: Segment) -> Leg:
@@ -178,10 +174,13 @@ class Ledger:
         return Block(place, component, nbytes, name)
 
     def _count(self, nbytes: int) -> None:
-        counts = self.sizes.setdefault(nbytes, [0, 0, 0])
+        counts = self.sizes.get(nbytes)
+        if counts is None:
+            counts = self.sizes[nbytes] = [0, 0, 0]
         counts[0] += 1
-        counts[1] = max(counts[1], counts[0])
         counts[2] += 1
+        if counts[0] > counts[1]:
+            counts[1] = counts[0]
 
     def free(self, *blocks: Block | None) -> None:
         """Give blocks back; None is none."""
@@ -232,8 +231,7 @@ class Ledger:
                 if total == leg.peak:
                     break
             self._fullest[key] = self._sum(tape)
-        for component, size in enumerate(leg.net):
-            self._tape[component] += size
+        self._tape = list(map(add, self._tape, leg.net))
         self._tape_total = before + leg.total
 
     def rewind(self) -> None:
@@ -254,27 +252,30 @@ class Ledger:
             self._look(place)
 
     def _look(self, place: str) -> None:
-        if place in (*_HOST, "main"):  # one memory: the fullest moment of all together
-            height = sum(self._totals[each] for each in _HOST) * self.ranks + self._totals["main"]
-            key = self.phase, "host"
+        totals = self._totals
+        if place == "gpu" or place == "nvme":
+            key = self.phase, place
+            height = totals[place] + (self._tape_total if place == "gpu" else 0)
             if height > self._highest.get(key, -1):
                 self._highest[key] = height
-                self._fullest[key] = self._node((*_HOST, "main"))
-                self._fullest[self.phase, "pinned"] = self._node(("pinned", "locked"))
+                self._fullest[key] = self._sum(self._tape) if place == "gpu" else dict(self._engine[place])
             return
-        key = self.phase, place
-        height = self._totals[place] + (self._tape_total if place == "gpu" else 0)
+        # One memory: the fullest moment of all places together.
+        height = (totals["host"] + totals["pinned"] + totals["locked"]) * self.ranks + totals["main"]
+        key = self.phase, "host"
         if height > self._highest.get(key, -1):
             self._highest[key] = height
-            self._fullest[key] = self._sum(self._tape) if place == "gpu" else dict(self._engine[place])
+            self._fullest[key] = self._node((*_HOST, "main"))
+            self._fullest[self.phase, "pinned"] = self._node(("pinned", "locked"))
 
     def _node(self, places: Iterable[str]) -> Parts:
         """What the ranks of a node have in some places of its host, by component."""
-        parts: Counter[str] = Counter()
+        parts: Parts = {}
         for place in places:
+            ranks = 1 if place == "main" else self.ranks
             for name, size in self._engine[place].items():
-                parts[name] += size * (1 if place == "main" else self.ranks)
-        return dict(parts)
+                parts[name] = parts.get(name, 0) + size * ranks
+        return parts
 
     def _sum(self, tape: list[int]) -> Parts:
         parts = dict(self._engine["gpu"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from memplan.tape.tape import GRADIENT, LayerKey, Tape
 
@@ -53,6 +53,8 @@ class Segment:
     flops: int
     events: slice
     """Of the tape's, those that lie in it."""
+    crossing: list[int] = field(default_factory=list)
+    """Entries of the log whose storage lives before it or after it."""
     net: int = 0
     peak: int = 0
     parts: list[int] = field(default_factory=lambda: [0] * len(COMPONENTS))
@@ -69,11 +71,32 @@ class Unrolled:
     """The log of the whole model: the tape's segments, in the order and as often as every layer makes them."""
 
     tape: Tape
+    segments: list[Segment]
     runs: list[tuple[Segment, int]]
     """Segments, each with how often it repeats."""
-    repeated: dict[int, int]
-    """Storage made in a repeated layer -> how many storages of the whole model it stands for."""
+    frees: dict[int, int]
+    """Entries of the log that free another number of storages of the whole model than one, each time that their segment
+    runs: every layer's, or none, where ``Segment.last`` tells them."""
     stacks: Stacks
+
+    @cached_property
+    def changes(self) -> list[int]:
+        """By an entry of the log, the bytes by which it changes what is alive."""
+        return self._signed(self.tape.sizes)
+
+    @cached_property
+    def component_of(self) -> list[int]:
+        """By an entry of the log, the tape's component of its storage."""
+        return self.tape.components + self.tape.components[::-1]
+
+    def _signed(self, values: list[int]) -> list[int]:
+        """Values of storages by an entry of the log: negative, and as often as it frees, for ``~i``, which counts from
+        the end, as Python's indices do.
+        """
+        signed = values + [-value for value in reversed(values)]
+        for entry, number in self.frees.items():
+            signed[entry] *= number
+        return signed
 
     @cached_property
     def taken(self) -> frozenset[int]:
@@ -111,7 +134,7 @@ class Unrolled:
             else:
                 forward_flops += count * segment.flops
         for phase, (height, segment, before) in best.items():
-            peaks[phase] = Moment(height, _at_peak(self.tape, segment, before, self.repeated))
+            peaks[phase] = Moment(height, self._at_peak(segment, before))
         if not saved.total:
             saved = Moment(total, list(parts))
         for storage in self.tape.passed_gradients:
@@ -122,13 +145,15 @@ class Unrolled:
     def size_counts(self) -> dict[int, tuple[int, int]]:
         """For every size of tensor: the most alive at one time, and how many are allocated."""
         numbers: dict[int, int] = {}
-        number_of = [numbers.setdefault(size, len(numbers)) for size in self.tape.sizes]
+        made = [numbers.setdefault(size, len(numbers)) for size in self.tape.sizes]
+        number_of = made + made[::-1]
+        weights = self._signed([1] * len(made))
         live, most, allocated = ([0] * len(numbers) for _ in range(3))
         counted: dict[int, list[tuple[int, int, int, int]]] = {}
         for segment, repeats in self.runs:
             counts = counted.get(id(segment))
             if counts is None:
-                counts = counted[id(segment)] = self._count(segment, number_of, len(numbers))
+                counts = counted[id(segment)] = self._count(segment, number_of, weights, len(numbers))
             for number, net, peak, allocations in counts:
                 before = live[number]
                 highest = before + peak + ((repeats - 1) * net if net > 0 else 0)
@@ -138,30 +163,58 @@ class Unrolled:
                 live[number] = before + repeats * net
         return {size: (most[number], allocated[number]) for size, number in numbers.items()}
 
-    def _count(self, segment: Segment, number_of: list[int], sizes: int) -> list[tuple[int, int, int, int]]:
+    def _count(
+        self, segment: Segment, number_of: list[int], weights: list[int], sizes: int
+    ) -> list[tuple[int, int, int, int]]:
         """Of every size in a segment: its number, growth, peak and allocations."""
         net, peak, allocations = ([0] * sizes for _ in range(3))
-        outside = segment.layer is None
-        last = set(segment.last)
         for event in self.tape.log[segment.start : segment.end]:
+            number = number_of[event]
+            net[number] = now = net[number] + weights[event]
             if event >= 0:
-                number = number_of[event]
                 allocations[number] += 1
-                net[number] = now = net[number] + 1
                 if now > peak[number]:
                     peak[number] = now
-            elif outside:
-                net[number_of[~event]] -= self.repeated.get(~event, 1)
-            elif ~event not in last:
-                net[number_of[~event]] -= 1
         return [found for found in zip(range(sizes), net, peak, allocations) if found[1] or found[3]]
+
+    def resized(self, tape: Tape) -> Unrolled:
+        """The same of ``tape``, which is this one's, resized."""
+        segments = _segments(tape)
+        for segment, same in zip(segments, self.segments, strict=True):
+            segment.crossing, segment.last = same.crossing, same.last
+        unrolled = Unrolled(tape, segments, _runs(segments, self.stacks), self.frees, self.stacks)
+        unrolled._measure()
+        return unrolled
+
+    def _measure(self) -> None:
+        """Fill in each segment's net growth and its peak above its start."""
+        changes, component_of, log = self.changes, self.component_of, self.tape.log
+        for segment in self.segments:
+            segment.peak = max(accumulate(map(changes.__getitem__, log[segment.start : segment.end]), initial=0))
+            for event in segment.crossing:
+                segment.parts[component_of[event]] += changes[event]
+            segment.net = sum(segment.parts)
+
+    def _at_peak(self, segment: Segment, before: list[int]) -> list[int]:
+        """The composition at the segment's peak, with ``before`` at its start."""
+        changes, component_of = self.changes, self.component_of
+        parts = list(before)
+        total = 0
+        for event in self.tape.log[segment.start : segment.end]:
+            if total == segment.peak:
+                break
+            parts[component_of[event]] += changes[event]
+            total += changes[event]
+        return parts
 
 
 def unroll(tape: Tape, stacks: Stacks) -> Unrolled:
     """Lay out the whole model's log, from a tape on which each kind of layer ran once."""
     segments = _segments(tape)
-    repeated = _measure(tape, segments, _multiplicities(stacks))
-    return Unrolled(tape, _runs(segments, stacks), repeated, stacks)
+    frees = _frees(tape, segments, _multiplicities(stacks))
+    unrolled = Unrolled(tape, segments, _runs(segments, stacks), frees, stacks)
+    unrolled._measure()
+    return unrolled
 
 
 def _multiplicities(stacks: Stacks) -> dict[LayerKey, int]:
@@ -187,66 +240,35 @@ def _segments(tape: Tape) -> list[Segment]:
     return segments
 
 
-def _measure(tape: Tape, segments: list[Segment], multiplicity: dict[LayerKey, int]) -> dict[int, int]:
-    """Fill in each segment's net growth and its peak above its start.
-
-    Returns, for each storage made in a repeated layer, how many storages of the whole model it stands for.
+def _frees(tape: Tape, segments: list[Segment], multiplicity: dict[LayerKey, int]) -> dict[int, int]:
+    """:attr:`Unrolled.frees`. Also fills in what crosses each segment's borders, and what dies with its last
+    repetition.
     """
-    sizes, components, flowing, log = tape.sizes, tape.components, tape.flowing, tape.log
+    flowing = tape.flowing
+    frees: dict[int, int] = {}
     repeated: dict[int, int] = {}
+    """Storage made in a repeated layer -> how many storages of the whole model it stands for."""
     owner: dict[int, LayerKey] = {}
     for segment in segments:
-        total = peak = 0
-        parts = segment.parts
-        outside = segment.layer is None
-        count = 1 if segment.layer is None else multiplicity[segment.layer]
-        for event in log[segment.start : segment.end]:
-            if event >= 0:
-                size = sizes[event]
-                parts[components[event]] += size
-                total += size
-                if total > peak:
-                    peak = total
-                if segment.layer is not None:
-                    if event not in flowing or event in tape.held:
-                        repeated[event] = count
-                        owner[event] = segment.layer
-                    elif (keeper := tape.kept.get(event)) is not None and keeper[0] == segment.layer[0]:
-                        # What a layer is given and keeps: as many as there are layers to keep it.
-                        repeated[event] = multiplicity[keeper]
-                continue
-            event = ~event
-            size = sizes[event]
-            if outside:
-                size *= repeated.get(event, 1)  # every layer's, freed at once: autocast's cache
-            elif count > 1 and owner.get(event) != segment.layer and event not in flowing:
-                segment.last.append(event)
-                continue
-            parts[components[event]] -= size
-            total -= size
-        segment.net, segment.peak = total, peak
-    return repeated
-
-
-def _at_peak(tape: Tape, segment: Segment, before: list[int], repeated: dict[int, int]) -> list[int]:
-    """The composition at the segment's peak."""
-    parts = list(before)
-    total = 0
-    if segment.peak == 0:
-        return parts
-    for event in tape.log[segment.start : segment.end]:
-        if event >= 0:
-            size = tape.sizes[event]
-            parts[tape.components[event]] += size
-            total += size
-            if total == segment.peak:
-                break
-        elif ~event not in segment.last:
-            event = ~event
-            size = tape.sizes[event] * (repeated.get(event, 1) if segment.layer is None else 1)
-            parts[tape.components[event]] -= size
-            total -= size
-    return parts
+        layer = segment.layer
+        entries = tape.log[segment.start : segment.end]
+        present = set(entries)
+        segment.crossing = [entry for entry in entries if ~entry not in present]
+        for entry in segment.crossing:
+            if layer is None:
+                if ~entry in repeated:
+                    frees[entry] = repeated[~entry]  # every layer's, freed at once: autocast's cache
+            elif entry < 0:
+                if multiplicity[layer] > 1 and owner.get(~entry) != layer and ~entry not in flowing:
+                    frees[entry] = 0
+                    segment.last.append(~entry)
+            elif entry not in flowing or entry in tape.held:
+                repeated[entry] = multiplicity[layer]
+                owner[entry] = layer
+            elif (keeper := tape.kept.get(entry)) is not None and keeper[0] == layer[0]:
+                # What a layer is given and keeps: as many as there are layers to keep it.
+                repeated[entry] = multiplicity[keeper]
+    return frees
 
 
 def _runs(segments: list[Segment], stacks: Stacks) -> list[tuple[Segment, int]]:

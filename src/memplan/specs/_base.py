@@ -186,8 +186,13 @@ class FrozenDict(dict[str, Any]):
         return FrozenDict, (dict(self),)
 
 
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+
+
 def freeze(value: Any) -> Any:
     """Return a deep copy of JSON-like data that cannot change: FrozenDict for dict, tuple for list."""
+    if value.__class__ in _SCALARS:  # most of it, and a Mapping is dear to tell
+        return value
     if isinstance(value, Mapping):
         return FrozenDict({str(key): freeze(item) for key, item in value.items()})
     if isinstance(value, (list, tuple)):

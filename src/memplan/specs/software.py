@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from pydantic import ValidationInfo, field_validator
 
@@ -92,6 +93,7 @@ class SoftwareSpec(Spec):
         return _numbers(getattr(self, library)) >= _numbers(version)
 
 
+@lru_cache(maxsize=64)
 def _numbers(version: str) -> tuple[int, ...]:
     """``5.23.0.dev0`` -> (5, 23): trailing zeros say nothing, so that 5.23 equals 5.23.0."""
     match = _NUMBER.match(version)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from heapq import heappop, heappush
+from math import prod
 from sys import getrefcount
 from typing import Any, Literal, NamedTuple
 
@@ -156,7 +158,8 @@ class Tape:
     """Runs a forward and a backward pass symbolically and logs every allocation.
 
     ``log`` holds storage ids: ``i`` when storage i is allocated, ``~i`` when it is freed. ``sizes`` are bytes,
-    rounded up to ``granularity``; ``components`` and ``names`` say what storage i is and which operation made it.
+    rounded up to 512; ``components`` say what storage i is, ``births`` which operation made it, in which shape and
+    dtype.
     """
 
     def __init__(self, rules: DeviceRules = CPU) -> None:
@@ -167,8 +170,7 @@ class Tape:
         self.log: list[int] = []
         self.sizes: list[int] = []
         self.components: list[int] = []
-        self.names: list[str] = []
-        self.shapes: list[tuple[Shape, DType]] = []
+        self.births: list[tuple[str, Shape, DType]] = []
         self.marks: list[Mark] = []
         self.component = TEMPORARY
         self.flops = 0
@@ -178,7 +180,6 @@ class Tape:
         self._frame: _Frame | None = None
         self._recording: list[Tensor | None] | None = None
         self._record_limit = 0
-        self._persistent = Persistent(self)
         self._boundaries: list[tuple[int, LayerKey | None]] = []
         self._context: list[Tensor] = []
         self._held_in_context: list[int] = []
@@ -218,16 +219,12 @@ class Tape:
 
     def new(self, shape: Shape, dtype: DType, name: str, strides: Shape | None = None) -> Tensor:
         """Allocate a tensor; contiguous unless ``strides`` says otherwise."""
-        nbytes = dtype.itemsize
-        for size in shape:
-            nbytes *= size
         sizes = self.sizes
         log = self.log
         index = len(sizes)
-        sizes.append((nbytes + 511) & -512)
+        sizes.append((prod(shape, start=dtype.itemsize) + 511) & -512)
         self.components.append(self.component)
-        self.names.append(name)
-        self.shapes.append((shape, dtype))
+        self.births.append((name, shape, dtype))
         log.append(index)
         return Tensor(shape, strides or contiguous_strides(shape), dtype, Storage(self, index, log))
 
@@ -249,7 +246,7 @@ class Tape:
 
     def buffer(self, shape: Shape, dtype: DType, registered: bool = True) -> Buffer:
         """A tensor without gradient that is there before the step and after it, as an attribute of its module."""
-        x = Buffer(shape, contiguous_strides(shape), dtype, self._persistent)
+        x = Buffer(shape, contiguous_strides(shape), dtype, Persistent(self))
         x.registered = registered
         return x
 
@@ -287,14 +284,13 @@ class Tape:
         edges: list[Any] = []
         live = False
         for x in inputs:
-            if x is None or x.node is None:
+            if x is None or (source := x.node) is None:
                 edges.append(None)
-            else:
-                live = True
-                node = x.node
-                if node.__class__ is AccumulateGrad and self._recording is None:
-                    node.pending += 1
-                edges.append((node, x.slot))
+                continue
+            live = True
+            if source.__class__ is AccumulateGrad and self._recording is None:
+                source.pending += 1
+            edges.append((source, x.slot))
         if not live:
             return None
         self._seq += 1
@@ -304,9 +300,11 @@ class Tape:
         return result
 
     def save(self, node: Node | None, *tensors: Tensor | None) -> None:
-        """Add results of the operation itself to what ``node`` saved."""
+        """Add results of the operation itself to what ``node`` saved. They share storage with what is saved, not
+        identity (as SavedVariable does), so that no cycle keeps them alive.
+        """
         if node is not None:
-            self._save(node, tensors)
+            self._save(node, tuple(x if x is None or x.__class__ is Parameter else _detached(x) for x in tensors))
 
     def _save(self, node: Node, tensors: tuple[Tensor | None, ...]) -> None:
         if self._recording is not None:
@@ -324,12 +322,17 @@ class Tape:
             node.saved.length += len(tensors)
             frame.count += len(tensors)
         else:
-            kept = [x if x.__class__ is Parameter else None if x is None else _detached(x) for x in tensors]
-            for x in kept:
-                self._mark_saved(x)
-                if self.watches and x is not None and x.__class__ is not Parameter and _weight_of(x):
+            components = self.components
+            for x in tensors:
+                if x is None:
+                    continue
+                index = x.storage.id
+                if index >= 0:
+                    if components[index] == TEMPORARY:
+                        components[index] = ACTIVATION
+                elif self.watches and x.__class__ is not Parameter and _weight_of(x):
                     self.events.append(Event(len(self.log), "hold", _weight_of(x)))
-            node.saved = kept if node.saved is None else node.saved + kept
+            node.saved = tensors if node.saved is None else node.saved + tensors
 
     def keep(self, x: Tensor) -> None:
         """An autograd.Function's ``ctx.x = x``. Unlike a saved tensor, x outlives its node's backward, because the
@@ -388,6 +391,17 @@ class Tape:
     def close(self) -> None:
         """End the log: what dies with the caller's variables from here on is not part of the step."""
         self.log = list(self.log)
+
+    def resized(self, sizes: list[int], flops: Sequence[int]) -> Tape:
+        """The same run on a batch of another size: with the ``sizes`` of its storages, and the FLOPs that its marks and
+        its end have. All else is this tape's, and so is not to be changed; it does not tell shapes.
+        """
+        tape = copy(self)
+        tape.sizes = sizes
+        tape.births = []
+        tape.marks = [Mark(m.name, m.layer, m.position, count, m.events) for m, count in zip(self.marks, flops)]
+        tape.flops = flops[-1]
+        return tape
 
     def mark(self, name: str, layer: LayerKey | None = None) -> None:
         """Remember the present position in the log."""
@@ -659,7 +673,7 @@ def _needs_grad(out: Any) -> bool:
 
 
 def _detached(x: Tensor) -> Tensor:
-    """Saved tensors share storage, not identity (as SavedVariable does), so that no cycle keeps them alive."""
+    """The same storage without a place in the graph."""
     return Tensor(x.shape, x.strides, x.dtype, x.storage)
 
 

@@ -9,6 +9,7 @@ the same point of the program at which torch frees it.
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING
 
 from memplan.errors import UnsupportedError
@@ -217,14 +218,11 @@ class Tensor:
 
     @property
     def numel(self) -> int:
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return prod(self.shape, start=self.dtype.itemsize)
 
     @property
     def requires_grad(self) -> bool:
