@@ -139,6 +139,7 @@ class ParamSwapper:
             remedy = "Use more, or a smaller stage3_max_reuse_distance, which keeps weights gathered."
             raise SpecError.at("zero.offload_param.buffer_count", self._keys.buffer_count, problem, remedy)
         self._available_buffers -= len(shards)
+        self._ledger.move("nvme_read", sum(aligned(self._aio, s.partition * self._itemsize) for s in shards))
         for shard in shards:
             self._status[shard.key] = _Status.INFLIGHT
 
@@ -190,6 +191,8 @@ class OptimizerSwapper:
         """
         rest = nbytes % (AIO_ALIGNED_BYTES * self._aio.intra_op_parallelism)
         swaps = is_swappable(self._aio, nbytes)
+        if swaps and is_swappable(self._aio, nbytes - rest):
+            self._ledger.move("nvme_write", nbytes - rest)
         if swaps and is_swappable(self._aio, nbytes - rest) and key not in self._swapped_gradients:
             self._swapped_gradients.add(key)
             self._write(nbytes - rest, "gradients")
