@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from memplan.api import _model
@@ -163,12 +163,13 @@ def main() -> None:
     found = [compare(fields) for fields in read()]
     for row in sorted(found, key=lambda row: row.ratio):
         f = row.fields
-        parts = " ".join(f"{p.name[:6]}={p.seconds.expected:.3g}" for p in row.timing.parts)
-        print(f"{row.ratio:5.2f} {'' if row.within else '!'} {row.id:12} {f['model'][-22:]:22} {f['gpus']:>3}x{f['gpu']:10} {f['strategy']:6} b{f['micro_batch_size']}s{f['seq_len']} {row.measured:9.0f} {row.predicted:9.0f} {row.timing.bound_by:8} {parts}")  # noqa: E501
-    ratios = sorted(row.ratio for row in found)
-    middle = ratios[len(ratios) // 2]
-    print(f"{len(found)} rows, Spearman {spearman([row.per_gpu for row in found]):.3f}, median ratio {middle:.2f}")
+        setup = f"{f['gpus']} x {f['gpu']} {f['strategy']} {f['micro_batch_size']} x {f['seq_len']}"
+        parts = " ".join(f"{part.name}={part.seconds.expected:.3g}" for part in row.timing.parts)
+        inside = " " if row.within else "!"
+        print(f"{row.ratio:5.2f}{inside} {row.id:12} {f['model'][-20:]:20} {setup:38} {row.timing.bound_by:9} {parts}")
+    ratios = [row.ratio for row in found]
+    print(f"{len(found)} rows, Spearman {spearman([row.per_gpu for row in found]):.3f}, median {median(ratios):.2f}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

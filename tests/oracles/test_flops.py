@@ -1,7 +1,7 @@
-"""FLOPs of the tape beside torch.utils.flop_counter over the real transformers models, forward, backward and recomputed.
+"""FLOPs of the tape beside torch.utils.flop_counter over the real transformers models: forward, backward, recomputed.
 
-The models run on fake CPU tensors, but for ViT's, which looks at values. CPU's attention kernel is not in torch's registry, so the formulas of its CUDA kernels
-are registered for it: they are the same kernel's arithmetic.
+The models run on fake CPU tensors, but for ViT's, which looks at values. CPU's attention kernel is not in torch's
+registry, so the formulas of its CUDA kernels are registered for it: they are the same kernel's arithmetic.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 
 FAMILIES = (
-    "llama", "mistral", "qwen3", "gpt2", "gpt_neox", "gptj", "opt", "phi3", "bloom", "falcon", "gemma2", "cohere", "bert",
-    "deberta-v2", "t5", "vit", "gpt_bigcode", "mixtral", "olmoe",
+    "llama", "mistral", "qwen3", "gpt2", "gpt_neox", "gptj", "opt", "phi3", "bloom", "falcon", "gemma2", "cohere",
+    "bert", "deberta-v2", "t5", "vit", "gpt_bigcode", "mixtral", "olmoe",
 )  # fmt: skip
 CHECKPOINTED = ("llama", "gpt2", "gemma2", "bert", "t5", "mixtral")
 CASES = [

@@ -1,10 +1,10 @@
 """The bytes that a rank gives to collectives in one optimizer step: the real engines, as rank 0 of N in one process.
 
 A row runs as in :mod:`tests.oracles.o2`, and a dispatch mode counts what reaches ``c10d``: for every collective the
-bytes of its larger side, which is what a ring passes on (N - 1) / N of, or twice that for an all-reduce. What is counted
-is the second step, all micro-batches of it.
+bytes of its larger side, of which a ring passes on (N - 1) / N, or twice that for an all-reduce. The second step is
+counted, all micro-batches of it.
 
-    python -m tests.oracles.traffic        measures all rows again and archives them
+    python -m tests.oracles.traffic        measures what the archive lacks
 """
 
 from __future__ import annotations
@@ -53,6 +53,13 @@ def rows() -> list[dict[str, Any]]:
         found.append({**base, "strategy": "fsdp"})
         found.append({**base, "strategy": "fsdp", "gradient_checkpointing": True})
         found.append({**base, "strategy": "fsdp", "fsdp": {"reshard_after_forward": False}})
+    for keys in (
+        {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 200_000},
+        {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 1_000_000},
+        {"stage3_max_reuse_distance": 1_000_000, "stage3_prefetch_bucket_size": 200_000},
+    ):
+        deep = {**_BASE, "values": _WIDE, "num_layers": 8, "grad_accum_steps": 2, "dtype": "bfloat16"}
+        found.append({**deep, "strategy": "zero3", "zero": {**keys, "stage3_param_persistence_threshold": 1000}})
     lora = {**_BASE, "values": _WIDE, "lora": {"rank": 8}, "dtype": "bfloat16"}
     return [*found, {**lora, "strategy": "zero2"}, {**lora, "strategy": "zero3"}]
 
@@ -94,10 +101,15 @@ def _nbytes(arg: Any) -> int:
 
 
 def main() -> None:
-    """Measure every row in a process of its own."""
+    """Measure each row in a process of its own."""
     context = multiprocessing.get_context("spawn")
+    known = json.loads(ARCHIVE.read_text())["rows"] if ARCHIVE.exists() else []
     found = []
     for options in rows():
+        archived = [row for row in known if row["options"] == options]
+        if archived:
+            found += archived
+            continue
         with context.Pool(1) as pool, contextlib.suppress(KeyboardInterrupt):
             result = pool.apply(measure, (options,))
         print(json.dumps(options), result, flush=True)  # noqa: T201

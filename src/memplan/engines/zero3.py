@@ -257,7 +257,7 @@ class Coordinator:
         """What gathering takes: partitions come from the host, if they are there, and from all ranks."""
         partitions = sum(shard.partition * shard.itemsize for shard in shards)
         self.ledger.move("to_gpu", partitions if self.setup.offload_param else 0)
-        self.ledger.move("all_gather", partitions * self.setup.ranks)
+        self.ledger.move("all_gather", partitions * self.setup.ranks if self.setup.ranks > 1 else 0)
 
     def _is_away(self, shard: Shard) -> bool:
         return shard.key not in self.available and shard.key not in self._inflight

@@ -131,10 +131,12 @@ class Block:
 
 
 Move = Literal[
-    "all_reduce", "all_gather", "reduce_scatter", "to_gpu", "to_host", "nvme_read", "nvme_write", "host_step"
+    "all_reduce", "all_gather", "reduce_scatter", "calls", "to_gpu", "to_host", "nvme_read", "nvme_write", "host_step"
 ]
 """What takes time beside the GPU's own work, in bytes: collectives by their larger side, copies over PCIe, reads and
-writes of NVMe; host_step is elements that the optimizer steps on the host."""
+writes of NVMe. Not in bytes: calls of collectives, and host_step, elements that the optimizer steps on the host."""
+
+COLLECTIVES: frozenset[Move] = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
 
 _HOST = ("host", "pinned", "locked")
 """The places of host memory."""
@@ -206,8 +208,11 @@ class Ledger:
 
     def move(self, kind: Move, amount: int) -> None:
         """The engine moves so many bytes, or steps so many elements on the host."""
-        if self.moves:
-            self.moves[-1][kind] += amount
+        if self.moves and amount:
+            moved = self.moves[-1]
+            moved[kind] += amount
+            if kind in COLLECTIVES:
+                moved["calls"] += 1
 
     def briefly(self, component: str, nbytes: int, place: str = "gpu", name: str = "") -> None:
         """A block that lives for one call."""

@@ -114,7 +114,7 @@ def _fused(
     sk = k.shape[2]
     flops = 2 * batch * heads * sq * sk * (dim + dim_v)
     node = t.node(_fused_backward, (q, k, v, mask), (q, k, v, mask), (backend, flops, dropout_p, is_causal))
-    t.flops += flops
+    t.count(flops)
     if is_causal:
         t.skipped.append((len(t.sizes), flops // 2))
     shape = (batch, heads, sq, dim_v)
@@ -153,7 +153,7 @@ def _forward_temporaries(t: Tape, backend: str, q: Tensor, k: Tensor, v: Tensor,
 def _fused_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     backend, flops, dropout_p, is_causal = node.ctx
     q, k, v, mask, out = saved[:5]
-    t.flops += flops * 5 // 2
+    t.count(flops * 5 // 2)
     if is_causal:
         t.skipped.append((len(t.sizes), flops * 5 // 4))
     copies = []

@@ -170,7 +170,7 @@ class Tape:
         self.shapes: list[tuple[Shape, DType]] = []
         self.marks: list[Mark] = []
         self.component = TEMPORARY
-        self._flops = 0
+        self.flops = 0
         self.products: list[tuple[int, int]] = []
         """FLOPs as they were counted, each with the number of storages before them: the product's result comes next."""
         self.skipped: list[tuple[int, int]] = []
@@ -364,15 +364,10 @@ class Tape:
             if index >= 0 and self.components[index] == TEMPORARY:
                 self.components[index] = ACTIVATION
 
-    @property
-    def flops(self) -> int:
-        """Floating-point operations so far, as torch.utils.flop_counter counts them: two for each multiply-add."""
-        return self._flops
-
-    @flops.setter
-    def flops(self, flops: int) -> None:
-        self.products.append((len(self.sizes), flops - self._flops))
-        self._flops = flops
+    def count(self, flops: int) -> None:
+        """A product of so many floating-point operations, two for each multiply-add, whose result comes next."""
+        self.products.append((len(self.sizes), flops))
+        self.flops += flops
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:

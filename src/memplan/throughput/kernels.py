@@ -20,7 +20,8 @@ STAGES: tuple[Stage, ...] = ("forward", "backward", "recomputation")
 _PRODUCTS = frozenset({
     "linear", "addmm", "linear_grad_input", "linear_grad_weight", "bmm", "bmm_grad", "baddbmm", "conv2d",
     "conv2d_grad_input", "conv2d_grad_weight", "grouped_mm", "grouped_mm_grad_input", "grouped_mm_grad_weight",
-    "gemm_4bit", "quantized_grad_input", "int8_linear_matmul",
+    "gemm_4bit", "quantized_grad_input", "int8_linear_matmul", "liger_mm", "liger_logits", "liger_pre_act",
+    "liger_d_pre_act",
 })  # fmt: skip
 """Results of matrix products."""
 
@@ -68,6 +69,10 @@ class Work:
     """As torch.utils.flop_counter counts them."""
     results: int = 0
     """Results that the host has made."""
+    hooks: int = 0
+    """Times that a watched module begins or ends, forward or backward."""
+    gradients: int = 0
+    """Gradients that an engine has taken."""
     products: Counter[Product] = field(default_factory=Counter)
     attention: Counter[tuple[str, int]] = field(default_factory=Counter)
     """Fused attention by dtype and the FLOPs that the kernel computes: half of them where it is causal."""
@@ -116,31 +121,34 @@ class _Reader:
     def count(self, segment: Segment, times: int, found: dict[Stage, Work]) -> None:
         """Add a segment's kernels, as often as the segment runs."""
         tape = self.tape
-        flops = skipped = 0
-        waited = 0
-        left = segment.flops
         work = found["backward" if segment.phase == "backward" else "forward"]
+        left = segment.flops  # of which no product was told: a trace knows segments alone
+        waiting = skipped = passed = 0
+        dtype = "float32"
         for index in tape.log[segment.start : segment.end]:
             if index < 0:
                 continue
             if segment.phase == "backward":
                 work = found["recomputation" if index in self.recomputed else "backward"]
+            if tape.shapes[index][1].is_floating:
+                dtype = tape.shapes[index][1].name
             if index in self.flops:
-                left -= self.flops[index]
-                if flops:  # no result was told of
-                    work.unknown[tape.shapes[index][1].name] += flops * times
-                flops, skipped, waited = self.flops[index], self.skipped[index], 0
-                work.flops += flops * times
+                work.unknown[dtype] += waiting * times  # one whose result did not come
+                waiting, skipped, passed = self.flops[index], self.skipped[index], 0
+                left -= waiting
+                work.flops += waiting * times
             work.results += times
-            taken = self._one(work, index, times, flops, skipped)
-            waited += 1
-            if flops and not taken and waited > _FAR:
-                work.unknown[tape.shapes[index][1].name] += flops * times
-                taken = True
-            if taken:
-                flops = skipped = 0
+            passed += 1
+            if self._one(work, index, times, waiting, skipped):
+                waiting = 0
+            elif passed > _FAR:
+                work.unknown[dtype] += waiting * times
+                waiting = 0
+        work.unknown[dtype] += (left + waiting) * times
         work.flops += left * times
-        work.unknown["bfloat16"] += (left + flops) * times
+        for event in tape.events[segment.events]:
+            work.hooks += times * event.kind.startswith(("pre_", "post_"))
+            work.gradients += times * (event.kind == "gradient")
 
     def _one(self, work: Work, index: int, times: int, flops: int, skipped: int) -> bool:
         """Add one result's kernel; whether it was the product that is waited for."""

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
+from memplan.engines.ddp import bucket_bytes
 from memplan.errors import SpecError, UnsupportedError
+from memplan.memory.course import COLLECTIVES, Move
 from memplan.memory.optimizers import AdamW, Optimizer
 from memplan.micro_batch import Setup, run_of
 from memplan.results import StepTime
@@ -23,18 +24,19 @@ from memplan.specs.strategy import Strategy
 from memplan.tape.tensor import Parameter
 from memplan.throughput.kernels import STAGES, Stage, Work, work_of
 from memplan.throughput.rates import (
+    CALL,
     CASES,
     DEFAULT_MACHINE,
     HOST_BACKWARD,
     HOST_FORWARD,
+    HOST_FSDP,
+    HOST_ZERO3,
+    HOST_ZERO12,
     OVERLAP,
     Case,
     Machine,
     Rates,
 )
-
-if TYPE_CHECKING:
-    from memplan.memory.course import Move
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,8 @@ class Span:
 
 
 PARTS = (
-    "forward", "backward", "recomputation", "host", "flattening", "communication", "copies", "nvme", "optimizer", "overlap",
+    "forward", "backward", "recomputation", "host", "flattening", "communication", "copies", "nvme",
+    "optimizer", "overlap",
 )  # fmt: skip
 """What a step may spend time on: the GPU's kernels, waiting for the host to ask for them, the engine's copies of
 gradients and weights, collectives, copies over PCIe, reads and writes of NVMe, the optimizer. overlap is negative."""
@@ -94,22 +97,12 @@ class StepTiming:
         )
 
 
-def step_time(
-    setup: Setup, cluster: ClusterSpec, strategy: Strategy, machine: Machine = DEFAULT_MACHINE
-) -> StepTiming:
+def step_time(setup: Setup, cluster: ClusterSpec, strategy: Strategy, machine: Machine = DEFAULT_MACHINE) -> StepTiming:
     """The time of one optimizer step of a resolved setup (:func:`memplan.estimator.resolve`).
 
     ``cluster.gpu`` is a GPUSpec. Raises SpecError without one, UnsupportedError for a CPU's.
 
-    >>> from memplan.catalog.gpus import parse_cluster
-    >>> from memplan.catalog.models import find_model
-    >>> from memplan.estimator import resolve
-    >>> from memplan.specs import SoftwareSpec, TrainingSpec
-    >>> cluster, strategy = parse_cluster("8xA100-80GB"), Strategy(kind="zero3")
-    >>> setup = resolve(find_model("meta-llama/Llama-2-7b"), TrainingSpec(), cluster, strategy, SoftwareSpec())
-    >>> timing = step_time(setup, cluster, strategy)
-    >>> timing.bound_by, timing.tokens
-    ('communication', 16384)
+    ``machine`` says of the nodes what the cluster's spec does not; what it leaves out is assumed.
     """
     gpu = cluster.gpu
     if not isinstance(gpu, GPUSpec):
@@ -118,7 +111,8 @@ def step_time(
         raise UnsupportedError("gpu: how fast a CPU trains is not modelled. Name a GPU, as in A100-80GB.")
     work = _work(setup, gpu)
     moves = _moves(setup, gpu, strategy, cluster)
-    rates = {case: Rates(gpu, cluster, machine, case) for case in CASES}
+    package = setup.training.attn == "flash_attention_2"
+    rates = {case: Rates(gpu, cluster, machine, case, package) for case in CASES}
     times = {case: _Step(setup, gpu, strategy, cluster, rates[case], work, moves) for case in CASES}
     made_of = {name: words for case in CASES for name, words in times[case].made_of.items()}
     made_of |= times["expected"].made_of
@@ -151,8 +145,8 @@ def _work(setup: Setup, gpu: GPUSpec) -> dict[Stage, Work]:
 def _moves(setup: Setup, gpu: GPUSpec, strategy: Strategy, cluster: ClusterSpec) -> dict[Move, int]:
     """What one rank moves in a step, all micro-batches of it."""
     if strategy.kind == "ddp":
-        trainable = run_of(setup, gpu)[0].trainable
-        return {"all_reduce": sum(p.nbytes * count for p, count in trainable)}
+        buckets = bucket_bytes(run_of(setup, gpu)[0].trainable, strategy.ddp)
+        return {"all_reduce": sum(buckets), "calls": len(buckets)}
     if not strategy.shards:
         return {}
     from memplan import sharded
@@ -179,9 +173,9 @@ _COPIES = {"zero0": 4, "zero12": 8, "zero3": 4, "fsdp": 2}
 _GATHERED = 2
 """Passes over gathered weights: read from what the collective has filled, and written to where they are used."""
 
-_SHARDED_STEP = 22
-"""Bytes per parameter that DeepSpeed's step moves beside the optimizer: the norm in float64 (2 + 8 + 8), the gradient in
-float32 (2 + 4), the 16-bit weight (4 + 2), less what is counted with the optimizer (stage_1_and_2.py, stage3.py)."""
+_SHARDED_STEP = 38
+"""Bytes per parameter that DeepSpeed's step moves beside the optimizer: the norm in float64 (2 + 8 + 8), the gradient
+in float32 (2 + 4), unscaled and clipped (4 + 4), the 16-bit weight (4 + 2) (stage_1_and_2.py, stage3.py)."""
 
 
 class _Step:
@@ -236,14 +230,29 @@ class _Step:
             if not work.results:
                 continue
             tera, giga = self.micro_batches * work.computed / 1e12, self.micro_batches * work.moved / 1e9
-            self._add(stage, seconds, f"{tera:,.4g} TFLOP in {computing * self.micro_batches:.3g} s, {giga:,.4g} GB moved")
+            self._add(
+                stage, seconds, f"{tera:,.4g} TFLOP in {computing * self.micro_batches:.3g} s, {giga:,.4g} GB moved"
+            )
             self._by_cause["compute"] += self.micro_batches * computing
             self._by_cause["bandwidth"] += self.micro_batches * moving
+        asked += self._asked_by_hooks()
         if asked > total:
             results = self.micro_batches * sum(work.results for work in self.work.values())
-            self._add("host", asked - total, f"{results:,} results take the host {asked:.3g} s", "host")
+            self._add("host", asked - total, f"{results:,} results, and hooks, take the host {asked:.3g} s", "host")
             self._by_cause["host"] = asked  # the GPU waits for it throughout
             self._by_cause["compute"] = self._by_cause["bandwidth"] = 0.0
+
+    def _asked_by_hooks(self) -> float:
+        """Seconds of the host in what an engine does where modules begin and end and gradients come."""
+        cost, kind = self.rates.cost, self.strategy.kind
+        if kind == "zero3":
+            return cost(HOST_ZERO3) * self.micro_batches * sum(work.hooks for work in self.work.values())
+        if kind in ("zero1", "zero2"):
+            times = self.micro_batches if kind == "zero2" else 1
+            return cost(HOST_ZERO12) * times * sum(work.gradients for work in self.work.values())
+        if kind == "fsdp":
+            return cost(HOST_FSDP) * self.moves.get("calls", 0)
+        return 0.0
 
     # -- the optimizer ---------------------------------------------------------------------------------------------
 
@@ -283,7 +292,7 @@ class _Step:
         """Add what collectives take; return what of it runs beside kernels."""
         ranks, link, bandwidth = self.cluster.gpus, self.rates.link, self.rates.bandwidth
         passed = (ranks - 1) / ranks
-        amount = {kind: self.moves.get(kind, 0) for kind in ("all_reduce", "all_gather", "reduce_scatter")}  # type: ignore[call-overload]
+        amount = {kind: self.moves.get(kind, 0) for kind in sorted(COLLECTIVES)}
         reduced = (2 * amount["all_reduce"] + amount["reduce_scatter"]) * passed / link
         gathered = amount["all_gather"] * passed / link
         if self.strategy.shards:
@@ -294,8 +303,13 @@ class _Step:
                 self._add("flattening", copied / bandwidth, f"{copied / 1e9:.3g} GB moved", "bandwidth")
         if ranks == 1 or not reduced + gathered:
             return 0.0
+        calls = self.moves.get("calls", 0)
+        longer = 1 + calls * self.rates.cost(CALL) / (reduced + gathered)
+        reduced, gathered = longer * reduced, longer * gathered
         words = [f"{name.replace('_', '-')} of {nbytes / 1e9:.3g} GB" for name, nbytes in amount.items() if nbytes]
-        self._add("communication", reduced + gathered, f"{', '.join(words)} over {link / 1e9:.3g} GB/s")
+        self._add(
+            "communication", reduced + gathered, f"{', '.join(words)} over {link / 1e9:.3g} GB/s, {calls:,} calls"
+        )
         beside = self._beside_kernels(reduced, gathered)
         self._by_cause["communication"] += reduced + gathered - beside
         return beside
