@@ -61,9 +61,9 @@ def _agreement(rows: Sequence[Any]) -> list[str]:
     lines = [
         "## Agreement",
         "",
-        "Tokens per second of a GPU; the ratio is predicted over measured.",
+        "Tokens per second of a GPU; ratios are predicted over measured.",
         "",
-        "| Rows | Number | Rank correlation | Median ratio | 10 % to 90 % | Within 1.25 | Within 1.5 | In the interval |",
+        "| Rows | Number | Rank correlation | Median | 10 % to 90 % | Within 1.25 | Within 1.5 | In the interval |",
         "| :-- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     held_out = [row for row in rows if row.family != CALIBRATED]

@@ -8,14 +8,20 @@ from tests.oracles.families import CONFIGS
 from tests.oracles.test_engines import played
 
 ROWS = json.loads(traffic.ARCHIVE.read_text())["rows"]
-NAMES = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
+NAMES = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "to_gpu": "to_gpu",
+    "to_host": "to_host",
+}
 LLAMA = next(iter(CONFIGS["llama"]))
 
 
 def label(row: dict) -> str:
     kind, accumulated = row["options"]["strategy"], row["options"].get("grad_accum_steps", 1)
-    others = [name for name in ("lora", "gradient_checkpointing", "zero", "fsdp") if name in row["options"]]
-    return "-".join([kind, str(accumulated), *others])
+    names = ("lora", "gradient_checkpointing", "zero", "fsdp", "offload_optimizer", "offload_param")
+    return "-".join([kind, str(accumulated), *(name for name in names if name in row["options"])])
 
 
 @pytest.mark.parametrize("row", ROWS, ids=label)

@@ -1,8 +1,9 @@
 """The bytes that a rank gives to collectives in one optimizer step: the real engines, as rank 0 of N in one process.
 
 A row runs as in :mod:`tests.oracles.o2`, and a dispatch mode counts what reaches ``c10d``: for every collective the
-bytes of its larger side, of which a ring passes on (N - 1) / N, or twice that for an all-reduce. The second step is
-counted, all micro-batches of it.
+bytes of its larger side, of which a ring passes on (N - 1) / N, or twice that for an all-reduce. Rows with offload run
+under :class:`tests.oracles.o2.TwoSides`, which tells copies between host and device. The second step is counted, all
+micro-batches of it.
 
     python -m tests.oracles.traffic        measures what the archive lacks
 """
@@ -60,6 +61,13 @@ def rows() -> list[dict[str, Any]]:
     ):
         deep = {**_BASE, "values": _WIDE, "num_layers": 8, "grad_accum_steps": 2, "dtype": "bfloat16"}
         found.append({**deep, "strategy": "zero3", "zero": {**keys, "stage3_param_persistence_threshold": 1000}})
+    for accumulated in (1, 3):
+        base = {**_BASE, "values": _WIDE, "grad_accum_steps": accumulated}
+        half = {**base, "dtype": "bfloat16", "offload_optimizer": "cpu"}
+        found.append({**half, "strategy": "zero2"})
+        found.append({**half, "strategy": "zero3"})
+        found.append({**half, "strategy": "zero3", "offload_param": "cpu"})
+        found.append({**base, "strategy": "fsdp", "offload_param": "cpu"})
     lora = {**_BASE, "values": _WIDE, "lora": {"rank": 8}, "dtype": "bfloat16"}
     return [*found, {**lora, "strategy": "zero2"}, {**lora, "strategy": "zero3"}]
 
@@ -72,22 +80,34 @@ def measure(options: dict[str, Any]) -> dict[str, int]:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     o2.import_libraries()
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     o2._become_rank_zero(options["gpus"])
     o2._do_without_native_optimizers()
     recorder = o2.Recorder()
     counted: Counter[str] = Counter()
 
+    offloads = any(name in options for name in ("offload_optimizer", "offload_param"))
+    sides = o2.TwoSides() if offloads else None
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu" if sides is None else "cpu:0"
+
+    def count(name: str, nbytes: int) -> None:
+        if nbytes > SMALL and recorder.step == 2:
+            counted[name] += nbytes
+
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "c10d" and recorder.step == 2:
-                nbytes = max((_nbytes(arg) for arg in args), default=0)
-                if nbytes > SMALL:
-                    counted[func._opname] += nbytes
-            return func(*args, **(kwargs or {}))
+            if func.namespace == "c10d":
+                count(func._opname, max((_nbytes(arg) for arg in args), default=0))
+            out = func(*args, **(kwargs or {}))
+            if sides is not None and func._opname in ("copy_", "clone", "_to_copy"):
+                to, source = out, args[1] if func._opname == "copy_" else args[0]
+                where = sides.side_of(to)
+                casts = func._opname == "_to_copy" and to.dtype != source.dtype  # autograd's, which names CPU as device
+                if where != sides.side_of(source) and not casts:
+                    count("to_gpu" if where == "device" else "to_host", _nbytes(to if where == "device" else source))
+            return out
 
     recorder.scan = lambda: 0  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory() as directory, o2._quiet(), Counting():
+    with tempfile.TemporaryDirectory() as directory, o2._quiet(), sides or contextlib.nullcontext(), Counting():
         arguments = o2._arguments(options, Path(directory))
         o2._train(next(iter(CONFIGS["llama"].values())), options, arguments, recorder)
     return dict(counted)
