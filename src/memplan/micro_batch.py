@@ -158,6 +158,15 @@ def micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation
     return recordings(alike, accumulated, evaluation).micro_batch(batch, training.seq_len)
 
 
+def run_in_full(setup: Setup) -> MicroBatch:
+    """The micro-batch of a step, run on a tape that tells what its storages are; a recorded one tells their sizes."""
+    training = setup.training
+    if setup.traced is not None:
+        return micro_batch(setup, full_depth=False, accumulated=training.grad_accum_steps > 1)
+    sizes = training.micro_batch_size, training.seq_len
+    return _run(setup, *sizes, full_depth=False, accumulated=training.grad_accum_steps > 1, evaluation=False)
+
+
 def _run(setup: Setup, batch: Any, length: Any, full_depth: bool, accumulated: bool, evaluation: bool) -> MicroBatch:
     """Run one micro-batch on a fresh tape; ``batch`` and ``length`` may be symbols."""
     tape = Tape(setup.rules)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import add
+from typing import Literal
 
 from memplan.memory.allocator import CachingAllocator
 from memplan.memory.optimizers import OUTSIDE
@@ -125,6 +126,14 @@ class Block:
         """What it is, for an explanation."""
 
 
+Move = Literal[
+    "all_reduce", "all_gather", "reduce_scatter", "calls", "to_gpu", "to_host", "nvme_read", "nvme_write", "host_step"
+]
+"""What takes time beside the GPU's own work, in bytes: collectives by their larger side, copies over PCIe, reads and
+writes of NVMe. Not in bytes: calls of collectives, and host_step, elements that the optimizer steps on the host."""
+
+COLLECTIVES: frozenset[Move] = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
+
 _HOST = ("host", "pinned", "locked")
 """The places of host memory."""
 
@@ -152,6 +161,10 @@ class Ledger:
         self._tape_total = 0
         self._highest: dict[tuple[str, str], int] = {}
         self._fullest: dict[tuple[str, str], Parts] = {}
+        self.moves: list[Counter[Move]] = []
+        """Of the running step, by micro-batch; what the step itself moves is with the last one's."""
+        self.moves_of_step: list[Counter[Move]] = []
+        """The same of the last step, once it is over."""
         self.sizes: dict[int, list[int]] = {}
         """Of the GPU's blocks that are the engine's, by size: how many are alive, the most, how many were allocated."""
 
@@ -191,6 +204,14 @@ class Ledger:
                 self._engine[block.place][block.component] -= block.nbytes
                 self._totals[block.place] -= block.nbytes
                 block.nbytes = 0
+
+    def move(self, kind: Move, amount: int) -> None:
+        """The engine moves so many bytes, or steps so many elements on the host."""
+        if self.moves and amount:
+            moved = self.moves[-1]
+            moved[kind] += amount
+            if kind in COLLECTIVES:
+                moved["calls"] += 1
 
     def briefly(self, component: str, nbytes: int, place: str = "gpu", name: str = "") -> None:
         """A block that lives for one call."""

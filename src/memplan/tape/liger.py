@@ -183,6 +183,8 @@ def _chunks(
     vocab_size = weight.shape[0]
     size = chunk_rows(rows, vocab_size, hidden_size)
     whole, rest = divmod(rows, size)
+    products = 1 + needs_grad + (grad_weight is not None)
+    t.count(2 * rows * vocab_size * hidden_size * products)
     storage = t.new((size, vocab_size), x.dtype, "liger_logits") if _writes_into(t, x, weight) else None
     for length in [size] * min(whole, 2) + ([rest] if rest else []):
         chunk = ops.narrow(ops.detach(x), 0, 0, length)
@@ -192,8 +194,6 @@ def _chunks(
         if grad_weight is not None:
             _add_to_grad_weight(t, grad_weight, logits, chunk, addmm_out_dtype)
         del chunk, logits
-    products = 1 + needs_grad + (grad_weight is not None)
-    t.flops += 2 * rows * vocab_size * hidden_size * products
 
 
 def _writes_into(t: Tape, x: Tensor, weight: Tensor) -> bool:
@@ -239,11 +239,11 @@ def fused_experts(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, index: Ten
     starts = t.new((experts + 1,), int32, "liger_expert_start_idx")
     tiles = [t.new((copies // _BLOCK_M + experts,), int32, "liger_tiles") for _ in range(2)]
     permutations = [t.new((copies,), int32, "liger_permutation") for _ in range(3)]
+    t.count(6 * copies * width * hidden_size)
     pre_act = t.new((copies, 2 * width), x.dtype, "liger_pre_act")
     post_act = t.new((copies, width), x.dtype, "liger_post_act")
     per_expert = t.new((copies, hidden_size), x.dtype, "liger_expert_out")
     out = t.new(x.shape, x.dtype, "liger_experts")
-    t.flops += 6 * copies * width * hidden_size
     t.save(node, x, gate_up_proj, down_proj, pre_act, weights, starts, *permutations, *tiles)
     del post_act, per_expert
     out.node = node
@@ -255,7 +255,7 @@ def _fused_experts_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Gr
     copies = node.ctx
     _, hidden_size, width = down_proj.shape
     grad = _contiguous(grad)
-    t.flops += 14 * copies * width * hidden_size
+    t.count(14 * copies * width * hidden_size)
     d_pre_act = t.new((copies, 2 * width), grad.dtype, "liger_d_pre_act")
     weighted_act = t.new((copies, width), grad.dtype, "liger_weighted_act")
     d_weights = t.new(weights.shape, grad.dtype, "liger_d_weights")

@@ -696,7 +696,7 @@ def _zero3_linear(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     """
     n_out, n_in = weight.shape
     node = t.node(_zero3_linear_backward, (x, weight, bias), (), (x.shape, weight.shape, x.dtype))
-    t.flops += 2 * x.numel * n_out
+    t.count(2 * x.numel * n_out)
     folded = reshape(x, -1, n_in) if not is_contiguous(x.shape, x.strides) else None
     out = t.new((*x.shape[:-1], n_out), x.dtype, "linear")
     del folded
@@ -710,10 +710,10 @@ def _zero3_linear_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Gra
     rows = grad.numel // weight_shape[0]
     gx = gw = gb = None
     if node.edges[0] is not None:
-        t.flops += 2 * grad.numel * weight_shape[1]
+        t.count(2 * grad.numel * weight_shape[1])
         gx = t.new(x_shape, dtype, "linear_grad_input")
     if node.edges[1] is not None:
-        t.flops += 2 * grad.numel * weight_shape[1]
+        t.count(2 * grad.numel * weight_shape[1])
         folded = (
             _reshape_nograd(t, grad, (rows, weight_shape[0])) if not is_contiguous(grad.shape, grad.strides) else None
         )
@@ -739,7 +739,7 @@ def _matmul_weight(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, n_ou
             (x if weight.node is not None else None, weight if x.node is not None else None),
             (x.shape, weight.shape, weight.strides, n_out, n_in, rows, x.dtype, name == "linear"),
         )
-    t.flops += 2 * rows * n_in * n_out
+    t.count(2 * rows * n_in * n_out)
     out = t.new((*lead, n_out), x.dtype, name)
     out.node = node
     return out
@@ -751,13 +751,13 @@ def _linear_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
         grad = _reshape_nograd(t, grad, (rows, n_out))
     gx = gw = gb = None
     if node.edges[1] is not None and node.edges[0] is not None:  # AddmmBackward0 begins with it, MmBackward0 does not
-        t.flops += 2 * rows * n_in * n_out
+        t.count(2 * rows * n_in * n_out)
         gx = t.new(x_shape, dtype, "linear_grad_input")
     if node.edges[2] is not None:
-        t.flops += 2 * rows * n_in * n_out
+        t.count(2 * rows * n_in * n_out)
         gw = t.new(w_shape, dtype, "linear_grad_weight", w_strides)
     if node.edges[1] is not None and gx is None:
-        t.flops += 2 * rows * n_in * n_out
+        t.count(2 * rows * n_in * n_out)
         gx = t.new(x_shape, dtype, "linear_grad_input")
     if node.edges[0] is not None:
         gb = t.new((n_out,), dtype, "linear_grad_bias")
@@ -802,7 +802,7 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
             (a if b.node is not None else None, b if a.node is not None else None),
             (a.shape, b.shape, b.strides, 2 * batch * m * k * n),
         )
-    t.flops += 2 * batch * m * k * n
+    t.count(2 * batch * m * k * n)
     out = t.new((batch, m, n), a.dtype, "bmm")
     out.node = node
     return out
@@ -812,10 +812,10 @@ def _bmm_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     a_shape, b_shape, b_strides, flops = node.ctx
     ga = gb = None
     if node.edges[1] is not None:
-        t.flops += flops
+        t.count(flops)
         gb = t.new(b_shape, grad.dtype, "bmm_grad")
     if node.edges[0] is not None:
-        t.flops += flops
+        t.count(flops)
         ga = t.new(a_shape, grad.dtype, "bmm_grad")
     return ga, gb
 
@@ -828,7 +828,7 @@ def baddbmm(x: Tensor, batch1: Tensor, batch2: Tensor) -> Tensor:
     batch, m, k = batch1.shape
     n = batch2.shape[-1]
     node = t.node(_baddbmm_backward, (batch1, batch2), (batch1, batch2), 2 * batch * m * k * n)
-    t.flops += 2 * batch * m * k * n
+    t.count(2 * batch * m * k * n)
     out = t.new((batch, m, n), batch1.dtype, "baddbmm")
     out.node = node
     return out
@@ -838,7 +838,7 @@ def _baddbmm_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     """maybe_multiply(bmm, alpha) for each factor."""
     grads: list[Tensor] = []
     for factor in saved:
-        t.flops += node.ctx
+        t.count(node.ctx)
         product = t.new(factor.shape, grad.dtype, "bmm_grad")
         grads.append(t.new_like(product, "scale_backward"))
         del product
@@ -858,7 +858,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: Shape) -> Tensor:
     shape = (x.shape[0], channels, *places)
     flops = 2 * x.shape[0] * places[0] * places[1] * weight.numel
     node = t.node(_conv2d_backward, (x, weight, bias), (x, weight), flops)
-    t.flops += flops
+    t.count(flops)
     out = t.new(shape, x.dtype, "conv2d")
     out.node = node
     return out
@@ -870,10 +870,10 @@ def _conv2d_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
         grad = contiguous(grad)
     gx = gw = gb = None
     if node.edges[0] is not None:
-        t.flops += node.ctx
+        t.count(node.ctx)
         gx = t.new(x.shape, x.dtype, "conv2d_grad_input")
     if node.edges[1] is not None:
-        t.flops += node.ctx
+        t.count(node.ctx)
         gw = t.new(weight.shape, weight.dtype, "conv2d_grad_weight")
     if node.edges[2] is not None:
         gb = t.new(weight.shape[:1], weight.dtype, "conv2d_grad_bias")

@@ -75,7 +75,7 @@ def _gemm_4bit(t: Tape, x: Tensor, weight: Weight4bit, bias: Tensor | None) -> T
     rows = x.numel // weight.n_in
     if t.rules.kind == "cuda" and rows <= FUSED_ROWS and weight.n_in % BLOCK == 0:
         x = x.contiguous()
-        t.flops += 2 * rows * weight.numel
+        t.count(2 * rows * weight.numel)
         return t.new((*x.shape[:-1], weight.n_out), x.dtype, "gemm_4bit")
     scales = _dequantized_scales(t, weight, in_place=False)
     dense = t.new((weight.n_out, weight.n_in), x.dtype, "dequantize_4bit")
@@ -110,7 +110,7 @@ def _times_weight(t: Tape, grad: Tensor, dense: Tensor, shape: tuple[int, ...]) 
     n_out, n_in = dense.shape
     rows = grad.numel // n_out
     grad = ops.reshape(grad, rows, n_out)
-    t.flops += 2 * rows * n_out * n_in
+    t.count(2 * rows * n_out * n_in)
     return t.new(shape, grad.dtype, "quantized_grad_input")
 
 
@@ -160,7 +160,7 @@ def _int8(t: Tape, x: Tensor, n_out: int, bias: Tensor | None) -> Tensor:
     absolute = t.new((rows, n_in), float16, "abs")
     outliers = t.new((rows, n_in), bool_, "outliers")
     del absolute, outliers, half
-    t.flops += 2 * rows * n_in * n_out
+    t.count(2 * rows * n_in * n_out)
     product = t.new((rows, n_out), int32, "int8_linear_matmul")
     out = t.new((rows, n_out), float16, "int8_mm_dequant").to(x.dtype)
     del product, quantized, row_stats

@@ -154,7 +154,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
             (x if weight.node is not None else None, weight if x.node is not None else None, offs),
             (x.shape, weight.shape, weight.strides, flops),
         )
-    t.flops += flops
+    t.count(flops)
     out = t.new((rows, n_out), x.dtype, "grouped_mm")
     out.node = node
     return out
@@ -164,9 +164,9 @@ def _grouped_mm_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads
     x_shape, w_shape, w_strides, flops = node.ctx
     gx = gw = None
     if node.edges[1] is not None:
-        t.flops += flops
+        t.count(flops)
         gw = t.new(w_shape, grad.dtype, "grouped_mm_grad_weight", w_strides)
     if node.edges[0] is not None:
-        t.flops += flops
+        t.count(flops)
         gx = t.new(x_shape, grad.dtype, "grouped_mm_grad_input")
     return gx, gw
