@@ -1093,7 +1093,7 @@ def _liger_variants() -> list[tuple[str, str, dict[str, Any]]]:
         ("llama", "small", {**fsdp, "fsdp": linear}),
         ("qwen2", "wide", {**fsdp, **exact, "fsdp": by_size}),
         ("llama", "tied", {**zero3, **exact, "gpus": 5, "grad_accum_steps": 3}),
-        ("qwen2", "small", {**fsdp, **exact, "gpus": 2, "eval_batch_size": 64, "eval_accumulation_steps": 1}),
+        ("qwen2", "small", {**fsdp, **exact, "gpus": 2, "eval_batch_size": 64, "eval_accumulation_steps": 3}),
         ("llama", "tied", {**fsdp, **exact, "gpus": 8}),
         ("llama", "small", {**fsdp, **exact, **saves_head, "fsdp": {"version": 1}}),
         ("mistral", "small", {**zero3, **offload, "gpus": 2}),
@@ -1114,7 +1114,7 @@ def _external_held_out() -> list[tuple[str, str, dict[str, Any]]]:
     eager = {**whole, "attn": "eager"}
     return [
         ("t5", "small", {**whole, "gpus": 3}),
-        ("t5", "small", {**whole, "gpus": 64, "grad_accum_steps": 3, **long}),
+        ("t5", "small", {**whole, "gpus": 64, "grad_accum_steps": 3}),
         ("t5", "small", {**whole, "gpus": 1, "zero": _ZERO3_KNOBS[0]}),
         ("t5", "wide", {**whole, "gpus": 5, "gradient_checkpointing": True, **long}),
         ("t5", "small", {**whole, "lora": {"rank": 64, "targets": ["q", "v", "wo"]}, **long}),
