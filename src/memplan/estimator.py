@@ -216,12 +216,13 @@ def _activation_checkpointing(training: TrainingSpec, strategy: Strategy) -> Tra
 def _check_sharded(strategy: Strategy, traced: Traced | None) -> None:
     """What is not modelled under the engines that shard yet."""
     reasons = {
-        "zero3": "gathers weights as modules begin, forward and backward, and computes linear layers by a function of its "
-        "own: a trace has neither",
+        "zero3": "gathers weights as modules begin, forward and backward, and computes linear layers by a function of "
+        "its own: a trace has neither",
         "fsdp": "gathers units as modules begin, forward and backward, which a trace does not record",
     }
     if traced is not None and strategy.kind in reasons:
-        raise UnsupportedError(f"trace: under {strategy.kind} it is not modelled, which {reasons[strategy.kind]}. Leave it out, or use zero2 or ddp.")
+        reason = f"{strategy.kind} {reasons[strategy.kind]}"
+        raise UnsupportedError(f"trace: under {strategy.kind} it is not modelled. {reason}. Use zero2 or ddp.")
 
 
 def _check_quantized(training: TrainingSpec, precision: Precision, strategy: Strategy) -> None:

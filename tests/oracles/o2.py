@@ -1100,7 +1100,7 @@ def _liger_variants() -> list[tuple[str, str, dict[str, Any]]]:
         ("qwen3", "small", {**zero3, **exact, "gradient_checkpointing": True, "gpus": 8, "zero": _ZERO3_KNOBS[0]}),
         ("mistral", "small", {**fsdp, "gpus": 64, "gradient_checkpointing": True}),
         ("qwen2", "small", {**zero3, **LORA, "gpus": 64}),
-        ("llama", "small", {**zero3, **saves_head}),
+        ("llama", "small", {**zero3, **exact, **saves_head}),
         ("llama", "wide", {**fsdp, **exact, "gpus": 3, "fsdp": by_size}),
     ]
 
