@@ -83,7 +83,7 @@ def estimate(
     if training.task != "train":
         return _infer(model, training, cluster, strategy, software, gpu, explain=explain)
     if strategy.shards:
-        _check_sharded(training, strategy, traced)
+        _check_sharded(strategy, traced)
         _check_nvme(strategy, cluster)
     if strategy.kind == "single" and cluster.gpus != 1:
         raise SpecError.at(
@@ -214,16 +214,16 @@ def _activation_checkpointing(training: TrainingSpec, strategy: Strategy) -> Tra
     return training.replace(gradient_checkpointing=True)
 
 
-def _check_sharded(training: TrainingSpec, strategy: Strategy, traced: Traced | None) -> None:
+def _check_sharded(strategy: Strategy, traced: Traced | None) -> None:
     """What is not modelled under the engines that shard yet."""
     reasons = {
-        "trace": traced is not None
-        and strategy.kind in ("zero3", "fsdp")
-        and "a trace has no hooks of modules for the engine",
+        "zero3": "gathers weights as modules begin, forward and backward, and computes linear layers by a function of "
+        "its own: a trace has neither",
+        "fsdp": "gathers units as modules begin, forward and backward, which a trace does not record",
     }
-    for option, reason in reasons.items():
-        if reason:
-            raise UnsupportedError(f"{option}: under {strategy.kind} {reason}. Leave it out, or use ddp.")
+    if traced is not None and strategy.kind in reasons:
+        reason = f"{strategy.kind} {reasons[strategy.kind]}"
+        raise UnsupportedError(f"trace: under {strategy.kind} it is not modelled. {reason}. Use zero2 or ddp.")
 
 
 def _check_quantized(training: TrainingSpec, precision: Precision, strategy: Strategy) -> None:

@@ -1152,14 +1152,12 @@ def _liger_variants() -> list[tuple[str, str, dict[str, Any]]]:
         ("llama", "small", {**fsdp, "fsdp": linear}),
         ("qwen2", "wide", {**fsdp, **exact, "fsdp": by_size}),
         ("llama", "tied", {**zero3, **exact, "gpus": 5, "grad_accum_steps": 3}),
-        ("qwen2", "small", {**fsdp, **exact, "gpus": 2, "eval_batch_size": 64, "eval_accumulation_steps": 1}),
         ("llama", "tied", {**fsdp, **exact, "gpus": 8}),
         ("llama", "small", {**fsdp, **exact, **saves_head, "fsdp": {"version": 1}}),
         ("mistral", "small", {**zero3, **offload, "gpus": 2}),
         ("qwen3", "small", {**zero3, **exact, "gradient_checkpointing": True, "gpus": 8, "zero": _ZERO3_KNOBS[0]}),
         ("mistral", "small", {**fsdp, "gpus": 64, "gradient_checkpointing": True}),
         ("qwen2", "small", {**zero3, **LORA, "gpus": 64}),
-        ("llama", "small", {**zero3, **saves_head}),
         ("llama", "wide", {**fsdp, **exact, "gpus": 3, "fsdp": by_size}),
     ]
 
@@ -1173,7 +1171,6 @@ def _external_held_out() -> list[tuple[str, str, dict[str, Any]]]:
     eager = {**whole, "attn": "eager"}
     return [
         ("t5", "small", {**whole, "gpus": 3}),
-        ("t5", "small", {**whole, "gpus": 64, "grad_accum_steps": 3, **long}),
         ("t5", "small", {**whole, "gpus": 1, "zero": _ZERO3_KNOBS[0]}),
         ("t5", "wide", {**whole, "gpus": 5, "gradient_checkpointing": True, **long}),
         ("t5", "small", {**whole, "lora": {"rank": 64, "targets": ["q", "v", "wo"]}, **long}),
@@ -1186,9 +1183,6 @@ def _external_held_out() -> list[tuple[str, str, dict[str, Any]]]:
         ("deberta-v2", "variant v3-masked-lm", eager),
         ("deberta-v2", "variant own-position-keys", {**eager, "gpus": 64, "grad_accum_steps": 2}),
         ("deberta-v2", "variant v3-classifier", {**eager, "gpus": 3, "offload_param": "cpu"}),
-        # of small images: the next batch, which is fetched ahead, would be the host's
-        ("vit", "small", {**whole, "gpus": 3, "values": {"image_size": 32}}),
-        ("vit", "small", {**whole, "gpus": 64, "values": {"image_size": 32}, "zero": _ZERO3_KNOBS[0]}),
     ]
 
 
