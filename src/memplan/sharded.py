@@ -13,7 +13,7 @@ from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
 from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, EvaluationLoop, Layout, Played, StateDict, play
 from memplan.engines.plain import Parts
 from memplan.memory import loading
-from memplan.memory.course import ExplainingLedger, Ledger, ReplayLedger, course
+from memplan.memory.course import ExplainingLedger, Ledger, Move, ReplayLedger, course
 from memplan.memory.trace import Replayed, configured, engines_bound
 from memplan.micro_batch import (
     Setup,
@@ -49,6 +49,8 @@ class Sharded:
     bound: int
     """What its peak reserved cannot exceed."""
     rank: int
+    moves: tuple[Mapping[Move, int], ...]
+    """What a step moves, by micro-batch: the first, one like all between, and the last with the step."""
 
     @property
     def peak(self) -> int:
@@ -73,7 +75,8 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
         host = {phase: ledger.fullest(phase, "host") for phase in phases}
         pinned = {phase: plain.total(ledger.fullest(phase, "pinned")) for phase in phases}
         bound = engines_bound(ledger.sizes, counts, micro_batches, evaluated)
-        found.append(Sharded(placed, host, pinned, ledger.fullest("idle", "nvme"), bound, rank))
+        nvme = ledger.fullest("idle", "nvme")
+        found.append(Sharded(placed, host, pinned, nvme, bound, rank, tuple(ledger.moves_of_step)))
     return max(found, key=lambda each: each.peak)
 
 

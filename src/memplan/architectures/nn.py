@@ -575,7 +575,8 @@ def attention(
         return eager_attention(query, key, value, mask, n_rep, dropout, softcap, upcast)
     if b.attn == "flash_attention_2":
         dtype = b.tape.autocast or b.dtype
-        return flash_attention_2(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), dtype), None
+        by_position = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return flash_attention_2(*by_position, dtype, is_causal), None
     gqa = False
     batch, heads, length, _ = query.shape
     if n_rep > 1:

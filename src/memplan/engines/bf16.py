@@ -49,6 +49,7 @@ class Bf16(WholeWeights):
             return
         for bucket in buckets(group.elements for group in setup.groups):
             elements = sum(bucket)
+            ledger.move("all_reduce", elements * setup.communication_dtype.itemsize)
             flat = None
             if len(bucket) > 1:  # one alone is a view
                 nbytes = elements * setup.accumulation_dtype.itemsize
@@ -65,6 +66,8 @@ class Bf16(WholeWeights):
                 for nbytes in optimizer.state_bytes(partition):
                     self.ledger.allocate("optimizer", nbytes, name="states")
             self.ledger.briefly("temporaries", optimizer.temporaries.peak, name="of the optimizer's step")
+        for group in self.setup.groups:
+            self.ledger.move("all_gather", group.elements * self.setup.dtype.itemsize)
         self._has_states = True
         self.ledger.free(*self._grads.values())
         self._grads.clear()

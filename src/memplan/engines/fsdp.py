@@ -190,7 +190,9 @@ class Fsdp:
             self._gathered[unit.first] = None
             return
         elements = sum(row.padded for row in unit.weights)
+        self.ledger.move("all_gather", elements * size)
         if self.setup.offload:
+            self.ledger.move("to_gpu", sum(row.shard * row.itemsize for row in unit.weights))
             inputs = [self._copied(row, row.shard) for row in unit.weights]
         else:
             casts = sum(row.shard for row in unit.weights if row.itemsize != size) * size
@@ -257,6 +259,7 @@ class Fsdp:
         rows = [row for row in unit.weights if row.key in grads]
         size = self.setup.dtype.itemsize
         padded = sum(row.padded for row in rows)
+        self.ledger.move("reduce_scatter", padded * size)
         self._reduce_input = self.ledger.allocate("communication", padded * size, name="reduce-scatter's input")
         whole = [self._grads.pop(key) for key in grads]
         held = whole.pop() if self.setup.ranks > 1 else None  # by the variable of foreach_reduce's loop
@@ -267,6 +270,7 @@ class Fsdp:
             self.ledger.free(output)
             output = cast
         if self.setup.offload:
+            self.ledger.move("to_host", sum(row.shard * row.itemsize for row in rows))
             on_host = [self._on_host_or_gpu("gradients", row.shard * row.itemsize) for row in rows]
             self._sharded_grads += on_host
             self.ledger.free(output)
@@ -283,6 +287,7 @@ class Fsdp:
             sizes = (nbytes for nbytes, count in clipping for _ in range(count))
             norms = [self.ledger.allocate("temporaries", nbytes, name="norms of gradients") for nbytes in sizes]
             self.ledger.free(*norms)
+        self.ledger.move("host_step", sum(p.numel for p in self.setup.stepped) if self.setup.offload else 0)
         if not self._has_states:
             self._has_states = True
             for p in self.setup.stepped:

@@ -319,6 +319,7 @@ class Fsdp1:
         if handle.unsharded is not None and not self.setup.offload:
             return
         shard = self._pre_unshard(flat)
+        self.ledger.move("all_gather", flat.padded * flat.dtype.itemsize)
         if handle.unsharded is None:
             nbytes = flat.padded * flat.dtype.itemsize
             handle.unsharded = self.ledger.allocate("communication", nbytes, name=GATHERED)
@@ -329,6 +330,7 @@ class Fsdp1:
 
     def _pre_unshard(self, flat: FlatParam) -> Block | None:
         """The shard that is gathered, where it is not the one that is kept: _mp_shard, or a copy on the GPU."""
+        self.ledger.move("to_gpu", flat.shard * flat.itemsize if self.setup.offload else 0)
         if flat.is_cast:
             shard = self.ledger.allocate("communication", flat.shard * flat.dtype.itemsize, name=CAST)
             if self.setup.offload:
@@ -430,6 +432,8 @@ class Fsdp1:
         flat, ledger = handle.flat, self.ledger
         size = flat.dtype.itemsize
         padding = flat.padded != flat.elements
+        ledger.move("reduce_scatter" if flat.is_sharded else "all_reduce", flat.padded * size)
+        ledger.move("to_host", flat.shard * flat.itemsize if self.setup.offload else 0)
         padded = ledger.allocate("communication", flat.padded * size, name=PADDED) if padding else None
         unsharded, handle.grad = handle.grad, None
         reduced = ledger.allocate("gradients", flat.shard * size, name="shards") if flat.is_sharded else None
@@ -449,6 +453,7 @@ class Fsdp1:
         if not self._has_states:
             self._make_states()
         place = "host" if self.setup.offload else "gpu"
+        self.ledger.move("host_step", sum(p.numel for p in self.setup.stepped) if self.setup.offload else 0)
         self.ledger.briefly("temporaries", self.setup.optimizer.temporaries.peak, place, "of the optimizer's step")
         self._gradients_are_none = True
         for handle in self._handles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -222,11 +223,14 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
         ledger.allocate("workspace", nbytes, name="cuBLAS, one per thread that runs GEMMs")
     micro_batches = min(run.grad_accum_steps, MICRO_BATCHES)
     for step in range(STEPS):
+        ledger.moves = []
         for number in range(micro_batches):
+            ledger.moves.append(Counter())
             boundary = number == micro_batches - 1
             engine.begin_micro_batch(boundary)
             _micro_batch(engine, ledger, run.later if number else run.first, first=step == 0, boundary=boundary)
     ledger.begin("idle")
+    ledger.moves_of_step, ledger.moves = ledger.moves, []
     if run.evaluation is not None:
         ledger.begin("eval")
         _evaluate(engine, ledger, run.evaluation)

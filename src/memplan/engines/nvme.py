@@ -142,6 +142,7 @@ class ParamSwapper:
             )
             raise SpecError.at("zero.offload_param.buffer_count", self._keys.buffer_count, problem, remedy)
         self._available_buffers -= len(shards)
+        self._ledger.move("nvme_read", sum(aligned(self._aio, s.partition * self._itemsize) for s in shards))
         for shard in shards:
             self._status[shard.key] = _Status.INFLIGHT
 
@@ -193,6 +194,8 @@ class OptimizerSwapper:
         """
         rest = nbytes % (AIO_ALIGNED_BYTES * self._aio.intra_op_parallelism)
         swaps = is_swappable(self._aio, nbytes)
+        if swaps and is_swappable(self._aio, nbytes - rest):
+            self._ledger.move("nvme_write", nbytes - rest)
         if swaps and is_swappable(self._aio, nbytes - rest) and key not in self._swapped_gradients:
             self._swapped_gradients.add(key)
             self._write(nbytes - rest, "gradients")

@@ -266,6 +266,8 @@ class Zero12(WholeWeights):
         """average_tensor: slices are reduced in runs of one owner, and copied together unless there is only one."""
         setup = self.setup
         size = setup.dtype.itemsize
+        # With reduce_scatter too: allreduce_and_scatter, since use_multi_rank_bucket_allreduce is True by default.
+        self.ledger.move("all_reduce", self._bucket_elements * setup.communication_dtype.itemsize)
         if not setup.contiguous_gradients:  # buffered_reduce_fallback: all of the bucket in one copy
             flat = None
             if len(self._bucket) > 1:
@@ -335,8 +337,12 @@ class Zero12(WholeWeights):
             self._accumulated.add(weight.key)
             if master is float32:  # else in the optimizer's gradient itself
                 self._on_host("gradients", weight.elements * size)
+        if adds_up:  # async_accumulate_grad_in_cpu_via_gpu
+            ledger.move("to_host", weight.elements * size)
+            ledger.move("to_gpu", weight.elements * size if self._micro_step > 0 else 0)
         if not self._boundary:
             return
+        ledger.move("to_host", piece * master.itemsize)
         ledger.briefly("temporaries", piece * NORM_ITEMSIZE, name=NORM)
         self._norms.append(ledger.allocate("temporaries", NORM_ITEMSIZE, name=NORM))
         if self.setup.accumulation_dtype is not master:
@@ -405,7 +411,11 @@ class Zero12(WholeWeights):
         self._compact = []
 
     def _step_group(self, index: int, first: bool) -> None:
-        optimizer = self.setup.optimizers[index]
+        optimizer, group, size = self.setup.optimizers[index], self.setup.groups[index], self.setup.dtype.itemsize
+        if self.setup.offload:
+            self.ledger.move("host_step", group.partition)
+            self.ledger.move("to_gpu", group.partition * size)
+        self.ledger.move("all_gather", group.elements * size)
         if first and not optimizer.made_at_construction:
             self._make_states(index)
         self.ledger.briefly("temporaries", optimizer.temporaries.peak, self._place, "of the optimizer's step")

@@ -81,6 +81,7 @@ class Zero0(WholeWeights):
             return
         for bucket in buckets(self.setup.elements):
             flat = None
+            self.ledger.move("all_reduce", sum(bucket) * self.setup.communication_dtype.itemsize)
             if len(bucket) > 1:  # one alone is a view
                 flat = self.ledger.allocate("communication", sum(bucket) * self.setup.dtype.itemsize, name=REDUCED)
             if self.setup.communication_dtype is not self.setup.dtype:

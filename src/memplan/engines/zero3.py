@@ -246,11 +246,18 @@ class Coordinator:
         alone = len(away) == 1 or self.setup.allgather_sequential
         if self.swapper is not None:
             self.swapper.ensure_availability(away)
+        self._moves(away)
         for together in [[shard] for shard in away] if alone else [away]:
             staged = self._staged(together)  # _allgather_params_coalesced: all of them before the first is gathered
             for shard in together:
                 self.available[shard.key] = self._gather(shard)
             self.ledger.free(*staged)
+
+    def _moves(self, shards: Sequence[Shard]) -> None:
+        """What gathering takes: partitions come from the host, if they are there, and from all ranks."""
+        partitions = sum(shard.partition * shard.itemsize for shard in shards)
+        self.ledger.move("to_gpu", partitions if self.setup.offload_param else 0)
+        self.ledger.move("all_gather", partitions * self.setup.ranks)
 
     def _is_away(self, shard: Shard) -> bool:
         return shard.key not in self.available and shard.key not in self._inflight
@@ -278,6 +285,7 @@ class Coordinator:
         if not shards:
             return
         self._n_available += sum(shard.elements for shard in shards)
+        self._moves(shards)
         if self.swapper is not None:
             self.swapper.ensure_availability(shards)
         alone = len(shards) == 1 or self.setup.allgather_sequential
@@ -621,6 +629,11 @@ class Zero3:
         all_reduces = fills_buffer and not setup.reduce_scatter
         reduced = self._avg_scatter_contiguous_grads() if all_reduces else self._avg_scatter_grads()
         swapped: list[tuple[Shard, Block]] = []
+        itemsize = setup.communication_dtype.itemsize
+        if all_reduces:
+            self.ledger.move("all_reduce", self._bucket_elements * itemsize)
+        else:
+            self.ledger.move("reduce_scatter", sum(s.partition * s.ranks for s in self._bucket) * itemsize)
         self._bucket.sort(key=lambda shard: self._order[shard.key])  # by ds_id
         for shard in self._bucket:
             if self.setup.offload_optimizer:
@@ -668,6 +681,10 @@ class Zero3:
         Return what of it is left to be swapped out.
         """
         setup, ledger = self.setup, self.ledger
+        nbytes = shard.partition * setup.accumulation_dtype.itemsize
+        ledger.move("to_host", nbytes)
+        ledger.move("to_gpu", nbytes)  # back for its norm, or to be added to
+        ledger.move("to_host", shard.partition * setup.master_dtype.itemsize if self._boundary else 0)
         swaps = self._boundary and self._swaps(self._sub_group[shard.key])
         dtypes = [setup.accumulation_dtype]
         if self._boundary and setup.accumulation_dtype is not setup.master_dtype:
@@ -727,12 +744,20 @@ class Zero3:
 
     def _step_on_host(self, index: int) -> None:
         """A sub-group's step: its states come from NVMe and go back."""
-        optimizer = self._optimizer
+        optimizer, partition = self._optimizer, self.setup.partitions[index]
+        self.ledger.move("host_step", partition.numel)
+        if not self.setup.offload_param:
+            self.ledger.move("to_gpu", partition.numel * self.setup.dtype.itemsize)
         if optimizer is None or not self._swaps(index):
             if not self._stepped and not self.setup.optimizers[index].made_at_construction:
                 self._make_states(index)
             self.ledger.briefly("temporaries", self.setup.optimizers[index].temporaries.peak, self._optimizer_place)
             return
+        states = nvme.TENSORS * partition.nbytes  # the gradient is only read
+        self.ledger.move("nvme_read", states)
+        self.ledger.move("nvme_write", states - partition.nbytes)
+        if not self.setup.in_cpu[index] and self.setup.params_in_nvme:
+            self.ledger.move("nvme_write", partition.numel * self.setup.dtype.itemsize)
         optimizer.swap_in_optimizer_state(index)
         if not self._stepped:
             optimizer.make_states(index, self.setup.optimizers[index].state_bytes(self.setup.partitions[index]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from memplan.memory.allocator import CachingAllocator
 from memplan.memory.optimizers import OUTSIDE
@@ -129,6 +130,12 @@ class Block:
         """What it is, for an explanation."""
 
 
+Move = Literal[
+    "all_reduce", "all_gather", "reduce_scatter", "to_gpu", "to_host", "nvme_read", "nvme_write", "host_step"
+]
+"""What takes time beside the GPU's own work, in bytes: collectives by their larger side, copies over PCIe, reads and
+writes of NVMe; host_step is elements that the optimizer steps on the host."""
+
 _HOST = ("host", "pinned", "locked")
 """The places of host memory."""
 
@@ -156,6 +163,10 @@ class Ledger:
         self._tape_total = 0
         self._highest: dict[tuple[str, str], int] = {}
         self._fullest: dict[tuple[str, str], Parts] = {}
+        self.moves: list[Counter[Move]] = []
+        """Of the running step, by micro-batch; what the step itself moves is with the last one's."""
+        self.moves_of_step: list[Counter[Move]] = []
+        """The same of the last step, once it is over."""
         self.sizes: dict[int, list[int]] = {}
         """Of the GPU's blocks that are the engine's, by size: how many are alive, the most, how many were allocated."""
 
@@ -192,6 +203,11 @@ class Ledger:
                 self._engine[block.place][block.component] -= block.nbytes
                 self._totals[block.place] -= block.nbytes
                 block.nbytes = 0
+
+    def move(self, kind: Move, amount: int) -> None:
+        """The engine moves so many bytes, or steps so many elements on the host."""
+        if self.moves:
+            self.moves[-1][kind] += amount
 
     def briefly(self, component: str, nbytes: int, place: str = "gpu", name: str = "") -> None:
         """A block that lives for one call."""

@@ -70,10 +70,10 @@ def scaled_dot_product_attention(
         if length % 16:
             attn_mask = ops.pad_last(attn_mask, up(length, 16) - length).narrow(-1, 0, length)
         attn_mask = attn_mask.expand(*query.shape[:3], length)
-    return _fused(t, backend, query, key, value, attn_mask, dropout_p)
+    return _fused(t, backend, query, key, value, attn_mask, dropout_p, is_causal)
 
 
-def flash_attention_2(query: Tensor, key: Tensor, value: Tensor, dtype: DType) -> Tensor:
+def flash_attention_2(query: Tensor, key: Tensor, value: Tensor, dtype: DType, is_causal: bool = True) -> Tensor:
     """The flash-attn package on query [B, S, H, D], key and value [B, S, K, D]; float32 is cast to ``dtype`` first.
 
     Source: transformers/integrations/flash_attention.py, modeling_flash_attention_utils.py (fa_peft_integration_check).
@@ -84,7 +84,8 @@ def flash_attention_2(query: Tensor, key: Tensor, value: Tensor, dtype: DType) -
     if width != query.shape[-1]:
         value = ops.pad_last(value, query.shape[-1] - width)
     t = query.storage.tape
-    out = _fused(t, "flash", query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None, 0.0)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    out = _fused(t, "flash", query, key, value, None, 0.0, is_causal)
     out = out.transpose(1, 2)
     return out.narrow(-1, 0, width) if width != out.shape[-1] else out
 
@@ -104,14 +105,18 @@ def _note_scores(t: Tape, query: Tensor, key: Tensor) -> None:
         t.assumptions[name] = exact(name, size, "B", source)
 
 
-def _fused(t: Tape, backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+def _fused(
+    t: Tape, backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool
+) -> Tensor:
     """One kernel: saves its inputs, its result, the log-sum-exp of the scores and the state of the generator."""
     batch, heads, sq, dim = q.shape
     dim_v = v.shape[-1]
     sk = k.shape[2]
     flops = 2 * batch * heads * sq * sk * (dim + dim_v)
-    node = t.node(_fused_backward, (q, k, v, mask), (q, k, v, mask), (backend, flops, dropout_p))
+    node = t.node(_fused_backward, (q, k, v, mask), (q, k, v, mask), (backend, flops, dropout_p, is_causal))
     t.flops += flops
+    if is_causal:
+        t.skipped.append((len(t.sizes), flops // 2))
     shape = (batch, heads, sq, dim_v)
     out = t.new(shape, q.dtype, "sdpa", _by_position(shape) if backend == "efficient" else dense_like(shape, q.strides))
     lse_len = up(sq, 32) if backend == "efficient" else sq
@@ -146,9 +151,11 @@ def _forward_temporaries(t: Tape, backend: str, q: Tensor, k: Tensor, v: Tensor,
 
 
 def _fused_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
-    backend, flops, dropout_p = node.ctx
+    backend, flops, dropout_p, is_causal = node.ctx
     q, k, v, mask, out = saved[:5]
     t.flops += flops * 5 // 2
+    if is_causal:
+        t.skipped.append((len(t.sizes), flops * 5 // 4))
     copies = []
     if backend in ("flash", "efficient"):
         copies = [_copy_by_position(t, x) for x in ((grad, out) if backend == "flash" else (grad,))]

@@ -170,7 +170,13 @@ class Tape:
         self.shapes: list[tuple[Shape, DType]] = []
         self.marks: list[Mark] = []
         self.component = TEMPORARY
-        self.flops = 0
+        self._flops = 0
+        self.products: list[tuple[int, int]] = []
+        """FLOPs as they were counted, each with the number of storages before them: the product's result comes next."""
+        self.skipped: list[tuple[int, int]] = []
+        """Of these, what a causal kernel does not compute: the blocks above the diagonal."""
+        self.recomputed: list[tuple[int, int]] = []
+        """Storages that a checkpointed region made in backward: the first, and the one after the last."""
         self.autocast: DType | None = None
         self._cast_cache: dict[int, Tensor] = {}
         self._seq = 0
@@ -358,9 +364,15 @@ class Tape:
             if index >= 0 and self.components[index] == TEMPORARY:
                 self.components[index] = ACTIVATION
 
-    def forward_flops(self, flops: int) -> None:
-        """Count floating-point operations."""
-        self.flops += flops
+    @property
+    def flops(self) -> int:
+        """Floating-point operations so far, as torch.utils.flop_counter counts them: two for each multiply-add."""
+        return self._flops
+
+    @flops.setter
+    def flops(self, flops: int) -> None:
+        self.products.append((len(self.sizes), flops - self._flops))
+        self._flops = flops
 
     @contextmanager
     def no_grad(self) -> Iterator[None]:
@@ -473,12 +485,14 @@ class Tape:
             self._context, self._held_in_context = [], []  # the recomputed graph dies with the recomputation
             self._recording, self._record_limit, self.grad_enabled = frame.recomputed, frame.count, True
             self.component = TEMPORARY
+            start = len(self.sizes)
             try:
                 with self.autocasting(frame.autocast):
                     frame.fn(*frame.args)
             except StopRecompute:
                 pass
             finally:
+                self.recomputed.append((start, len(self.sizes)))
                 self._recording, self._record_limit, self.grad_enabled, self.component, self._context = outer
                 self.events += [Event(len(self.log), "drop", subject) for subject in self._held_in_context]
         recomputed = frame.recomputed

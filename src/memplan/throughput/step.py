@@ -1,0 +1,344 @@
+"""One optimizer step in seconds: what the GPU computes, what is passed between ranks, places and disks, and what of it
+hides behind the rest.
+
+A step is its micro-batches' forwards and backwards, or the host's time to ask for them if that is longer; what engines
+move (:class:`memplan.memory.course.Ledger` counts it as they are played), less what runs beside kernels; and the
+optimizer, on the GPU or on the host. Every number is computed three times, with the fast and the slow end of all
+constants' ranges: an interval that is wide, since ends do not meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from memplan.errors import SpecError, UnsupportedError
+from memplan.memory.optimizers import AdamW, Optimizer
+from memplan.micro_batch import Setup, run_of
+from memplan.results import StepTime
+from memplan.specs.hardware import ClusterSpec, GPUSpec
+from memplan.specs.strategy import Strategy
+from memplan.tape.tensor import Parameter
+from memplan.throughput.kernels import STAGES, Stage, Work, work_of
+from memplan.throughput.rates import (
+    CASES,
+    DEFAULT_MACHINE,
+    HOST_BACKWARD,
+    HOST_FORWARD,
+    OVERLAP,
+    Case,
+    Machine,
+    Rates,
+)
+
+if TYPE_CHECKING:
+    from memplan.memory.course import Move
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A number with its interval, in the unit of the field that holds it."""
+
+    low: float
+    expected: float
+    high: float
+
+
+PARTS = (
+    "forward", "backward", "recomputation", "host", "flattening", "communication", "copies", "nvme", "optimizer", "overlap",
+)  # fmt: skip
+"""What a step may spend time on: the GPU's kernels, waiting for the host to ask for them, the engine's copies of
+gradients and weights, collectives, copies over PCIe, reads and writes of NVMe, the optimizer. overlap is negative."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a step spends time on."""
+
+    name: str
+    """One of ``PARTS``."""
+    seconds: Span
+    made_of: str
+    """What it is computed from, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """The time of one optimizer step. The parts' expected seconds add up to the step's."""
+
+    parts: tuple[Part, ...]
+    seconds: Span
+    tokens: int
+    """That all ranks train on in one step; padding counts."""
+    flops: float
+    """That one rank's kernels compute in one step, recomputation included."""
+    bound_by: str
+    """What most of the time goes to: compute, bandwidth, host, communication, pcie, cpu or nvme."""
+
+    @property
+    def tokens_per_second(self) -> Span:
+        """Of all ranks together."""
+        return Span(
+            self.tokens / self.seconds.high, self.tokens / self.seconds.expected, self.tokens / self.seconds.low
+        )
+
+    def result(self) -> StepTime:
+        """The expected values, as an estimate's JSON has them."""
+        return StepTime(
+            seconds=self.seconds.expected,
+            tokens_per_second=self.tokens_per_second.expected,
+            flops=self.flops,
+            bound_by=self.bound_by,
+        )
+
+
+def step_time(
+    setup: Setup, cluster: ClusterSpec, strategy: Strategy, machine: Machine = DEFAULT_MACHINE
+) -> StepTiming:
+    """The time of one optimizer step of a resolved setup (:func:`memplan.estimator.resolve`).
+
+    ``cluster.gpu`` is a GPUSpec. Raises SpecError without one, UnsupportedError for a CPU's.
+
+    >>> from memplan.catalog.gpus import parse_cluster
+    >>> from memplan.catalog.models import find_model
+    >>> from memplan.estimator import resolve
+    >>> from memplan.specs import SoftwareSpec, TrainingSpec
+    >>> cluster, strategy = parse_cluster("8xA100-80GB"), Strategy(kind="zero3")
+    >>> setup = resolve(find_model("meta-llama/Llama-2-7b"), TrainingSpec(), cluster, strategy, SoftwareSpec())
+    >>> timing = step_time(setup, cluster, strategy)
+    >>> timing.bound_by, timing.tokens
+    ('communication', 16384)
+    """
+    gpu = cluster.gpu
+    if not isinstance(gpu, GPUSpec):
+        raise SpecError.at("gpu", gpu, "is no GPU whose speed is known", "Name one, as in A100-80GB.")
+    if gpu.is_cpu:
+        raise UnsupportedError("gpu: how fast a CPU trains is not modelled. Name a GPU, as in A100-80GB.")
+    work = _work(setup, gpu)
+    moves = _moves(setup, gpu, strategy, cluster)
+    rates = {case: Rates(gpu, cluster, machine, case) for case in CASES}
+    times = {case: _Step(setup, gpu, strategy, cluster, rates[case], work, moves) for case in CASES}
+    made_of = {name: words for case in CASES for name, words in times[case].made_of.items()}
+    made_of |= times["expected"].made_of
+    parts = tuple(
+        Part(name, _span({case: step.parts.get(name, 0.0) for case, step in times.items()}), made_of[name])
+        for name in PARTS
+        if name in made_of
+    )
+    training = setup.training
+    tokens = training.micro_batch_size * training.seq_len * training.grad_accum_steps * cluster.gpus
+    return StepTiming(
+        parts=parts,
+        seconds=_span({case: sum(step.parts.values()) for case, step in times.items()}),
+        tokens=tokens,
+        flops=training.grad_accum_steps * sum(each.computed for each in work.values()),
+        bound_by=times["expected"].bound_by,
+    )
+
+
+def _span(by_case: Mapping[Case, float]) -> Span:
+    return Span(by_case["fast"], by_case["expected"], by_case["slow"])
+
+
+@lru_cache(maxsize=64)
+def _work(setup: Setup, gpu: GPUSpec) -> dict[Stage, Work]:
+    """The kernels of one micro-batch."""
+    return work_of(run_of(setup, gpu)[1].unrolled)
+
+
+def _moves(setup: Setup, gpu: GPUSpec, strategy: Strategy, cluster: ClusterSpec) -> dict[Move, int]:
+    """What one rank moves in a step, all micro-batches of it."""
+    if strategy.kind == "ddp":
+        trainable = run_of(setup, gpu)[0].trainable
+        return {"all_reduce": sum(p.nbytes * count for p, count in trainable)}
+    if not strategy.shards:
+        return {}
+    from memplan import sharded
+
+    played = sharded.play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node).moves
+    first, last = dict(played[0]), dict(played[-1])
+    found: dict[Move, int] = dict(last)
+    if len(played) > 1:  # the first, those between, of which one was played, and the last
+        between = played[1] if len(played) > 2 else {}
+        others = setup.training.grad_accum_steps - 2
+        for kind in {*first, *between, *last}:
+            found[kind] = first.get(kind, 0) + others * between.get(kind, 0) + last.get(kind, 0)
+    return found
+
+
+_ACCESSES = {"fused": 7, "foreach": 18}
+"""AdamW's passes over tensors of a weight's size: one kernel reads gradient, weight and moments and writes the latter
+three; torch._foreach's do it by lerp_, mul_, addcmul_, sqrt, div_, add_ and addcdiv_ (torch/optim/adam.py, 2.13)."""
+
+_COPIES = {"zero0": 4, "zero12": 8, "zero3": 4, "fsdp": 2}
+"""Passes over gradients for their reduction: into a bucket, divided, flattened, back, and to the partition
+(stage_1_and_2.py: average_tensor, allreduce_and_scatter; stage3.py: __avg_scatter_grads; _fsdp_collectives.py)."""
+
+_GATHERED = 2
+"""Passes over gathered weights: read from what the collective has filled, and written to where they are used."""
+
+_SHARDED_STEP = 22
+"""Bytes per parameter that DeepSpeed's step moves beside the optimizer: the norm in float64 (2 + 8 + 8), the gradient in
+float32 (2 + 4), the 16-bit weight (4 + 2), less what is counted with the optimizer (stage_1_and_2.py, stage3.py)."""
+
+
+class _Step:
+    """One case's seconds."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        gpu: GPUSpec,
+        strategy: Strategy,
+        cluster: ClusterSpec,
+        rates: Rates,
+        work: Mapping[Stage, Work],
+        moves: Mapping[Move, int],
+    ) -> None:
+        self.setup, self.gpu, self.strategy, self.cluster = setup, gpu, strategy, cluster
+        self.rates, self.work, self.moves = rates, work, moves
+        self.micro_batches = setup.training.grad_accum_steps
+        self.parts: dict[str, float] = {}
+        self.made_of: dict[str, str] = {}
+        self._by_cause: dict[str, float] = dict.fromkeys(
+            ("compute", "bandwidth", "host", "communication", "pcie", "cpu", "nvme"), 0.0
+        )
+        self._kernels()
+        self._optimizer()
+        hidden = self._communication() + self._copies()
+        if hidden:
+            self._add("overlap", -hidden, "transfers beside kernels")
+
+    @property
+    def bound_by(self) -> str:
+        """The largest cause; what is hidden does not count."""
+        return max(self._by_cause, key=lambda cause: self._by_cause[cause])
+
+    def _add(self, name: str, seconds: float, made_of: str, cause: str | None = None) -> None:
+        self.parts[name] = seconds
+        self.made_of[name] = made_of
+        if cause is not None:
+            self._by_cause[cause] += seconds
+
+    # -- kernels ---------------------------------------------------------------------------------------------------
+
+    def _kernels(self) -> None:
+        total = asked = 0.0
+        for stage in STAGES:
+            work = self.work[stage]
+            computing, moving = self.rates.gpu_seconds(work)
+            seconds = self.micro_batches * (computing + moving)
+            per_result = HOST_BACKWARD if stage == "backward" else HOST_FORWARD
+            asked += self.micro_batches * work.results * self.rates.cost(per_result)
+            total += seconds
+            if not work.results:
+                continue
+            tera, giga = self.micro_batches * work.computed / 1e12, self.micro_batches * work.moved / 1e9
+            self._add(stage, seconds, f"{tera:,.4g} TFLOP in {computing * self.micro_batches:.3g} s, {giga:,.4g} GB moved")
+            self._by_cause["compute"] += self.micro_batches * computing
+            self._by_cause["bandwidth"] += self.micro_batches * moving
+        if asked > total:
+            results = self.micro_batches * sum(work.results for work in self.work.values())
+            self._add("host", asked - total, f"{results:,} results take the host {asked:.3g} s", "host")
+            self._by_cause["host"] = asked  # the GPU waits for it throughout
+            self._by_cause["compute"] = self._by_cause["bandwidth"] = 0.0
+
+    # -- the optimizer ---------------------------------------------------------------------------------------------
+
+    def _optimizer(self) -> None:
+        on_host = self.moves.get("host_step", 0)
+        if on_host:
+            seconds = on_host * self.rates.cpu_step
+            self._add("optimizer", seconds, f"{on_host / 1e9:.3g} G parameters of a rank on the host", "cpu")
+            return
+        run, _ = run_of(self.setup, self.gpu)
+        trained = run.trainable
+        if not trained:
+            return
+        nbytes = sum(self._stepped_bytes(run.optimizer, p) * count for p, count in trained)
+        if self.strategy.kind in ("zero1", "zero2", "zero3", "fsdp"):
+            nbytes /= self.cluster.gpus
+        if not self.strategy.shards and self.micro_batches > 1:  # .grad += of each later micro-batch
+            nbytes += 3 * (self.micro_batches - 1) * sum(p.nbytes * count for p, count in trained)
+        self._add("optimizer", nbytes / self.rates.bandwidth, f"{nbytes / 1e9:.3g} GB moved", "bandwidth")
+
+    def _stepped_bytes(self, optimizer: Optimizer, p: Parameter) -> float:
+        """Bytes that clipping and stepping one weight move."""
+        masters = self.strategy.is_deepspeed or (self.strategy.kind == "fsdp" and self.setup.autocast is not None)
+        scale = 4 * p.numel / p.nbytes if masters and p.nbytes else 1.0  # the optimizer's own copy is in float32
+        own = scale * p.nbytes
+        if isinstance(optimizer, AdamW):
+            stepped = _ACCESSES["fused" if optimizer.fused else "foreach"] * own
+        else:
+            stepped = 3 * own + 2 * scale * sum(optimizer.states(p))
+            stepped += 3 * own if optimizer.has_temporaries else 0
+        clipped = 3 * own
+        return stepped + (clipped if not self.strategy.is_deepspeed else _SHARDED_STEP * p.numel)
+
+    # -- between ranks ---------------------------------------------------------------------------------------------
+
+    def _communication(self) -> float:
+        """Add what collectives take; return what of it runs beside kernels."""
+        ranks, link, bandwidth = self.cluster.gpus, self.rates.link, self.rates.bandwidth
+        passed = (ranks - 1) / ranks
+        amount = {kind: self.moves.get(kind, 0) for kind in ("all_reduce", "all_gather", "reduce_scatter")}  # type: ignore[call-overload]
+        reduced = (2 * amount["all_reduce"] + amount["reduce_scatter"]) * passed / link
+        gathered = amount["all_gather"] * passed / link
+        if self.strategy.shards:
+            engine = "zero12" if self.strategy.kind in ("zero1", "zero2") else self.strategy.kind
+            copied = _COPIES[engine] * (amount["all_reduce"] + amount["reduce_scatter"])
+            copied += _GATHERED * amount["all_gather"] if self.strategy.kind in ("zero3", "fsdp") else 0
+            if copied:
+                self._add("flattening", copied / bandwidth, f"{copied / 1e9:.3g} GB moved", "bandwidth")
+        if ranks == 1 or not reduced + gathered:
+            return 0.0
+        words = [f"{name.replace('_', '-')} of {nbytes / 1e9:.3g} GB" for name, nbytes in amount.items() if nbytes]
+        self._add("communication", reduced + gathered, f"{', '.join(words)} over {link / 1e9:.3g} GB/s")
+        beside = self._beside_kernels(reduced, gathered)
+        self._by_cause["communication"] += reduced + gathered - beside
+        return beside
+
+    def _beside_kernels(self, reduced: float, gathered: float) -> float:
+        """What of the collectives is hidden: as far as there are kernels to run beside."""
+        strategy, share = self.strategy, self.rates.of(OVERLAP)
+        backward = self.parts.get("backward", 0.0) + self.parts.get("recomputation", 0.0)
+        all_kernels = backward + self.parts.get("forward", 0.0)
+        last = backward / self.micro_batches
+        if strategy.kind == "ddp":  # the reducer's hooks, in the last micro-batch's backward
+            return share * min(reduced, last)
+        if strategy.kind in ("zero1", "zero2"):
+            if not strategy.zero.overlap_comm:
+                return 0.0  # on the stream of the kernels
+            return share * min(reduced, backward if strategy.kind == "zero2" else last)
+        if strategy.kind == "zero3":
+            if strategy.zero.overlap_comm is False:
+                return 0.0
+            return share * min(reduced + gathered, all_kernels)
+        if strategy.kind == "fsdp":
+            keys = strategy.fsdp
+            waits = keys.version == 1 and keys.backward_prefetch == "NO_PREFETCH"
+            return share * min(reduced + (gathered / 2 if waits else gathered), all_kernels)
+        return 0.0
+
+    # -- between places --------------------------------------------------------------------------------------------
+
+    def _copies(self) -> float:
+        """Add what goes over PCIe and to NVMe; return what of it runs beside kernels."""
+        down, up = self.moves.get("to_host", 0), self.moves.get("to_gpu", 0)
+        read, write = self.moves.get("nvme_read", 0), self.moves.get("nvme_write", 0)
+        hidden = 0.0
+        if down + up:
+            seconds = (down + up) / self.rates.pcie
+            words = f"{down / 1e9:.3g} GB to the host, {up / 1e9:.3g} GB to the GPU at {self.rates.pcie / 1e9:.3g} GB/s"
+            self._add("copies", seconds, words)
+            if self.strategy.kind in ("zero3", "fsdp"):
+                kernels = sum(self.parts.get(stage, 0.0) for stage in STAGES)
+                hidden = self.rates.of(OVERLAP) * min(seconds, kernels)
+            self._by_cause["pcie"] += seconds - hidden
+        if read + write:
+            reads, writes = self.rates.nvme
+            words = f"{read / 1e9:.3g} GB read, {write / 1e9:.3g} GB written by a rank"
+            self._add("nvme", read / reads + write / writes, words, "nvme")
+        return hidden
