@@ -94,9 +94,7 @@ class StepTiming:
         )
 
 
-def step_time(
-    setup: Setup, cluster: ClusterSpec, strategy: Strategy, machine: Machine = DEFAULT_MACHINE
-) -> StepTiming:
+def step_time(setup: Setup, cluster: ClusterSpec, strategy: Strategy, machine: Machine = DEFAULT_MACHINE) -> StepTiming:
     """The time of one optimizer step of a resolved setup (:func:`memplan.estimator.resolve`).
 
     ``cluster.gpu`` is a GPUSpec. Raises SpecError without one, UnsupportedError for a CPU's.
@@ -236,7 +234,9 @@ class _Step:
             if not work.results:
                 continue
             tera, giga = self.micro_batches * work.computed / 1e12, self.micro_batches * work.moved / 1e9
-            self._add(stage, seconds, f"{tera:,.4g} TFLOP in {computing * self.micro_batches:.3g} s, {giga:,.4g} GB moved")
+            self._add(
+                stage, seconds, f"{tera:,.4g} TFLOP in {computing * self.micro_batches:.3g} s, {giga:,.4g} GB moved"
+            )
             self._by_cause["compute"] += self.micro_batches * computing
             self._by_cause["bandwidth"] += self.micro_batches * moving
         if asked > total:
