@@ -684,9 +684,9 @@ def test_a_plan_is_a_table_and_json_with_exit_codes(run) -> None:
     assert (fits.code, fits.json["best"]["reason_passed_over"]) == (0, None)
     assert fits.json["best"] in fits.json["rungs"]
     assert fits.json["best"]["estimate"]["step"]["seconds"] > 0
-    nothing = run(*arguments, "--gpu", "T4", "--gpu-memory", "0.1", "--json")
+    nothing = run(*arguments, "--gpu", "T4", "--gpu-memory", "0.02", "--json")
     assert (nothing.code, nothing.json["best"]) == (1, None)
-    assert "Nothing fits." in run(*arguments, "--gpu", "T4", "--gpu-memory", "0.1").out
+    assert "Nothing fits." in run(*arguments, "--gpu", "T4", "--gpu-memory", "0.02").out
 
 
 @pytest.mark.parametrize(

@@ -164,9 +164,9 @@ def plan(
     """Walk the ladder, and choose what is best of what fits.
 
     ``model``, ``training``, ``cluster`` and ``software`` are those of :func:`estimate`; the GPU must be known.
-    ``global_batch_size`` are the sequences of one step over all ranks, which stay as they are; None is what ``training``
-    comes to. ``target`` says whose rungs the ladder has: ``deepspeed``, ``fsdp``, or ``auto`` for both. The
-    ``objective`` is ``throughput``, the least time of a step, or ``memory``, the least of each GPU.
+    ``global_batch_size`` are the sequences of one step over all ranks, which stay as they are; None is what
+    ``training`` comes to. ``target`` says whose rungs the ladder has: ``deepspeed``, ``fsdp``, or ``auto`` for both.
+    The ``objective`` is ``throughput``, the least time of a step, or ``memory``, the least of each GPU.
 
     Raises SpecError for a setup that the libraries refuse, UnsupportedError for what memplan does not model.
     """
