@@ -672,3 +672,32 @@ def test_an_answer_in_json_imports_nothing_heavy(command: str, rows: str) -> Non
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(process.stdout)[rows]
     assert not set(process.stderr.split()) & HEAVY
+
+
+def test_a_plan_is_a_table_and_json_with_exit_codes(run) -> None:
+    arguments = ["plan", "tiny", "--gpus", "2", "--seq-len", "64", "--global-batch-size", "8", "--host-memory", "64"]
+    shown = run(*arguments, "--gpu", "T4")
+    assert (shown.code, shown.err) == (0, "")
+    assert "ZeRO-3, all offloaded" in shown.out
+    assert all(len(line) <= 80 for line in shown.out.splitlines())
+    fits = run(*arguments, "--gpu", "T4", "--json")
+    assert (fits.code, fits.json["best"]["reason_passed_over"]) == (0, None)
+    assert fits.json["best"] in fits.json["rungs"]
+    assert fits.json["best"]["estimate"]["step"]["seconds"] > 0
+    nothing = run(*arguments, "--gpu", "T4", "--gpu-memory", "0.02", "--json")
+    assert (nothing.code, nothing.json["best"]) == (1, None)
+    assert "Nothing fits." in run(*arguments, "--gpu", "T4", "--gpu-memory", "0.02").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "T4", "--strategy", "zero2"], "--strategy: 'zero2' is for one estimate."),
+        (["--gpu", "T4", "--explain"], "--explain: True is for one estimate."),
+        (["--gpu", "T4", "--global-batch-size", "some"], "--global-batch-size: 'some' is no number of sequences."),
+        (["--gpu", "T4", "--target", "ddp"], "--target: 'ddp' is not known. Use deepspeed or fsdp or auto."),
+        (["--gpu", "cpu"], "--gpu: "),
+    ],
+)
+def test_a_plan_that_cannot_be_made(run, arguments: list[str], message: str) -> None:
+    assert refused(run("plan", "tiny", *arguments)).startswith(message)

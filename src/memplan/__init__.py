@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memplan.api import compare, estimate, ladder
+    from memplan.api import compare, estimate, ladder, plan
     from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
-    from memplan.results import Comparison, Estimate, EstimateList
+    from memplan.results import Comparison, Estimate, EstimateList, Plan, Rung
     from memplan.specs import (
         ClusterSpec,
         GPUSpec,
@@ -29,6 +29,7 @@ _HOME = {
     "compare": "api",
     "estimate": "api",
     "ladder": "api",
+    "plan": "api",
     "MemplanError": "errors",
     "PreflightError": "errors",
     "ResolutionError": "errors",
@@ -37,6 +38,8 @@ _HOME = {
     "Comparison": "results",
     "Estimate": "results",
     "EstimateList": "results",
+    "Plan": "results",
+    "Rung": "results",
     "ClusterSpec": "specs",
     "GPUSpec": "specs",
     "LoraSpec": "specs",
@@ -57,9 +60,11 @@ __all__ = [
     "LoraSpec",
     "MemplanError",
     "ModelSpec",
+    "Plan",
     "PreflightError",
     "QuantizationSpec",
     "ResolutionError",
+    "Rung",
     "SoftwareSpec",
     "SpecError",
     "Strategy",
@@ -68,6 +73,7 @@ __all__ = [
     "compare",
     "estimate",
     "ladder",
+    "plan",
 ]
 
 

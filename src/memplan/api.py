@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar, Union, get_args
 
-from memplan import estimator, micro_batch
+from memplan import estimator, micro_batch, planner, throughput
 from memplan.architectures.registry import FAMILIES
 from memplan.catalog import hub
 from memplan.catalog.detect import detect_cluster, free_disk
 from memplan.catalog.gpus import all_gpus, find_gpu, parse_cluster
 from memplan.errors import MemplanError, SpecError, UnsupportedError
-from memplan.results import Assumption, Comparison, Estimate, EstimateList
+from memplan.planner import LADDER, Change, Objective, Setup, Target, changed, checkpointed, micro_batch_1, rungs
+from memplan.results import Assumption, Comparison, Estimate, EstimateList, Plan
 from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
-from memplan.specs.strategy import Kind, Offload, OffloadParamSpec, Strategy, ZeroSpec
+from memplan.specs.strategy import Strategy
 from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from memplan.configs.setup import EngineConfig
     from memplan.introspect.extrapolate import Inputs
 
-__all__ = ["LADDER", "REMEDIES", "Advice", "Setup", "advise", "compare", "estimate", "ladder", "rungs"]
+__all__ = ["LADDER", "REMEDIES", "Advice", "Setup", "advise", "compare", "estimate", "ladder", "plan", "rungs"]
 
 ModelLike: TypeAlias = Union[str, os.PathLike[str], ModelSpec, Mapping[str, Any], "nn.Module"]
 """A hub id, a path, a ModelSpec, the values of a config.json, or a module of torch."""
@@ -45,24 +46,6 @@ SoftwareLike: TypeAlias = str | SoftwareSpec | Mapping[str, Any] | None
 """A spec, its fields as a mapping, or the text that is short for it; None is its defaults."""
 EngineConfigLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | None
 """A path, or the values of the file."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What the ladder may change, and on how many GPUs; model, hardware and software stay as they are."""
-
-    training: TrainingSpec
-    strategy: Strategy
-    gpus: int = 1
-    nvme_buffer_size: int | None = None
-    """Elements of the largest partition of a weight, which a buffer must hold if weights are offloaded to NVMe; None
-    where there is no NVMe."""
-    notes: tuple[Assumption, ...] = ()
-    """Where an option has won over a config, and what else the config's engine does."""
-
-
-Change: TypeAlias = Callable[[Setup], "Setup | None"]
-"""A setup that needs less memory, or None where the change does not apply."""
 
 
 def estimate(
@@ -168,6 +151,64 @@ def compare(
     )
 
 
+def plan(
+    model: ModelLike,
+    training: TrainingLike = None,
+    cluster: ClusterLike = None,
+    *,
+    global_batch_size: int | None = None,
+    target: Target = "deepspeed",
+    objective: Objective = "throughput",
+    software: SoftwareLike = None,
+) -> Plan:
+    """Walk the ladder, and choose what is best of what fits.
+
+    ``model``, ``training``, ``cluster`` and ``software`` are those of :func:`estimate`; the GPU must be known.
+    ``global_batch_size`` are the sequences of one step over all ranks, which stay as they are; None is what
+    ``training`` comes to. ``target`` says whose rungs the ladder has: ``deepspeed``, ``fsdp``, or ``auto`` for both.
+    The ``objective`` is ``throughput``, the least time of a step, or ``memory``, the least of each GPU.
+
+    Raises SpecError for a setup that the libraries refuse, UnsupportedError for what memplan does not model.
+    """
+    for name, value, choices in (("target", target, get_args(Target)), ("objective", objective, get_args(Objective))):
+        if value not in choices:
+            raise SpecError.at(name, value, "is not known", f"Use {' or '.join(choices)}.")
+    case, run = _resolved(model, cluster, software), _training(training)
+    if run.task != "train":
+        raise SpecError.at("task", run.task, "is not a training run, which a plan is for", "Leave it out.")
+    if not isinstance(case.cluster.gpu, GPUSpec) or case.cluster.gpu.is_cpu:
+        raise SpecError.at("gpu", None, "is not known, and a plan is for a GPU", "Name it, as in --gpu A100-80GB.")
+    asked = case.with_nvme(_asked(case, _with_global_batch(run, case.cluster.gpus, global_batch_size), None))
+    planned = planner.plan(asked, case.timed, target, objective)
+    rungs_ = tuple(rung for _, rung in planned.tried)
+    return Plan(best=None if planned.best is None else rungs_[planned.best], rungs=rungs_)
+
+
+def _with_global_batch(training: TrainingSpec, gpus: int, size: int | None) -> TrainingSpec:
+    """The training with the micro-batches that ``size`` sequences on ``gpus`` ranks are."""
+    if size is None:
+        return training
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise SpecError.at("global_batch_size", size, "is no number of sequences", "Use a whole number from 1 on.")
+    if size % gpus:
+        remedy = f"Use a multiple of {gpus}, such as {-(-size // gpus) * gpus}."
+        raise SpecError.at("global_batch_size", size, f"cannot be shared evenly by {gpus} GPUs", remedy)
+    sequences, given = size // gpus, training.model_fields_set
+    if {"micro_batch_size", "grad_accum_steps"} <= given:
+        if training.micro_batch_size * training.grad_accum_steps != sequences:
+            remedy = "Leave one of the three out."
+            product = f"{training.micro_batch_size} x {training.grad_accum_steps} x {gpus}"
+            raise SpecError.at("global_batch_size", size, f"is not {product}, as the others say", remedy)
+        return training
+    known = "grad_accum_steps" if "grad_accum_steps" in given else "micro_batch_size"
+    number = getattr(training, known)
+    if sequences % number:
+        remedy = f"Use a divisor of {sequences}."
+        raise SpecError.at(known, number, f"does not divide the {sequences} sequences of a rank", remedy)
+    other = "micro_batch_size" if known == "grad_accum_steps" else "grad_accum_steps"
+    return training.replace(**{known: number, other: sequences // number})
+
+
 @dataclass(frozen=True, slots=True)
 class Advice:
     """What to do about answers that do not fit, or whose GPU is not known."""
@@ -234,137 +275,55 @@ def _default_strategy(training: TrainingSpec, cluster: ClusterSpec) -> Strategy:
     return Strategy(kind="ddp" if cluster.gpus > 1 and training.task == "train" else "single")
 
 
-# -- the ladder ------------------------------------------------------------------------------------------------------
-
-
-def _as_asked(setup: Setup) -> Setup:
-    return setup
-
-
-def _micro_batch_1(setup: Setup) -> Setup | None:
-    """The same global batch, one sequence at a time."""
-    training = setup.training
-    if training.task != "train" or training.micro_batch_size == 1:
-        return None
-    steps = training.grad_accum_steps * training.micro_batch_size
-    return _changed(setup, micro_batch_size=1, grad_accum_steps=steps)
-
-
-def _checkpointed(setup: Setup) -> Setup | None:
-    # Switched off by hand, it stays off.
-    if setup.training.task != "train" or "gradient_checkpointing" in setup.training.model_fields_set:
-        return None
-    return _changed(setup, gradient_checkpointing=True)
-
-
-def _under(kind: Kind, offload_optimizer: Offload = "none", offload_param: Offload = "none") -> Change:
-    """The change to an engine that shards; one GPU has nobody to share with, and may offload."""
-    offloads = (offload_optimizer, offload_param)
-
-    def change(setup: Setup) -> Setup | None:
-        alone = setup.gpus == 1
-        if setup.training.task != "train" or (alone and offload_optimizer == "none"):
-            return None
-        if "nvme" in offloads and setup.nvme_buffer_size is None:
-            return None
-        strategy = Strategy(kind=kind, offload_optimizer=offload_optimizer, offload_param=offload_param)
-        return replace(setup, strategy=strategy)
-
-    return change
-
-
-def _all_on_nvme(setup: Setup) -> Setup | None:
-    """With keys under which host memory holds little: buffers that all weights fit into, and none in their place."""
-    less = _under("zero3", "nvme", "nvme")(setup)
-    if less is None or setup.nvme_buffer_size is None:
-        return None
-    param = OffloadParamSpec(max_in_cpu=0, buffer_size=max(setup.nvme_buffer_size, OffloadParamSpec().buffer_size))
-    # Weights that stay gathered keep a buffer each, of which there are five; prefetching can ask for one twice.
-    unkept = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-    zero = ZeroSpec(offload_param=param, sub_group_size=100_000_000, **unkept)
-    return replace(less, strategy=less.strategy.replace(zero=zero))
-
-
-LADDER: tuple[tuple[str, Change], ...] = (
-    ("as asked", _as_asked),
-    ("micro-batch 1", _micro_batch_1),
-    ("gradient checkpointing", _checkpointed),
-    ("ZeRO-1", _under("zero1")),
-    ("ZeRO-2", _under("zero2")),
-    ("ZeRO-2, optimizer offloaded", _under("zero2", "cpu")),
-    ("ZeRO-3", _under("zero3")),
-    ("ZeRO-3, parameters offloaded", _under("zero3", "none", "cpu")),
-    ("ZeRO-3, all offloaded", _under("zero3", "cpu", "cpu")),
-    ("ZeRO-3, optimizer on NVMe", _under("zero3", "nvme", "cpu")),
-    ("ZeRO-3, all on NVMe", _all_on_nvme),
-)
-"""The rungs, each a change to the one before it; the faster comes first."""
-
-
-def rungs(setup: Setup) -> tuple[Setup, ...]:
-    """Return the setups of the ladder that apply to a run, from ``setup`` on."""
-    setups: list[Setup] = []
-    for _, change in LADDER:
-        less = change(setup)
-        if less is not None:
-            setups.append(less)
-            setup = less
-    return tuple(setups)
-
-
 # -- remedies --------------------------------------------------------------------------------------------------------
 
 
 def _with_liger(setup: Setup) -> Setup | None:
-    return _changed(setup, liger=True) if setup.training.task == "train" else None
+    return changed(setup, liger=True) if setup.training.task == "train" else None
 
 
 def _with_8bit_adam(setup: Setup) -> Setup | None:
     if setup.training.task != "train" or not setup.training.optim.startswith("adamw_torch"):
         return None
-    return _changed(setup, optim="adamw_8bit")
+    return changed(setup, optim="adamw_8bit")
 
 
 def _with_lora(setup: Setup) -> Setup | None:
     if setup.training.task != "train" or setup.training.lora is not None:
         return None
-    return _changed(setup, lora=LoraSpec(rank=16))
+    return changed(setup, lora=LoraSpec(rank=16))
 
 
 def _in_bfloat16(setup: Setup) -> Setup | None:
     """Frozen weights in 16 bit; to train them so is another matter."""
     if setup.training.quantization is not None or (setup.training.task == "train" and setup.training.lora is None):
         return None
-    return _changed(setup, dtype="bfloat16")
+    return changed(setup, dtype="bfloat16")
 
 
 def _in_nf4(setup: Setup) -> Setup | None:
     if setup.training.task == "train" and setup.training.lora is None:
         return None
-    return _changed(setup, quantization=QuantizationSpec(kind="nf4"))
+    return changed(setup, quantization=QuantizationSpec(kind="nf4"))
 
 
 REMEDIES: tuple[tuple[Change, ...], ...] = (
-    (_micro_batch_1,),
-    (_checkpointed,),
-    (_micro_batch_1, _checkpointed),
-    (_checkpointed, _with_liger),
-    (_checkpointed, _with_liger, _with_8bit_adam),
+    (micro_batch_1,),
+    (checkpointed,),
+    (micro_batch_1, checkpointed),
+    (checkpointed, _with_liger),
+    (checkpointed, _with_liger, _with_8bit_adam),
     (_with_lora,),
-    (_with_lora, _checkpointed),
+    (_with_lora, checkpointed),
     (_with_lora, _in_bfloat16),
-    (_with_lora, _in_bfloat16, _checkpointed),
+    (_with_lora, _in_bfloat16, checkpointed),
     (_with_lora, _in_nf4),
-    (_with_lora, _in_nf4, _checkpointed),
+    (_with_lora, _in_nf4, checkpointed),
     (_in_bfloat16,),
     (_in_nf4,),
 )
 """What may make a setup fit; of several changes all are made. The later change what is trained, so they are offered,
 never taken."""
-
-
-def _changed(setup: Setup, **fields: Any) -> Setup:
-    return replace(setup, training=setup.training.replace(**fields))
 
 
 def _remedies(case: _Case, asked: Setup, setup: Setup | None = None, limit: int = 2) -> tuple[str, ...]:
@@ -373,7 +332,7 @@ def _remedies(case: _Case, asked: Setup, setup: Setup | None = None, limit: int 
     enough: list[Sequence[Change]] = []
     found: list[str] = []
     for changes in REMEDIES:
-        less = _all_changed(setup, changes)
+        less = _allchanged(setup, changes)
         if less is None or any(set(fewer) <= set(changes) for fewer in enough) or not case.computes_in(less):
             continue
         if len(found) < limit and case.fits(less):
@@ -407,7 +366,7 @@ def _fitting_gpus(case: _Case, setup: Setup, estimated: Estimate, limit: int = 3
     return tuple(found)
 
 
-def _all_changed(setup: Setup, changes: Sequence[Change]) -> Setup | None:
+def _allchanged(setup: Setup, changes: Sequence[Change]) -> Setup | None:
     for change in changes:
         less = change(setup)
         if less is None or less == setup:
@@ -464,6 +423,15 @@ class _Case:
         traced = self.tracer.trace(estimator.resolve(*specs))
         result = estimator.estimate(*specs, replay=replay, explain=explain, traced=traced)
         return self.tracer.beside_the_written(result, *specs) if replay else result
+
+    def timed(self, setup: Setup, exact: bool) -> Estimate:
+        """The estimate with the time of a step, if it is ``exact``."""
+        found = self.estimate(setup, replay=exact)
+        if not exact:
+            return found
+        resolved = estimator.resolve(self.model, setup.training, self.cluster, setup.strategy, self.software)
+        step = throughput.step_time(resolved, self.cluster, setup.strategy).result()
+        return found.model_copy(update={"step": step})
 
     def decided(self, training: TrainingSpec) -> TrainingSpec:
         """The training with what the model itself decides, if it is a module."""

@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,11 +140,12 @@ _PATHS = {option.name: option.flag for option in OPTIONS} | {
     "lora.targets": "--lora-targets",
     "lora.dropout": "--lora-dropout",
     "quantization.kind": "--quantization",
+    **{name: f"--{name.replace('_', '-')}" for name in ("global_batch_size", "target", "objective")},
 }
 """A field's path, as an error names it -> the option that sets it."""
 
 _INTEGER = re.compile(r"[+-]?\d{1,40}")
-_NUMBERS = frozenset(option.name for option in OPTIONS if len(option.metavar) == 1)
+_NUMBERS = frozenset(option.name for option in OPTIONS if len(option.metavar) == 1) | {"global_batch_size"}
 _LORA = ("rank", "targets", "dropout")
 _CLUSTER = ("gpu", "gpus", "nodes", "gpu_memory", "host_memory", "nvme", "nvme_path")
 _STRATEGY = ("strategy", "offload_optimizer", "offload_param")
@@ -273,6 +274,43 @@ def estimate(
 
 @app.command(cls=_Command)
 @_with_options
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder or a config.json.")],
+    global_batch_size: Annotated[
+        str | None, typer.Option(metavar="G", help="Sequences of one step, over all ranks; it stays as it is.")
+    ] = None,
+    target: Annotated[
+        str, typer.Option(metavar="deepspeed|fsdp|auto", help="Whose rungs the ladder has.")
+    ] = "deepspeed",
+    objective: Annotated[
+        str, typer.Option(metavar="throughput|memory", help="What is best: the least time, or the least memory.")
+    ] = "throughput",
+    **options: Any,
+) -> _Answer:
+    """Walk the ladder, and choose the fastest setup that fits.
+
+    Exit codes: 0 a rung fits, 1 none does, 2 bad input, 3 one may fit.
+    """
+    from memplan import api
+
+    given = {name: value for name, value in options.items() if value is not None}
+    _only_estimated(given, ("trace", "explain", "no_replay", *_STRATEGY, "engine_config"))
+    if global_batch_size is not None:
+        given["global_batch_size"] = global_batch_size
+    wishes: dict[str, Any] = {"target": target, "objective": objective, "software": given.get("software")}
+    if global_batch_size is not None:
+        wishes["global_batch_size"] = _value(given, "global_batch_size")
+    result = api.plan(model, _training(given), _cluster(given), **wishes)
+    code = 0 if result.verdict == "fits" else 3 if result.verdict == "tight" else 1
+    if given.get("json"):
+        return _Answer(result.to_json(indent=2), code)
+    from memplan.render import table
+
+    return _Answer(table.plan_text(result), code)
+
+
+@app.command(cls=_Command)
+@_with_options
 def compare(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder or a config.json.")],
     **options: Any,
@@ -284,7 +322,7 @@ def compare(
     from memplan import api
 
     given = {name: value for name, value in options.items() if value is not None}
-    _only_estimated(given)
+    _only_estimated(given, ("trace", "explain"))
     result = api.compare(
         model,
         _training(given),
@@ -341,7 +379,7 @@ def schema() -> _Answer:
     from memplan import results, specs
 
     inputs = (specs.ModelSpec, specs.TrainingSpec, specs.ClusterSpec, specs.Strategy, specs.SoftwareSpec)
-    answers = (results.Estimate, results.EstimateList, results.Comparison)
+    answers = (results.Estimate, results.EstimateList, results.Plan, results.Comparison)
     _, definitions = models_json_schema([(root, "validation") for root in (*inputs, *answers)])
     return _Answer(_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **definitions}))
 
@@ -374,13 +412,14 @@ def _cluster(given: Mapping[str, Any]) -> ClusterSpec:
     return ClusterSpec(**fields)
 
 
-def _only_estimated(given: Mapping[str, Any]) -> None:
+def _only_estimated(given: Mapping[str, Any], names: Iterable[str]) -> None:
     """Refuse what only `memplan estimate` has an answer to."""
     from memplan.errors import SpecError
 
-    for name in ("trace", "explain"):
+    for name in names:
         if given.get(name):
-            raise SpecError.at(name, True, "is for one estimate", f"Leave it out, or use memplan estimate --{name}.")
+            remedy = f"Leave it out, or use memplan estimate {_PATHS[name]}."
+            raise SpecError.at(name, given[name], "is for one estimate", remedy)
 
 
 def _strategy(given: Mapping[str, Any]) -> Strategy | Mapping[str, Any] | None:

@@ -37,6 +37,8 @@ __all__ = [
     "NvmeMemory",
     "Phase",
     "PhaseName",
+    "Plan",
+    "Rung",
     "StepTime",
     "Term",
     "Tool",
@@ -354,6 +356,56 @@ class Estimate(Result):
 
         page: str = html.estimate_html(self)
         return page
+
+
+class Rung(Result):
+    """A setup that a plan has looked at."""
+
+    name: str
+    """What the ladder calls it."""
+    estimate: Estimate
+    """With the largest micro-batch that fits, if any does."""
+    reason_passed_over: str | None = None
+    """Why another one was chosen; None for the chosen one."""
+
+
+class Plan(Result):
+    """The setups of the ladder, and the one to take."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    best: Rung | None
+    """The chosen one; None if nothing fits."""
+    rungs: tuple[Rung, ...]
+    """All of them, in the order in which they give more up."""
+    files: tuple[str, ...] = ()
+    """Names of the files that run the best, as they were written."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of the best; of all if there is none."""
+        if self.best is not None:
+            return self.best.estimate.verdict
+        return best_verdict(rung.estimate.verdict for rung in self.rungs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON contract as plain values."""
+        return self.model_dump(mode="json")
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """Return the JSON contract as text."""
+        import json
+
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Build from :meth:`to_dict`. Raises SpecError, naming the field."""
+        return _validated(cls, data)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """Build from :meth:`to_json`. Raises SpecError, naming the field."""
+        return _validated(cls, _parsed(text))
 
 
 class EstimateList(Result):

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from memplan.render import words
 from memplan.render.explain import explanation, levers
-from memplan.results import ENGINE_CONFIG, Assumption, Comparison, Estimate, EstimateList, Verdict
+from memplan.results import ENGINE_CONFIG, Assumption, Comparison, Estimate, EstimateList, Plan, Verdict
 
 if TYPE_CHECKING:
     from memplan.catalog.models import CatalogModel
@@ -72,6 +72,35 @@ def estimates_text(
     title = _line(names[place], style="bold")
     body = _body(best, console.width, next_steps)
     return _text(Group(_model(best), _rungs(estimates, gpus), Text(), title, _setup(best), *body), console)
+
+
+def plan_text(plan: Plan, console: Console | None = None) -> str:
+    """Return a row per rung, and the page of the best."""
+    console = console or _console()
+    first = plan.rungs[0].estimate
+    table = _grid(header=True)
+    table.add_column("rung")
+    for header in ("batch", "peak GiB", "host GiB", "s/step"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for rung in plan.rungs:
+        found, chosen = rung.estimate, rung == plan.best
+        table.add_row(
+            rung.name,
+            words.micro_batches(found),
+            words.gib(found.gpu.peak_device),
+            words.gib(found.host.peak),
+            "-" if found.step is None else f"{found.step.seconds:.3g}",
+            Text(words.verdict_in_a_row(found), style=_STYLES[found.verdict]),
+            style="bold" if chosen else "",
+        )
+    best = plan.best
+    if best is None:
+        left = [Text(f"Nothing fits. {rung.name}: {rung.reason_passed_over}.") for rung in plan.rungs[-1:]]
+        return _text(Group(_model(first), Text(), table, Text(), *left), console)
+    title = _line(best.name, style="bold")
+    body = _body(best.estimate, console.width, words.next_steps(best.estimate))
+    return _text(Group(_model(first), Text(), table, Text(), title, _setup(best.estimate), *body), console)
 
 
 def comparison_text(comparison: Comparison, console: Console | None = None) -> str:

@@ -184,6 +184,11 @@ def rungs(estimates: Sequence[Estimate]) -> list[str]:
     ]
 
 
+def micro_batches(estimate: Estimate) -> str:
+    """Sequences of a micro-batch x micro-batches of a step."""
+    return f"{option(estimate, 'micro_batch_size')} x {option(estimate, 'grad_accum_steps') or 1}"
+
+
 def _batch_of_rung(estimate: Estimate) -> str:
     steps = option(estimate, "grad_accum_steps") or 1
     return f"batch {option(estimate, 'micro_batch_size')}" + (f" x {steps}" if steps > 1 else "")

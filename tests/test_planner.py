@@ -1,0 +1,179 @@
+"""The ladder's search, on answers that are made up, and on a model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from memplan import api, planner
+from memplan.errors import SpecError, UnsupportedError
+from memplan.planner import Setup
+from memplan.results import Estimate, Plan, StepTime
+from memplan.specs import ClusterSpec, Strategy, TrainingSpec
+
+TINY = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 500,
+    "max_position_embeddings": 4096,
+}
+KNOWN = api.estimate(TINY, {"seq_len": 64}, ClusterSpec(gpu="T4", host_memory="64GiB"), replay=False)
+
+
+class Answers:
+    """Answers as a setup's memory and time say; counts what was asked."""
+
+    def __init__(self, capacity: int, memory: Any, seconds: Any) -> None:
+        self.capacity, self.memory, self.seconds = capacity, memory, seconds
+        self.exact: list[Setup] = []
+
+    def __call__(self, setup: Setup, exact: bool) -> Estimate:
+        if exact:
+            self.exact.append(setup)
+        needed = self.memory(setup)
+        if needed is None:
+            raise UnsupportedError("not modelled")
+        verdict = "fits" if needed <= self.capacity else "does-not-fit"
+        gpu = KNOWN.gpu.model_copy(update={"low": needed, "high": needed, "capacity": self.capacity})
+        seconds = self.seconds(setup)
+        step = StepTime(seconds=seconds, tokens_per_second=1 / seconds, flops=1, bound_by="compute") if exact else None
+        return KNOWN.model_copy(update={"gpu": gpu, "verdict": verdict, "step": step})
+
+
+def asked(sequences: int = 8, gpus: int = 2, **training: Any) -> Setup:
+    return Setup(TrainingSpec(grad_accum_steps=sequences, **training), Strategy(kind="ddp"), gpus)
+
+
+def by_batch(setup: Setup) -> int:
+    """One for weights, unless they are shared out, and one for each sequence, half with checkpointing."""
+    kept = 1 if setup.training.gradient_checkpointing else 2
+    return {"ddp": 100, "zero1": 50, "zero2": 40, "zero3": 20}[
+        setup.strategy.kind
+    ] + kept * setup.training.micro_batch_size
+
+
+def by_engine(setup: Setup) -> float:
+    slow = {"ddp": 1.0, "zero1": 1.0, "zero2": 1.1, "zero3": 1.5}[setup.strategy.kind]
+    return slow * (1.3 if setup.training.gradient_checkpointing else 1) * (1 + 1 / setup.training.micro_batch_size)
+
+
+def test_every_rung_has_the_largest_micro_batch_that_fits() -> None:
+    answers = Answers(46, by_batch, by_engine)
+    found = planner.plan(asked(sequences=24), answers)
+    sizes = {rung.name: setup.training.micro_batch_size for setup, rung in found.tried}
+    assert sizes["ZeRO-2"] == 6  # of 1, 2, 3, 4, 6, 8, 12, 24
+    assert sizes["ZeRO-3"] == 24
+    assert sizes["ZeRO-2, without checkpointing"] == 3
+    assert all(setup.training.micro_batch_size * setup.training.grad_accum_steps == 24 for setup, _ in found.tried)
+    assert len(answers.exact) < 60
+
+
+def test_the_fastest_of_what_fits_is_chosen_and_the_others_say_why_not() -> None:
+    found = planner.plan(asked(), Answers(60, by_batch, by_engine))
+    assert found.best is not None
+    setup, best = found.tried[found.best]
+    assert (best.name, best.reason_passed_over) == ("ZeRO-2, without checkpointing", None)
+    assert setup.training.micro_batch_size == 8
+    reasons = {rung.name: rung.reason_passed_over for _, rung in found.tried}
+    assert reasons["as asked"] == "needs at least 0.00 GiB of GPU memory, and there are 0.00 GiB"
+    assert reasons["ZeRO-3"] == "slower: 2.19 s a step, the chosen one 1.24 s"
+    assert all(reason for name, reason in reasons.items() if name != best.name)
+
+
+def test_memory_as_the_objective() -> None:
+    found = planner.plan(asked(sequences=1), Answers(60, by_batch, by_engine), objective="memory")
+    assert found.best is not None
+    assert found.tried[found.best][0].strategy.kind == "zero3"
+
+
+def test_nothing_fits() -> None:
+    found = planner.plan(asked(), Answers(10, by_batch, by_engine))
+    assert found.best is None
+    assert not any(rung.name.endswith("without checkpointing") for _, rung in found.tried)
+
+
+def test_more_memory_never_makes_the_plan_slower() -> None:
+    seconds = []
+    for capacity in range(21, 140):
+        found = planner.plan(asked(), Answers(capacity, by_batch, by_engine))
+        if found.best is not None:
+            seconds.append(found.tried[found.best][1].estimate.step.seconds)
+    assert len(seconds) > 100
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_a_rung_that_is_not_modelled_is_left_out_but_not_what_was_asked_for() -> None:
+    found = planner.plan(asked(), Answers(60, lambda s: None if s.strategy.kind == "zero2" else by_batch(s), by_engine))
+    assert {setup.strategy.kind for setup, _ in found.tried} == {"ddp", "zero1", "zero3"}
+    with pytest.raises(UnsupportedError):
+        planner.plan(asked(), Answers(60, lambda _: None, by_engine))
+
+
+def test_a_plan_that_fits_fits_by_an_estimate_of_its_own() -> None:
+    cluster = ClusterSpec(gpu="RTX4090", gpus=2, host_memory="256GiB")
+    found = api.plan("meta-llama/Llama-2-7b", {"seq_len": 1024}, cluster, global_batch_size=4)
+    assert found.best is not None
+    setup = found.best.estimate.setup
+    training = {
+        name: setup[name] for name in ("seq_len", "micro_batch_size", "grad_accum_steps", "gradient_checkpointing")
+    }
+    strategy = {"kind": setup["strategy"], **{name: setup[name] for name in ("offload_optimizer", "offload_param")}}
+    again = api.estimate("meta-llama/Llama-2-7b", training, cluster, strategy)
+    assert again.verdict == "fits"
+    assert again.gpu == found.best.estimate.gpu
+    assert Plan.from_json(found.to_json()) == found
+    assert {"best", "rungs", "files"} <= json.loads(found.to_json()).keys()
+
+
+def test_targets() -> None:
+    cluster = ClusterSpec(gpu="T4", gpus=2, host_memory="64GiB")
+    kinds = {
+        target: {
+            rung.estimate.setup["strategy"] for rung in api.plan(TINY, {"seq_len": 64}, cluster, target=target).rungs
+        }
+        for target in ("deepspeed", "fsdp", "auto")
+    }
+    assert kinds["deepspeed"] == {"ddp", "zero1", "zero2", "zero3"}
+    assert kinds["fsdp"] == {"ddp", "fsdp"}
+    assert kinds["auto"] == kinds["deepspeed"] | kinds["fsdp"]
+
+
+@pytest.mark.parametrize(
+    ("training", "cluster", "options", "message"),
+    [
+        ({}, "cpu", {}, "gpu: "),
+        ({}, None, {}, "gpu: None is not known"),
+        ({"task": "load"}, "T4", {}, "task: 'load' is not a training run"),
+        (
+            {},
+            "2xT4",
+            {"global_batch_size": 3},
+            "global_batch_size: 3 cannot be shared evenly by 2 GPUs. Use a multiple of 2",
+        ),
+        ({}, "T4", {"global_batch_size": 0}, "global_batch_size: 0 is no number"),
+        (
+            {"micro_batch_size": 3},
+            "2xT4",
+            {"global_batch_size": 8},
+            "micro_batch_size: 3 does not divide the 4 sequences",
+        ),
+        (
+            {"micro_batch_size": 2, "grad_accum_steps": 4},
+            "T4",
+            {"global_batch_size": 4},
+            "global_batch_size: 4 is not 2 x 4 x 1",
+        ),
+        ({}, "T4", {"target": "megatron"}, "target: 'megatron' is not known. Use deepspeed or fsdp or auto."),
+        ({}, "T4", {"objective": "speed"}, "objective: 'speed' is not known"),
+    ],
+)
+def test_bad_input(training: Any, cluster: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as error:
+        api.plan(TINY, training, cluster, **options)
+    assert str(error.value).startswith(message)
