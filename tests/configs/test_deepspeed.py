@@ -440,6 +440,7 @@ def test_what_the_text_does_not_say_is_noted(config: dict[str, Any], said: str) 
         ({**zero(stage=1), "data_types": {"grad_accum_dtype": "fp8"}}, "Use fp32, bf16 or fp16."),
         ({**zero(stage=1), "bf16": {"enabled": True}, "data_types": {"param_dtype": "fp16"}}, "conflicts with"),
         ({"bf16": {"enabled": "auto"}, **BASE}, "zero_optimization: missing, which accelerate refuses"),
+        ({**zero(stage=3), "optimizer": {"type": "Muon"}}, "is refused by DeepSpeed at stage 3 with reduce_scatter"),
         ({**zero(stage=1), "train_batch_size": 10, "gradient_accumulation_steps": 4}, "10 is not 1 sequences x 4"),
     ],
     ids=shown,
@@ -472,6 +473,8 @@ UNMODELLED = [
     {**zero(stage=2), "expert_parallel": {"enabled": True}},
     {**zero(stage=2), "data_efficiency": {"enabled": True}},
     {**zero(stage=2), "optimizer": {"type": "Lamb"}},
+    {**zero(stage=2), "optimizer": {"type": "Muon"}},
+    {**zero(stage=3, reduce_scatter=False), "optimizer": {"type": "muon"}},
     {**zero(stage=2), "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "amsgrad": True}}},
     {**zero(stage=0), "bf16": {"enabled": True}, "optimizer": {"type": "AdamW"}},
 ]

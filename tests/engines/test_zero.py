@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+from tests.oracles.families import CONFIGS
+
+import memplan
 from memplan.engines.zero import Group, Weight, _batches, fullest_ranks
 
 
@@ -28,3 +32,22 @@ def test_it_is_found_without_looking_at_each_rank() -> None:
 def test_a_batch_ends_with_the_piece_that_takes_it_above_the_limit() -> None:
     assert _batches([(0, 3), (1, 3), (2, 1), (3, 9), (4, 2)], 6) == [[(0, 3), (1, 3), (2, 1)], [(3, 9)], [(4, 2)]]
     assert len(_batches([(rank, 1) for rank in range(200_000)], 10**6)) == 1  # in the time of one pass
+
+
+def test_torchs_muon_cannot_step_on_flat_partitions() -> None:
+    """What a ZeRO optimizer does: the flat partition takes the place of the group's parameters."""
+    import torch
+
+    optimizer = torch.optim.Muon([torch.nn.Parameter(torch.zeros(4, 4))])
+    flat = torch.nn.Parameter(torch.zeros(16))
+    flat.grad = torch.zeros(16)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match="Param gradient must be a 2D matrix"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
+def test_nor_is_it_estimated(kind: Any) -> None:
+    training, strategy = memplan.TrainingSpec(optim="muon"), memplan.Strategy(kind=kind)
+    with pytest.raises(memplan.SpecError, match=f"optim: 'muon' needs matrices, and {kind} steps on flat partitions"):
+        memplan.estimate(dict(CONFIGS["llama"]["small"]), training, "2xA100-80GB", strategy)

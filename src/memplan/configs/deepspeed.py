@@ -410,6 +410,8 @@ class _Reader:
         if name not in _OWN_OPTIMIZERS | _OTHER_TORCH_OPTIMIZERS | OPTIMIZERS.keys():
             remedy = did_you_mean(kind, ["Adam", "AdamW", "Adagrad", "Lion", "Lamb", "Muon", *OPTIMIZERS])
             raise section.wrong("type", "is not an optimizer of DeepSpeed or torch.optim", remedy)
+        if name == "muon":
+            raise self._muon(section)
         if name not in OPTIMIZERS or any(params.get(key) for key in ("momentum", "centered", "amsgrad")):
             raise UnsupportedError(
                 f"{section.name('type')}: {kind!r} with these params is not modelled. Use AdamW, or give --optim."
@@ -418,6 +420,18 @@ class _Reader:
             remedy = 'Add "zero_allow_untested_optimizer": true.'
             raise section.wrong("type", "is refused by DeepSpeed as untested with ZeRO", remedy)
         return OPTIMIZERS[name]
+
+    def _muon(self, section: Section) -> MemplanError:
+        """DeepSpeed's own, MuonWithAuxAdam."""
+        if self.stage == 3 and self.zero.get("reduce_scatter", True):
+            # runtime/zero/stage3.py: "Muon and reduce scatter cannot be used together"
+            problem = "is refused by DeepSpeed at stage 3 with reduce_scatter"
+            return section.wrong("type", problem, "Use AdamW, or set reduce_scatter to false.")
+        return UnsupportedError(
+            f"{section.name('type')}: {section.get('type')!r} is not modelled: DeepSpeed orthogonalizes gradients as "
+            "it reduces them, by functions that torch.compile fuses, and what these need is not known. Use AdamW, or "
+            "give --optim."
+        )
 
     def _allows_untested(self) -> bool:
         return bool(self.top.get("zero_allow_untested_optimizer", False))

@@ -529,7 +529,9 @@ def stepping(
     ``groups`` are the optimizer's. Raises SpecError for what accelerate or DeepSpeed fail on.
     """
     if optim == "muon":
-        raise UnsupportedError("optim: 'muon' is not modelled yet under a ZeRO stage. Use another, or ddp.")
+        # torch/optim/_muon.py, step: "Param gradient must be a 2D matrix"
+        problem = f"needs matrices, and {strategy.kind} steps on flat partitions, on which torch.optim.Muon fails"
+        raise SpecError.at("optim", optim, problem, "Use adamw_torch_fused, or ddp.")
     keys = strategy.zero
     on_host = strategy.offload_optimizer != "none"
     if on_host and not keys.ds_optimizer and keys.zero_force_ds_cpu_optimizer:
