@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar, Union, get_args
 
-from memplan import estimator, micro_batch, planner, throughput
+from memplan import estimator, micro_batch, planner
 from memplan.architectures.registry import FAMILIES
 from memplan.catalog import hub
 from memplan.catalog.detect import detect_cluster, free_disk
@@ -267,7 +267,7 @@ def _asked(case: _Case, training: TrainingSpec, strategy: StrategyLike, config: 
         training, spread, notes = with_training(config, training, _strategy_fields(strategy), case.cluster.gpus)
         return Setup(training, spread, case.cluster.gpus, notes=(*case.notes, *notes, *config.assumptions))
     spread = _default_strategy(training, case.cluster) if strategy is None else _strategy(strategy)
-    return Setup(training, spread, case.cluster.gpus)
+    return Setup(training, spread, case.cluster.gpus, is_gpu_known=case.cluster.gpu is not None)
 
 
 def _default_strategy(training: TrainingSpec, cluster: ClusterSpec) -> Strategy:
@@ -429,6 +429,8 @@ class _Case:
         found = self.estimate(setup, replay=exact)
         if not exact:
             return found
+        from memplan import throughput  # here, because one estimate does not need it
+
         resolved = estimator.resolve(self.model, setup.training, self.cluster, setup.strategy, self.software)
         step = throughput.step_time(resolved, self.cluster, setup.strategy).result()
         return found.model_copy(update={"step": step})

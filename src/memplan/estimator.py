@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from memplan.adapters.lora import DEFAULT_TARGETS
 from memplan.adapters.prequantized import DEQUANTIZED_SOURCE, checkpoint_quantization, is_dequantized
@@ -16,11 +16,9 @@ from memplan.constants import Constant
 from memplan.engines import checkpoint, ddp, plain
 from memplan.engines.plain import Parts, Run
 from memplan.errors import SpecError, UnsupportedError
-from memplan.inference import Inference, Machine, infer
 from memplan.memory import loading
 from memplan.memory.course import Ledger
 from memplan.memory.evaluation import to_host
-from memplan.memory.generation import DEFAULT_NEW_TOKENS
 from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
 from memplan.memory.trace import EvaluationLoop, Replayed, replay_steps, reserved_bound
@@ -60,6 +58,9 @@ from memplan.tape.dispatch import CPU, DeviceRules, cuda
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import Parameter, dtype_named
 from memplan.units import MiB
+
+if TYPE_CHECKING:
+    from memplan.inference import Inference
 
 
 def estimate(
@@ -425,6 +426,8 @@ def _infer(
     explain: bool,
 ) -> Estimate:
     """Tasks load and generate: one copy of the model, in one process."""
+    from memplan.inference import Machine, infer  # here, because training needs neither
+
     if strategy.kind != "single":
         remedy = "Leave it out, or use --task train; --device-map spreads one copy over several GPUs."
         raise SpecError.at("strategy", strategy.kind, f"has no use in task {training.task}", remedy)
@@ -487,6 +490,14 @@ def _infer(
         kv_cache=found.kv_cache,
         explanation=_explanation_of_inference(found, memory) if explain else (),
     )
+
+
+def _new_tokens(training: TrainingSpec) -> int | None:
+    if training.max_new_tokens is not None or training.task != "generate":
+        return training.max_new_tokens
+    from memplan.memory.generation import DEFAULT_NEW_TOKENS
+
+    return DEFAULT_NEW_TOKENS
 
 
 def _explanation_of_inference(found: Inference, memory: GpuMemory) -> tuple[Term, ...]:
@@ -737,7 +748,7 @@ def _setup_dict(
         "peft_type": "lora" if lora is not None else None,
         "task": training.task,
         "device_map": training.device_map,
-        "max_new_tokens": training.max_new_tokens or (DEFAULT_NEW_TOKENS if training.task == "generate" else None),
+        "max_new_tokens": _new_tokens(training),
         "trace": setup.traced is not None,
         "no_replay": not replay,
     }

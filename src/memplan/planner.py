@@ -29,6 +29,7 @@ class Setup:
     training: TrainingSpec
     strategy: Strategy
     gpus: int = 1
+    is_gpu_known: bool = True
     nvme_buffer_size: int | None = None
     """Elements of the largest partition of a weight, which a buffer must hold if weights are offloaded to NVMe; None
     where there is no NVMe."""
@@ -67,12 +68,13 @@ def checkpointed(setup: Setup) -> Setup | None:
 
 
 def _under(kind: Kind, offload_optimizer: Offload = "none", offload_param: Offload = "none") -> Change:
-    """The change to an engine that shards; one GPU has nobody to share with, and may offload."""
+    """The change to an engine that shards. One GPU has nobody to share with, and may offload if it is too small."""
     offloads = (offload_optimizer, offload_param)
 
     def change(setup: Setup) -> Setup | None:
-        alone = setup.gpus == 1
-        if setup.training.task != "train" or (alone and offload_optimizer == "none"):
+        if setup.training.task != "train":
+            return None
+        if setup.gpus == 1 and (offload_optimizer == "none" or not setup.is_gpu_known):
             return None
         if "nvme" in offloads and setup.nvme_buffer_size is None:
             return None
