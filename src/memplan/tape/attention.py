@@ -106,7 +106,14 @@ def _note_scores(t: Tape, query: Tensor, key: Tensor) -> None:
 
 
 def _fused(
-    t: Tape, backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool
+    t: Tape,
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool = False,
 ) -> Tensor:
     """One kernel: saves its inputs, its result, the log-sum-exp of the scores and the state of the generator."""
     batch, heads, sq, dim = q.shape

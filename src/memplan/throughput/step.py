@@ -16,12 +16,11 @@ from functools import lru_cache
 from memplan.engines.ddp import bucket_bytes
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import COLLECTIVES, Move
-from memplan.memory.optimizers import AdamW, Optimizer
+from memplan.memory.optimizers import AdamW
 from memplan.micro_batch import Setup, run_in_full, run_of
 from memplan.results import StepTime
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.strategy import Strategy
-from memplan.tape.tensor import Parameter
 from memplan.throughput.kernels import STAGES, Stage, Work, work_of
 from memplan.throughput.rates import (
     CALL,
@@ -111,8 +110,7 @@ def step_time(setup: Setup, cluster: ClusterSpec, strategy: Strategy, machine: M
         raise UnsupportedError("gpu: how fast a CPU trains is not modelled. Name a GPU, as in A100-80GB.")
     work = _work(setup, gpu)
     moves = _moves(setup, gpu, strategy, cluster)
-    package = setup.training.attn == "flash_attention_2"
-    rates = {case: Rates(gpu, cluster, machine, case, package) for case in CASES}
+    rates = {case: Rates(gpu, cluster, machine, case) for case in CASES}
     times = {case: _Step(setup, gpu, strategy, cluster, rates[case], work, moves) for case in CASES}
     made_of = {name: words for case in CASES for name, words in times[case].made_of.items()}
     made_of |= times["expected"].made_of
@@ -140,6 +138,32 @@ def _span(by_case: Mapping[Case, float]) -> Span:
 def _work(setup: Setup, gpu: GPUSpec) -> dict[Stage, Work]:
     """The kernels of one micro-batch."""
     return work_of(run_in_full(setup).unrolled)
+
+
+@lru_cache(maxsize=256)
+def _kernel_seconds(setup: Setup, gpu: GPUSpec, case: Case) -> dict[Stage, tuple[float, float]]:
+    """Of one micro-batch, by stage: seconds of products and attention, and of the other kernels."""
+    package = setup.training.attn == "flash_attention_2"
+    rates = Rates(gpu, ClusterSpec(gpu=gpu), DEFAULT_MACHINE, case, package)
+    return {stage: rates.gpu_seconds(work) for stage, work in _work(setup, gpu).items()}
+
+
+@lru_cache(maxsize=256)
+def _stepped_bytes(setup: Setup, gpu: GPUSpec, strategy: Strategy) -> float:
+    """Bytes that clipping and stepping all weights move, on however many ranks."""
+    run, _ = run_of(setup, gpu)
+    masters = strategy.is_deepspeed or (strategy.kind == "fsdp" and setup.autocast is not None)
+    found = 0.0
+    for p, count in run.trainable:
+        itemsize = 4 if masters else p.nbytes / p.numel  # the optimizer's own copy is in float32
+        own = itemsize * p.numel
+        if isinstance(run.optimizer, AdamW):
+            stepped = _ACCESSES["fused" if run.optimizer.fused else "foreach"] * own
+        else:
+            stepped = 3 * own + 2 * own / p.nbytes * sum(run.optimizer.states(p))
+            stepped += 3 * own if run.optimizer.has_temporaries else 0
+        found += count * (stepped + (_SHARDED_STEP * p.numel if strategy.is_deepspeed else 3 * own))
+    return found
 
 
 def _moves(setup: Setup, gpu: GPUSpec, strategy: Strategy, cluster: ClusterSpec) -> dict[Move, int]:
@@ -222,7 +246,7 @@ class _Step:
         total = asked = 0.0
         for stage in STAGES:
             work = self.work[stage]
-            computing, moving = self.rates.gpu_seconds(work)
+            computing, moving = _kernel_seconds(self.setup, self.gpu, self.rates.case)[stage]
             seconds = self.micro_batches * (computing + moving)
             per_result = HOST_BACKWARD if stage == "backward" else HOST_FORWARD
             asked += self.micro_batches * work.results * self.rates.cost(per_result)
@@ -262,29 +286,15 @@ class _Step:
             seconds = on_host * self.rates.cpu_step
             self._add("optimizer", seconds, f"{on_host / 1e9:.3g} G parameters of a rank on the host", "cpu")
             return
-        run, _ = run_of(self.setup, self.gpu)
-        trained = run.trainable
-        if not trained:
+        nbytes = _stepped_bytes(self.setup, self.gpu, self.strategy)
+        if not nbytes:
             return
-        nbytes = sum(self._stepped_bytes(run.optimizer, p) * count for p, count in trained)
         if self.strategy.kind in ("zero1", "zero2", "zero3", "fsdp"):
             nbytes /= self.cluster.gpus
         if not self.strategy.shards and self.micro_batches > 1:  # .grad += of each later micro-batch
+            trained = run_of(self.setup, self.gpu)[0].trainable
             nbytes += 3 * (self.micro_batches - 1) * sum(p.nbytes * count for p, count in trained)
         self._add("optimizer", nbytes / self.rates.bandwidth, f"{nbytes / 1e9:.3g} GB moved", "bandwidth")
-
-    def _stepped_bytes(self, optimizer: Optimizer, p: Parameter) -> float:
-        """Bytes that clipping and stepping one weight move."""
-        masters = self.strategy.is_deepspeed or (self.strategy.kind == "fsdp" and self.setup.autocast is not None)
-        scale = 4 * p.numel / p.nbytes if masters and p.nbytes else 1.0  # the optimizer's own copy is in float32
-        own = scale * p.nbytes
-        if isinstance(optimizer, AdamW):
-            stepped = _ACCESSES["fused" if optimizer.fused else "foreach"] * own
-        else:
-            stepped = 3 * own + 2 * scale * sum(optimizer.states(p))
-            stepped += 3 * own if optimizer.has_temporaries else 0
-        clipped = 3 * own
-        return stepped + (clipped if not self.strategy.is_deepspeed else _SHARDED_STEP * p.numel)
 
     # -- between ranks ---------------------------------------------------------------------------------------------
 
