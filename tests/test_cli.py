@@ -419,7 +419,7 @@ def test_the_page_of_the_command_line_is_current() -> None:
         (["--task", "serve"], "--task: 'serve' is not a choice. Use 'train', 'load' or 'generate'."),
         (["--device-map", "auto"], "--device-map: 'auto' spreads one copy of the model, which task train does not."),
         (["--software", "torhc=2"], "--software: 'torhc' is not a library memplan knows. Did you mean torch?"),
-        (["--offload-optimizer", "cpu"], "--offload-optimizer: 'cpu' cannot go with single. Use"),
+        (["--offload-optimizer", "cpu"], "--offload-optimizer: 'cpu' needs an engine that offloads it. Use"),
         (["--strategy", "single", "--gpus", "2"], "--gpus: 2 is more than strategy single uses. Use --strategy ddp"),
         (["--micro-batch", "2"], "--micro-batch: is not an option of memplan estimate. Did you mean --micro-b"),
         (["--seq-len"], "--seq-len: has no value, or one where it takes none. See memplan"),

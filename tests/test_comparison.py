@@ -175,11 +175,11 @@ def test_deepspeed_has_no_answer_to_a_setup_that_its_estimators_do_not_know(stra
 
 
 def test_a_setup_that_is_not_modelled_says_so_in_its_row() -> None:
-    comparison = compared(CONFIG, {"liger": True}, {"gpus": 2})
+    comparison = compared(CONFIG, {"optim": "muon"}, {"gpus": 2})
     rows = of(comparison, "memplan")
     assert rows["ddp"].gpu is not None
     assert rows["zero3"].gpu is None
-    assert "liger" in rows["zero3"].leaves_out
+    assert "muon" in rows["zero3"].leaves_out
     assert all(row.gpu is not None for row in of(comparison, "DeepSpeed").values())
 
 

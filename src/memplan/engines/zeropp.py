@@ -56,7 +56,7 @@ def quantization_groups(elements: int) -> int:
     """Scales of a tensor in 8 bits (CUDAQuantizer.quantize). Raises SpecError for one that it asserts against.
 
     >>> quantization_groups(100_000)
-    10
+    20
     """
     groups = ceil(elements / TARGET_GROUP_SIZE)
     while groups < elements and elements % (8 * groups):
