@@ -18,13 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memplan.architectures.registry import FAMILIES
 from memplan.configs.accelerate import parse_accelerate, to_accelerate
 from memplan.configs.deepspeed import parse_deepspeed, to_deepspeed
 from memplan.configs.setup import EngineConfig, with_training
 from memplan.configs.tiny import tiny_config
 from memplan.configs.trainer import parse_training_args, to_training_args
-from memplan.errors import SpecError, UnsupportedError
+from memplan.errors import SpecError
 from memplan.estimator import resolve
 from memplan.micro_batch import Setup
 from memplan.results import Assumption
@@ -79,7 +78,7 @@ def files(
     What is written is :func:`as_written` of ``strategy``. Raises SpecError for a setup that cannot be run or that files
     cannot ask for, UnsupportedError for one that memplan does not model.
     """
-    _check(model, training, cluster, strategy, software)
+    _check(training, cluster, strategy, software)
     strategy = as_written(strategy)
     setup = resolve(model, training, cluster, strategy, software)
     arguments = to_training_args(setup, training, strategy)
@@ -106,19 +105,12 @@ def files(
     return found
 
 
-def _check(
-    model: ModelSpec, training: TrainingSpec, cluster: ClusterSpec, strategy: Strategy, software: SoftwareSpec
-) -> None:
+def _check(training: TrainingSpec, cluster: ClusterSpec, strategy: Strategy, software: SoftwareSpec) -> None:
     if training.task != "train":
         raise SpecError.at("task", training.task, "has no training to write files for", "Use --task train.")
     if not software.at_least("transformers", OLDEST_TRANSFORMERS):
         remedy = f"Use {OLDEST_TRANSFORMERS} or later."
         raise SpecError.at("transformers", software.transformers, "is older than what train.py is written for", remedy)
-    if "auto_map" in model.config and model.model_type not in FAMILIES:
-        raise UnsupportedError(
-            f"model: {model.id!r} needs code from its repository (trust_remote_code), which train.py does not run. Use "
-            "a model that transformers has."
-        )
     if strategy.kind == "single" and cluster.gpus != 1:
         remedy = "Use --strategy ddp, or --gpus 1."
         raise SpecError.at("gpus", cluster.gpus, "is more than strategy single uses", remedy)
