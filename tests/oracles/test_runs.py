@@ -1,4 +1,4 @@
-"""O3: the written folder is run, unchanged, by `bash launch.sh --smoke` on 2 CPU ranks, under the engine that was planned.
+"""O3: the written folder is run, unchanged, by `bash launch.sh --smoke` on 2 CPU ranks, under the planned engine.
 
 Each run starts 2 processes and their launcher, 10 to 20 s on 2 cores: a run per engine always, and of the others a
 sample. ``MEMPLAN_ALL_RUNS=1`` runs them all.
@@ -6,6 +6,7 @@ sample. ``MEMPLAN_ALL_RUNS=1`` runs them all.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -80,19 +81,29 @@ RUNS: dict[str, Run] = {
     "fsdp1": Run(
         Strategy(kind="fsdp", fsdp=FsdpSpec(version=1)), "FullyShardedDataParallel", PLAIN, replaced=(NOT_SAVED,)
     ),
+    "fsdp1 on cpu": Run(
+        Strategy(kind="fsdp", offload_param="cpu", fsdp=FsdpSpec(version=1)), "FullyShardedDataParallel", PLAIN,
+        replaced=(NOT_SAVED,),
+    ),
+    "lora under fsdp2": Run(Strategy(kind="fsdp"), "FSDPPeftModel", PLAIN, {"lora": 8}),
     "lora": Run(
         Strategy(kind="ddp"), "DistributedDataParallel", PLAIN, {"lora": 8, "gradient_checkpointing": True}
     ),
     "lora under zero3": Run(zero(3), "DeepSpeedEngine", ZERO_3, {"lora": 8}, always=True),
     "fp16": Run(
-        zero(2), "DeepSpeedEngine", ZERO, gpu="T4", replaced=("fp16 True is False on CPU", "dtype float16 is bfloat16 on CPU")
+        zero(2), "DeepSpeedEngine", ZERO, gpu="T4",
+        replaced=("fp16 True is False on CPU", "dtype float16 is bfloat16 on CPU"),
     ),
     "evaluation": Run(
-        Strategy(kind="ddp"), "DistributedDataParallel", PLAIN, {"eval_batch_size": 2, "eval_accumulation_steps": 1, "packed": False}
+        Strategy(kind="ddp"), "DistributedDataParallel", PLAIN,
+        {"eval_batch_size": 2, "eval_accumulation_steps": 1, "packed": False},
     ),
     "gpt2": Run(zero(2), "DeepSpeedEngine", ZERO, model="openai-community/gpt2"),
     "t5": Run(Strategy(kind="ddp"), "DistributedDataParallel", PLAIN, model="google-t5/t5-small"),
-    "vit": Run(Strategy(kind="ddp"), "DistributedDataParallel", PLAIN, {"head": "image-classification"}, model="google/vit-base-patch16-224"),
+    "vit": Run(
+        Strategy(kind="ddp"), "DistributedDataParallel", PLAIN, {"head": "image-classification"},
+        model="google/vit-base-patch16-224",
+    ),
     "bert": Run(
         Strategy(kind="ddp"), "DistributedDataParallel", PLAIN, {"head": "sequence-classification", "packed": False},
         model="google-bert/bert-base-uncased",
@@ -135,8 +146,9 @@ def rehearse(run: Run, folder: Path, **environment: str) -> dict[str, Any]:
             status = process.wait(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             status = -1
-        if status != 0:  # its ranks too
-            os.killpg(process.pid, signal.SIGKILL)
+        if status != 0:  # its ranks too, if there are any left
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert status == 0, log.read_text()[-6000:]
     report: dict[str, Any] = json.loads((folder / "plan" / "smoke.json").read_text())

@@ -84,6 +84,9 @@ def run_on_cpu(values: dict[str, Any]) -> list[str]:
         # accelerate takes CPU ranks for plain data parallelism, and would ignore FSDP.
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         torch.distributed.init_process_group("gloo")
+        # There is no device to pin memory for, nor a stream of its work, which CPU offload asks for.
+        torch.Tensor.pin_memory = lambda self, *_, **__: self
+        torch.cpu.Stream.synchronize = lambda _: None
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     return replaced
 
