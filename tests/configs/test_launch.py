@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -354,6 +355,89 @@ def check_accelerate(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> Non
     assert expected.items() <= environment.items()
 
 
+# -- train.py's own data -----------------------------------------------------------------------------------------------
+
+
+class Table:
+    """As much of datasets.Dataset as train.py uses; the library itself is the user's to install."""
+
+    def __init__(self, columns: dict[str, list[Any]]) -> None:
+        self.columns = columns
+        self.column_names = list(columns)
+
+    def map(self, function: Callable[..., Any], *, batched: bool, remove_columns: list[str]) -> Table:
+        assert batched
+        kept = {name: values for name, values in self.columns.items() if name not in remove_columns}
+        return Table(kept | function(self.columns))
+
+
+TEXTS = ["a b c", "c b", "a a a a a a a"]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {},
+            {"input_ids": [[4, 5, 6, 2], [6, 5, 2, 4], [4, 4, 4, 4]], "labels": [[4, 5, 6, 2], [6, 5, 2, 4], [4] * 4]},
+        ),
+        (
+            {"packed": False},
+            {
+                "input_ids": [[4, 5, 6, 2], [6, 5, 2, 2], [4, 4, 4, 4]],
+                "attention_mask": [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]],
+                "labels": [[4, 5, 6, -100], [6, 5, -100, -100], [4, 4, 4, 4]],
+            },
+        ),
+        (
+            {"model_class": "AutoModelForSeq2SeqLM", "target_column": "target"},
+            {
+                "input_ids": [[4, 5, 6, 2], [6, 5, 2, 2], [4, 4, 4, 4]],
+                "attention_mask": [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]],
+                "labels": [[4, -100, -100, -100], [5, 6, -100, -100], [6, -100, -100, -100]],
+            },
+        ),
+        (
+            {"model_class": "AutoModelForSequenceClassification"},
+            {
+                "input_ids": [[4, 5, 6, 2], [6, 5, 2, 2], [4, 4, 4, 4]],
+                "attention_mask": [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]],
+                "labels": [0, 1, 0],
+            },
+        ),
+    ],
+)
+def test_a_dataset_is_made_into_what_the_model_takes(
+    values: dict[str, Any], expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"</s>": 2, "<unk>": 3, "a": 4, "b": 5, "c": 6}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "rows.jsonl").write_text("")
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> Table:
+        asked.append((args, kwargs))
+        return Table({"text": TEXTS, "label": [0, 1, 0], "target": ["a", "b c", "c"]})
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    write(written(), tmp_path / "plan")
+    script = script_arguments(tmp_path / "plan", monkeypatch)
+    load_data = sys.modules["train"].load_data
+    arguments = {"model_name_or_path": str(tmp_path / "model"), "seq_len": 4, "dataset": "someone/texts"} | values
+    assert load_data(script(**arguments)).columns == expected
+    path = str(tmp_path / "rows.jsonl")
+    assert load_data(script(**arguments | {"dataset": path})).columns == expected
+    assert asked == [
+        (("someone/texts", None), {"split": "train"}),
+        (("json",), {"data_files": path, "split": "train"}),
+    ]
+
+
 # -- the rehearsal's model ---------------------------------------------------------------------------------------------
 
 NATIVE = [model for model in all_models() if model.remote_code is None]
@@ -524,6 +608,14 @@ def test_the_allocator_is_set_by_the_name_that_torch_has(tmp_path: Path) -> None
     assert parse(arguments).training.alloc_conf == training.alloc_conf
     _, environment, _ = launched(tmp_path, written(training=training, software=SoftwareSpec(torch="2.8")))
     assert environment["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True,max_split_size_mb:128"
+
+
+def test_images_stay_until_they_are_pixels() -> None:
+    values = json.loads(
+        written(Strategy(kind="ddp"), model=_model("google/vit-base-patch16-224"))["training_args.json"]
+    )
+    assert values["model_class"] == "AutoModelForImageClassification"
+    assert (values["text_column"], values["remove_unused_columns"]) == ("image", False)
 
 
 def test_a_gpu_without_bf16_trains_in_fp16_and_a_bf16_checkpoint_is_warned_of() -> None:

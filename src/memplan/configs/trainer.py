@@ -63,7 +63,7 @@ _NO_MEMORY = frozenset(
         *("dataset", "dataset_config", "dataset_split", "text_column", "target_column", "output_dir", "learning_rate"),
         *("num_train_epochs", "max_steps", "logging_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio"),
         *("weight_decay", "max_grad_norm", "save_strategy", "save_steps", "save_total_limit", "eval_steps", "seed"),
-        *("report_to", "run_name", "disable_tqdm", "dataloader_num_workers"),
+        *("report_to", "run_name", "disable_tqdm", "dataloader_num_workers", "remove_unused_columns"),
     }
 )
 """Keys that change no bytes of a step."""
@@ -100,6 +100,9 @@ def to_training_args(setup: Setup, given: TrainingSpec, strategy: Strategy) -> d
         values["quantization"] = _to_quantization(given.quantization, compute_dtype(setup).name)
     if prepares_for_kbit_training(training):
         values["prepare_for_kbit_training"] = True
+    if head == "image-classification":
+        # The Trainer would take the images away before they are made pixels.
+        values |= {"text_column": "image", "remove_unused_columns": False}
     values |= {
         "output_dir": "output",
         "num_train_epochs": 1,

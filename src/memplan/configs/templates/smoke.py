@@ -57,21 +57,18 @@ def run_on_cpu(values: dict[str, Any]) -> list[str]:
     """Replace what needs a GPU; return what was replaced."""
     values["use_cpu"] = True
     replaced: list[str] = []
-
-    def replace(name: str, unless: Any, value: Any) -> None:
-        if values.get(name, unless) != unless:
-            replaced.append(f"{name} {values[name]} is {value} on CPU")
-            values[name] = value
-
     if values.get("fp16"):
-        replace("fp16", False, False)
-        values["bf16"] = True
+        replaced.append("fp16 is bf16")
+        values |= {"fp16": False, "bf16": True}
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
-        if values["dtype"] == "float16":
-            replace("dtype", "", "bfloat16")
-    if values["attn_implementation"] == "flash_attention_2":
-        replace("attn_implementation", "", "sdpa")
-    replace("use_liger_kernel", False, False)
+    for name, on_gpu, on_cpu in (
+        ("dtype", "float16", "bfloat16"),
+        ("attn_implementation", "flash_attention_2", "sdpa"),
+        ("use_liger_kernel", True, False),
+    ):
+        if values.get(name) == on_gpu:
+            replaced.append(f"{name} {on_gpu} is {on_cpu}")
+            values[name] = on_cpu
     if "deepspeed" in values:
         import deepspeed
 
@@ -106,9 +103,10 @@ def facts(trainer: transformers.Trainer) -> dict[str, Any]:
         "trainable": sorted({str(p.dtype) for p in engine.parameters() if p.requires_grad}),
     }
     if trainer.is_deepspeed_enabled:
-        zero = engine.config["zero_optimization"]
+        zero = engine._config.zero_config
         found["stage"] = engine.zero_optimization_stage()
-        found |= {name: zero.get(name, {}).get("device", "none") for name in ("offload_optimizer", "offload_param")}
+        for name in ("offload_optimizer", "offload_param"):
+            found[name] = str(getattr(getattr(zero, name), "device", "none")).rpartition(".")[2]
     if trainer.is_fsdp_enabled:
         plugin = trainer.accelerator.state.fsdp_plugin
         offloads = getattr(

@@ -59,7 +59,8 @@ def main(values: dict[str, Any]) -> transformers.Trainer:
     script, args = parser.parse_dict(values)
     transformers.set_seed(args.seed)
     model = load_model(script, args)
-    data = RandomData(script, model.config) if script.dataset is None else load_data(script)
+    with args.main_process_first():  # the others find what it has downloaded and tokenized
+        data = RandomData(script, model.config) if script.dataset is None else load_data(script)
     train_data, eval_data = data, None
     if args.eval_strategy != "no":
         held_out = max(len(data) // 100, 1)
