@@ -62,7 +62,7 @@ def zero(stage: int, optimizer: str = "none", param: str = "none", **keys: Any) 
     )
 
 
-ON_NVME = {"sub_group_size": 1_000_000, "offload_param": OffloadParamSpec(buffer_size=1_000_000)}
+ON_NVME = {"sub_group_size": 1_000_000, "offload_param": OffloadParamSpec(buffer_size=2_000_000)}
 NOT_SAVED = "FSDP1 cannot gather the model on CPU, so it is not saved"
 RUNS: dict[str, Run] = {
     "single": Run(Strategy(), "LlamaForCausalLM", PLAIN, {"gradient_checkpointing": True}),
@@ -188,7 +188,10 @@ def test_what_is_on_nvme_runs_as_planned(tmp_path: Path, monkeypatch: pytest.Mon
     libraries = sorted({str(path.parent) for path in (nvme._unpacked() or Path("/nonexistent")).rglob("libaio.so*")})
     known = os.environ.get("LD_LIBRARY_PATH", "")
     check(run, rehearse(run, tmp_path, LD_LIBRARY_PATH=os.pathsep.join([*libraries, known]).strip(os.pathsep)))
-    assert list((tmp_path / "nvme").rglob("*.swp"))
+    swapped = [path.relative_to(tmp_path / "nvme" / "zero_stage_3") for path in (tmp_path / "nvme").rglob("*.swp")]
+    assert {path.parts[:2] for path in swapped} == {
+        (kind, rank) for kind in ("bfloat16params", "optimizer") for rank in ("rank0", "rank1")
+    }
 
 
 @pytest.mark.oracle

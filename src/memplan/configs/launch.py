@@ -21,7 +21,7 @@ from typing import Any
 from memplan.configs.accelerate import parse_accelerate, to_accelerate
 from memplan.configs.deepspeed import parse_deepspeed, to_deepspeed
 from memplan.configs.setup import EngineConfig, with_training
-from memplan.configs.tiny import tiny_config
+from memplan.configs.tiny import SWAPPED_VOCABULARY, VOCABULARY, tiny_config
 from memplan.configs.trainer import parse_training_args, to_training_args
 from memplan.errors import SpecError
 from memplan.estimator import resolve
@@ -93,7 +93,8 @@ def files(
         found["accelerate.yaml"] = _yaml(config)
         parse_accelerate(config, "accelerate.yaml")
     found["training_args.json"] = _json(arguments)
-    found["smoke_config.json"] = _json(tiny_config(model))
+    swaps = "nvme" in (strategy.offload_optimizer, strategy.offload_param)
+    found["smoke_config.json"] = _json(tiny_config(model, SWAPPED_VOCABULARY if swaps else VOCABULARY))
     found["launch.sh"] = _launch(setup, cluster, strategy)
     if cluster.nodes > 1:
         found["launch.slurm"] = _slurm(cluster, strategy)

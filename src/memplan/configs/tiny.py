@@ -10,13 +10,16 @@ from typing import Any
 
 from memplan.specs.model import ModelSpec
 
-__all__ = ["LAYERS", "tiny_config"]
+__all__ = ["LAYERS", "SWAPPED_VOCABULARY", "VOCABULARY", "tiny_config"]
 
 LAYERS = 2
 HEADS = 4
 HEAD_DIM = 16
 WIDTH = HEADS * HEAD_DIM
 VOCABULARY = 512
+SWAPPED_VOCABULARY = 2**15
+"""Tokens whose embedding in 16 bit, shared by 2 ranks, has 2 MiB each: what has less than 1 MiB, DeepSpeed does not swap
+to NVMe (``runtime/swap_tensor/utils.py``, ``MIN_AIO_BYTES``)."""
 
 _HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KV_HEAD_KEYS = ("num_key_value_heads", "num_kv_heads")
@@ -32,7 +35,7 @@ _SIZES = {
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), HEADS),
     **dict.fromkeys(("num_experts_per_tok", "n_group", "max_window_layers"), 2),
     **dict.fromkeys(("topk_group", "first_k_dense_replace", "n_shared_experts"), 1),
-    "vocab_size": VOCABULARY,
+    "vocab_size": VOCABULARY,  # or as asked
 }
 """The largest value that each key keeps."""
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -45,13 +48,13 @@ _LEFT_OUT = ("quantization_config", "dtype", "torch_dtype", "auto_map", "_name_o
 """What is about the checkpoint, not the model."""
 
 
-def tiny_config(model: ModelSpec) -> dict[str, Any]:
-    """Return values of a ``config.json``: those of ``model`` with 2 layers, 4 heads of 16 and 512 tokens."""
+def tiny_config(model: ModelSpec, vocabulary: int = VOCABULARY) -> dict[str, Any]:
+    """Return values of a ``config.json``: those of ``model`` with 2 layers, 4 heads of 16 and ``vocabulary`` tokens."""
     config = {"model_type": model.model_type, **{k: v for k, v in model.config.items() if k not in _LEFT_OUT}}
     heads = next((config[key] for key in _HEAD_KEYS if key in config), None)
     for key, value in config.items():
         if isinstance(value, int) and not isinstance(value, bool) and key in _SIZES:
-            config[key] = min(value, _SIZES[key])
+            config[key] = min(value, vocabulary if key == "vocab_size" else _SIZES[key])
         elif key in _KV_HEAD_KEYS and isinstance(value, int):
             config[key] = {heads: HEADS, 1: 1}.get(value, HEADS // 2)
         elif key.endswith("_token_id"):
