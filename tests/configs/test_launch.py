@@ -684,6 +684,30 @@ def test_what_cannot_be_run_is_refused(setup: dict[str, Any], message: str) -> N
     assert message in str(error.value)
 
 
+def test_a_local_model_is_found_from_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = json.dumps(dict(LLAMA.config) | {"model_type": "llama"})
+    Path("mine").mkdir()
+    Path("mine/config.json").write_text(config)
+    Path("other.json").write_text(config)
+    for name in ("mine", "mine/config.json", str(tmp_path / "mine")):
+        values = json.loads(written(model=_model(name))["training_args.json"])
+        assert values["model_name_or_path"] == str(tmp_path / "mine")
+    with pytest.raises(SpecError, match="is a config, and names no checkpoint to train"):
+        written(model=_model("other.json"))
+
+
+@pytest.mark.parametrize("name", ["a\ntouch /tmp/x", "a\r\ntouch x", "$(touch x)", "`touch x`", "a\u2028b"])
+def test_a_name_stays_a_comment(name: str, tmp_path: Path) -> None:
+    found = written(model=LLAMA.replace(id=name))
+    lines = found["launch.sh"].splitlines()
+    assert [line for line in lines if "touch" in line] == [lines[1]] * ("touch" in name)
+    assert lines[1].startswith("# Written by memplan: ")
+    assert len(lines) == len(written()["launch.sh"].splitlines())
+    assert parse(found).model == name
+    launched(tmp_path, found)
+
+
 def test_heads_are_those_with_a_loss() -> None:
     import transformers
 

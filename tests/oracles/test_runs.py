@@ -35,6 +35,9 @@ from memplan.specs.training import TrainingSpec
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 TIMEOUT = 300
+"""Seconds for a run on a busy machine."""
+COMPILING = 1200
+"""Seconds with DeepSpeed's aio to be compiled first."""
 # torch's optimizer: DeepSpeedCPUAdam is compiled first, for minutes.
 TORCH = {"zero_force_ds_cpu_optimizer": False, "reduce_bucket_size": 1_000_000}
 ZERO = ["DeepSpeedOptimizerWrapper", "DeepSpeedZeroOptimizer", "AdamW"]
@@ -98,7 +101,10 @@ RUNS: dict[str, Run] = {
         Strategy(kind="ddp"), "DistributedDataParallel", PLAIN,
         {"eval_batch_size": 2, "eval_accumulation_steps": 1, "packed": False},
     ),
-    "gpt2": Run(zero(2), "DeepSpeedEngine", ZERO, model="openai-community/gpt2"),
+    "gpt2": Run(
+        zero(2), "DeepSpeedEngine", ZERO,
+        {"head": "sequence-classification", "micro_batch_size": 2, "packed": False}, model="openai-community/gpt2",
+    ),
     "t5": Run(Strategy(kind="ddp"), "DistributedDataParallel", PLAIN, model="google-t5/t5-small"),
     "vit": Run(
         Strategy(kind="ddp"), "DistributedDataParallel", PLAIN, {"head": "image-classification"},
@@ -125,7 +131,7 @@ def setup_of(run: Run, nvme_path: str | None = None) -> tuple[Any, TrainingSpec,
     return _model(run.model), training, cluster, run.strategy, SoftwareSpec()
 
 
-def rehearse(run: Run, folder: Path, **environment: str) -> dict[str, Any]:
+def rehearse(run: Run, folder: Path, timeout: float = TIMEOUT, **environment: str) -> dict[str, Any]:
     """Write the folder, run it, and return its smoke.json."""
     write(files(*setup_of(run, str(folder / "nvme"))), folder / "plan")
     with socket.socket() as free:
@@ -143,7 +149,7 @@ def rehearse(run: Run, folder: Path, **environment: str) -> dict[str, Any]:
             cwd=folder / "plan", env=kept, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            status = process.wait(timeout=TIMEOUT)
+            status = process.wait(timeout)
         except subprocess.TimeoutExpired:
             status = -1
         if status != 0:  # its ranks too, if there are any left
@@ -187,7 +193,8 @@ def test_what_is_on_nvme_runs_as_planned(tmp_path: Path, monkeypatch: pytest.Mon
     nvme.prepare()
     libraries = sorted({str(path.parent) for path in (nvme._unpacked() or Path("/nonexistent")).rglob("libaio.so*")})
     known = os.environ.get("LD_LIBRARY_PATH", "")
-    check(run, rehearse(run, tmp_path, LD_LIBRARY_PATH=os.pathsep.join([*libraries, known]).strip(os.pathsep)))
+    path = os.pathsep.join([*libraries, known]).strip(os.pathsep)
+    check(run, rehearse(run, tmp_path, COMPILING, LD_LIBRARY_PATH=path))
     swapped = [path.relative_to(tmp_path / "nvme" / "zero_stage_3") for path in (tmp_path / "nvme").rglob("*.swp")]
     assert {path.parts[:2] for path in swapped} == {
         (kind, rank) for kind in ("bfloat16params", "optimizer") for rank in ("rank0", "rank1")
@@ -197,7 +204,12 @@ def test_what_is_on_nvme_runs_as_planned(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.oracle
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_quantized_weights_run_as_planned(tmp_path: Path) -> None:
-    run = Run(Strategy(kind="ddp"), "DistributedDataParallel", PLAIN, {"lora": 8, "quantization": "nf4-dq"})
+    run = Run(
+        Strategy(kind="ddp"),
+        "DistributedDataParallel",
+        PLAIN,
+        {"lora": 8, "quantization": "nf4-dq", "gradient_checkpointing": True},
+    )
     check(run, rehearse(run, tmp_path))
 
 

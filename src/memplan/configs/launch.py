@@ -295,14 +295,17 @@ def _broadcasts(strategy: Strategy) -> bool:
 
 
 def _what(setup: Setup, cluster: ClusterSpec, strategy: Strategy) -> str:
-    name = cluster.gpu.name if isinstance(cluster.gpu, GPUSpec) else cluster.gpu or "GPU"
+    name = cluster.gpu.name if isinstance(cluster.gpu, GPUSpec) else "GPU"
     count = f"{cluster.nodes} x {cluster.gpus_per_node}" if cluster.nodes > 1 else str(cluster.gpus)
     places = [
         f"{part} on {place}"
         for part, place in (("optimizer", strategy.offload_optimizer), ("parameters", strategy.offload_param))
         if place != "none"
     ]
-    return ", ".join([f"{setup.model.id} on {count} x {name}, {strategy.kind}", *places])
+    model = re.sub(
+        r"[^\w./~@ -]", "?", setup.model.id, flags=re.ASCII
+    )  # in a comment of a script, whatever it is called
+    return ", ".join([f"{model} on {count} x {name}, {strategy.kind}", *places])
 
 
 def _notes(setup: Setup, cluster: ClusterSpec) -> list[str]:

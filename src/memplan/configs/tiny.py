@@ -18,8 +18,9 @@ HEAD_DIM = 16
 WIDTH = HEADS * HEAD_DIM
 VOCABULARY = 512
 SWAPPED_VOCABULARY = 2**15
-"""Tokens whose embedding in 16 bit, shared by 2 ranks, has 2 MiB each: what has less than 1 MiB, DeepSpeed does not swap
-to NVMe (``runtime/swap_tensor/utils.py``, ``MIN_AIO_BYTES``)."""
+"""Tokens whose embedding in 16 bit, shared by 2 ranks, has 2 MiB each: DeepSpeed does not swap less than 1 MiB to NVMe
+(``runtime/swap_tensor/utils.py``, ``MIN_AIO_BYTES``)."""
+
 
 _HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KV_HEAD_KEYS = ("num_key_value_heads", "num_kv_heads")

@@ -15,6 +15,7 @@ from memplan.architectures.registry import head_of
 from memplan.configs.setup import EngineConfig
 from memplan.errors import SpecError, did_you_mean
 from memplan.micro_batch import Setup, compute_dtype, prepares_for_kbit_training
+from memplan.specs.model import ModelSpec
 from memplan.specs.strategy import DdpSpec, Strategy
 from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
 
@@ -81,7 +82,7 @@ def to_training_args(setup: Setup, given: TrainingSpec, strategy: Strategy) -> d
         remedy = f"Use --head {' or '.join(MODEL_CLASSES)}."
         raise SpecError.at("head", head, "is none that a written train.py can train", remedy)
     values: dict[str, Any] = {
-        "model_name_or_path": str(Path(model.id).parent) if model.id.endswith("config.json") else model.id,
+        "model_name_or_path": _location(model),
         "model_class": MODEL_CLASSES[head],
         "dtype": precision.dtype,
         "attn_implementation": training.attn,
@@ -159,6 +160,19 @@ def parse_training_args(data: Mapping[str, Any], source: str) -> EngineConfig:
     unknown = [key for key in data if key not in _FIELDS and key not in _READ_ELSEWHERE | _NO_MEMORY]
     notes = (f"{source}: {', '.join(unknown)} of TrainingArguments are not read",) if unknown else ()
     return EngineConfig(source, {"ddp": ddp} if ddp else {}, training, notes=notes)
+
+
+def _location(model: ModelSpec) -> str:
+    """What from_pretrained loads, from whatever folder train.py is run in."""
+    if not model.source.startswith("path:"):
+        return model.id
+    path = Path(model.id).expanduser().absolute()
+    if path.suffix != ".json":
+        return str(path)
+    if path.name != "config.json":
+        remedy = "Give the folder that from_pretrained loads."
+        raise SpecError.at("model", model.id, "is a config, and names no checkpoint to train", remedy)
+    return str(path.parent)
 
 
 def _mapping(data: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:

@@ -87,12 +87,16 @@ def load_model(script: ScriptArguments, args: transformers.TrainingArguments) ->
     model_class = getattr(transformers, script.model_class)
     model = model_class.from_pretrained(script.model_name_or_path, **options)
     model.config.use_cache = False
+    if script.model_class == "AutoModelForSequenceClassification" and model.config.pad_token_id is None:
+        end = model.config.eos_token_id  # it marks where a sequence ends, whose last token is classified
+        model.config.pad_token_id = end[0] if isinstance(end, list) else end
     if script.vocab_size is not None:
         model.resize_token_embeddings(script.vocab_size)
     if script.prepare_for_kbit_training:
         import peft
 
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+        # The Trainer is who switches gradient checkpointing on.
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if script.lora is not None:
         import peft
 
@@ -117,7 +121,7 @@ def load_data(script: ScriptArguments) -> Any:
     if script.model_class == "AutoModelForImageClassification":
         return data.with_transform(image_transform(script))
     tokenizer = transformers.AutoTokenizer.from_pretrained(script.model_name_or_path)
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None:  # what pads is masked
         tokenizer.pad_token = tokenizer.eos_token
     language_model = script.model_class == "AutoModelForCausalLM"
 
