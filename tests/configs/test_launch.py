@@ -512,6 +512,32 @@ def test_a_rehearsal_without_gpus_is_two_ranks_on_cpu(tmp_path: Path) -> None:
     assert said == "launch.sh: there is no GPU: 2 rank(s) on CPU\n"
 
 
+def test_a_rehearsal_is_asked_for_anywhere_and_on_cpu_no_gpus_are_chosen(tmp_path: Path) -> None:
+    arguments, _, _ = launched(tmp_path, written(), "--include", "localhost:1,3", "--smoke")
+    assert arguments[3:] == ["--include", "localhost:1,3", "--no_local_rank", "smoke.py"]
+    (tmp_path / "b").mkdir()
+    options = ("--smoke", "--include", "localhost:1,3")
+    arguments, environment, _ = launched(tmp_path / "b", written(), *options, gpus=0, CUDA_VISIBLE_DEVICES="1,3")
+    assert arguments[3:] == ["--num_gpus", "2", "--no_local_rank", "smoke.py"]
+    assert "CUDA_VISIBLE_DEVICES" not in environment
+
+
+def test_one_process_takes_no_options_of_a_launcher(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        launched(tmp_path, written(Strategy()), "--include", "localhost:1")
+    assert error.value.returncode == 2
+    assert error.value.stderr == "launch.sh: one process takes no launcher's options: --include localhost:1\n"
+
+
+def test_a_rehearsal_of_fsdp1_broadcasts_nothing_on_cpu(tmp_path: Path) -> None:
+    found = written(Strategy(kind="fsdp", fsdp=FsdpSpec(version=1)))
+    off = ["--fsdp_sync_module_states", "false", "--fsdp_cpu_ram_efficient_loading", "false"]
+    for gpus in (0, 2):
+        (tmp_path / str(gpus)).mkdir()
+        arguments, _, _ = launched(tmp_path / str(gpus), found, "--smoke", gpus=gpus)
+        assert arguments[-len(off) - 1 :] == [*off, "smoke.py"] if gpus == 0 else off[0] not in arguments
+
+
 def test_a_rehearsal_takes_the_gpus_that_there_are(tmp_path: Path) -> None:
     cluster = TWO.replace(gpus=16, nodes=2)
     arguments, _, said = launched(tmp_path, written(Strategy(kind="ddp"), cluster=cluster), "--smoke", gpus=4)

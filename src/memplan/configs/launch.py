@@ -195,14 +195,18 @@ GPUS_PER_NODE={per_node}
 NODES={nodes}
 {exports}
 SCRIPT=train.py
-if [[ "${{1:-}}" == --smoke ]]; then
-    shift
-    SCRIPT=smoke.py
+OPTIONS=()
+for option in "$@"; do
+    if [[ "$option" == --smoke ]]; then SCRIPT=smoke.py; else OPTIONS+=("$option"); fi
+done
+set -- ${{OPTIONS[@]+"${{OPTIONS[@]}}"}}
+if [[ "$SCRIPT" == smoke.py ]]; then
     NODES=1
     FOUND=$(python -c 'import torch; print(torch.cuda.device_count())')
     if (( FOUND == 0 )); then
         GPUS_PER_NODE={on_cpu}
         unset CUDA_VISIBLE_DEVICES
+        set --
         export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${{OMP_NUM_THREADS:-1}}"
         echo "launch.sh: there is no GPU: $GPUS_PER_NODE rank(s) on CPU" >&2{fsdp1}
     elif (( FOUND < GPUS_PER_NODE )); then
@@ -212,6 +216,10 @@ if [[ "${{1:-}}" == --smoke ]]; then
 fi
 """
 _SINGLE = """
+if (( $# > 0 )); then
+    echo "launch.sh: one process takes no launcher's options: $*" >&2
+    exit 2
+fi
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"  # with more the Trainer would take them all
 exec python "$SCRIPT"
 """
