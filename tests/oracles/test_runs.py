@@ -95,7 +95,7 @@ RUNS: dict[str, Run] = {
     "lora under zero3": Run(zero(3), "DeepSpeedEngine", ZERO_3, {"lora": 8}, always=True),
     "fp16": Run(
         zero(2), "DeepSpeedEngine", ZERO, gpu="T4",
-        replaced=("fp16 is bf16", "dtype float16 is bfloat16"),
+        replaced=('fp16: true -> false', 'bf16: false -> true', 'dtype: "float16" -> "bfloat16"'),
     ),
     "evaluation": Run(
         Strategy(kind="ddp"), "DistributedDataParallel", PLAIN,

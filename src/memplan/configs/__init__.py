@@ -1,1 +1,1 @@
-"""The files that configure an engine, read into specs: a DeepSpeed JSON, an accelerate YAML."""
+"""The files that configure an engine, read into specs and written: a DeepSpeed JSON, an accelerate YAML, a run's folder."""

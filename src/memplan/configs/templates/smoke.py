@@ -57,17 +57,13 @@ def run_on_cpu(values: dict[str, Any]) -> list[str]:
     """Replace what needs a GPU; return what was replaced."""
     values["use_cpu"] = True
     replaced: list[str] = []
+    changes = [("attn_implementation", "flash_attention_2", "sdpa"), ("use_liger_kernel", True, False)]
     if values.get("fp16"):
-        replaced.append("fp16 is bf16")
-        values |= {"fp16": False, "bf16": True}
+        changes += [("fp16", True, False), ("bf16", False, True), ("dtype", "float16", "bfloat16")]
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
-    for name, on_gpu, on_cpu in (
-        ("dtype", "float16", "bfloat16"),
-        ("attn_implementation", "flash_attention_2", "sdpa"),
-        ("use_liger_kernel", True, False),
-    ):
+    for name, on_gpu, on_cpu in changes:
         if values.get(name) == on_gpu:
-            replaced.append(f"{name} {on_gpu} is {on_cpu}")
+            replaced.append(f"{name}: {json.dumps(on_gpu)} -> {json.dumps(on_cpu)}")
             values[name] = on_cpu
     if "deepspeed" in values:
         import deepspeed
