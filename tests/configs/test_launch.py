@@ -118,6 +118,7 @@ fsdps = st.builds(
             reshard_after_forward=flags,
             state_dict_type=st.sampled_from(["FULL_STATE_DICT", "SHARDED_STATE_DICT"]),
             cpu_ram_efficient_loading=flags,
+            activation_checkpointing=flags,
         ),
         spec(
             lambda **values: FsdpSpec(version=1, **values),
@@ -191,6 +192,8 @@ def test_what_is_written_is_the_setup_again(strategy: Strategy, training: Traini
     cluster = TWO.replace(
         gpus=1 if strategy.kind == "single" else 4 * nodes, nodes=1 if strategy.kind == "single" else nodes
     )
+    if strategy.fsdp.activation_checkpointing:  # the Trainer refuses both
+        training = training.replace(gradient_checkpointing=False)
     try:
         found = files(LLAMA, training, cluster, strategy, SOFTWARE)
     except UnsupportedError:  # quantized weights without mixed precision, say

@@ -81,6 +81,9 @@ RUNS: dict[str, Run] = {
     "fsdp2 on cpu": Run(
         Strategy(kind="fsdp", offload_param="cpu"), "FSDPLlamaForCausalLM", PLAIN, {"gradient_checkpointing": True}
     ),
+    "fsdp2 with its own checkpointing": Run(
+        Strategy(kind="fsdp", fsdp=FsdpSpec(activation_checkpointing=True)), "FSDPLlamaForCausalLM", PLAIN
+    ),
     "fsdp1": Run(
         Strategy(kind="fsdp", fsdp=FsdpSpec(version=1)), "FullyShardedDataParallel", PLAIN, replaced=(NOT_SAVED,)
     ),

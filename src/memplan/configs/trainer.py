@@ -116,7 +116,7 @@ def to_training_args(setup: Setup, given: TrainingSpec, strategy: Strategy) -> d
     }
     if not strategy.zero.ds_optimizer or not strategy.is_deepspeed:
         values["optim"] = _to_optim(training.optim)
-    if training.gradient_checkpointing:
+    if given.gradient_checkpointing:  # resolved, it may be FSDP's own, which the Trainer refuses beside this one
         # gradient_checkpointing is the name's alias from 5.23 on, which warns of its end.
         new = setup.software.at_least("transformers", "5.23")
         values["activation_checkpointing" if new else "gradient_checkpointing"] = True
