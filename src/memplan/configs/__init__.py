@@ -1,1 +1,1 @@
-"""The files that configure an engine, read into specs: a DeepSpeed JSON, an accelerate YAML."""
+"""The files that configure an engine, read into specs and written: DeepSpeed's, accelerate's, a run's folder."""

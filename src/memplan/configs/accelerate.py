@@ -16,8 +16,11 @@ from memplan.configs.keys import ACCELERATE
 from memplan.configs.section import Section
 from memplan.configs.setup import EngineConfig
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
+from memplan.specs.hardware import ClusterSpec
+from memplan.specs.strategy import FsdpSpec, Strategy
+from memplan.specs.training import MixedPrecision
 
-__all__ = ["is_accelerate", "parse_accelerate"]
+__all__ = ["is_accelerate", "parse_accelerate", "to_accelerate"]
 
 _KINDS = {"NO": "single", "MULTI_GPU": "ddp", "DEEPSPEED": "zero", "FSDP": "fsdp"}
 _OTHER_KINDS = ("MULTI_CPU", "MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU",
@@ -53,6 +56,48 @@ def parse_accelerate(data: Mapping[str, Any], source: str, folder: Path | None =
     not modelled.
     """
     return _Reader(data, source, folder).config()
+
+
+def to_accelerate(strategy: Strategy, cluster: ClusterSpec, mixed_precision: MixedPrecision) -> dict[str, Any]:
+    """Return the accelerate config of DDP or FSDP, of which :func:`parse_accelerate` gives the setup back.
+
+    Raises SpecError for a strategy of another engine, and for what accelerate cannot be asked for.
+    """
+    kinds = {"ddp": "MULTI_GPU", "fsdp": "FSDP"}
+    if strategy.kind not in kinds:
+        raise SpecError.at("strategy", strategy.kind, "has no accelerate config", f"Use {' or '.join(kinds)}.")
+    config: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": kinds[strategy.kind],
+        "mixed_precision": mixed_precision,
+        "num_machines": cluster.nodes,
+        "num_processes": cluster.gpus,
+    }
+    if strategy.kind == "fsdp":
+        keys = {"version": strategy.fsdp.version, "offload_params": strategy.offload_param == "cpu"}
+        keys |= _fsdp_keys(strategy.fsdp)
+        config["fsdp_config"] = {f"fsdp_{name}": value for name, value in keys.items()}
+    return config
+
+
+def _fsdp_keys(fsdp: FsdpSpec) -> dict[str, Any]:
+    """Every key is written: the launcher's defaults are not the Trainer's."""
+    if not fsdp.limit_all_gathers:
+        remedy = "Leave it out: FullyShardedDataParallelPlugin has it on."
+        raise SpecError.at("limit_all_gathers", False, "has no key in an accelerate config", remedy)
+    names = ["auto_wrap_policy", "state_dict_type", "activation_checkpointing", "cpu_ram_efficient_loading"]
+    if fsdp.auto_wrap_policy == "SIZE_BASED_WRAP":
+        names.append("min_num_params")
+    if fsdp.version == 2:
+        names.append("reshard_after_forward")
+    else:
+        names += ["backward_prefetch", "forward_prefetch", "use_orig_params", "sync_module_states"]
+    keys = {name: getattr(fsdp, name) for name in names}
+    if fsdp.auto_wrap_policy == "TRANSFORMER_BASED_WRAP" and fsdp.transformer_layer_cls_to_wrap:
+        keys["transformer_layer_cls_to_wrap"] = ",".join(fsdp.transformer_layer_cls_to_wrap)
+    if fsdp.version == 1:
+        keys["sharding_strategy"] = fsdp.sharding_strategy or "FULL_SHARD"
+    return keys
 
 
 class _Reader:

@@ -11,7 +11,7 @@ from typing import Any
 
 from memplan.errors import SpecError
 
-__all__ = ["LARGEST_FILE", "read_mapping"]
+__all__ = ["LARGEST_FILE", "parse_mapping", "read_mapping", "read_text"]
 
 LARGEST_FILE = 2**20
 """Bytes: engine configs have a few KiB."""
@@ -19,9 +19,19 @@ LARGEST_FILE = 2**20
 
 def read_mapping(path: str | os.PathLike[str]) -> tuple[dict[str, Any], bool]:
     """Return the object in a JSON or YAML file, and whether it is YAML. Raises SpecError, naming the file."""
-    text = _text(Path(path))
+    text = read_text(Path(path))
     source = str(path)
-    is_yaml = not text.lstrip().startswith("{") and not source.endswith(".json")
+    is_yaml = _is_yaml(text, source)
+    return parse_mapping(text, source), is_yaml
+
+
+def _is_yaml(text: str, source: str) -> bool:
+    return not text.lstrip().startswith("{") and not source.endswith(".json")
+
+
+def parse_mapping(text: str, source: str) -> dict[str, Any]:
+    """Return the object in the text of a JSON or YAML file. Raises SpecError, naming ``source``."""
+    is_yaml = _is_yaml(text, source)
     try:
         data = _yaml(text, source) if is_yaml else _json(text, source)
     except RecursionError:
@@ -33,10 +43,11 @@ def read_mapping(path: str | os.PathLike[str]) -> tuple[dict[str, Any], bool]:
     for key in data:
         if not isinstance(key, str):
             raise SpecError.at(source, key, "is a key that is not text", "Write the name of a setting.")
-    return data, is_yaml
+    return data
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a file that is small enough for a config. Raises SpecError."""
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):

@@ -1,0 +1,239 @@
+"""training_args.json: what a written train.py reads, the fields of its ScriptArguments and of TrainingArguments.
+
+Sources: transformers 5.23 ``training_args.py``, ``trainer_optimizer.py``, ``utils/quantization_config.py``
+(BitsAndBytesConfig), peft 0.21.2 ``tuners/lora/config.py`` (LoraConfig).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from memplan.adapters.lora import ALL_LINEAR
+from memplan.architectures.registry import head_of
+from memplan.configs.setup import EngineConfig
+from memplan.errors import SpecError, did_you_mean
+from memplan.micro_batch import Setup, compute_dtype, prepares_for_kbit_training
+from memplan.specs.model import ModelSpec
+from memplan.specs.strategy import DdpSpec, Strategy
+from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
+
+__all__ = ["MODEL_CLASSES", "parse_training_args", "to_training_args"]
+
+MODEL_CLASSES: dict[str, str] = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+"""Heads with a loss, and the class of transformers that loads them."""
+
+_OWN_NAMES = {"adamw_torch_foreach": "adamw_torch", "adamw_torch_loop": "adamw_torch", "muon": "adamw_torch_fused"}
+"""Optimizers without a name in TrainingArguments, and what is near to them."""
+_DDP = {
+    "ddp_bucket_cap_mb": "bucket_cap_mb",
+    "ddp_broadcast_buffers": "broadcast_buffers",
+    "ddp_find_unused_parameters": "find_unused_parameters",
+    "ddp_static_graph": "static_graph",
+}
+"""Fields of TrainingArguments, and those of DdpSpec."""
+_FIELDS = {
+    "seq_len": "seq_len",
+    "packed": "packed",
+    "dtype": "dtype",
+    "attn_implementation": "attn",
+    "vocab_size": "vocab_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "grad_accum_steps",
+    "optim": "optim",
+    "use_liger_kernel": "liger",
+    "eval_accumulation_steps": "eval_accumulation_steps",
+    "activation_checkpointing": "gradient_checkpointing",
+    "gradient_checkpointing": "gradient_checkpointing",
+}
+"""Keys that are a field of TrainingSpec under another name, or the same."""
+_READ_ELSEWHERE = frozenset(
+    {
+        *("model_name_or_path", "model_class", "lora", "autocast_adapter_dtype", "quantization", "deepspeed"),
+        *("prepare_for_kbit_training", "bf16", "fp16", "eval_strategy", "per_device_eval_batch_size", *_DDP),
+    }
+)
+_NO_MEMORY = frozenset(
+    {
+        *("dataset", "dataset_config", "dataset_split", "text_column", "target_column", "output_dir", "learning_rate"),
+        *("num_train_epochs", "max_steps", "logging_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio"),
+        *("weight_decay", "max_grad_norm", "save_strategy", "save_steps", "save_total_limit", "eval_steps", "seed"),
+        *("report_to", "run_name", "disable_tqdm", "dataloader_num_workers", "remove_unused_columns"),
+    }
+)
+"""Keys that change no bytes of a step."""
+_FOUR_BIT = "load_in_4bit"
+
+
+def to_training_args(setup: Setup, given: TrainingSpec, strategy: Strategy) -> dict[str, Any]:
+    """Return training_args.json of a resolved setup; ``given`` is its TrainingSpec before it was resolved.
+
+    Raises SpecError for what transformers' Trainer cannot be asked for.
+    """
+    training, precision, model = setup.training, setup.precision, setup.model
+    head = training.head or head_of(model.architecture)
+    if head not in MODEL_CLASSES:
+        remedy = f"Use --head {' or '.join(MODEL_CLASSES)}."
+        raise SpecError.at("head", head, "is none that a written train.py can train", remedy)
+    values: dict[str, Any] = {
+        "model_name_or_path": _location(model),
+        "model_class": MODEL_CLASSES[head],
+        "dtype": precision.dtype,
+        "attn_implementation": training.attn,
+        "dataset": None,
+        "seq_len": training.seq_len,
+        "packed": training.packed,
+    }
+    if training.vocab_size is not None:
+        values["vocab_size"] = training.vocab_size
+    if training.lora is not None:
+        values["lora"] = _to_lora(training.lora)
+        assert given.lora is not None
+        if not given.lora.autocast_adapter_dtype:
+            values["autocast_adapter_dtype"] = False
+    if given.quantization is not None:
+        values["quantization"] = _to_quantization(given.quantization, compute_dtype(setup).name)
+    if prepares_for_kbit_training(training):
+        values["prepare_for_kbit_training"] = True
+    if head == "image-classification":
+        # The Trainer would take the images away before they are made pixels.
+        values |= {"text_column": "image", "remove_unused_columns": False}
+    values |= {
+        "output_dir": "output",
+        "num_train_epochs": 1,
+        "learning_rate": 2e-5 if training.lora is None else 2e-4,
+        "per_device_train_batch_size": training.micro_batch_size,
+        "gradient_accumulation_steps": training.grad_accum_steps,
+        "bf16": precision.mixed_precision == "bf16",
+        "fp16": precision.mixed_precision == "fp16",
+        "logging_steps": 10,
+    }
+    if not strategy.zero.ds_optimizer or not strategy.is_deepspeed:
+        values["optim"] = _to_optim(training.optim)
+    if given.gradient_checkpointing:  # resolved, it may be FSDP's own, which the Trainer refuses beside this one
+        # gradient_checkpointing is the name's alias from 5.23 on, which warns of its end.
+        new = setup.software.at_least("transformers", "5.23")
+        values["activation_checkpointing" if new else "gradient_checkpointing"] = True
+    if training.liger:
+        values["use_liger_kernel"] = True
+    if training.eval_batch_size is not None:
+        values |= {"eval_strategy": "steps", "per_device_eval_batch_size": training.eval_batch_size}
+        if training.eval_accumulation_steps is not None:
+            values["eval_accumulation_steps"] = training.eval_accumulation_steps
+    if strategy.kind == "ddp":
+        values |= _to_ddp(strategy.ddp)
+    return values
+
+
+def parse_training_args(data: Mapping[str, Any], source: str) -> EngineConfig:
+    """Read what :func:`to_training_args` writes, and what a user may have changed in it. Raises SpecError.
+
+    The fields of TrainingSpec are in ``training``, those of DDP in ``strategy``; a key that is not known is in a note.
+    """
+    training: dict[str, Any] = {
+        field: data[key] for key, field in _FIELDS.items() if key in data and data[key] is not None
+    }
+    heads = {name: head for head, name in MODEL_CLASSES.items()}
+    name = data.get("model_class", "AutoModelForCausalLM")
+    if name not in heads:
+        remedy = did_you_mean(str(name), heads)
+        raise SpecError.at(f"{source}: model_class", name, "is none that a written train.py can train", remedy)
+    training["head"] = heads[name]
+    bf16, fp16 = bool(data.get("bf16")), bool(data.get("fp16"))
+    if bf16 and fp16:
+        raise SpecError.at(f"{source}: fp16", True, "cannot go with bf16, which is on too", "Switch one of them off.")
+    training["mixed_precision"] = "bf16" if bf16 else "fp16" if fp16 else "no"
+    if data.get("lora") is not None:
+        training["lora"] = _from_lora(_mapping(data, "lora", source), data.get("autocast_adapter_dtype", True))
+    if data.get("quantization") is not None:
+        prepare = data.get("prepare_for_kbit_training", False)
+        training["quantization"] = _from_quantization(_mapping(data, "quantization", source), prepare)
+    if data.get("eval_strategy", "no") != "no":
+        training["eval_batch_size"] = data.get("per_device_eval_batch_size", 8)
+    ddp = {field: data[key] for key, field in _DDP.items() if data.get(key) is not None}
+    unknown = [key for key in data if key not in _FIELDS and key not in _READ_ELSEWHERE | _NO_MEMORY]
+    notes = (f"{source}: {', '.join(unknown)} of TrainingArguments are not read",) if unknown else ()
+    return EngineConfig(source, {"ddp": ddp} if ddp else {}, training, notes=notes)
+
+
+def _location(model: ModelSpec) -> str:
+    """What from_pretrained loads, from whatever folder train.py is run in."""
+    if not model.source.startswith("path:"):
+        return model.id
+    path = Path(model.id).expanduser().absolute()
+    if path.suffix != ".json":
+        return str(path)
+    if path.name != "config.json":
+        remedy = "Give the folder that from_pretrained loads."
+        raise SpecError.at("model", model.id, "is a config, and names no checkpoint to train", remedy)
+    return str(path.parent)
+
+
+def _mapping(data: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
+    if not isinstance(data[key], Mapping):
+        raise SpecError.at(f"{source}: {key}", data[key], "is not an object", "Write {...}.")
+    found: Mapping[str, Any] = data[key]
+    return found
+
+
+def _to_optim(optim: str) -> str:
+    if optim in _OWN_NAMES:
+        remedy = f"Use {_OWN_NAMES[optim]}, which is nearest to it."
+        raise SpecError.at("optim", optim, "has no name in TrainingArguments", remedy)
+    return optim
+
+
+def _to_lora(lora: LoraSpec) -> dict[str, Any]:
+    """Arguments of peft.LoraConfig; without target_modules PEFT looks up the model type."""
+    values: dict[str, Any] = {"r": lora.rank, "lora_dropout": lora.dropout, "bias": lora.bias}
+    if lora.alpha is not None:
+        values["lora_alpha"] = lora.alpha
+    if lora.targets:
+        values["target_modules"] = ALL_LINEAR if lora.targets == (ALL_LINEAR,) else list(lora.targets)
+    if lora.modules_to_save:
+        values["modules_to_save"] = list(lora.modules_to_save)
+    return values
+
+
+def _from_lora(values: Mapping[str, Any], autocast_adapter_dtype: bool) -> dict[str, Any]:
+    names = {"r": "rank", "lora_dropout": "dropout", "lora_alpha": "alpha", "target_modules": "targets"}
+    found = {names.get(key, key): value for key, value in values.items() if value is not None}
+    return found | {"autocast_adapter_dtype": autocast_adapter_dtype}
+
+
+def _to_quantization(quantization: QuantizationSpec, computes_in: str) -> dict[str, Any]:
+    """Arguments of BitsAndBytesConfig."""
+    if quantization.kind == "int8":
+        return {"load_in_8bit": True}
+    return {
+        _FOUR_BIT: True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": quantization.kind == "nf4-dq",
+        "bnb_4bit_compute_dtype": computes_in,
+        "bnb_4bit_quant_storage": quantization.quant_storage,
+    }
+
+
+def _from_quantization(values: Mapping[str, Any], prepare: bool) -> dict[str, Any]:
+    if not values.get(_FOUR_BIT):
+        return {"kind": "int8", "prepare_for_kbit_training": prepare}
+    return {
+        "kind": "nf4-dq" if values.get("bnb_4bit_use_double_quant") else "nf4",
+        "compute_dtype": values.get("bnb_4bit_compute_dtype"),
+        "quant_storage": values.get("bnb_4bit_quant_storage", "uint8"),
+        "prepare_for_kbit_training": prepare,
+    }
+
+
+def _to_ddp(ddp: DdpSpec) -> dict[str, Any]:
+    if ddp.gradient_as_bucket_view:
+        remedy = "Leave it out: accelerate has it for DistributedDataParallelKwargs in code of one's own."
+        raise SpecError.at("gradient_as_bucket_view", True, "has no name in TrainingArguments", remedy)
+    changed = ddp.model_dump(exclude_defaults=True)
+    return {key: changed[field] for key, field in _DDP.items() if field in changed}
