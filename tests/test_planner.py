@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from memplan import api, planner
+from memplan.configs import launch
 from memplan.errors import SpecError, UnsupportedError
 from memplan.planner import Setup
 from memplan.results import Estimate, Plan, StepTime
@@ -23,6 +25,7 @@ TINY = {
     "vocab_size": 500,
     "max_position_embeddings": 4096,
 }
+LLAMA = "meta-llama/Llama-2-7b"
 KNOWN = api.estimate(TINY, {"seq_len": 64}, ClusterSpec(gpu="T4", host_memory="64GiB"), replay=False)
 
 
@@ -117,14 +120,14 @@ def test_a_rung_that_is_not_modelled_is_left_out_but_not_what_was_asked_for() ->
 
 def test_a_plan_that_fits_fits_by_an_estimate_of_its_own() -> None:
     cluster = ClusterSpec(gpu="RTX4090", gpus=2, host_memory="256GiB")
-    found = api.plan("meta-llama/Llama-2-7b", {"seq_len": 1024}, cluster, global_batch_size=4)
+    found = api.plan(LLAMA, {"seq_len": 1024}, cluster, global_batch_size=4)
     assert found.best is not None
     setup = found.best.estimate.setup
     training = {
         name: setup[name] for name in ("seq_len", "micro_batch_size", "grad_accum_steps", "gradient_checkpointing")
     }
     strategy = {"kind": setup["strategy"], **{name: setup[name] for name in ("offload_optimizer", "offload_param")}}
-    again = api.estimate("meta-llama/Llama-2-7b", training, cluster, strategy)
+    again = api.estimate(LLAMA, training, cluster, launch.as_written(Strategy(**strategy)))
     assert again.verdict == "fits"
     assert again.gpu == found.best.estimate.gpu
     assert Plan.from_json(found.to_json()) == found
@@ -177,3 +180,31 @@ def test_bad_input(training: Any, cluster: Any, options: dict[str, Any], message
     with pytest.raises(SpecError) as error:
         api.plan(TINY, training, cluster, **options)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("target", ["deepspeed", "fsdp"])
+def test_what_is_written_is_what_was_planned(tmp_path: Path, target: Any) -> None:
+    cluster = ClusterSpec(gpu="A100-80GB", gpus=2, host_memory="1TiB")
+    plan = api.plan(LLAMA, {"seq_len": 512}, cluster, global_batch_size=4, target=target)
+    assert plan.best is not None
+    assert plan.best.estimate.setup["strategy"] == {"deepspeed": "zero3", "fsdp": "fsdp"}[target]
+    folder = tmp_path / "run"
+    written = plan.write(folder)
+    assert set(written.files) == {path.name for path in folder.iterdir()} >= {"train.py", "launch.sh", "plan.json"}
+    assert Plan.from_json((folder / "plan.json").read_text()) == written
+    found = launch.read(folder)
+    again = api.estimate(LLAMA, found.training, cluster.replace(gpus=found.gpus), found.strategy)
+    assert again.gpu == plan.best.estimate.gpu
+    with pytest.raises(SpecError, match="force"):
+        plan.write(folder)
+    assert plan.write(folder, force=True) == written
+    with pytest.raises(SpecError, match="it has no model"):
+        Plan.from_json(plan.to_json()).write(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_nothing_that_fits_is_nothing_to_write(tmp_path: Path) -> None:
+    plan = api.plan(TINY, {"seq_len": 64}, ClusterSpec(gpu="T4", gpu_memory="20MiB", host_memory="64GiB"))
+    with pytest.raises(SpecError, match="nothing fits"):
+        plan.write(tmp_path / "run")
+    assert not (tmp_path / "run").exists()

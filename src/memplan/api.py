@@ -11,6 +11,7 @@ import sys
 from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar, Union, get_args
 
 from memplan import estimator, micro_batch, planner
@@ -180,8 +181,18 @@ def plan(
         raise SpecError.at("gpu", None, "is not known, and a plan is for a GPU", "Name it, as in --gpu A100-80GB.")
     asked = case.with_nvme(_asked(case, _with_global_batch(run, case.cluster.gpus, global_batch_size), None))
     planned = planner.plan(asked, case.timed, target, objective)
-    rungs_ = tuple(rung for _, rung in planned.tried)
-    return Plan(best=None if planned.best is None else rungs_[planned.best], rungs=rungs_)
+    found = tuple(rung for _, rung in planned.tried)
+    if planned.best is None:
+        return Plan(best=None, rungs=found)
+    result = Plan(best=found[planned.best], rungs=found)
+    result._recipe.files = partial(_files, case, planned.tried[planned.best][0])
+    return result
+
+
+def _files(case: _Case, setup: Setup) -> dict[str, str]:
+    from memplan.configs import launch  # here, because most plans are not written
+
+    return launch.files(case.model, setup.training, case.cluster, setup.strategy, case.software)
 
 
 def _with_global_batch(training: TrainingSpec, gpus: int, size: int | None) -> TrainingSpec:
@@ -425,7 +436,10 @@ class _Case:
         return self.tracer.beside_the_written(result, *specs) if replay else result
 
     def timed(self, setup: Setup, exact: bool) -> Estimate:
-        """The estimate with the time of a step, if it is ``exact``."""
+        """The estimate as the files that are written have it; with the time of a step, if it is ``exact``."""
+        from memplan.configs import launch
+
+        setup = replace(setup, strategy=launch.as_written(setup.strategy))
         found = self.estimate(setup, replay=exact)
         if not exact:
             return found

@@ -140,7 +140,7 @@ _PATHS = {option.name: option.flag for option in OPTIONS} | {
     "lora.targets": "--lora-targets",
     "lora.dropout": "--lora-dropout",
     "quantization.kind": "--quantization",
-    **{name: f"--{name.replace('_', '-')}" for name in ("global_batch_size", "target", "objective")},
+    **{name: f"--{name.replace('_', '-')}" for name in ("global_batch_size", "target", "objective", "out")},
 }
 """A field's path, as an error names it -> the option that sets it."""
 
@@ -285,6 +285,10 @@ def plan(
     objective: Annotated[
         str, typer.Option(metavar="throughput|memory", help="What is best: the least time, or the least memory.")
     ] = "throughput",
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Write the files that run the best: bash DIR/launch.sh")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are in DIR already.")] = False,
     **options: Any,
 ) -> _Answer:
     """Walk the ladder, and choose the fastest setup that fits.
@@ -301,12 +305,14 @@ def plan(
     if global_batch_size is not None:
         wishes["global_batch_size"] = _value(given, "global_batch_size")
     result = api.plan(model, _training(given), _cluster(given), **wishes)
+    if out is not None and result.best is not None:
+        result = result.write(out, force=force)
     code = 0 if result.verdict == "fits" else 3 if result.verdict == "tight" else 1
     if given.get("json"):
         return _Answer(result.to_json(indent=2), code)
     from memplan.render import table
 
-    return _Answer(table.plan_text(result), code)
+    return _Answer(table.plan_text(result, folder=out), code)
 
 
 @app.command(cls=_Command)

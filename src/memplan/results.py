@@ -6,10 +6,11 @@ cannot be made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from memplan.constants import Constant
 from memplan.errors import SpecError
@@ -369,8 +370,25 @@ class Rung(Result):
     """Why another one was chosen; None for the chosen one."""
 
 
+class Recipe:
+    """Makes the files of a plan's best, as text by name. No part of what the plan says: all are equal."""
+
+    __slots__ = ("files",)
+
+    def __init__(self, files: Callable[[], dict[str, str]] | None = None) -> None:
+        self.files = files
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 class Plan(Result):
     """The setups of the ladder, and the one to take."""
+
+    _recipe: Recipe = PrivateAttr(default_factory=Recipe)
 
     schema_version: Literal[1] = SCHEMA_VERSION
     best: Rung | None
@@ -386,6 +404,24 @@ class Plan(Result):
         if self.best is not None:
             return self.best.estimate.verdict
         return best_verdict(rung.estimate.verdict for rung in self.rungs)
+
+    def write(self, folder: str | os.PathLike[str], *, force: bool = False) -> Plan:
+        """Write the files that run the best into a folder, all or none, and return the plan that names them.
+
+        ``plan.json`` is among them. Raises SpecError if nothing fits, if one of them is there already, unless ``force``
+        replaces it, and for a plan that was read from JSON, which has no model.
+        """
+        if self.best is None:
+            raise SpecError.at("out", str(folder), "has nothing to be written: nothing fits", "Change the setup.")
+        if self._recipe.files is None:
+            problem = "cannot be written from a plan that was read: it has no model"
+            raise SpecError.at("out", str(folder), problem, "Make the plan again, with memplan.plan.")
+        from memplan.configs import launch
+
+        files = self._recipe.files()
+        written = self.model_copy(update={"files": (*files, "plan.json")})
+        launch.write({**files, "plan.json": written.to_json(indent=2) + "\n"}, folder, force=force)
+        return written
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON contract as plain values."""

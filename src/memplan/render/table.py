@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -74,8 +75,8 @@ def estimates_text(
     return _text(Group(_model(best), _rungs(estimates, gpus), Text(), title, _setup(best), *body), console)
 
 
-def plan_text(plan: Plan, console: Console | None = None) -> str:
-    """Return a row per rung, and the page of the best."""
+def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None = None) -> str:
+    """Return a row per rung, the page of the best, and how to run what was written into ``folder``."""
     console = console or _console()
     first = plan.rungs[0].estimate
     table = _grid(header=True)
@@ -100,7 +101,12 @@ def plan_text(plan: Plan, console: Console | None = None) -> str:
         return _text(Group(_model(first), Text(), table, Text(), *left), console)
     title = _line(best.name, style="bold")
     body = _body(best.estimate, console.width, words.next_steps(best.estimate))
-    return _text(Group(_model(first), Text(), table, Text(), title, _setup(best.estimate), *body), console)
+    run = []
+    if plan.files and folder is not None:
+        script = shlex.quote(f"{folder.rstrip('/')}/launch.sh")
+        facts = ("written", ", ".join(plan.files)), ("try", f"bash {script} --smoke"), ("run", f"bash {script}")
+        run = [Text(), _facts(*facts)]
+    return _text(Group(_model(first), Text(), table, Text(), title, _setup(best.estimate), *body, *run), console)
 
 
 def comparison_text(comparison: Comparison, console: Console | None = None) -> str:
