@@ -347,13 +347,16 @@ def docs_script(name: str) -> Any:
     return module
 
 
-def test_the_readme_shows_what_the_demo_prints(run) -> None:
+def test_the_readme_shows_what_memplan_answers(run) -> None:
     module = docs_script("generate_demo")
     readme = module.README.read_text(encoding="utf-8")
-    assert module.block(readme) == run(*module.ARGUMENTS).out, "run python docs/generate_demo.py"
-    command = " ".join(("memplan", *module.ARGUMENTS))
+    for arguments in module.SHOWN:
+        shown = module.shown(arguments, run(*arguments).out)
+        assert module.block(readme, arguments) == shown, "run python docs/generate_demo.py"
+    command = " ".join(("memplan", *module.ESTIMATE))
     assert f"`{command}`" in readme
     assert f"/{command} " in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"$ {' '.join(('memplan', *module.PLAN))}\n" in readme
 
 
 def test_the_page_of_the_command_line_is_current() -> None:
