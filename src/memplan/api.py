@@ -20,6 +20,7 @@ from memplan.catalog import hub
 from memplan.catalog.detect import detect_cluster, free_disk
 from memplan.catalog.gpus import all_gpus, find_gpu, parse_cluster
 from memplan.errors import MemplanError, SpecError, UnsupportedError
+from memplan.parallel import shared_out
 from memplan.planner import LADDER, Change, Objective, Setup, Target, changed, checkpointed, micro_batch_1, rungs
 from memplan.results import Assumption, Comparison, Estimate, EstimateList, Plan
 from memplan.specs._base import Spec
@@ -104,19 +105,35 @@ def ladder(
     explain: bool = False,
     trace: bool = False,
     inputs: Inputs | None = None,
+    processes: int = 1,
 ) -> EstimateList:
     """Estimate every rung of the ladder, from the setup as asked to the one that needs the least memory.
 
     Arguments and errors are those of :func:`estimate`; :data:`LADDER` lists the rungs. One that the libraries refuse
-    for this run, or that is not modelled for it, is left out.
+    for this run, or that is not modelled for it, is left out. ``processes`` share the rungs out: copies of this one,
+    which a process with threads or a GPU should not make.
     """
     case = _resolved(model, cluster, software, trace=trace, inputs=inputs)
     first, *others = rungs(case.with_nvme(_asked(case, case.decided(_training(training)), None)))
-    estimates = [case.estimate(first, replay=replay, explain=explain)]
-    for setup in others:
+
+    def answered(setup: Setup) -> Estimate | None:
         with suppress(SpecError, UnsupportedError):
-            estimates.append(case.estimate(setup, replay=replay, explain=explain))
-    return EstimateList(estimates=tuple(estimates))
+            return case.estimate(setup, replay=replay, explain=explain)
+        return None
+
+    if processes > 1 and len(others) > 1 and not trace:
+        # What is asked for comes last, and so falls to this process or another: its refusal is raised here.
+        texts = shared_out(lambda setup: _as_text(answered(setup)), [*others, first], processes)
+        found = [None if not text else Estimate.model_validate_json(text) for text in texts]
+        asked = found.pop() or case.estimate(first, replay=replay, explain=explain)
+    else:
+        asked = case.estimate(first, replay=replay, explain=explain)
+        found = [answered(setup) for setup in others]
+    return EstimateList(estimates=(asked, *(each for each in found if each is not None)))
+
+
+def _as_text(estimate: Estimate | None) -> str:
+    return "" if estimate is None else estimate.model_dump_json()
 
 
 def compare(

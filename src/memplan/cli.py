@@ -239,7 +239,7 @@ def estimate(
 
     Exit codes: 0 fits (or unknown, without a GPU), 1 does not fit, 2 bad input, 3 tight.
     """
-    from memplan import api
+    from memplan import api, parallel
 
     given = {name: value for name, value in options.items() if value is not None}
     training, cluster, strategy = _training(given), _cluster(given), _strategy(given)
@@ -252,7 +252,7 @@ def estimate(
     config = given.get("engine_config")
     result: Estimate | EstimateList
     if strategy is None and config is None and training.task == "train":
-        result = api.ladder(model, training, cluster, software=software, **mode)
+        result = api.ladder(model, training, cluster, software=software, processes=min(parallel.cores(), 4), **mode)
     else:
         result = api.estimate(model, training, cluster, strategy, engine_config=config, software=software, **mode)
     code = EXIT_CODES[result.verdict]
