@@ -704,3 +704,15 @@ def test_a_plan_is_a_table_and_json_with_exit_codes(run) -> None:
 )
 def test_a_plan_that_cannot_be_made(run, arguments: list[str], message: str) -> None:
     assert refused(run("plan", "tiny", *arguments)).startswith(message)
+
+
+def test_check_reads_files(run, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    plan = ["plan", "gpt2", "--gpu", "T4", "--gpus", "2", "--seq-len", "64", "--host-memory", "64", "--out", folder]
+    assert "launch.sh --smoke" in run(*plan).out
+    assert refused(run(*plan)).startswith("--out: ")
+    fits = run("check", folder, "--gpu", "T4", "--host-memory", "64", "--json")
+    assert (fits.code, fits.json["verdict"], fits.json["findings"]) == (0, "fits", [])
+    assert fits.json["estimate"]["setup"]["seq_len"] == 64
+    assert run("check", folder, "--gpu", "T4", "--gpu-memory", "0.02", "--host-memory", "64").code == 1
+    assert refused(run("check", folder, "--strategy", "zero2")).startswith("--strategy: 'zero2' is for one estimate.")

@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memplan.api import compare, estimate, ladder, plan
+    from memplan.api import check, compare, estimate, ladder, plan
     from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
-    from memplan.results import Comparison, Estimate, EstimateList, Plan, Rung
+    from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Rung
     from memplan.specs import (
         ClusterSpec,
         GPUSpec,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "check": "api",
     "compare": "api",
     "estimate": "api",
     "ladder": "api",
@@ -35,9 +36,11 @@ _HOME = {
     "ResolutionError": "errors",
     "SpecError": "errors",
     "UnsupportedError": "errors",
+    "Check": "results",
     "Comparison": "results",
     "Estimate": "results",
     "EstimateList": "results",
+    "Finding": "results",
     "Plan": "results",
     "Rung": "results",
     "ClusterSpec": "specs",
@@ -52,10 +55,12 @@ _HOME = {
 """Public name -> the module it lives in."""
 
 __all__ = [
+    "Check",
     "ClusterSpec",
     "Comparison",
     "Estimate",
     "EstimateList",
+    "Finding",
     "GPUSpec",
     "LoraSpec",
     "MemplanError",
@@ -70,6 +75,7 @@ __all__ = [
     "Strategy",
     "TrainingSpec",
     "UnsupportedError",
+    "check",
     "compare",
     "estimate",
     "ladder",

@@ -12,6 +12,7 @@ from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar, Union, get_args
 
 from memplan import estimator, micro_batch, planner
@@ -22,7 +23,7 @@ from memplan.catalog.gpus import all_gpus, find_gpu, parse_cluster
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.parallel import shared_out
 from memplan.planner import LADDER, Change, Objective, Setup, Target, changed, checkpointed, micro_batch_1, rungs
-from memplan.results import Assumption, Comparison, Estimate, EstimateList, Plan
+from memplan.results import Assumption, Check, Comparison, Estimate, EstimateList, Plan
 from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from memplan.configs.setup import EngineConfig
     from memplan.introspect.extrapolate import Inputs
 
-__all__ = ["LADDER", "REMEDIES", "Advice", "Setup", "advise", "compare", "estimate", "ladder", "plan", "rungs"]
+__all__ = ["LADDER", "REMEDIES", "Advice", "Setup", "advise", "check", "compare", "estimate", "ladder", "plan", "rungs"]
 
 ModelLike: TypeAlias = Union[str, os.PathLike[str], ModelSpec, Mapping[str, Any], "nn.Module"]
 """A hub id, a path, a ModelSpec, the values of a config.json, or a module of torch."""
@@ -210,6 +211,42 @@ def _files(case: _Case, setup: Setup) -> dict[str, str]:
     from memplan.configs import launch  # here, because most plans are not written
 
     return launch.files(case.model, setup.training, case.cluster, setup.strategy, case.software)
+
+
+def check(
+    path: str | os.PathLike[str],
+    model: ModelLike | None = None,
+    training: TrainingLike = None,
+    cluster: ClusterLike = None,
+    *,
+    software: SoftwareLike = None,
+) -> Check:
+    """Say what the files of a run need.
+
+    ``path`` is a DeepSpeed JSON or an accelerate YAML, for a ``model``, or a folder that a plan has written, which has
+    one. What the other arguments say wins over the files. Raises SpecError for files that cannot be read or that the
+    libraries refuse, UnsupportedError for what memplan does not model.
+    """
+    if Path(path).is_dir():
+        from memplan.configs import launch
+
+        found, hardware, run = launch.read(path), _cluster_spec(cluster), _training(training)
+        own = {"gpus": found.gpus, "nodes": found.nodes, "nvme_path": found.nvme_path}
+        hardware = hardware.replace(**{name: own[name] for name in own if name not in hardware.model_fields_set})
+        given = {name: getattr(run, name) for name in run.model_fields_set}
+        estimated = estimate(
+            found.model if model is None else model,
+            found.training.replace(**given),
+            hardware,
+            found.strategy,
+            software=software,
+        )
+        estimated = estimated.model_copy(update={"assumptions": (*estimated.assumptions, *found.notes)})
+    elif model is None:
+        raise SpecError.at("model", None, "is not in a config of an engine", "Name it, as in --model MODEL.")
+    else:
+        estimated = estimate(model, training, cluster, engine_config=path, software=software)
+    return Check(estimate=estimated, verdict=estimated.verdict)
 
 
 def _with_global_batch(training: TrainingSpec, gpus: int, size: int | None) -> TrainingSpec:

@@ -140,7 +140,7 @@ _PATHS = {option.name: option.flag for option in OPTIONS} | {
     "lora.targets": "--lora-targets",
     "lora.dropout": "--lora-dropout",
     "quantization.kind": "--quantization",
-    **{name: f"--{name.replace('_', '-')}" for name in ("global_batch_size", "target", "objective", "out")},
+    **{name: f"--{name.replace('_', '-')}" for name in ("global_batch_size", "target", "objective", "out", "model")},
 }
 """A field's path, as an error names it -> the option that sets it."""
 
@@ -317,6 +317,30 @@ def plan(
 
 @app.command(cls=_Command)
 @_with_options
+def check(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A DeepSpeed JSON, an accelerate YAML, a plan's folder.")],
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="A hub id, a folder or a config.json.")] = None,
+    **options: Any,
+) -> _Answer:
+    """Say what the files of a run need, and whether it fits.
+
+    Exit codes: 0 fits (or unknown, without a GPU), 1 does not fit, 2 bad input, 3 tight.
+    """
+    from memplan import api
+
+    given = {name: value for name, value in options.items() if value is not None}
+    _only_estimated(given, ("trace", "explain", "no_replay", *_STRATEGY, "engine_config"))
+    result = api.check(path, model, _training(given), _cluster(given), software=given.get("software"))
+    code = EXIT_CODES[result.verdict]
+    if given.get("json"):
+        return _Answer(result.to_json(indent=2), code)
+    from memplan.render import table
+
+    return _Answer(table.estimate_text(result.estimate), code)
+
+
+@app.command(cls=_Command)
+@_with_options
 def compare(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder or a config.json.")],
     **options: Any,
@@ -385,7 +409,7 @@ def schema() -> _Answer:
     from memplan import results, specs
 
     inputs = (specs.ModelSpec, specs.TrainingSpec, specs.ClusterSpec, specs.Strategy, specs.SoftwareSpec)
-    answers = (results.Estimate, results.EstimateList, results.Plan, results.Comparison)
+    answers = (results.Estimate, results.EstimateList, results.Plan, results.Check, results.Comparison)
     _, definitions = models_json_schema([(root, "validation") for root in (*inputs, *answers)])
     return _Answer(_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **definitions}))
 

@@ -26,12 +26,14 @@ __all__ = [
     "PHASES",
     "SCHEMA_VERSION",
     "Assumption",
+    "Check",
     "Comparison",
     "ComparisonRow",
     "Components",
     "CountedModel",
     "Estimate",
     "EstimateList",
+    "Finding",
     "GpuMemory",
     "HostMemory",
     "ModelInfo",
@@ -357,6 +359,53 @@ class Estimate(Result):
 
         page: str = html.estimate_html(self)
         return page
+
+
+class Finding(Result):
+    """What is wrong with a run's files, beside memory."""
+
+    code: str
+    """Its name, which stays."""
+    severity: Literal["error", "warning", "info"]
+    path: str
+    """The file, and the key in it."""
+    message: str
+    remedy: str
+
+
+class Check(Result):
+    """What the files of a run need, and what is wrong with them."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    estimate: Estimate
+    verdict: Verdict
+    findings: tuple[Finding, ...] = ()
+
+    @model_validator(mode="after")
+    def _of_the_estimate(self) -> Check:
+        if self.verdict != self.estimate.verdict:
+            raise ValueError(f"verdict is {self.verdict}, but the estimate's is {self.estimate.verdict}")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON contract as plain values."""
+        return self.model_dump(mode="json") | {"estimate": self.estimate.to_dict()}
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """Return the JSON contract as text."""
+        import json
+
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Check:
+        """Build from :meth:`to_dict`. Raises SpecError, naming the field."""
+        return _validated(cls, data)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Check:
+        """Build from :meth:`to_json`. Raises SpecError, naming the field."""
+        return _validated(cls, _parsed(text))
 
 
 class Rung(Result):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -101,12 +102,18 @@ def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None 
         return _text(Group(_model(first), Text(), table, Text(), *left), console)
     title = _line(best.name, style="bold")
     body = _body(best.estimate, console.width, words.next_steps(best.estimate))
-    run = []
-    if plan.files and folder is not None:
-        script = shlex.quote(f"{folder.rstrip('/')}/launch.sh")
-        facts = ("written", ", ".join(plan.files)), ("try", f"bash {script} --smoke"), ("run", f"bash {script}")
-        run = [Text(), _facts(*facts)]
-    return _text(Group(_model(first), Text(), table, Text(), title, _setup(best.estimate), *body, *run), console)
+    page = _text(Group(_model(first), Text(), table, Text(), title, _setup(best.estimate), *body), console)
+    return page if folder is None else f"{page}\n\n{_how_to_run(plan.files, folder, console.width)}"
+
+
+def _how_to_run(files: Sequence[str], folder: str, width: int) -> str:
+    """The files that were written, and the commands, which are whole however long they are: they are copied."""
+    script = shlex.quote(f"{folder.rstrip('/')}/launch.sh")
+    lines = [f"{'try':{_LABEL}}  bash {script} --smoke", f"{'run':{_LABEL}}  bash {script}"]
+    indent = " " * (_INDENT + _LABEL + 2)
+    first = f"{' ' * _INDENT}{'written':{_LABEL}}  "
+    written = textwrap.fill(", ".join(files), width, initial_indent=first, subsequent_indent=indent)
+    return "\n".join((written, *(" " * _INDENT + line for line in lines)))
 
 
 def comparison_text(comparison: Comparison, console: Console | None = None) -> str:
