@@ -11,6 +11,8 @@ from tests.oracles import o2
 
 ARCHIVES = o2.load_archives()
 MEASURED = [row for archive in ARCHIVES.values() for row in archive.rows if row.result is not None]
+BRIEF = ARCHIVES["full"].rows
+"""Without their blocks."""
 
 needs_engines = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; the archive is replayed only"
@@ -74,7 +76,7 @@ def test_ledgers_are_consistent(row: o2.Row) -> None:
             assert phase["peak"][0] >= max(phase["start"][0], phase["end"][0])
             listed = sum(o2.Block(size, "", 0, 0).rounded * count for size, count, _ in phase["blocks"])
             assert listed <= phase["peak"][0]
-            if len(phase["blocks"]) < o2.LARGEST:
+            if len(phase["blocks"]) < o2.LARGEST and row not in BRIEF:
                 assert listed == phase["peak"][0]
 
 
