@@ -53,6 +53,13 @@ def plan(setup: Setup, answers: Answers, **options: Any) -> planner.Planned:
     return planner.plan(setup, answers, answers.seconds, **options)
 
 
+def seconds_of(found: planner.Planned) -> float:
+    assert found.best is not None
+    step = found.tried[found.best][1].estimate.step
+    assert step is not None
+    return step.seconds
+
+
 def asked(sequences: int = 8, gpus: int = 2, **training: Any) -> Setup:
     return Setup(TrainingSpec(grad_accum_steps=sequences, **training), Strategy(kind="ddp"), gpus)
 
@@ -110,7 +117,7 @@ def test_more_memory_never_makes_the_plan_slower() -> None:
     for capacity in range(21, 140):
         found = plan(asked(), Answers(capacity, by_batch, by_engine))
         if found.best is not None:
-            seconds.append(found.tried[found.best][1].estimate.step.seconds)
+            seconds.append(seconds_of(found))
     assert len(seconds) > 100
     assert seconds == sorted(seconds, reverse=True)
 
@@ -123,7 +130,7 @@ def test_more_memory_never_makes_the_plan_slower_where_a_larger_batch_is() -> No
     for capacity in range(21, 140):
         found = plan(asked(sequences=24), Answers(capacity, by_batch, seconds))
         if found.best is not None:
-            times.append(found.tried[found.best][1].estimate.step.seconds)
+            times.append(seconds_of(found))
     assert len(times) > 100
     assert times == sorted(times, reverse=True)
 
@@ -183,7 +190,7 @@ def test_targets() -> None:
 @pytest.mark.parametrize(
     ("training", "cluster", "options", "message"),
     [
-        ({}, "cpu", {}, "gpu: "),
+        ({}, "cpu", {}, "gpu: 'cpu' is none, and a plan is for a GPU"),
         ({}, None, {}, "gpu: None is not known"),
         ({"task": "load"}, "T4", {}, "task: 'load' is not a training run"),
         (
@@ -230,6 +237,8 @@ def test_what_is_written_is_what_was_planned(tmp_path: Path, target: Any) -> Non
     assert again.gpu == plan.best.estimate.gpu
     with pytest.raises(SpecError, match="force"):
         plan.write(folder)
+    with pytest.raises(SpecError, match="out: '' is no folder"):
+        plan.write("")
     assert plan.write(folder, force=True) == written
     with pytest.raises(SpecError, match="it has no model"):
         Plan.from_json(plan.to_json()).write(tmp_path / "other")
@@ -241,3 +250,12 @@ def test_nothing_that_fits_is_nothing_to_write(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="nothing fits"):
         plan.write(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_replaced_is_read_as_what_runs_now(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    api.plan(TINY, {"seq_len": 64}, "2xA100-80GB", target="fsdp").write(folder)
+    assert (folder / "accelerate.yaml").exists()
+    api.plan(TINY, {"seq_len": 64}, "A100-80GB").write(folder, force=True)
+    found = launch.read(folder)
+    assert (found.gpus, found.strategy.kind) == (1, "single")

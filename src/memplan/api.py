@@ -177,8 +177,11 @@ def plan(
     case, run = _resolved(model, cluster, software), _training(training)
     if run.task != "train":
         raise SpecError.at("task", run.task, "is not a training run, which a plan is for", "Leave it out.")
-    if not isinstance(case.cluster.gpu, GPUSpec) or case.cluster.gpu.is_cpu:
+    gpu = case.cluster.gpu
+    if not isinstance(gpu, GPUSpec):
         raise SpecError.at("gpu", None, "is not known, and a plan is for a GPU", "Name it, as in --gpu A100-80GB.")
+    if gpu.is_cpu:
+        raise SpecError.at("gpu", gpu.name, "is none, and a plan is for a GPU", "Name one, as in --gpu A100-80GB.")
     asked = case.with_nvme(_asked(case, _with_global_batch(run, case.cluster.gpus, global_batch_size), None))
     planned = planner.plan(asked, case.timed, case.seconds, target, objective)
     found = tuple(rung for _, rung in planned.tried)
