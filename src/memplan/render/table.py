@@ -98,12 +98,12 @@ def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None 
     best = plan.best
     if best is None:
         last = next(rung for rung in reversed(plan.rungs) if rung.estimate.verdict == plan.verdict)
-        found, why = "Nothing fits.", f"{last.name}: {last.reason_passed_over}."
+        answer, why = "Nothing fits.", f"{last.name}: {last.reason_passed_over}."
         if plan.verdict == "unknown":
             next_step = words.next_steps(last.estimate)
-            found, why = "Whether anything fits is not known.", f"{why} {next_step[:1].upper()}{next_step[1:]}."
+            answer, why = "Whether anything fits is not known.", f"{why} {next_step[:1].upper()}{next_step[1:]}."
         unwritten = "" if folder is None else " No files are written."
-        return _text(Group(_model(first), Text(), table, Text(), Text(f"{found} {why}{unwritten}")), console)
+        return _text(Group(_model(first), Text(), table, Text(), Text(f"{answer} {why}{unwritten}")), console)
     title = _line(best.name, style="bold")
     body = _body(best.estimate, console.width, words.next_steps(best.estimate))
     run = []
