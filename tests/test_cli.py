@@ -692,6 +692,17 @@ def test_a_plan_is_a_table_and_json_with_exit_codes(run) -> None:
     assert "Nothing fits." in run(*arguments, "--gpu", "T4", "--gpu-memory", "0.02").out
 
 
+def test_a_plan_that_may_fit_says_what_it_lacks_to_know(run, tmp_path: Path) -> None:
+    arguments = ["plan", LLAMA, "--gpu", "T4", "--seq-len", "64", "--out", str(tmp_path / "run")]
+    found = run(*arguments)
+    shown = " ".join(found.out.split())
+    assert (found.code, found.err) == (3, "")
+    assert "Whether anything fits is not known. ZeRO-3, all offloaded: needs" in shown
+    assert shown.endswith("Give its size with --host-memory. No files are written.")
+    assert not (tmp_path / "run").exists()
+    assert run(*arguments, "--host-memory", "1").out.endswith("No files are written.\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

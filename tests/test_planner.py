@@ -49,6 +49,17 @@ class Answers:
         return KNOWN.model_copy(update={"gpu": gpu, "verdict": verdict, "step": step})
 
 
+def plan(setup: Setup, answers: Answers, **options: Any) -> planner.Planned:
+    return planner.plan(setup, answers, answers.seconds, **options)
+
+
+def seconds_of(found: planner.Planned) -> float:
+    assert found.best is not None
+    step = found.tried[found.best][1].estimate.step
+    assert step is not None
+    return step.seconds
+
+
 def asked(sequences: int = 8, gpus: int = 2, **training: Any) -> Setup:
     return Setup(TrainingSpec(grad_accum_steps=sequences, **training), Strategy(kind="ddp"), gpus)
 
@@ -68,7 +79,7 @@ def by_engine(setup: Setup) -> float:
 
 def test_every_rung_has_the_largest_micro_batch_that_fits() -> None:
     answers = Answers(46, by_batch, by_engine)
-    found = planner.plan(asked(sequences=24), answers)
+    found = plan(asked(sequences=24), answers)
     sizes = {rung.name: setup.training.micro_batch_size for setup, rung in found.tried}
     assert sizes["ZeRO-2"] == 6  # of 1, 2, 3, 4, 6, 8, 12, 24
     assert sizes["ZeRO-3"] == 24
@@ -78,7 +89,7 @@ def test_every_rung_has_the_largest_micro_batch_that_fits() -> None:
 
 
 def test_the_fastest_of_what_fits_is_chosen_and_the_others_say_why_not() -> None:
-    found = planner.plan(asked(), Answers(60, by_batch, by_engine))
+    found = plan(asked(), Answers(60, by_batch, by_engine))
     assert found.best is not None
     setup, best = found.tried[found.best]
     assert (best.name, best.reason_passed_over) == ("ZeRO-2, without checkpointing", None)
@@ -90,13 +101,13 @@ def test_the_fastest_of_what_fits_is_chosen_and_the_others_say_why_not() -> None
 
 
 def test_memory_as_the_objective() -> None:
-    found = planner.plan(asked(sequences=1), Answers(60, by_batch, by_engine), objective="memory")
+    found = plan(asked(sequences=1), Answers(60, by_batch, by_engine), objective="memory")
     assert found.best is not None
     assert found.tried[found.best][0].strategy.kind == "zero3"
 
 
 def test_nothing_fits() -> None:
-    found = planner.plan(asked(), Answers(10, by_batch, by_engine))
+    found = plan(asked(), Answers(10, by_batch, by_engine))
     assert found.best is None
     assert not any(rung.name.endswith("without checkpointing") for _, rung in found.tried)
 
@@ -104,18 +115,47 @@ def test_nothing_fits() -> None:
 def test_more_memory_never_makes_the_plan_slower() -> None:
     seconds = []
     for capacity in range(21, 140):
-        found = planner.plan(asked(), Answers(capacity, by_batch, by_engine))
+        found = plan(asked(), Answers(capacity, by_batch, by_engine))
         if found.best is not None:
-            seconds.append(found.tried[found.best][1].estimate.step.seconds)
+            seconds.append(seconds_of(found))
     assert len(seconds) > 100
     assert seconds == sorted(seconds, reverse=True)
 
 
+def test_more_memory_never_makes_the_plan_slower_where_a_larger_batch_is() -> None:
+    def seconds(setup: Setup) -> float:
+        return by_engine(setup) * {4: 0.8, 3: 0.9}.get(setup.training.micro_batch_size, 1.0)
+
+    times = []
+    for capacity in range(21, 140):
+        found = plan(asked(sequences=24), Answers(capacity, by_batch, seconds))
+        if found.best is not None:
+            times.append(seconds_of(found))
+    assert len(times) > 100
+    assert times == sorted(times, reverse=True)
+
+
+def test_no_setup_is_there_twice() -> None:
+    for micro_batch in (1, 2, 8):
+        sequences = 8 // micro_batch
+        found = plan(asked(sequences, micro_batch_size=micro_batch), Answers(200, by_batch, by_engine))
+        names = [rung.name for _, rung in found.tried]
+        assert len({setup for setup, _ in found.tried}) == len(names)
+        assert "micro-batch 1" not in names
+        assert "gradient checkpointing, without checkpointing" not in names
+
+
+def test_for_memory_the_micro_batch_stays_small() -> None:
+    found = plan(asked(sequences=4, micro_batch_size=2), Answers(200, by_batch, by_engine), objective="memory")
+    assert found.best is not None
+    assert found.tried[found.best][0].training.micro_batch_size == 1
+
+
 def test_a_rung_that_is_not_modelled_is_left_out_but_not_what_was_asked_for() -> None:
-    found = planner.plan(asked(), Answers(60, lambda s: None if s.strategy.kind == "zero2" else by_batch(s), by_engine))
+    found = plan(asked(), Answers(60, lambda s: None if s.strategy.kind == "zero2" else by_batch(s), by_engine))
     assert {setup.strategy.kind for setup, _ in found.tried} == {"ddp", "zero1", "zero3"}
     with pytest.raises(UnsupportedError):
-        planner.plan(asked(), Answers(60, lambda _: None, by_engine))
+        plan(asked(), Answers(60, lambda _: None, by_engine))
 
 
 def test_a_plan_that_fits_fits_by_an_estimate_of_its_own() -> None:
@@ -150,7 +190,7 @@ def test_targets() -> None:
 @pytest.mark.parametrize(
     ("training", "cluster", "options", "message"),
     [
-        ({}, "cpu", {}, "gpu: "),
+        ({}, "cpu", {}, "gpu: 'cpu' is none, and a plan is for a GPU"),
         ({}, None, {}, "gpu: None is not known"),
         ({"task": "load"}, "T4", {}, "task: 'load' is not a training run"),
         (
@@ -197,6 +237,8 @@ def test_what_is_written_is_what_was_planned(tmp_path: Path, target: Any) -> Non
     assert again.gpu == plan.best.estimate.gpu
     with pytest.raises(SpecError, match="force"):
         plan.write(folder)
+    with pytest.raises(SpecError, match="out: '' is no folder"):
+        plan.write("")
     assert plan.write(folder, force=True) == written
     with pytest.raises(SpecError, match="it has no model"):
         Plan.from_json(plan.to_json()).write(tmp_path / "other")
@@ -208,3 +250,12 @@ def test_nothing_that_fits_is_nothing_to_write(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="nothing fits"):
         plan.write(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_replaced_is_read_as_what_runs_now(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    api.plan(TINY, {"seq_len": 64}, "2xA100-80GB", target="fsdp").write(folder)
+    assert (folder / "accelerate.yaml").exists()
+    api.plan(TINY, {"seq_len": 64}, "A100-80GB").write(folder, force=True)
+    found = launch.read(folder)
+    assert (found.gpus, found.strategy.kind) == (1, "single")

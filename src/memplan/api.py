@@ -23,7 +23,7 @@ from memplan.catalog.gpus import all_gpus, find_gpu, parse_cluster
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.parallel import shared_out
 from memplan.planner import LADDER, Change, Objective, Setup, Target, changed, checkpointed, micro_batch_1, rungs
-from memplan.results import Assumption, Check, Comparison, Estimate, EstimateList, Plan
+from memplan.results import Assumption, Check, Comparison, Estimate, EstimateList, Plan, StepTime
 from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec
@@ -195,10 +195,13 @@ def plan(
     case, run = _resolved(model, cluster, software), _training(training)
     if run.task != "train":
         raise SpecError.at("task", run.task, "is not a training run, which a plan is for", "Leave it out.")
-    if not isinstance(case.cluster.gpu, GPUSpec) or case.cluster.gpu.is_cpu:
+    gpu = case.cluster.gpu
+    if not isinstance(gpu, GPUSpec):
         raise SpecError.at("gpu", None, "is not known, and a plan is for a GPU", "Name it, as in --gpu A100-80GB.")
+    if gpu.is_cpu:
+        raise SpecError.at("gpu", gpu.name, "is none, and a plan is for a GPU", "Name one, as in --gpu A100-80GB.")
     asked = case.with_nvme(_asked(case, _with_global_batch(run, case.cluster.gpus, global_batch_size), None))
-    planned = planner.plan(asked, case.timed, target, objective)
+    planned = planner.plan(asked, case.timed, case.seconds, target, objective)
     found = tuple(rung for _, rung in planned.tried)
     if planned.best is None:
         return Plan(best=None, rungs=found)
@@ -495,13 +498,19 @@ class _Case:
 
         setup = replace(setup, strategy=launch.as_written(setup.strategy))
         found = self.estimate(setup, replay=exact)
-        if not exact:
-            return found
+        return found.model_copy(update={"step": self._step(setup)}) if exact else found
+
+    def seconds(self, setup: Setup) -> float:
+        """The time of a step, as in :meth:`timed`."""
+        from memplan.configs import launch
+
+        return self._step(replace(setup, strategy=launch.as_written(setup.strategy))).seconds
+
+    def _step(self, setup: Setup) -> StepTime:
         from memplan import throughput  # here, because one estimate does not need it
 
         resolved = estimator.resolve(self.model, setup.training, self.cluster, setup.strategy, self.software)
-        step = throughput.step_time(resolved, self.cluster, setup.strategy).result()
-        return found.model_copy(update={"step": step})
+        return throughput.step_time(resolved, self.cluster, setup.strategy).result()
 
     def decided(self, training: TrainingSpec) -> TrainingSpec:
         """The training with what the model itself decides, if it is a module."""

@@ -140,7 +140,7 @@ _PATHS = {option.name: option.flag for option in OPTIONS} | {
     "lora.targets": "--lora-targets",
     "lora.dropout": "--lora-dropout",
     "quantization.kind": "--quantization",
-    **{name: f"--{name.replace('_', '-')}" for name in ("global_batch_size", "target", "objective", "out", "model")},
+    **{name: f"--{name.replace('_', '-')}" for name in ("global_batch_size", "target", "objective", "out")},
 }
 """A field's path, as an error names it -> the option that sets it."""
 
@@ -307,7 +307,7 @@ def plan(
     result = api.plan(model, _training(given), _cluster(given), **wishes)
     if out is not None and result.best is not None:
         result = result.write(out, force=force)
-    code = 0 if result.verdict == "fits" else 3 if result.verdict == "tight" else 1
+    code = EXIT_CODES[result.verdict] if result.verdict != "unknown" else EXIT_CODES["tight"]  # one may fit
     if given.get("json"):
         return _Answer(result.to_json(indent=2), code)
     from memplan.render import table

@@ -38,6 +38,7 @@ class Setup:
 
 
 Estimator: TypeAlias = Callable[[Setup, bool], Estimate]
+Timer: TypeAlias = Callable[[Setup], float]
 Change: TypeAlias = Callable[[Setup], "Setup | None"]
 """A setup that needs less memory, or None where the change does not apply."""
 
@@ -145,14 +146,19 @@ class Planned(NamedTuple):
 
 
 def plan(
-    asked: Setup, estimate: Estimator, target: Target = "deepspeed", objective: Objective = "throughput"
+    asked: Setup,
+    estimate: Estimator,
+    seconds: Timer,
+    target: Target = "deepspeed",
+    objective: Objective = "throughput",
 ) -> Planned:
     """Walk the ladder from ``asked`` on, and choose among what fits.
 
     ``estimate(setup, exact)`` answers for a setup, with the time of its step; if not ``exact`` a verdict of tight may
-    mean anything but does-not-fit. Every rung that fits has the largest micro-batch with which it does, for the same
-    global batch; then what was given up on the way down is tried without. A rung that the libraries refuse for this
-    run, or that is not modelled, is left out. Raises what ``estimate`` raises for ``asked`` itself.
+    mean anything but does-not-fit. ``seconds(setup)`` is the time alone. Every rung that fits has the fastest
+    micro-batch with which it does, for the same global batch, unless memory is the objective; then what was given up on
+    the way down is tried without. A rung that the libraries refuse for this run, or that is not modelled, is left out,
+    and so is one that comes to a setup that is there already. Raises what ``estimate`` raises for ``asked`` itself.
     """
     tried: list[tuple[str, Setup, Estimate]] = []
     for name, setup in _of_target(asked, target):
@@ -162,16 +168,22 @@ def plan(
             if setup == asked:
                 raise
             continue
-        tried.append((name, *_with_largest_batch(setup, found, estimate)))
+        if objective == "throughput":
+            setup, found = _with_fastest_batch(setup, found, estimate, seconds)
+        # Down the ladder the fastest batch may be that of a rung before.
+        if not _is_tried(setup, tried):
+            tried.append((name, setup, found))
     for name, setup, found in list(tried):
         if found.verdict == "fits" and setup.training.gradient_checkpointing and not _is_given(asked, setup):
             less = changed(setup, gradient_checkpointing=asked.training.gradient_checkpointing, micro_batch_size=1)
             less = changed(less, grad_accum_steps=_sequences(setup))
-            if _is_tried(less, tried) or not _may_fit(less, estimate):
+            if not _may_fit(less, estimate):
                 continue
             again = estimate(less, True)
-            if again.verdict == "fits":
-                tried.append((f"{name}, without checkpointing", *_with_largest_batch(less, again, estimate)))
+            if again.verdict == "fits" and objective == "throughput":
+                less, again = _with_fastest_batch(less, again, estimate, seconds)
+            if again.verdict == "fits" and not _is_tried(less, tried):
+                tried.append((f"{name}, without checkpointing", less, again))
     best = _best([found for _, _, found in tried], objective)
     reasons = [_reason(found, None if best is None else tried[best][2], objective) for _, _, found in tried]
     return Planned(
@@ -196,22 +208,49 @@ def _sequences(setup: Setup) -> int:
     return setup.training.micro_batch_size * setup.training.grad_accum_steps
 
 
-def _with_largest_batch(setup: Setup, found: Estimate, estimate: Estimator) -> tuple[Setup, Estimate]:
-    """The setup with the largest micro-batch that fits, if it does and is faster; memory grows with it."""
+def _with_fastest_batch(setup: Setup, found: Estimate, estimate: Estimator, seconds: Timer) -> tuple[Setup, Estimate]:
+    """The setup with the micro-batch that is fastest of those that fit, if it does; memory grows with it.
+
+    A step can take longer with a larger one, so those below the largest are timed too: with less memory one of them
+    would be the largest, and more memory never makes a plan slower.
+    """
+    if found.verdict != "fits":
+        return setup, found
     sequences, now = _sequences(setup), setup.training.micro_batch_size
-    sizes = [size for size in range(now + 1, sequences + 1) if sequences % size == 0]
-    best = setup, found
-    fitting, failing = -1, len(sizes)
-    while found.verdict == "fits" and failing - fitting > 1:
+    larger = [
+        changed(setup, micro_batch_size=size, grad_accum_steps=sequences // size)
+        for size in _divisors(sequences)
+        if size > now
+    ]
+    answers = {-1: found}
+
+    def fits(place: int) -> bool:
+        if not _may_fit(larger[place], estimate) or (again := estimate(larger[place], True)).verdict != "fits":
+            return False
+        answers[place] = again
+        return True
+
+    fitting, failing = -1, len(larger)
+    while failing - fitting > 1:
         middle = (fitting + failing) // 2
-        larger = changed(setup, micro_batch_size=sizes[middle], grad_accum_steps=sequences // sizes[middle])
-        if _may_fit(larger, estimate) and (again := estimate(larger, True)).verdict == "fits":
+        if fits(middle):
             fitting = middle
-            if _seconds(again) <= _seconds(best[1]):
-                best = larger, again
         else:
             failing = middle
-    return best
+    best = min(sorted(answers, reverse=True), key=lambda place: _seconds(answers[place]))  # the larger of equals
+    untried = [(seconds(larger[place]), place) for place in range(fitting) if place not in answers]
+    for needed, place in sorted(untried):
+        if needed >= _seconds(answers[best]):
+            break
+        if fits(place):
+            best = place
+            break
+    return (setup if best < 0 else larger[best]), answers[best]
+
+
+def _divisors(number: int) -> list[int]:
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _may_fit(setup: Setup, estimate: Estimator) -> bool:

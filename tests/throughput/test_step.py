@@ -76,6 +76,19 @@ def test_checkpointing_costs_the_recomputation() -> None:
     assert seconds(checkpointed, "recomputation") == pytest.approx(extra, rel=0.05)
 
 
+def test_no_kernel_hides_two_transfers() -> None:
+    """Where copies and gathers take longer than kernels, less to compute would else take longer."""
+    strategy = Strategy(kind="fsdp", offload_param="cpu")
+    known = {"model": "meta-llama/Llama-2-7b", "gpu": "RTX3090", "gpus": 2, "strategy": strategy, **BF16}
+    plain, checkpointed = (
+        timed(lora=LoraSpec(rank=8), gradient_checkpointing=checkpointing, **known) for checkpointing in (False, True)
+    )
+    kernels = sum(seconds(plain, part) for part in ("forward", "backward"))
+    assert kernels < min(seconds(plain, "communication"), seconds(plain, "copies"))
+    assert -seconds(plain, "overlap") == pytest.approx(OVERLAP.value * kernels)
+    assert plain.seconds.expected < checkpointed.seconds.expected
+
+
 def test_micro_batches_add_up() -> None:
     one, four = timed(**BF16), timed(grad_accum_steps=4, **BF16)
     assert seconds(four, "forward") == pytest.approx(4 * seconds(one, "forward"))
@@ -181,6 +194,7 @@ def test_an_optimizer_of_less_state_moves_less() -> None:
         "sgd", "adamw_bnb_8bit", "adamw_torch_fused", "adamw_torch_foreach",
     )}  # fmt: skip
     assert list(by_name.values()) == sorted(by_name.values())
+    assert seconds(timed(optim="paged_adamw_8bit", **BF16), "optimizer") == by_name["adamw_bnb_8bit"]
     bandwidth = 2039e9 * 0.83
     assert by_name["adamw_torch_fused"] == pytest.approx((28 + 12) * PARAMETERS / bandwidth, rel=0.01)
 

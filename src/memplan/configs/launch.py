@@ -358,7 +358,7 @@ def parse(files: Mapping[str, str], source: str = "") -> Written:
     if arguments.get("deepspeed") is not None:
         named = str(arguments["deepspeed"])
         engine = parse_deepspeed(values(named), f"{source}{named}", trainer=True)
-    elif "accelerate.yaml" in files:
+    elif "accelerate.yaml" in files and "--config_file accelerate.yaml" in files.get("launch.sh", ""):
         engine = parse_accelerate(values("accelerate.yaml"), f"{source}accelerate.yaml")
     options = dict(given.training)
     allocator = _ALLOCATOR.search(files.get("launch.sh", ""))
@@ -413,6 +413,8 @@ def write(files: Mapping[str, str], folder: str | os.PathLike[str], *, force: bo
     with all of them at once. Raises SpecError if one is there already, unless ``force`` replaces it, and if the folder
     cannot be written.
     """
+    if not os.fspath(folder):
+        raise SpecError.at("out", "", "is no folder", "Use . for this one.")
     target = Path(folder)
     for name in files:
         if Path(name).name != name or name in ("", ".", ".."):

@@ -98,8 +98,13 @@ def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None 
         )
     best = plan.best
     if best is None:
-        left = [Text(f"Nothing fits. {rung.name}: {rung.reason_passed_over}.") for rung in plan.rungs[-1:]]
-        return _text(Group(_model(first), Text(), table, Text(), *left), console)
+        last = next(rung for rung in reversed(plan.rungs) if rung.estimate.verdict == plan.verdict)
+        answer, why = "Nothing fits.", f"{last.name}: {last.reason_passed_over}."
+        if plan.verdict == "unknown":
+            next_step = words.next_steps(last.estimate)
+            answer, why = "Whether anything fits is not known.", f"{why} {next_step[:1].upper()}{next_step[1:]}."
+        unwritten = "" if folder is None else " No files are written."
+        return _text(Group(_model(first), Text(), table, Text(), Text(f"{answer} {why}{unwritten}")), console)
     title = _line(best.name, style="bold")
     body = _body(best.estimate, console.width, words.next_steps(best.estimate))
     page = _text(Group(_model(first), Text(), table, Text(), title, _setup(best.estimate), *body), console)

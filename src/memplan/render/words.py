@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memplan.results import Assumption, Comparison, CountedModel, Estimate, Verdict, verdict_by_place
+from memplan.results import Assumption, Comparison, CountedModel, Estimate, StepTime, Verdict, verdict_by_place
 from memplan.units import GiB, KiB
 
 __all__ = [
@@ -155,9 +155,13 @@ def batch(estimate: Estimate) -> str:
     steps = option(estimate, "grad_accum_steps") or 1
     accumulated = f" x {steps} micro-batches" if steps > 1 else ""
     sequences = option(estimate, "micro_batch_size")
-    if estimate.model.architecture.endswith("ForImageClassification"):
+    if _is_of_images(estimate):
         return f"{sequences} images{accumulated}"
     return f"{sequences} x {option(estimate, 'seq_len')} tokens{accumulated}"
+
+
+def _is_of_images(estimate: Estimate) -> bool:
+    return estimate.model.architecture.endswith("ForImageClassification")
 
 
 def strategy(estimate: Estimate) -> str:
@@ -306,7 +310,7 @@ def extras(estimate: Estimate) -> list[tuple[str, str]]:
     lines = []
     if estimate.step is not None:
         step = estimate.step
-        speed = f"{step.seconds:.3g} s, {step.tokens_per_second:,.0f} tokens/s, bound by {step.bound_by}"
+        speed = f"{step.seconds:.3g} s, {_speed(estimate, step)}, bound by {step.bound_by}"
         lines.append(("step", speed))
     if estimate.footprint is not None:
         lines.append(("footprint", f"{gib(estimate.footprint)} GiB, as get_memory_footprint() counts"))
@@ -315,6 +319,13 @@ def extras(estimate: Estimate) -> list[tuple[str, str]]:
     if estimate.device_map is not None:
         lines.append(("device map", _device_map(estimate.device_map)))
     return lines
+
+
+def _speed(estimate: Estimate, step: StepTime) -> str:
+    if not _is_of_images(estimate):
+        return f"{step.tokens_per_second:,.0f} tokens/s"
+    per_rank = option(estimate, "micro_batch_size") * (option(estimate, "grad_accum_steps") or 1)
+    return f"{per_rank * (estimate.cluster.get('gpus') or 1) / step.seconds:,.3g} images/s"
 
 
 def _device_map(device_map: Mapping[str, int | str]) -> str:

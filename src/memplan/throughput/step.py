@@ -160,7 +160,8 @@ def _stepped_bytes(setup: Setup, gpu: GPUSpec, strategy: Strategy) -> float:
         if isinstance(run.optimizer, AdamW):
             stepped = _ACCESSES["fused" if run.optimizer.fused else "foreach"] * own
         else:
-            stepped = 3 * own + 2 * own / p.nbytes * sum(run.optimizer.states(p))
+            states = sum(run.optimizer.states(p)) + run.optimizer.paged_bytes(p)  # paged: once they have come over
+            stepped = 3 * own + 2 * own / p.nbytes * states
             stepped += 3 * own if run.optimizer.has_temporaries else 0
         found += count * (stepped + (_SHARDED_STEP * p.numel if strategy.is_deepspeed else 3 * own))
     return found
@@ -225,7 +226,8 @@ class _Step:
         )
         self._kernels()
         self._optimizer()
-        hidden = self._communication() + self._copies()
+        hidden = self._communication()
+        hidden += self._copies(hidden)
         if hidden:
             self._add("overlap", -hidden, "transfers beside kernels")
 
@@ -348,8 +350,8 @@ class _Step:
 
     # -- between places --------------------------------------------------------------------------------------------
 
-    def _copies(self) -> float:
-        """Add what goes over PCIe and to NVMe; return what of it runs beside kernels."""
+    def _copies(self, beside: float) -> float:
+        """Add what goes over PCIe and to NVMe; return what of it runs beside kernels, as collectives do ``beside``."""
         down, up = self.moves.get("to_host", 0), self.moves.get("to_gpu", 0)
         read, write = self.moves.get("nvme_read", 0), self.moves.get("nvme_write", 0)
         hidden = 0.0
@@ -358,8 +360,10 @@ class _Step:
             words = f"{down / 1e9:.3g} GB to the host, {up / 1e9:.3g} GB to the GPU at {self.rates.pcie / 1e9:.3g} GB/s"
             self._add("copies", seconds, words)
             if self.strategy.kind in ("zero3", "fsdp"):
+                # A weight is copied before it is gathered. No kernel hides both, or less to compute would take longer.
+                share = self.rates.of(OVERLAP)
                 kernels = sum(self.parts.get(stage, 0.0) for stage in STAGES)
-                hidden = self.rates.of(OVERLAP) * min(seconds, kernels)
+                hidden = min(share * seconds, max(share * kernels - beside, 0.0))
             self._by_cause["pcie"] += seconds - hidden
         if read + write:
             reads, writes = self.rates.nvme
