@@ -695,10 +695,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "accelerate.yaml: fsdp_config.fsdp_sync_module_states: False is refused by accelerate",
     ),
     (
-        {"strategy": Strategy(kind="zero2", offload_optimizer="cpu", zero=ZeroSpec(offload_optimizer={"ratio": 0.5}))},
-        "ds_config.json: zero_optimization.offload_optimizer.ratio: 0.5 is refused by DeepSpeed below stage 3",
-    ),
-    (
         {"software": SoftwareSpec(transformers="4.50")},
         "transformers: '4.50' is older than what train.py is written for",
     ),
