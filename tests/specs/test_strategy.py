@@ -70,3 +70,9 @@ def test_nested_keys_are_named_by_their_path() -> None:
         Strategy(kind="zero3", zero={"offload_optimizer": {"buffer_count": 2}})
     with pytest.raises(SpecError, match=r"^zero\.reduce_bucket: 1 is given .* Did you mean reduce_bucket_size"):
         Strategy(kind="zero3", zero={"reduce_bucket": 1})
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero2"])
+def test_a_ratio_of_offloading_is_stage_3s(kind: str) -> None:
+    with pytest.raises(SpecError, match=rf"ratio: 0.5 is refused by DeepSpeed with {kind}"):
+        Strategy(kind=kind, offload_optimizer="cpu", zero=ZeroSpec(offload_optimizer={"ratio": 0.5}))
