@@ -367,3 +367,14 @@ def test_bfloat16_is_not_advised_to_a_gpu_without_it() -> None:
     result = api.estimate(LLAMA, training, "T4", replay=False)
     assert result.verdict == "does-not-fit"
     assert not any("bfloat16" in options for options in api.advise(result, LLAMA, training, "T4").options)
+
+
+@pytest.mark.parametrize(
+    ("field", "strategy"),
+    [("micro_batch_size", "single"), ("grad_accum_steps", "single"), ("micro_batch_size", "zero2")],
+)
+def test_what_no_gpu_will_ever_hold_does_not_fit(field: str, strategy: str) -> None:
+    gpus = 1 if strategy == "single" else 2
+    found = api.estimate(TINY, {"seq_len": 64, field: 10**12}, ClusterSpec(gpu="T4", gpus=gpus), strategy)
+    assert found.verdict == "does-not-fit"
+    assert found.gpu.low <= found.gpu.high

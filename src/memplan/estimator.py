@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,7 +110,7 @@ def estimate(
     replayed = None
     if setup.rules.kind != "cpu":
         # No bound is known for other settings of the allocator.
-        exact = replay or training.alloc_conf is not None
+        exact = (replay or training.alloc_conf is not None) and _fullest(placed) < _REPLAYABLE
         limit = _limit(cluster, gpu, outside) if run.evaluation is not None else None
         if strategy.shards:
             replayed = Replayed({}, played.bound)
@@ -696,6 +696,12 @@ def _other_versions(software: SoftwareSpec) -> list[Assumption]:
 
 
 _STEADY = ("forward", "loss", "backward", "step", "idle")
+_REPLAYABLE = 1 << 48
+"""Bytes above which nothing is replayed: the allocator has addresses for 4 PiB, and no GPU a thousandth of these."""
+
+
+def _fullest(placed: Mapping[str, Parts]) -> int:
+    return max(map(plain.total, placed.values()))
 
 
 def _model_info(model: ModelSpec, run: Run) -> ModelInfo:
