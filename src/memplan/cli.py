@@ -293,7 +293,7 @@ def plan(
 ) -> _Answer:
     """Walk the ladder, and choose the fastest setup that fits.
 
-    Exit codes: 0 a rung fits, 1 none does, 2 bad input, 3 one may fit.
+    Exit codes: 0 a rung fits, 1 none is known to, 2 bad input, 3 only one that is tight.
     """
     from memplan import api
 
@@ -307,7 +307,7 @@ def plan(
     result = api.plan(model, _training(given), _cluster(given), **wishes)
     if out is not None and result.best is not None:
         result = result.write(out, force=force)
-    code = EXIT_CODES[result.verdict] if result.verdict != "unknown" else EXIT_CODES["tight"]  # one may fit
+    code = 1 if result.verdict == "unknown" else EXIT_CODES[result.verdict]  # nothing that is known to fit
     if given.get("json"):
         return _Answer(result.to_json(indent=2), code)
     from memplan.render import table

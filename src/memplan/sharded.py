@@ -150,6 +150,9 @@ def play_engine(
         first=course(first.unrolled, model.numbers, measured=ledger.measures),
         later=course(later.unrolled, later.layout().numbers, measured=ledger.measures),
         grad_accum_steps=run.grad_accum_steps,
+        waiting=[
+            size * (run.grad_accum_steps - 1) for size in first.tape.sizes[: first.tape.input_count] if accumulates
+        ],
         evaluation=evaluation,
     )
     play(_engine(setup, strategy, first.root, model, ranks, per_node, rank, ledger), ledger, played)

@@ -191,6 +191,10 @@ class Played:
     later: Course
     """A micro-batch that finds gradients."""
     grad_accum_steps: int
+    waiting: Sequence[int]
+    """Bytes of each input of a step's other micro-batches, together: the Trainer has all of them on the GPU before the
+    first runs, and until the next step's are (get_batch_samples).
+    """
     evaluation: EvaluationLoop | None
 
 
@@ -222,6 +226,8 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
     for nbytes in run.workspaces:
         ledger.allocate("workspace", nbytes, name="cuBLAS, one per thread that runs GEMMs")
     micro_batches = min(run.grad_accum_steps, MICRO_BATCHES)
+    for nbytes in run.waiting:
+        ledger.allocate("activations", nbytes, name="inputs of the step's other micro-batches")
     for step in range(STEPS):
         ledger.moves = []
         for number in range(micro_batches):
