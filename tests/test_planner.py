@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.test_api import LLAMA, TINY
 
 from memplan import api, planner
 from memplan.configs import launch
@@ -15,17 +16,6 @@ from memplan.planner import Setup
 from memplan.results import Estimate, Plan, StepTime
 from memplan.specs import ClusterSpec, Strategy, TrainingSpec
 
-TINY = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 500,
-    "max_position_embeddings": 4096,
-}
-LLAMA = "meta-llama/Llama-2-7b"
 KNOWN = api.estimate(TINY, {"seq_len": 64}, ClusterSpec(gpu="T4", host_memory="64GiB"), replay=False)
 
 

@@ -149,6 +149,8 @@ _NUMBERS = frozenset(option.name for option in OPTIONS if len(option.metavar) ==
 _LORA = ("rank", "targets", "dropout")
 _CLUSTER = ("gpu", "gpus", "nodes", "gpu_memory", "host_memory", "nvme", "nvme_path")
 _STRATEGY = ("strategy", "offload_optimizer", "offload_param")
+_ONE_ESTIMATE = ("trace", "explain", "no_replay", *_STRATEGY, "engine_config")
+"""What a plan and a check of files decide themselves, or have no answer to."""
 _TRAINING = (
     "dtype", "mixed_precision", "micro_batch_size", "seq_len", "grad_accum_steps", "optim", "packed", "attn",
     "gradient_checkpointing", "liger", "head", "vocab_size", "eval_batch_size", "eval_accumulation_steps",
@@ -298,7 +300,7 @@ def plan(
     from memplan import api
 
     given = {name: value for name, value in options.items() if value is not None}
-    _only_estimated(given, ("trace", "explain", "no_replay", *_STRATEGY, "engine_config"))
+    _only_estimated(given, _ONE_ESTIMATE)
     if global_batch_size is not None:
         given["global_batch_size"] = global_batch_size
     wishes: dict[str, Any] = {"target": target, "objective": objective, "software": given.get("software")}
@@ -329,7 +331,7 @@ def check(
     from memplan import api
 
     given = {name: value for name, value in options.items() if value is not None}
-    _only_estimated(given, ("trace", "explain", "no_replay", *_STRATEGY, "engine_config"))
+    _only_estimated(given, _ONE_ESTIMATE)
     result = api.check(path, model, _training(given), _cluster(given), software=given.get("software"))
     code = EXIT_CODES[result.verdict]
     if given.get("json"):

@@ -79,6 +79,30 @@ class Result(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+class Answer(Result):
+    """What a command answers: JSON both ways."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON contract as plain values."""
+        return self.model_dump(mode="json")
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """Return the JSON contract as text."""
+        import json
+
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls: type[T], data: dict[str, Any]) -> T:
+        """Build from :meth:`to_dict`. Raises SpecError, naming the field."""
+        return _validated(cls, data)
+
+    @classmethod
+    def from_json(cls: type[T], text: str | bytes) -> T:
+        """Build from :meth:`to_json`. Raises SpecError, naming the field."""
+        return _validated(cls, _parsed(text))
+
+
 class Components(Result):
     """Bytes alive at the peak, by what they are for."""
 
@@ -373,7 +397,7 @@ class Finding(Result):
     remedy: str
 
 
-class Check(Result):
+class Check(Answer):
     """What the files of a run need, and what is wrong with them."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -389,23 +413,7 @@ class Check(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON contract as plain values."""
-        return self.model_dump(mode="json") | {"estimate": self.estimate.to_dict()}
-
-    def to_json(self, *, indent: int | None = None) -> str:
-        """Return the JSON contract as text."""
-        import json
-
-        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Check:
-        """Build from :meth:`to_dict`. Raises SpecError, naming the field."""
-        return _validated(cls, data)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Check:
-        """Build from :meth:`to_json`. Raises SpecError, naming the field."""
-        return _validated(cls, _parsed(text))
+        return super().to_dict() | {"estimate": self.estimate.to_dict()}
 
 
 class Rung(Result):
@@ -434,7 +442,7 @@ class Recipe:
         return 0
 
 
-class Plan(Result):
+class Plan(Answer):
     """The setups of the ladder, and the one to take."""
 
     _recipe: Recipe = PrivateAttr(default_factory=Recipe)
@@ -471,26 +479,6 @@ class Plan(Result):
         written = self.model_copy(update={"files": (*files, "plan.json")})
         launch.write({**files, "plan.json": written.to_json(indent=2) + "\n"}, folder, force=force)
         return written
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON contract as plain values."""
-        return self.model_dump(mode="json")
-
-    def to_json(self, *, indent: int | None = None) -> str:
-        """Return the JSON contract as text."""
-        import json
-
-        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """Build from :meth:`to_dict`. Raises SpecError, naming the field."""
-        return _validated(cls, data)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Plan:
-        """Build from :meth:`to_json`. Raises SpecError, naming the field."""
-        return _validated(cls, _parsed(text))
 
 
 class EstimateList(Result):
@@ -595,7 +583,7 @@ class ComparisonRow(Result):
     """In words; without an answer the reason."""
 
 
-class Comparison(Result):
+class Comparison(Answer):
     """What other estimators say, beside memplan. A tool's rows for a setup stand above memplan's for the same."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -604,26 +592,6 @@ class Comparison(Result):
     """Ranks in total."""
     nodes: int = Field(ge=1)
     rows: tuple[ComparisonRow, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON contract as plain values."""
-        return self.model_dump(mode="json")
-
-    def to_json(self, *, indent: int | None = None) -> str:
-        """Return the JSON contract as text."""
-        import json
-
-        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Comparison:
-        """Build from :meth:`to_dict`. Raises SpecError, naming the field."""
-        return _validated(cls, data)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Comparison:
-        """Build from :meth:`to_json`. Raises SpecError, naming the field."""
-        return _validated(cls, _parsed(text))
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return the rows as a pandas DataFrame. Needs pandas."""

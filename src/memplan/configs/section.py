@@ -40,7 +40,7 @@ class Section:
         lenient: bool = False,
         automatic: bool = True,
     ) -> None:
-        self.library, self.source, self.path = library, source, path
+        self.reader, self.source, self.path = library, source, path
         self.ignored: list[str] = []
         self._keys = keys
         if not isinstance(values, Mapping):
@@ -91,7 +91,7 @@ class Section:
         if lenient and (comment or not suggest_names(name, self._keys, 1)):
             self.ignored.append(name)
             return False
-        problem = f"is given to a key that {self.library} does not have"
+        problem = f"is given to a key that {self.reader} does not have"
         if lenient:
             problem += ", and would ignore"
         raise SpecError.at(self.name(name), value, problem, did_you_mean(name, self._keys))
@@ -101,7 +101,7 @@ class Section:
             return _adapter(self._keys[name].takes).validate_python(value)
         except ValidationError as error:
             message = error.errors(include_url=False)[0]["msg"]
-            raise SpecError.at(self.name(name), value, f"is refused by {self.library}", f"{message}.") from None
+            raise SpecError.at(self.name(name), value, f"is refused by {self.reader}", f"{message}.") from None
 
 
 def _same(value: object, other: object) -> bool:
