@@ -14,7 +14,7 @@ from memplan.errors import SpecError, UnsupportedError
 from memplan.results import Assumption, Estimate, Rung, verdict_by_place
 from memplan.specs.strategy import Kind, Offload, OffloadParamSpec, Strategy, ZeroSpec
 from memplan.specs.training import TrainingSpec
-from memplan.units import GiB
+from memplan.units import gib
 
 __all__ = ["FSDP_LADDER", "LADDER", "Change", "Objective", "Planned", "Setup", "Target", "changed", "plan", "rungs"]
 
@@ -291,7 +291,7 @@ def _reason(estimate: Estimate, best: Estimate | None, objective: Objective) -> 
     gpu, host, nvme = estimate.gpu, estimate.host, estimate.nvme
     if estimate.verdict == "fits" and best is not None:
         if objective == "memory":
-            return f"needs {_gib(gpu.high)} GiB of each GPU, the chosen one {_gib(best.gpu.high)} GiB"
+            return f"needs {gib(gpu.high)} GiB of each GPU, the chosen one {gib(best.gpu.high)} GiB"
         mine, other = _seconds(estimate), _seconds(best)
         return f"slower: {mine:.3g} s a step, the chosen one {other:.3g} s"
     places = verdict_by_place(gpu, host, nvme)
@@ -300,12 +300,8 @@ def _reason(estimate: Estimate, best: Estimate | None, objective: Objective) -> 
     needed = {"host": host.peak, "nvme": nvme.bytes}.get(place or "", gpu.low)
     capacity = {"host": host.capacity, "nvme": nvme.capacity}.get(place or "", gpu.capacity)
     if estimate.verdict == "unknown" or capacity is None:
-        return f"needs {_gib(needed)} GiB of {what}, and how much there is is not known"
+        return f"needs {gib(needed)} GiB of {what}, and how much there is is not known"
     if estimate.verdict == "tight":
-        return f"needs {_gib(gpu.low)} to {_gib(gpu.high)} GiB of {what}, and there are {_gib(capacity)} GiB"
+        return f"needs {gib(gpu.low)} to {gib(gpu.high)} GiB of {what}, and there are {gib(capacity)} GiB"
     least = "at least " if what == "GPU memory" else ""
-    return f"needs {least}{_gib(needed)} GiB of {what}, and there are {_gib(capacity)} GiB"
-
-
-def _gib(size: int) -> str:
-    return f"{size / GiB:,.2f}"
+    return f"needs {least}{gib(needed)} GiB of {what}, and there are {gib(capacity)} GiB"

@@ -7,7 +7,7 @@ import re
 
 from memplan.errors import SpecError
 
-__all__ = ["GB", "MB", "GiB", "KiB", "MiB", "format_gib", "parse_bytes", "parse_gib"]
+__all__ = ["GB", "MB", "GiB", "KiB", "MiB", "format_gib", "gib", "parse_bytes", "parse_gib"]
 
 KiB = 2**10
 MiB = 2**20
@@ -53,13 +53,22 @@ def parse_gib(size: str | float, field: str = "size") -> int:
     return _parse(size, field, bare_unit=GiB)
 
 
+def gib(size: int) -> str:
+    """Bytes as a number of GiB with two decimals; the unit stands elsewhere.
+
+    >>> gib(13_250_000_000)
+    '12.34'
+    """
+    return f"{size / GiB:,.2f}"
+
+
 def format_gib(size: int) -> str:
     """Format bytes as GiB with two decimals.
 
     >>> format_gib(13_250_000_000)
     '12.34 GiB'
     """
-    return f"{size / GiB:,.2f} GiB"
+    return f"{gib(size)} GiB"
 
 
 def _parse(size: str | float, field: str, bare_unit: int | None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memplan.results import Assumption, Comparison, CountedModel, Estimate, StepTime, Verdict, verdict_by_place
-from memplan.units import GiB, KiB
+from memplan.units import GiB, KiB, gib
 
 __all__ = [
     "VERDICTS",
@@ -43,15 +43,6 @@ _PRECISION = {"no": "", "bf16": " + bf16 autocast", "fp16": " + fp16 autocast"}
 _PLACES = {"host": ("--host-memory", "host memory"), "nvme": ("--nvme", "NVMe")}
 _ROW_PLACES = {"host": "host", "nvme": "NVMe"}
 _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
-
-
-def gib(size: int) -> str:
-    """Bytes as a number of GiB with two decimals; the unit stands elsewhere.
-
-    >>> gib(13_250_000_000)
-    '12.34'
-    """
-    return f"{size / GiB:,.2f}"
 
 
 def gib_more(size: int) -> str:
