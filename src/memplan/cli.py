@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -181,12 +182,16 @@ class _Command(TyperCommand):
                 formatter.write_dl(records)
 
 
-app = typer.Typer(
-    rich_markup_mode=None,
-    help="Know before you launch: the memory that a training run will need.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+def _typer() -> typer.Typer:
+    return typer.Typer(
+        rich_markup_mode=None,
+        help="Know before you launch: the memory that a training run will need.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+
+app = _typer()
 
 
 def _show_version(wanted: bool) -> None:
@@ -213,13 +218,19 @@ def _with_options(command: Callable[..., _Answer]) -> Callable[..., _Answer]:
         for parameter in inspect.signature(command, eval_str=True).parameters.values()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    shared = [
+    taken = [*own, *_shared()]
+    command.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
+    return command
+
+
+@cache
+def _shared() -> tuple[inspect.Parameter, ...]:
+    """The options, as parameters."""
+    return tuple(
         inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(option))
         for option in OPTIONS
-    ]
-    command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
-    return command
+    )
 
 
 def _annotation(option: Option) -> Any:
@@ -506,9 +517,19 @@ def _hurry() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 
+def _only(name: str) -> typer.Typer:
+    """The program with the command of that name alone, if there is one: each takes some milliseconds to set up."""
+    named = [command for command in app.registered_commands if command.callback and command.callback.__name__ == name]
+    if not named:
+        return app
+    narrow = _typer()
+    narrow.registered_callback, narrow.registered_commands = app.registered_callback, named
+    return narrow
+
+
 def _run(arguments: Sequence[str]) -> int:
     try:
-        answer = app(list(arguments), prog_name="memplan", standalone_mode=False)
+        answer = _only(arguments[0])(list(arguments), prog_name="memplan", standalone_mode=False)
     except MemplanError as error:
         return _failed(_in_options(str(error)), BAD_INPUT)
     except _UsageError as error:
