@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memplan.api import check, compare, estimate, ladder, plan
+    from memplan.api import check, compare, estimate, ladder, measure, plan
     from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
     from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Rung
     from memplan.specs import (
@@ -30,6 +30,7 @@ _HOME = {
     "compare": "api",
     "estimate": "api",
     "ladder": "api",
+    "measure": "api",
     "plan": "api",
     "MemplanError": "errors",
     "PreflightError": "errors",
@@ -79,6 +80,7 @@ __all__ = [
     "compare",
     "estimate",
     "ladder",
+    "measure",
     "plan",
 ]
 

@@ -141,7 +141,10 @@ _PATHS = {option.name: option.flag for option in OPTIONS} | {
     "lora.targets": "--lora-targets",
     "lora.dropout": "--lora-dropout",
     "quantization.kind": "--quantization",
-    **{name: f"--{name.replace('_', '-')}" for name in ("global_batch_size", "target", "objective", "out")},
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in ("global_batch_size", "target", "objective", "out", "cap", "boundary", "steps")
+    },
 }
 """A field's path, as an error names it -> the option that sets it."""
 
@@ -383,6 +386,51 @@ def compare(
 
 
 @app.command(cls=_Command)
+@_with_options
+def measure(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder or a config.json.")],
+    cap: Annotated[str | None, typer.Option(metavar="GIB", help="Be a GPU of this size.")] = None,
+    boundary: Annotated[
+        str | None,
+        typer.Option(metavar="micro-batch|seq-len", help="Search the largest that runs, beside the largest that fits."),
+    ] = None,
+    steps: Annotated[str, typer.Option(metavar="N", help="Optimizer steps.")] = "3",
+    save: Annotated[bool, typer.Option("--save", help="Write a checkpoint at the end.")] = False,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Load weights by from_pretrained.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="List the largest blocks at the peak.")] = False,
+    **options: Any,
+) -> _Answer:
+    """Run real steps on this machine's GPU, and compare what they take with the estimate.
+
+    Exit codes: 0 it ran, 1 it died, 2 bad input, or no GPU.
+    """
+    from memplan import api
+    from memplan.errors import SpecError
+    from memplan.units import parse_gib
+
+    given = {name: value for name, value in options.items() if value is not None}
+    _only_estimated(given, ("trace", "explain", "no_replay"))
+    if boundary is not None and boundary not in api.BOUNDARIES:
+        raise SpecError.at("boundary", boundary, "is not known", f"Use {' or '.join(api.BOUNDARIES)}.")
+    wishes: dict[str, Any] = {
+        "engine_config": given.get("engine_config"),
+        "software": given.get("software"),
+        "cap": None if cap is None else parse_gib(cap, "cap"),
+        "steps": int(steps) if _INTEGER.fullmatch(steps) else steps,
+        "pretrained": pretrained,
+    }
+    specs = (model, _training(given), _cluster(given), _strategy(given))
+    from memplan.render import measured as render
+
+    if boundary is not None:
+        found = api.measure_boundary(*specs, boundary=boundary, **wishes)
+        return _Answer(found.to_json(indent=2) if given.get("json") else render.boundary_text(found))
+    result = api.measure(*specs, save=save, snapshot=diff, **wishes)
+    code = 0 if result.measurement.status == "ok" else 1
+    return _Answer(result.to_json(indent=2) if given.get("json") else render.measured_text(result), code)
+
+
+@app.command(cls=_Command)
 def models(
     json: Annotated[bool, typer.Option("--json", help="The list as JSON.")] = False,
 ) -> _Answer:
@@ -422,7 +470,12 @@ def schema() -> _Answer:
     from memplan import results, specs
 
     inputs = (specs.ModelSpec, specs.TrainingSpec, specs.ClusterSpec, specs.Strategy, specs.SoftwareSpec)
-    answers = (results.Estimate, results.EstimateList, results.Plan, results.Check, results.Comparison)
+    from memplan.introspect import measurement
+
+    answers = (
+        *(results.Estimate, results.EstimateList, results.Plan, results.Check, results.Comparison),
+        *(measurement.Measured, measurement.Boundary),
+    )
     _, definitions = models_json_schema([(root, "validation") for root in (*inputs, *answers)])
     return _Answer(_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **definitions}))
 

@@ -35,6 +35,8 @@ class Device:
     """Bytes of the board."""
     reserved: int | None
     """Bytes of them that the driver keeps, so that no program sees them; None before driver R510."""
+    free: int = 0
+    """Bytes of them that nobody uses now."""
     mig: bool = False
     """Whether the GPU is split into MIG instances, of which a process uses one."""
 
@@ -253,6 +255,7 @@ def _nvml_device(nvml: ctypes.CDLL, index: int) -> Device | None:
         name=_nvml_text(nvml.nvmlDeviceGetName, handle),
         uuid=_nvml_text(nvml.nvmlDeviceGetUUID, handle),
         memory=memory.total,
+        free=memory.free,
         reserved=_nvml_reserved(nvml, handle),
         mig=current.value == 1,
     )

@@ -67,13 +67,13 @@ def known_model_types() -> list[str]:
 def installed(software: SoftwareSpec) -> SoftwareSpec:
     """Return the versions with those of the libraries that a trace runs. Raises SpecError if others were asked for."""
     found: dict[str, str] = {}
-    for library in ("torch", "transformers", "accelerate", "peft"):
+    for library in ("torch", "transformers", "accelerate", "peft", "deepspeed"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[library] = metadata.version(library).partition("+")[0]
     for library, version in found.items():
         asked = getattr(software, library)
         if library in software.model_fields_set and version.split(".")[:2] != asked.split(".")[:2]:
-            problem = f"is not what a trace runs: {library} {version} is installed"
+            problem = f"is not what runs here: {library} {version} is installed"
             raise SpecError.at("software", f"{library}={asked}", problem, "Install it, or leave it out.")
     return software.replace(**found)
 

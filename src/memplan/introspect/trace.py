@@ -292,19 +292,28 @@ class Listener:
         """A storage was freed."""
 
 
+def real_tracker() -> Any:
+    """Return a TorchDispatchMode that keeps the same ledger of tensors with data, on CPU, and runs what they run."""
+    return _make_tracker(record_events=False, real=True)
+
+
 def _make_tracker(
-    record_events: bool, listener: Listener | None = None, operations: Mapping[Any, Callable[..., Any]] | None = None
+    record_events: bool,
+    listener: Listener | None = None,
+    operations: Mapping[Any, Callable[..., Any]] | None = None,
+    *,
+    real: bool = False,
 ) -> Any:
     """Return a TorchDispatchMode that keeps the ledger (a factory, since its base class lives in torch).
 
-    ``operations`` are run in place of those of torch that are their keys.
+    ``operations`` are run in place of those of torch that are their keys. Tensors are fake unless they are ``real``.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     local_scalar = torch.ops.aten._local_scalar_dense.default
     replaced = dict(operations or {})
-    if hasattr(torch.ops.aten, "_grouped_mm"):
+    if hasattr(torch.ops.aten, "_grouped_mm") and not real:
         replaced[torch.ops.aten._grouped_mm.default] = _grouped_mm
     device_of = torch.ops.prim.device.default
 
@@ -410,10 +419,11 @@ def _make_tracker(
         # ---- dispatch
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is device_of:  # asked by autograd's engine, twice as often as anything is computed
-                return args[0].fake_device
-            if func is local_scalar:
-                return self._answer()
+            if not real:
+                if func is device_of:  # asked by autograd's engine, twice as often as anything is computed
+                    return args[0].fake_device
+                if func is local_scalar:
+                    return self._answer()
             if listener is not None:
                 listener.calls(func, args)
             out = replaced.get(func, func)(*args, **(kwargs or {}))
@@ -424,7 +434,7 @@ def _make_tracker(
 
         def _see_all(self, out: Any, func: Any) -> None:
             if isinstance(out, torch.Tensor):
-                if isinstance(out, torch._subclasses.FakeTensor):
+                if real or isinstance(out, torch._subclasses.FakeTensor):
                     self._see(out, str(func))
             elif isinstance(out, (list, tuple)):
                 for item in out:

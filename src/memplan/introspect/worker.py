@@ -1,0 +1,589 @@
+"""Real training steps, watched: what ``memplan measure`` runs in a process of its own.
+
+    python -m memplan.introspect.worker FOLDER
+
+The folder holds the files that :mod:`memplan.configs.launch` writes, and ``job.json``; what was seen is written to
+``record.json``. The run is the one of the folder's own ``train.py``, with random weights and data: its Trainer only
+tells when a phase begins. Of several ranks it is the first, among others that a process group makes up (torch's "fake"
+backend, whose collectives return at once).
+
+torch and what trains with it are imported inside functions only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = ["main"]
+
+LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "liger-kernel", "flash-attn")
+WEIGHT_SCALE = 0.02
+"""Standard deviation of the random weights: ``initializer_range`` of most configs."""
+
+
+class Meter(Protocol):
+    """Reads a device's counters."""
+
+    def start(self) -> None:
+        """Begin to watch, or begin anew."""
+
+    def adopt(self, model: Any) -> None:
+        """Count weights that it may not have seen."""
+
+    def read(self) -> dict[str, int]:
+        """Return the peaks since the last call, in bytes, and start them anew."""
+
+    def level(self) -> dict[str, int]:
+        """Return what is held now, in bytes."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was asked to."""
+
+
+class CudaMeter:
+    """torch.cuda's counters, the driver's, and those of pinned host memory."""
+
+    def __init__(self, outside: dict[str, int], before: int) -> None:
+        self.outside = outside
+        self._before = before
+        """Bytes of the device that were used before this process had a context."""
+
+    def start(self) -> None:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_host_memory_stats()
+
+    def adopt(self, model: Any) -> None:
+        pass
+
+    def read(self) -> dict[str, int]:
+        import torch
+
+        found = self._found("peak")
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_host_memory_stats()
+        return found
+
+    def level(self) -> dict[str, int]:
+        return self._found("current")
+
+    def synchronize(self) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+
+    def _found(self, which: str) -> dict[str, int]:
+        import torch
+
+        stats, host = torch.cuda.memory_stats(), torch.cuda.host_memory_stats()
+        names = {
+            "allocated": "allocated_bytes",
+            "requested": "requested_bytes",
+            "reserved": "reserved_bytes",
+            "active": "active_bytes",
+            "inactive_split": "inactive_split_bytes",
+        }
+        found = {name: int(stats.get(f"{key}.all.{which}", 0)) for name, key in names.items()}
+        found["pinned"] = int(host.get(f"allocated_bytes.{which}", 0))
+        found["device"] = used_of_device() - self._before  # now: the driver keeps no peak
+        return found | {"retries": int(stats.get("num_alloc_retries", 0)), "host": resident()}
+
+
+class CpuMeter:
+    """The bytes of all tensors, by the same ledger that a trace keeps; for trying the instrument without a GPU."""
+
+    def __init__(self, tracker: Any) -> None:
+        self.tracker = tracker
+
+    def start(self) -> None:
+        self.tracker.phases = {}
+        self.tracker.enter("now")
+
+    def adopt(self, model: Any) -> None:
+        self.tracker.adopt([*model.parameters(), *model.buffers()])  # those of a file are mapped, not made
+
+    def read(self) -> dict[str, int]:
+        peak = max(self.tracker.phases.values(), default=self.tracker.live)
+        self.start()
+        return {"allocated": peak, "host": resident()}
+
+    def level(self) -> dict[str, int]:
+        return {"allocated": self.tracker.live, "host": resident()}
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Recorder:
+    """Cuts a run into phases, and notes the peaks of each.
+
+    Phases bear the names that an estimate has; all of the first step is ``first_step``.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+        self.step = 0
+        self.phase = "load"
+        self.peaks: dict[str, dict[str, int]] = {}
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase; what was since the last one belongs to that."""
+        self._note(self.phase, self.meter.read())
+        self.phase = phase
+
+    def within_step(self, phase: str) -> None:
+        """Begin a phase of a step."""
+        self.enter(phase if self.step else "first_step")
+
+    def begin_step(self) -> None:
+        """The step begins; its inputs are there."""
+        self.within_step("forward")
+        self.meter.synchronize()
+        self._started = time.perf_counter()
+
+    def end_step(self) -> None:
+        """Gradients are gone, and what is left stays until the next step."""
+        self.meter.synchronize()
+        self.seconds.append(time.perf_counter() - self._started)
+        self.enter("idle")
+        self._note("idle", self.meter.level())
+        self.phase = "forward"  # fetching the next step's inputs
+        self.step += 1
+
+    def close(self) -> None:
+        """The run is over."""
+        self._note(self.phase, self.meter.read())
+
+    def _note(self, phase: str, found: dict[str, int]) -> None:
+        known = self.peaks.setdefault(phase, {})
+        for name, value in found.items():
+            known[name] = max(known.get(name, 0), value)
+
+
+# -- the process -------------------------------------------------------------------------------------------------------
+
+
+def main(folder: str) -> int:
+    """Run the job of a folder; return 0 if there is a record, whatever it says."""
+    os.chdir(folder)
+    job = json.loads(Path("job.json").read_text(encoding="utf-8"))
+    record: dict[str, Any] = {"status": "ok", "message": "", "versions": versions(), "machine": machine()}
+    recorders: list[Recorder] = []
+    started = time.perf_counter()
+    try:
+        _run(job, record, recorders)
+    except BaseException as error:  # a run that dies is a result
+        record |= _failure(error)
+    if recorders:
+        with contextlib.suppress(Exception):
+            recorders[0].close()
+        record |= {"phases": recorders[0].peaks, "step_seconds": recorders[0].seconds}
+    record["seconds"] = time.perf_counter() - started
+    partial = Path("record.partial")
+    partial.write_text(json.dumps(record), encoding="utf-8")
+    partial.replace("record.json")
+    sys.stdout.flush()
+    os._exit(0)  # engines leave threads and groups behind that nobody needs to wait for
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    name = type(error).__name__
+    died = name in ("OutOfMemoryError", "MemoryError") or "out of memory" in str(error).lower()
+    places = [f"{Path(each.filename).name}:{each.lineno}" for each in traceback.extract_tb(error.__traceback__)[-4:]]
+    message = f"{name}: {str(error).strip()[:2000]}"
+    return {"status": "out-of-memory" if died else "failed", "message": message, "where": places}
+
+
+def _run(job: dict[str, Any], record: dict[str, Any], recorders: list[Recorder]) -> None:
+    warnings.simplefilter("ignore")
+    sys.path.insert(0, str(Path.cwd()))
+    if job["ranks"] > 1 or job["engine"] != "single":
+        become_rank_zero(job)
+    meter = _cuda_meter(job, record) if job["device"] == "cuda" else _cpu_meter()
+    import torch
+    import transformers
+
+    arguments = json.loads(Path("training_args.json").read_text(encoding="utf-8"))
+    arguments |= _arguments(job)
+    transformers.set_seed(0)
+    recorder = Recorder(meter)
+    recorders.append(recorder)
+    model_class = getattr(transformers, arguments["model_class"])
+    if job["pretrained"]:
+        save_checkpoint(model_class, job)
+        arguments["model_name_or_path"] = "checkpoint"
+    else:
+        model_class.from_pretrained = functools.partial(random_model, model_class, job, meter)
+    transformers.Trainer = _watched(transformers.Trainer, recorder)
+    tracked = getattr(meter, "tracker", None) or contextlib.nullcontext()
+    gc.collect()
+    if job["snapshot"]:
+        torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
+    with tracked:
+        meter.start()
+        trainer = importlib.import_module("train").main(arguments)
+    if job["snapshot"]:
+        record["blocks"] = blocks_at_peak(torch.cuda.memory._snapshot())
+    record["ran"] = _facts(trainer)
+    record["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _arguments(job: dict[str, Any]) -> dict[str, Any]:
+    """What a measured run has in place of the user's."""
+    values: dict[str, Any] = {
+        "output_dir": "output",
+        "dataset": None,
+        "max_steps": job["steps"],
+        "logging_steps": 1,
+        "save_strategy": "steps" if job["save"] else "no",
+        "save_steps": job["steps"],
+        "report_to": [],
+        "disable_tqdm": True,
+        "learning_rate": 1e-6,  # from random weights: nothing shall overflow
+    }
+    if job["device"] == "cpu":
+        values |= {"use_cpu": True, "dataloader_pin_memory": False}
+    if job["evaluates"]:
+        values |= {"eval_strategy": "steps", "eval_steps": job["steps"]}
+    return values
+
+
+def become_rank_zero(job: dict[str, Any]) -> None:
+    """Be the first of ``ranks`` that are not there: the environment that a launcher sets, and a group without them."""
+    import torch
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    per_node = str(job["ranks"] // job["nodes"])
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(job["ranks"]),
+        "LOCAL_WORLD_SIZE": per_node,
+        "LOCAL_SIZE": per_node,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29511",
+    }
+    if Path("accelerate.yaml").exists():
+        os.environ |= launched_by_accelerate()
+    on_cpu = job["device"] == "cpu"
+    if on_cpu:
+        os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=job["ranks"])
+    from accelerate import DistributedType, PartialState
+
+    # It would ask a real backend for what this group has not; and CPU ranks would not get FSDP.
+    kind = DistributedType.MULTI_CPU if on_cpu and job["engine"] == "ddp" else DistributedType.MULTI_GPU
+    PartialState._prepare_backend = lambda *_, **__: ("fake", kind)
+    if job["engine"] == "ddp":
+        _let_ddp_reduce_alone()
+    if job["engine"].startswith("zero"):
+        if on_cpu:  # collectives of DeepSpeed's own, which it would compile and which wait for the other ranks
+            importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+        importlib.import_module("deepspeed").init_distributed()
+
+
+def _let_ddp_reduce_alone() -> None:
+    """A bucket is reduced as soon as it is asked for; of the group that is not there DDP would get no result."""
+    import torch
+
+    ddp = torch.nn.parallel.DistributedDataParallel
+    init = ddp.__init__
+
+    def reduced(_: Any, bucket: Any) -> Any:
+        result = torch.futures.Future()  # type: ignore[var-annotated]
+        result.set_result(bucket.buffer())
+        return result
+
+    reduced.__annotations__.clear()  # or DDP wants them to name its own types
+
+    def with_hook(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.register_comm_hook(None, reduced)
+
+    ddp.__init__ = with_hook  # type: ignore[method-assign]
+
+
+def launched_by_accelerate() -> dict[str, str]:
+    """What ``accelerate launch --config_file accelerate.yaml`` adds to its script's environment."""
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    arguments = launch.launch_command_parser().parse_args(["--config_file", "accelerate.yaml", "train.py"])
+    arguments, *_ = launch._validate_launch_command(arguments)
+    kept = dict(os.environ)
+    found = prepare_multi_gpu_env(arguments)
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in found.items() if kept.get(name) != value and name not in own}
+
+
+def random_model(model_class: Any, job: dict[str, Any], meter: Meter, _: str, **options: Any) -> Any:
+    """What ``from_pretrained`` would return, with random weights; what making them took is forgotten."""
+    import torch
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    config = transformers.AutoConfig.for_model(**job["config"])
+    dtype = options.pop("dtype")
+    if dtype == "auto":
+        dtype = job["dtype"]
+    # On a CPU billions of weights take minutes; what is not touched here takes no memory either.
+    on_gpu = job["device"] == "cuda"
+    with no_init_weights() if on_gpu else contextlib.nullcontext():
+        model = model_class.from_config(config, dtype=getattr(torch, dtype), **options)
+    if on_gpu:
+        for parameter in model.parameters():
+            _fill(parameter)
+        torch.cuda.empty_cache()
+    meter.start()
+    return model
+
+
+def save_checkpoint(model_class: Any, job: dict[str, Any]) -> None:
+    """Write random weights, for ``from_pretrained`` to load."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**job["config"])
+    with torch.device(job["device"]):
+        model = model_class.from_config(config, dtype=getattr(torch, job["dtype"]))
+    model.save_pretrained("checkpoint")
+    del model
+    gc.collect()
+    if job["device"] == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _fill(parameter: Any) -> None:
+    """Draw a weight on the GPU, whether it is whole or ZeRO-3 has its shard alone; weights of norms are 1."""
+    import torch
+
+    target = getattr(parameter, "ds_tensor", parameter).data
+    on_gpu = torch.empty(target.shape, dtype=target.dtype, device="cuda")
+    if parameter.ndim == 1 and target is parameter.data:
+        on_gpu.fill_(1)
+    else:
+        on_gpu.normal_(std=WEIGHT_SCALE)
+    target.copy_(on_gpu)
+
+
+def _watched(trainer_class: Any, recorder: Recorder) -> Any:
+    """The Trainer, which tells the recorder what it does."""
+    import transformers
+
+    class Steps(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            recorder.begin_step()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            recorder.end_step()
+
+    class Watched(trainer_class):  # type: ignore[misc]
+        def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            recorder.meter.adopt(model)
+            _mark_loss(model, recorder)
+            super().__init__(*args, model=model, **kwargs)
+            self.add_callback(Steps())
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self.is_deepspeed_enabled and "step" not in vars(self.deepspeed):
+                # The engine steps within what the Trainer takes for the backward.
+                self.deepspeed.step = _before(self.deepspeed.step, lambda: recorder.within_step("step"))
+            recorder.within_step("forward")
+            loss = super().training_step(*args, **kwargs)
+            if not self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+                recorder.within_step("step")
+            return loss
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            if self.model.training:
+                recorder.within_step("backward")
+            return loss
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+            recorder.enter("eval")
+            return super().evaluate(*args, **kwargs)
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            recorder.enter("save")
+            super()._save_checkpoint(*args, **kwargs)
+
+    return Watched
+
+
+def _mark_loss(model: Any, recorder: Recorder) -> None:
+    """Tell when the loss begins, of models that have transformers' loss functions."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(type(base), "loss_function"):
+        base.loss_function = _before(
+            base.loss_function, lambda: recorder.within_step("loss") if base.training else None
+        )
+
+
+def _before(function: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        act()
+        return function(*args, **kwargs)
+
+    return call
+
+
+# -- the device --------------------------------------------------------------------------------------------------------
+
+
+def _cpu_meter() -> CpuMeter:
+    from memplan.introspect.trace import real_tracker
+
+    return CpuMeter(real_tracker())
+
+
+def _cuda_meter(job: dict[str, Any], record: dict[str, Any]) -> CudaMeter:
+    """Make the context, one piece after the other, and note what each takes outside of torch's allocator."""
+    import torch
+
+    before = used_of_device()
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    outside = {"context": used_of_device() - before}
+    properties = torch.cuda.get_device_properties(0)
+    record["device"] = {
+        "name": properties.name,
+        "total_memory": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "driver": _driver(),
+        "used_before": before,
+    }
+
+    def beside() -> int:
+        torch.cuda.synchronize()
+        return used_of_device() - before - torch.cuda.memory_reserved()
+
+    one = torch.ones((64, 64), device="cuda", dtype=torch.bfloat16)
+    one + one
+    outside["first_kernel"] = beside() - outside["context"]
+    one @ one
+    outside["first_matmul"] = beside() - outside["context"] - outside["first_kernel"]
+    del one
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    record["outside"] = outside
+    if job["cap"] is not None:
+        # A smaller GPU has as much less for torch's allocator; what is outside of it stays.
+        torch.cuda.set_per_process_memory_fraction(max(0, job["cap"] - beside()) / properties.total_memory)
+        record["cap"] = job["cap"]
+    return CudaMeter(outside, before)
+
+
+def used_of_device() -> int:
+    """Bytes of the first visible GPU that are in use, by whomever; the driver tells without a context."""
+    from memplan.catalog.detect import read_nvml, visible_devices
+
+    device = visible_devices(read_nvml())[0]
+    return device.memory - device.free
+
+
+def _driver() -> str:
+    import torch
+
+    with contextlib.suppress(Exception):
+        return str(importlib.import_module("pynvml").nvmlSystemGetDriverVersion())
+    path = Path("/proc/driver/nvidia/version")
+    if path.exists():
+        return path.read_text(encoding="utf-8").split("\n")[0]
+    return f"CUDA {torch.version.cuda}"
+
+
+def resident() -> int:
+    """Bytes of this process in the host's memory."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").split("\n"):
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def blocks_at_peak(snapshot: dict[str, Any]) -> list[list[Any]]:
+    """The blocks alive when most was allocated: [bytes, how many, where], the largest sums first."""
+    alive: dict[int, tuple[int, str]] = {}
+    level = peak = 0
+    at_peak: dict[int, tuple[int, str]] = {}
+    events = [event for event in snapshot["device_traces"][0] if event["action"] in ("alloc", "free_completed")]
+    moment = 0
+    for number, event in enumerate(events):
+        sign = 1 if event["action"] == "alloc" else -1
+        level += sign * event["size"]
+        if level > peak:
+            peak, moment = level, number
+    for event in events[: moment + 1]:
+        if event["action"] == "alloc":
+            alive[event["addr"]] = (event["size"], _site(event.get("frames", ())))
+        else:
+            alive.pop(event["addr"], None)
+    at_peak = alive
+    counted: dict[tuple[int, str], int] = {}
+    for block in at_peak.values():
+        counted[block] = counted.get(block, 0) + 1
+    rows = [[size, count, site] for (size, site), count in counted.items()]
+    return sorted(rows, key=lambda row: -row[0] * row[1])
+
+
+def _site(frames: Any) -> str:
+    """The innermost frame of a library that trains."""
+    for frame in frames:
+        for library in ("/transformers/", "/deepspeed/", "/accelerate/", "/peft/", "/torch/optim/", "/bitsandbytes/"):
+            if library in frame["filename"]:
+                file = library[1:] + frame["filename"].rsplit(library, 1)[1]
+                return f"{file}:{frame['line']} {frame['name']}"
+    return frames[0]["name"] if frames else ""
+
+
+def _facts(trainer: Any) -> dict[str, Any]:
+    """What ran: the engine, and the optimizer with what wraps it, outermost first."""
+    optimizers: list[Any] = []
+    wrapper = trainer.optimizer
+    while wrapper is not None and wrapper not in optimizers:
+        optimizers.append(wrapper)
+        wrapper = getattr(wrapper, "optimizer", None)
+    return {
+        "engine": type(trainer.model_wrapped).__name__,
+        "optimizer": [type(each).__name__ for each in optimizers],
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),
+        "attention": getattr(trainer.model.config, "_attn_implementation", None),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that are installed."""
+    found: dict[str, str] = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The host."""
+    return {"system": platform.platform(), "processors": os.cpu_count()}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

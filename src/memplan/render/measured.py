@@ -1,0 +1,61 @@
+"""A measured run beside its estimate, as text for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group
+from rich.text import Text
+
+from memplan.introspect.measurement import Boundary, Measured, Measurement
+from memplan.render.table import _console, _grid, _line, _model, _setup, _text
+from memplan.render.words import gib
+
+__all__ = ["boundary_text", "measured_text"]
+
+_LARGEST = 12
+"""Blocks that are listed."""
+
+
+def measured_text(result: Measured, console: Console | None = None) -> str:
+    """Return a row per phase and peak, and the largest blocks if they were kept."""
+    console = console or _console()
+    measurement = result.measurement
+    table = _grid(header=True)
+    table.add_column("")
+    unit, size = ("GiB", 2**30) if result.estimate.gpu.peak_allocated >= 2**30 else ("MiB", 2**20)
+    for header in (f"estimated {unit}", f"measured {unit}", "difference"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in result.differences:
+        relative = "-" if row.relative is None else f"{row.relative:+.2%}"
+        sizes = (f"{nbytes / size:,.2f}" for nbytes in (row.estimated, row.measured))
+        table.add_row(row.name.replace("_", " "), *sizes, relative)
+    parts = [_model(result.estimate), _setup(result.estimate), Text(), table, Text(), _line(_how(measurement))]
+    if measurement.step_seconds:
+        times = ", ".join(f"{seconds:.3g}" for seconds in measurement.step_seconds)
+        parts.append(_line(f"seconds a step: {times}"))
+    for nbytes, count, site in (measurement.blocks or ())[:_LARGEST]:
+        parts.append(_line(f"{gib(nbytes * count)} GiB  {count} x {nbytes}  {site}"))
+    if measurement.status != "ok":
+        parts.append(Text(f"{measurement.status}: {measurement.message}"))
+    return _text(Group(*parts), console)
+
+
+def boundary_text(found: Boundary, console: Console | None = None) -> str:
+    """Return the two figures, and what was run."""
+    console = console or _console()
+    table = _grid(header=True)
+    for header in (found.option, "reserved GiB", ""):
+        table.add_column(header, justify="right", no_wrap=True)
+    for tried in found.tried:
+        reserved = "-" if tried.peak_reserved is None else gib(tried.peak_reserved)
+        table.add_row(str(tried.value), reserved, tried.status)
+    said = "none" if found.predicted is None else str(found.predicted)
+    seen = "none" if found.measured is None else str(found.measured)
+    answer = f"Largest {found.option} that runs: {seen}; predicted: {said} (steps of {found.step})."
+    return _text(Group(_model(found.estimate), _setup(found.estimate), Text(), table, Text(), Text(answer)), console)
+
+
+def _how(measurement: Measurement) -> str:
+    device = measurement.device["name"]
+    others = "; the other ranks are made up" if measurement.group == "fake" else ""
+    cap = "" if measurement.cap is None else f", as if it had {gib(measurement.cap)} GiB"
+    return f"on {device}{cap}{others}"
