@@ -218,8 +218,9 @@ def _run(job: dict[str, Any], record: dict[str, Any], recorders: list[Recorder])
         become_rank_zero(job)
     meter = _cuda_meter(job, record) if job["device"] == "cuda" else _cpu_meter()
     import torch
-    import transformers
 
+    train = importlib.import_module("train")
+    transformers = train.transformers  # which need not be what an import finds here: it puts itself in its own place
     arguments = json.loads(Path("training_args.json").read_text(encoding="utf-8"))
     arguments |= _arguments(job)
     transformers.set_seed(0)
@@ -238,7 +239,7 @@ def _run(job: dict[str, Any], record: dict[str, Any], recorders: list[Recorder])
         torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
     with tracked:
         meter.start()
-        trainer = importlib.import_module("train").main(arguments)
+        trainer = train.main(arguments)
     if job["snapshot"]:
         record["blocks"] = blocks_at_peak(torch.cuda.memory._snapshot())
     record["ran"] = _facts(trainer)
