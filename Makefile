@@ -18,7 +18,7 @@ export MEMPLAN_LIBAIO ?= $(VENV)/.libaio
 INPUTS  := $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench oracles docs clean
+.PHONY: help demo test lint format bench oracles campaign docs clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z]+:.*## ' $(ROOT)/Makefile | sed 's/:.*## /\t/'
@@ -42,6 +42,10 @@ bench: $(VENV)/.test ## speed, beside accelerate, DeepSpeed's estimator and the 
 
 oracles: $(VENV)/.test $(VENV)/.libaio ## run the full grids against the real libraries and archive the truth: hours
 	cd $(ROOT) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.oracles
+
+OUT ?= $(ROOT)/benchmarks/measurements/gpu
+campaign: $(VENV)/.test ## measure on this machine's GPU what the archive OUT lacks: hours; may be cut and taken up
+	cd $(ROOT) && $(BIN)/python benchmarks/campaign.py --out $(OUT)
 
 docs: $(VENV)/.docs ## build the documentation, strictly
 	cd $(ROOT) && $(BIN)/mkdocs build --strict

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from memplan.configs.setup import EngineConfig
     from memplan.introspect.extrapolate import Inputs
-    from memplan.introspect.measurement import Boundary, Measured
+    from memplan.introspect.measure import Start
+    from memplan.introspect.measurement import Boundary, Measured, Measurement
 
 __all__ = [
     "BOUNDARIES",
@@ -48,6 +49,7 @@ __all__ = [
     "check",
     "compare",
     "estimate",
+    "estimate_again",
     "ladder",
     "measure",
     "measure_boundary",
@@ -282,6 +284,7 @@ def measure(
     pretrained: bool = False,
     snapshot: bool = False,
     timeout: float = 3600,
+    start: Start | None = None,
 ) -> Measured:
     """Run real steps of a setup on this machine's GPU, in a process of its own, and compare them with the estimate.
 
@@ -289,7 +292,7 @@ def measure(
     Of several ranks the first one runs, and a process group stands in for the others. ``cap`` are the bytes of a
     smaller GPU to be; ``steps`` are the optimizer steps; ``save`` writes a checkpoint at their end; ``pretrained``
     loads weights that are random too by ``from_pretrained``; ``snapshot`` keeps the blocks at the peak. A run that
-    dies is a measurement.
+    dies is a measurement, and so is one that takes longer than ``timeout`` seconds. ``start`` begins the process.
 
     Raises SpecError without a GPU and for what :func:`estimate` refuses, UnsupportedError for what is not installed.
     """
@@ -337,7 +340,25 @@ def measure(
         case.model.replace(source="random"), written.training, cluster, written.strategy, case.software
     )
     estimated = case.estimate(written)
-    return beside(estimated, instrument.measure(job, files, estimated, timeout))
+    given_specs = {"training": asked.training, "cluster": case.cluster, "strategy": written.strategy}
+    fields = {name: spec.model_dump(mode="json", exclude_unset=True) for name, spec in given_specs.items()}
+    fields["cluster"]["gpu"] = gpu.name if isinstance(gpu, GPUSpec) else None
+    return beside(estimated, instrument.measure(job, files, estimated, fields, timeout, start))
+
+
+def estimate_again(measurement: Measurement) -> Measured:
+    """Estimate what was measured, with the versions that were, and put both beside each other."""
+    from memplan.introspect.measurement import beside
+
+    asked, versions = measurement.asked, measurement.versions
+    software = SoftwareSpec(
+        **{name: versions[name].partition("+")[0] for name in SoftwareSpec.model_fields if name in versions}
+    )
+    result = estimate(
+        {**measurement.model["config"], "_name_or_path": measurement.model["id"]},
+        dict(asked["training"]), dict(asked["cluster"]), dict(asked["strategy"]), software=software,
+    )  # fmt: skip
+    return beside(result, measurement)
 
 
 BOUNDARIES = {"micro-batch": ("micro_batch_size", 1, 1024), "seq-len": ("seq_len", 64, 131_072)}

@@ -61,6 +61,8 @@ def test_a_real_run_is_what_was_estimated(config: Any, training: Any, options: A
     assert len(found.measurement.step_seconds) == 3
     assert all(loss > 0 for loss in found.measurement.losses)
     assert Measured.from_json(found.to_json()) == found
+    again = api.estimate_again(found.measurement)
+    assert [row.estimated for row in again.differences] == [row.estimated for row in found.differences]
 
 
 @pytest.mark.parametrize(
@@ -196,8 +198,8 @@ def test_a_loss_within_forward_is_compared_with_both() -> None:
     estimate = api.estimate(T5, {"seq_len": 40}, {"gpu": "cpu"})
     named = {phase.name: phase.allocated for phase in estimate.gpu.phases}
     seen = Measurement(
-        status="ok", message="", memplan="0", taken="", model={}, setup={}, cluster={}, device={}, versions={},
-        group="none", weights="random", phases={"forward": {"allocated": 10}},
+        status="ok", message="", memplan="0", taken="", model={}, asked={}, setup={}, cluster={}, device={},
+        versions={}, group="none", weights="random", phases={"forward": {"allocated": 10}},
     )  # fmt: skip
     rows = {row.name: row.estimated for row in beside(estimate, seen).differences}
     assert rows["forward"] == max(named["forward"], named["loss"])

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import memplan
 from memplan.catalog.detect import read_nvml, visible_devices
@@ -22,6 +22,22 @@ from memplan.introspect.measurement import Measurement
 from memplan.results import Estimate
 
 __all__ = ["Job", "boundary", "measure", "needs"]
+
+
+class Process(Protocol):
+    """What is needed of a process, as in :class:`subprocess.Popen`."""
+
+    pid: int
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end, and return its exit code; raises subprocess.TimeoutExpired."""
+
+    def poll(self) -> int | None:
+        """Return its exit code, or None while it runs."""
+
+
+Start: TypeAlias = Callable[[Path, Path], Process]
+"""Starts the worker on a folder, with a file for its output."""
 
 LIBRARIES = ("torch", "transformers", "accelerate")
 TIMEOUT = 3600
@@ -71,16 +87,24 @@ def _of_engine(engine: str) -> tuple[str, ...]:
     return ("deepspeed",) if engine.startswith("zero") else ()
 
 
-def measure(job: Job, files: Mapping[str, str], estimate: Estimate, timeout: float = TIMEOUT) -> Measurement:
-    """Run a job; ``files`` are those that train it, by name, and ``estimate`` is what is expected.
+def measure(
+    job: Job,
+    files: Mapping[str, str],
+    estimate: Estimate,
+    asked: Mapping[str, Any],
+    timeout: float = TIMEOUT,
+    start: Start | None = None,
+) -> Measurement:
+    """Run a job; ``files`` are those that train it, by name, and ``estimate`` is expected of what was ``asked``.
 
-    A run that dies is a measurement too. Raises what :func:`needs` raises.
+    A run that dies is a measurement too. ``start`` begins :func:`memplan.introspect.worker.main` in a process of its
+    own, by default a new one. Raises what :func:`needs` raises.
     """
     needs(job)
     with tempfile.TemporaryDirectory(prefix="memplan-") as folder:
         for name, text in {**files, "job.json": json.dumps(_plain(asdict(job)))}.items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        seen = _seen(Path(folder), timeout)
+        seen = _seen(Path(folder), timeout, start or _started)
     device = seen.pop("device", {"name": job.device})
     machine = seen.pop("machine", {})
     where = seen.pop("where", None)
@@ -90,6 +114,7 @@ def measure(job: Job, files: Mapping[str, str], estimate: Estimate, timeout: flo
         memplan=_version(),
         taken=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model={"id": estimate.model.id, "config": _plain(job.config)},
+        asked=asked,
         setup=estimate.setup,
         cluster=estimate.cluster,
         device={**device, **machine},
@@ -99,32 +124,38 @@ def measure(job: Job, files: Mapping[str, str], estimate: Estimate, timeout: flo
     )
 
 
-def _seen(folder: Path, timeout: float) -> dict[str, Any]:
-    """What the worker has written, or why it has not."""
+def _started(folder: Path, log: Path) -> subprocess.Popen[bytes]:
+    """A new process, whose output goes to a file."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     source = str(Path(memplan.__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join([source, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    log = folder / "log"
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "memplan.introspect.worker", str(folder)],
-            stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
+    command = [sys.executable, "-m", "memplan.introspect.worker", str(folder)]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            start_new_session=True,
         )  # fmt: skip
-        try:
-            process.wait(timeout)
-            ended = f"the process ended with {process.returncode}"
-        except subprocess.TimeoutExpired:
-            ended = f"not done after {timeout:.0f} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+
+
+def _seen(folder: Path, timeout: float, start: Start = _started) -> dict[str, Any]:
+    """What the worker has written, or why it has not."""
+    log = folder / "log"
+    process = start(folder, log)
+    try:
+        code = process.wait(timeout)
+        ended = f"the process ended with {code}"
+    except subprocess.TimeoutExpired:
+        code, ended = None, f"not done after {timeout:.0f} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     record = folder / "record.json"
     if record.exists():
         found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
         return found
     last = "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-5:])
-    killed = process.returncode == -signal.SIGKILL and "not done" not in ended
+    killed = code == -signal.SIGKILL
     # Nothing but the kernel, short of memory, kills a process of ours.
     return {
         "status": "out-of-memory" if killed else "failed",

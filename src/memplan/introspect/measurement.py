@@ -34,6 +34,8 @@ class Measurement(Answer):
     """When: ISO 8601, in UTC."""
     model: Values
     """``id`` and the values of its config."""
+    asked: Values
+    """What was asked for: fields of ``training``, ``cluster`` and ``strategy`` that were given."""
     setup: Values
     """The estimate's ``setup``."""
     cluster: Values

@@ -66,17 +66,15 @@ class CudaMeter:
         import torch
 
         torch.cuda.reset_peak_memory_stats()
-        torch.cuda.reset_peak_host_memory_stats()
+        if hasattr(torch.cuda, "reset_peak_host_memory_stats"):
+            torch.cuda.reset_peak_host_memory_stats()
 
     def adopt(self, model: Any) -> None:
         pass
 
     def read(self) -> dict[str, int]:
-        import torch
-
         found = self._found("peak")
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.reset_peak_host_memory_stats()
+        self.start()
         return found
 
     def level(self) -> dict[str, int]:
@@ -90,7 +88,8 @@ class CudaMeter:
     def _found(self, which: str) -> dict[str, int]:
         import torch
 
-        stats, host = torch.cuda.memory_stats(), torch.cuda.host_memory_stats()
+        stats = torch.cuda.memory_stats()
+        host = torch.cuda.host_memory_stats() if hasattr(torch.cuda, "host_memory_stats") else {}  # from torch 2.7 on
         names = {
             "allocated": "allocated_bytes",
             "requested": "requested_bytes",
