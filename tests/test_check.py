@@ -50,8 +50,8 @@ def test_a_folder_of_a_plan_needs_what_was_planned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "model", "message"),
     [
-        ("ds.json", None, "model: None is not in a config of an engine. Name it, as in --model MODEL."),
-        ("nothing.json", "gpt2", "engine_config: "),
+        ("ds.json", None, "model: None is not in the files. Name it, as in --model MODEL."),
+        ("nothing.json", "gpt2", "path: "),
         (".", None, "training_args.json: missing"),
     ],
 )

@@ -389,12 +389,16 @@ class Finding(Result):
     """What is wrong with a run's files, beside memory."""
 
     code: str
-    """Its name, which stays."""
+    """Its name, which stays, and has a heading in ``docs/checks.md``."""
     severity: Literal["error", "warning", "info"]
+    """An error does not start, or does something else than is asked for; a warning costs something; info is to be
+    known."""
     path: str
     """The file, and the key in it."""
     message: str
+    """What is there, and what the libraries make of it."""
     remedy: str
+    """What to do."""
 
 
 class Check(Answer):
@@ -410,6 +414,11 @@ class Check(Answer):
         if self.verdict != self.estimate.verdict:
             raise ValueError(f"verdict is {self.verdict}, but the estimate's is {self.estimate.verdict}")
         return self
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether a finding is an error: the run does not do what its files say, or does not start."""
+        return any(finding.severity == "error" for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON contract as plain values."""

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from memplan.api import _model
 from memplan.catalog.gpus import find_gpu
 from memplan.catalog.models import all_models
-from memplan.configs import launch, trainer
+from memplan.configs import launch
+from memplan.configs.argument_keys import SCRIPT_ARGUMENTS
+from memplan.configs.arguments import MODEL_CLASSES
 from memplan.configs.launch import as_written, files, parse, read, write
 from memplan.configs.tiny import tiny_config
-from memplan.configs.trainer import MODEL_CLASSES
 from memplan.errors import SpecError, UnsupportedError
 from memplan.estimator import resolve
 from memplan.specs.hardware import ClusterSpec
@@ -748,12 +749,12 @@ def test_a_folder_is_read_after_a_user_has_changed_it(tmp_path: Path) -> None:
     values = json.loads(path.read_text()) | {
         "per_device_train_batch_size": 3,
         "warmup_steps": 10,
-        "torch_compile": True,
+        "my_own": True,
     }
     path.write_text(json.dumps(values))
     found = read(tmp_path / "plan")
     assert (found.training.micro_batch_size, found.strategy.kind, found.gpus) == (3, "zero3", 2)
-    assert [note.source for note in found.notes] == [f"{path}: torch_compile of TrainingArguments are not read"]
+    assert [note.source for note in found.notes] == [f"{path}: my_own are not read"]
 
 
 BROKEN: list[tuple[str, str | None, str]] = [
@@ -870,4 +871,4 @@ def test_the_scripts_fields_are_those_that_are_read(tmp_path: Path, monkeypatch:
     write(written(), tmp_path / "plan")
     script = script_arguments(tmp_path / "plan", monkeypatch)
     fields = {field.name for field in dataclasses.fields(script)}
-    assert fields <= trainer._FIELDS.keys() | trainer._READ_ELSEWHERE | trainer._NO_MEMORY
+    assert fields <= SCRIPT_ARGUMENTS.keys()

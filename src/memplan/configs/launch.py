@@ -20,9 +20,9 @@ from typing import Any
 
 from memplan.configs.accelerate import parse_accelerate, to_accelerate
 from memplan.configs.deepspeed import parse_deepspeed, to_deepspeed
-from memplan.configs.setup import EngineConfig, with_training
+from memplan.configs.run import Run, of_texts, read_folder, setup_of
 from memplan.configs.tiny import SWAPPED_VOCABULARY, VOCABULARY, tiny_config
-from memplan.configs.trainer import parse_training_args, to_training_args
+from memplan.configs.trainer import to_training_args
 from memplan.errors import SpecError
 from memplan.estimator import resolve
 from memplan.micro_batch import Setup
@@ -41,9 +41,6 @@ _TEMPLATES = Path(__file__).with_name("templates")
 _GEFORCE = re.compile(r"(?:GeForce )?RTX ?[345]0[5-9]0")
 """Consumer boards since the RTX 30 series. NVIDIA's driver has no peer-to-peer over PCIe for them, where NCCL may hang
 (accelerate 1.15 ``utils/environment.py``, ``check_cuda_p2p_ib_support``)."""
-_ALLOCATOR = re.compile(
-    r'^export PYTORCH_(?:CUDA_)?ALLOC_CONF="\$\{PYTORCH_(?:CUDA_)?ALLOC_CONF:-([^}"]*)\}"$', re.MULTILINE
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,66 +338,23 @@ def parse(files: Mapping[str, str], source: str = "") -> Written:
 
     Raises SpecError for what is missing or wrong, UnsupportedError for what is not modelled.
     """
-    from memplan.configs.files import parse_mapping
-
-    def values(name: str) -> dict[str, Any]:
-        if name not in files:
-            raise SpecError(f"{source}{name}: missing. Give a folder that memplan has written.")
-        return parse_mapping(files[name], f"{source}{name}")
-
-    arguments = values("training_args.json")
-    name = arguments.get("model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise SpecError(f"{source}training_args.json: model_name_or_path: missing. Give a hub id or a folder.")
-    given = parse_training_args(arguments, f"{source}training_args.json")
-    per_node, nodes = (_count(files.get("launch.sh", ""), key, source) for key in ("GPUS_PER_NODE", "NODES"))
-    engine = EngineConfig(source, {"kind": "single"})
-    if arguments.get("deepspeed") is not None:
-        named = str(arguments["deepspeed"])
-        engine = parse_deepspeed(values(named), f"{source}{named}", trainer=True)
-    elif "accelerate.yaml" in files and "--config_file accelerate.yaml" in files.get("launch.sh", ""):
-        engine = parse_accelerate(values("accelerate.yaml"), f"{source}accelerate.yaml")
-    options = dict(given.training)
-    allocator = _ALLOCATOR.search(files.get("launch.sh", ""))
-    if allocator is not None:
-        options["alloc_conf"] = allocator[1]
-    if engine.training.get("optim") is None and "optim" not in options:
-        options["optim"] = "adamw_torch_fused"  # TrainingArguments' own
-    gpus = per_node * nodes
-    training, strategy, notes = with_training(engine, TrainingSpec(**options), given.strategy, gpus)
-    return Written(
-        model=name,
-        training=training,
-        strategy=strategy,
-        gpus=gpus,
-        nodes=nodes,
-        nvme_path=engine.cluster.get("nvme_path"),
-        notes=(*given.assumptions, *engine.assumptions, *notes),
-    )
+    return _written(of_texts(files, source))
 
 
 def read(folder: str | os.PathLike[str]) -> Written:
     """Read a folder that :func:`write` has written. Raises SpecError."""
-    from memplan.configs.files import read_text
-
-    path = Path(folder)
-    if not path.is_dir():
-        raise SpecError.at("folder", str(folder), "is not a folder", "Give one that memplan has written.")
-    names = [name for name in ("training_args.json", "accelerate.yaml", "launch.sh") if (path / name).exists()]
-    found = {name: read_text(path / name) for name in names}
-    if "training_args.json" in found:
-        with contextlib.suppress(ValueError, AttributeError):  # parse says what is wrong with it
-            named = json.loads(found["training_args.json"]).get("deepspeed")
-            if isinstance(named, str) and (path / named).exists():
-                found[named] = read_text(path / named)
-    return parse(found, f"{path}{os.sep}")
+    return _written(read_folder(Path(folder)))
 
 
-def _count(text: str, key: str, source: str) -> int:
-    match = re.search(rf"^{key}=(\d{{1,12}})$", text, re.MULTILINE)
-    if match is None or int(match[1]) == 0:
-        raise SpecError(f"{source}launch.sh: {key}: missing. Write {key}=1, or as many as there are.")
-    return int(match[1])
+def _written(run: Run) -> Written:
+    if run.findings:
+        finding = run.findings[0]
+        raise SpecError(f"{finding.path}: {finding.message} {finding.remedy}")
+    gpus, nodes = run.cluster["gpus"], run.cluster["nodes"]
+    training, strategy, notes = setup_of(run, TrainingSpec(), {}, gpus)
+    assert run.model is not None
+    path = None if run.engine is None else run.engine.cluster.get("nvme_path")
+    return Written(run.model, training, strategy, gpus, nodes, path, notes)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
