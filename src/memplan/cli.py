@@ -306,6 +306,10 @@ def plan(
     wishes: dict[str, Any] = {"target": target, "objective": objective, "software": given.get("software")}
     if global_batch_size is not None:
         wishes["global_batch_size"] = _value(given, "global_batch_size")
+    if out is not None:
+        from memplan.configs.launch import check_folder
+
+        check_folder(out, force=force)  # before anything is computed
     result = api.plan(model, _training(given), _cluster(given), **wishes)
     if out is not None and result.best is not None:
         result = result.write(out, force=force)

@@ -872,3 +872,86 @@ def test_the_scripts_fields_are_those_that_are_read(tmp_path: Path, monkeypatch:
     script = script_arguments(tmp_path / "plan", monkeypatch)
     fields = {field.name for field in dataclasses.fields(script)}
     assert fields <= SCRIPT_ARGUMENTS.keys()
+
+
+def test_force_takes_away_what_memplan_wrote_for_another_engine(tmp_path: Path) -> None:
+    nodes = TWO.replace(gpus=4, nodes=2)
+    before = written(Strategy(kind="zero2"), cluster=nodes) | {"plan.json": "{}"}
+    before["plan.json"] = json.dumps({"files": list(before)})
+    write(before, tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    after = written(Strategy(kind="fsdp"))
+    after["plan.json"] = json.dumps({"files": list(after)})
+    assert {"ds_config.json", "hostfile", "launch.slurm"} <= set(before) - set(after)
+    write(after, tmp_path, force=True)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*after, "mine.txt"}
+    write(before, tmp_path, force=True)
+    assert not (tmp_path / "accelerate.yaml").exists()
+
+
+def test_force_leaves_what_is_not_memplans(tmp_path: Path) -> None:
+    for name in ("hostfile", "ds_config.json", "launch.sh"):
+        (tmp_path / name).write_text("mine")
+    found = written(Strategy(kind="ddp"))
+    write(found, tmp_path, force=True)
+    assert {name: (tmp_path / name).read_text() for name in ("hostfile", "ds_config.json")} == {
+        "hostfile": "mine",
+        "ds_config.json": "mine",
+    }
+    # The launch.sh is memplan's now: files that it does not use are no longer told from the ones it wrote.
+    (tmp_path / "plan.json").write_text(json.dumps({"files": list(found)}))
+    write(found, tmp_path, force=True)
+    assert (tmp_path / "hostfile").read_text() == "mine"
+
+
+def test_what_starts_a_run_is_replaced_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(written(Strategy(kind="zero2")), tmp_path)
+    moved = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: (moved.append(self.name), replace(self, target))[1])
+    write(written(Strategy(kind="zero3")), tmp_path, force=True)
+    assert moved[-1] == "launch.sh"
+
+
+@given(strategy=st.one_of(zeros(), fsdps, ddps, st.just(Strategy())), training=trainings())
+@settings(max_examples=25, deadline=None)
+def test_the_libraries_read_whatever_is_written(strategy: Strategy, training: TrainingSpec) -> None:
+    """HfArgumentParser with DeepSpeedConfig and no key that it ignores, or accelerate's loader."""
+    import tempfile
+
+    import transformers
+    from accelerate.commands.config.config_args import load_config_from_file
+    from deepspeed import DeepSpeedConfig
+    from transformers.integrations import deepspeed as integration
+
+    from memplan.configs.deepspeed import parse_deepspeed
+
+    if strategy.fsdp.activation_checkpointing:  # the Trainer refuses both
+        training = training.replace(gradient_checkpointing=False)
+    try:
+        found = written(strategy, training)
+    except UnsupportedError:  # quantized weights without mixed precision, say
+        return
+    values = json.loads(found["training_args.json"])
+    own = {name: value for name, value in values.items() if name in SCRIPT_ARGUMENTS and name != "use_liger_kernel"}
+    rest = {name: value for name, value in values.items() if name not in own}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in found.keys() & {"ds_config.json", "accelerate.yaml"}:
+            (Path(folder) / name).write_text(found[name])
+        if "deepspeed" in rest:
+            rest["deepspeed"] = f"{folder}/ds_config.json"
+        try:
+            parser = transformers.HfArgumentParser(transformers.TrainingArguments)
+            (arguments,) = parser.parse_dict(rest | {"use_cpu": True, "fp16": False})
+            if strategy.is_deepspeed:
+                filled = arguments.hf_deepspeed_config
+                config = type("Config", (), {"hidden_size": 64})
+                filled.trainer_config_finalize(arguments, type("Model", (), {"config": config}), 10)
+                real = DeepSpeedConfig(filled.config)
+                assert real.zero_optimization_stage == strategy.zero_stage
+                assert parse_deepspeed(filled.config, "ds_config.json").notes == ()
+        finally:
+            integration.unset_hf_deepspeed_config()
+        if "accelerate.yaml" in found:
+            assert load_config_from_file(f"{folder}/accelerate.yaml").num_processes == 2

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import AllocatorSpec, TrainingSpec
 
-__all__ = ["Written", "as_written", "files", "parse", "read", "write"]
+__all__ = ["Written", "as_written", "check_folder", "files", "parse", "read", "write"]
 
 OLDEST_TRANSFORMERS = "4.56"
 """The first with ``from_pretrained(dtype=...)``, which train.py uses."""
@@ -178,6 +178,7 @@ def _allocator(spec: AllocatorSpec) -> str:
     return ",".join(f"{name}:{value}" for name, value in spec.model_dump(exclude_defaults=True).items())
 
 
+_MARK = "#!/usr/bin/env bash\n# Written by memplan: "
 _HEAD = """\
 #!/usr/bin/env bash
 # Written by memplan: {what}.
@@ -360,16 +361,19 @@ def _written(run: Run) -> Written:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
+def check_folder(folder: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Raise SpecError if :func:`write` would refuse a folder for what is in it, before it is known what to write."""
+    _check_target(_target(folder), _ALWAYS, force=force)
+
+
 def write(files: Mapping[str, str], folder: str | os.PathLike[str], *, force: bool = False) -> list[Path]:
     """Write files, by name, into a folder, and return their paths.
 
     All are written beside the folder first, and then moved, so that none is ever half-written. A new folder appears
     with all of them at once. Raises SpecError if one is there already, unless ``force`` replaces it, and if the folder
-    cannot be written.
+    cannot be written. What memplan wrote there for another engine, and does not write now, is taken away by ``force``.
     """
-    if not os.fspath(folder):
-        raise SpecError.at("out", "", "is no folder", "Use . for this one.")
-    target = Path(folder)
+    target = _target(folder)
     for name in files:
         if Path(name).name != name or name in ("", ".", ".."):
             raise SpecError.at("files", name, "is not a file's name", "Give names without folders.")
@@ -384,23 +388,67 @@ def write(files: Mapping[str, str], folder: str | os.PathLike[str], *, force: bo
         raise SpecError.at("out", str(target), f"cannot be written ({error})", "Use another folder.") from None
 
 
-def _write(files: Mapping[str, str], target: Path, *, force: bool) -> list[Path]:
-    if target.exists() and not target.is_dir():
-        raise SpecError.at("out", str(target), "is a file, not a folder", "Use another folder.")
-    paths = [target / name for name in files]
-    for path in paths:
+_ALWAYS = ("train.py", "smoke.py", "training_args.json", "smoke_config.json", "launch.sh", "plan.json")
+"""Files of every plan."""
+_OF_ENGINES = ("ds_config.json", "accelerate.yaml", "launch.slurm", "hostfile", ".deepspeed_env")
+"""Files that some plans have."""
+
+
+def _target(folder: str | os.PathLike[str]) -> Path:
+    if not os.fspath(folder):
+        raise SpecError.at("out", "", "is no folder", "Use . for this one.")
+    return Path(folder)
+
+
+def _check_target(target: Path, names: Iterable[str], *, force: bool) -> None:
+    try:
+        if target.exists() and not target.is_dir():
+            raise SpecError.at("out", str(target), "is a file, not a folder", "Use another folder.")
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        if isinstance(error, SpecError):
+            raise
+        problem = f"cannot be written ({getattr(error, 'strerror', None) or error})"
+        raise SpecError.at("out", str(target), problem, "Use another folder.") from None
+    for path in (target / name for name in names):
         if path.is_dir() and not path.is_symlink():
             raise SpecError.at("out", str(path), "is a folder, where a file would be written", "Use another folder.")
         if os.path.lexists(path) and not force:
             raise SpecError.at("out", str(path), "exists", "Use another folder, or --force to replace it.")
+
+
+def _stale(target: Path, files: Mapping[str, str]) -> list[Path]:
+    """Files of an engine that memplan wrote here before, and that are not among ``files``.
+
+    plan.json says what was written; without it a launch.sh of memplan's does.
+    """
+    try:
+        written = json.loads((target / "plan.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, LookupError, TypeError):
+        try:
+            own = (target / "launch.sh").read_text(encoding="utf-8").startswith(_MARK)
+        except (OSError, ValueError):
+            own = False
+        written = _OF_ENGINES if own else ()
+    if not isinstance(written, (list, tuple)):
+        return []
+    return [target / name for name in _OF_ENGINES if name in written and name not in files]
+
+
+def _write(files: Mapping[str, str], target: Path, *, force: bool) -> list[Path]:
+    paths = [target / name for name in files]
+    _check_target(target, files, force=force)
+    stale = [path for path in (_stale(target, files) if force else ()) if os.path.lexists(path) and not path.is_dir()]
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         for name, text in files.items():
             _write_file(beside / name, text)
         if target.exists():
-            for path in paths:
+            # What starts a run comes last: until then it is the one before.
+            for path in sorted(paths, key=lambda path: path.name == "launch.sh"):
                 (beside / path.name).replace(path)
+            for path in stale:
+                path.unlink()
         else:
             beside.chmod(0o777 & ~_umask())
             _sync(beside)
