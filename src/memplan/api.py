@@ -265,6 +265,9 @@ def check(
         found = [each for each in found if each.code != "removed-argument"]
     if "gpus" not in hardware.model_fields_set and case.cluster.gpus == 1:
         notes.append(_noted("the files do not say on how many GPUs: give --gpus"))
+    unadapted = findings.quantized_full(run, asked)
+    if unadapted is not None:
+        return Check(estimate=None, verdict="unknown", findings=findings.sorted_by_severity([unadapted, *found]))
     merged, spread, said = runs.setup_of(run, asked, {}, case.cluster.gpus, found)
     notes = [*notes, *said, *(_noted(note) for note in run.notes)]
     estimated = case.estimate(Setup(merged, spread, case.cluster.gpus))

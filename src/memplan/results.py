@@ -405,14 +405,16 @@ class Check(Answer):
     """What the files of a run need, and what is wrong with them."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    estimate: Estimate
+    estimate: Estimate | None
+    """None where a finding leaves nothing to estimate."""
     verdict: Verdict
     findings: tuple[Finding, ...] = ()
 
     @model_validator(mode="after")
     def _of_the_estimate(self) -> Check:
-        if self.verdict != self.estimate.verdict:
-            raise ValueError(f"verdict is {self.verdict}, but the estimate's is {self.estimate.verdict}")
+        expected = "unknown" if self.estimate is None else self.estimate.verdict
+        if self.verdict != expected:
+            raise ValueError(f"verdict is {self.verdict}, but the estimate's is {expected}")
         return self
 
     @property
@@ -422,7 +424,7 @@ class Check(Answer):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON contract as plain values."""
-        return super().to_dict() | {"estimate": self.estimate.to_dict()}
+        return super().to_dict() | {"estimate": None if self.estimate is None else self.estimate.to_dict()}
 
 
 class Rung(Result):

@@ -63,6 +63,7 @@ CASES: dict[str, Wild] = {
         "LAION-AI/Open-Assistant, model/model_training/configs/zero3_config_sft.json",
         "WarmupDecayLR without total_num_steps, which nobody fills in",
         {"strategy": "zero3", "offload_optimizer": "none"},
+        ("scheduler-total-steps",),
     ),
     "axolotl_zero3_offload.json": Wild(
         "axolotl-ai-cloud/axolotl, deepspeed_configs/zero3_bf16_cpuoffload_all.json",

@@ -40,6 +40,8 @@ _FURTHER = ("tensor_parallel", "expert_parallel", "hybrid_engine")
 _OTHER_TORCH_OPTIMIZERS = frozenset(
     {"Adadelta", "Adafactor", "ASGD", "Adamax", "LBFGS", "Muon", "NAdam", "RAdam", "Rprop", "SparseAdam"}
 )
+_OF_ZERO = dict.fromkeys(DEEPSPEED["zero_optimization"].keys() - DEEPSPEED[""].keys() - {"stage"}, "zero_optimization")
+"""Keys that mean something in ``zero_optimization`` only."""
 _OWN_OPTIMIZERS = frozenset({"adam", "adamw", "adagrad", "lamb", "muadam", "muadamw", "musgd", "lion", "muon"})
 """``DEEPSPEED_OPTIMIZERS`` of ``runtime/config.py``; DeepSpeed ignores their case."""
 
@@ -158,6 +160,7 @@ class _Reader:
             path=path,
             lenient=path in LENIENT,
             findings=self.findings,
+            elsewhere=None if path else _OF_ZERO,
         )
         if section.ignored and path not in _FURTHER:
             names = ", ".join(section.ignored)

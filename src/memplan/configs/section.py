@@ -28,6 +28,7 @@ class Section:
         lenient: the library ignores keys that it does not know, and memplan those that resemble no other.
         automatic: whether the library drops ``"auto"`` for its own default, as DeepSpeedConfigModel does.
         findings: where a key that is not known is put, and then left out; without it is an error.
+        elsewhere: keys of other sections, and these sections: one that stands here is a finding.
 
     Raises SpecError for values that are not a mapping, a key that is not known, or a value of another type.
     """
@@ -43,7 +44,9 @@ class Section:
         lenient: bool = False,
         automatic: bool = True,
         findings: list[Finding] | None = None,
+        elsewhere: Mapping[str, str] | None = None,
     ) -> None:
+        self._elsewhere = elsewhere or {}
         self.reader, self.source, self.path = library, source, path
         self.ignored: list[str] = []
         self._findings = findings
@@ -93,6 +96,9 @@ class Section:
         if name in self._keys:
             return True
         comment = name.startswith(("_", "#", "/")) or "comment" in name.lower()
+        if lenient and self._findings is not None and name in self._elsewhere:
+            self._add("misplaced-key", name, value, "it ignores it", f"Put it into {self._elsewhere[name]}.")
+            return False
         if lenient and (comment or not _is_slip(name, self._keys)):
             self.ignored.append(name)
             return False
@@ -103,12 +109,14 @@ class Section:
         if self._findings is None:
             raise SpecError.at(self.name(name), value, problem, remedy)
         code = "misspelt-key" if lenient else "unknown-key"
-        ending = "it ignores it" if lenient else "it does not start"
-        message = f"{quoted(value)} is given to a key that {self.reader} does not have: {ending}."
-        found = Finding(code=code, severity="error", path=self.name(name), message=message, remedy=remedy)
-        if found not in self._findings:  # a section may be read more than once
-            self._findings.append(found)
+        self._add(code, name, value, "it ignores it" if lenient else "it does not start", remedy)
         return False
+
+    def _add(self, code: str, name: str, value: object, ending: str, remedy: str) -> None:
+        message = f"{quoted(value)} is given to a key that {self.reader} does not have here: {ending}."
+        found = Finding(code=code, severity="error", path=self.name(name), message=message, remedy=remedy)
+        if self._findings is not None and found not in self._findings:  # a section may be read more than once
+            self._findings.append(found)
 
     def _taken(self, name: str, value: object) -> Any:
         try:

@@ -80,7 +80,7 @@ def estimates_text(
 def check_text(check: Check, *, console: Console | None = None) -> str:
     """Return the page of what files need, and below it what is wrong with them."""
     console = console or _console()
-    page = estimate_text(check.estimate, console=console)
+    page = "" if check.estimate is None else estimate_text(check.estimate, console=console)
     if not check.findings:
         return page
     parts: list[RenderableType] = [Text(), Text(words.findings_title(check.findings), style="bold")]
@@ -95,7 +95,7 @@ def check_text(check: Check, *, console: Console | None = None) -> str:
         table.add_row("", Text(finding.message))
         table.add_row("", Text(finding.remedy, style="dim"))
         parts += [_indented(table)]
-    return f"{page}\n{_text(Group(*parts), console)}"
+    return f"{page}\n{_text(Group(*parts), console)}" if page else _text(Group(*parts[1:]), console)
 
 
 def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None = None) -> str:
