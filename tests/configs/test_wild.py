@@ -30,6 +30,8 @@ class Wild:
     setup: dict[str, Any] = field(default_factory=dict)
     """What it comes to, as the estimate says it; ``gpus`` is the cluster's."""
     findings: tuple[str, ...] = ()
+    """Codes of those that are errors."""
+    warnings: tuple[str, ...] = ()
     refused: str = ""
     model: str | None = LLAMA
     cluster: dict[str, Any] = field(default_factory=lambda: GPUS)
@@ -58,6 +60,7 @@ CASES: dict[str, Wild] = {
         "tatsu-lab/stanford_alpaca, configs/default_offload_opt_param.json",
         "WarmupDecayLR with everything auto; gathering to save is off, so no weights are saved",
         {**ZERO3_OFFLOADED, "mixed_precision": "bf16", "optim": "adamw_torch_fused"},
+        warnings=("no-weights-saved",),
     ),
     "open_assistant_zero3.json": Wild(
         "LAION-AI/Open-Assistant, model/model_training/configs/zero3_config_sft.json",
@@ -85,7 +88,7 @@ CASES: dict[str, Wild] = {
         "bigcode-project/starcoder, chat/config.yaml",
         "a YAML of TrainingArguments of 2023; weight_decay '0.'; settings of W&B of its own",
         {"strategy": "ddp", "seq_len": 1024, "packed": True, "micro_batch_size": 4, "grad_accum_steps": 8},
-        ("removed-argument",) * 3,
+        warnings=("removed-argument",) * 3,
         model=None,
     ),
     "megatron_infinity.json": Wild(
@@ -113,12 +116,14 @@ CASES: dict[str, Wild] = {
         "huggingface/accelerate, examples/config_yaml_templates/deepspeed.yaml",
         "it names a DeepSpeed file; zero3_init_flag false, which accelerate does not look at",
         {**ZERO3_OFFLOADED, "mixed_precision": "fp16", "gpus": 2},
+        warnings=("no-weights-saved",),
         cluster=OF_FILE,
     ),
     "accelerate_zero3_offload.json": Wild(
         "huggingface/accelerate, examples/deepspeed_config_templates/zero_stage3_offload_config.json",
         "stage3_gather_16bit_weights_on_model_save is auto, of which accelerate makes false",
         {**ZERO3_OFFLOADED, "mixed_precision": "fp16", "grad_accum_steps": 1},
+        warnings=("no-weights-saved",),
     ),
     "accelerate_fsdp.yaml": Wild(
         "huggingface/accelerate, examples/config_yaml_templates/fsdp.yaml",
@@ -154,7 +159,7 @@ CASES: dict[str, Wild] = {
         "huggingface/peft, examples/sft/run_peft_qlora_deepspeed_stage3.sh",
         "a script with the launcher's config and some arguments that only this example has",
         {"strategy": "zero3", "micro_batch_size": 2, "quantization": "nf4-dq", "dtype": "bfloat16", "gpus": 2},
-        ("removed-argument",),
+        warnings=("removed-argument",),
         **OWN,
     ),
     "peft_qlora_fsdp.yaml": Wild(
@@ -225,7 +230,7 @@ CASES: dict[str, Wild] = {
         "THUDM/ChatGLM-6B, ptuning/ds_train_finetune.sh",
         "a command's output in a variable; lengths of source and target, which memplan does not add up",
         {"strategy": "zero2", "mixed_precision": "fp16", "micro_batch_size": 4, "grad_accum_steps": 4, "gpus": 3},
-        ("removed-argument",),
+        warnings=("removed-argument",),
         model=LLAMA,  # its own brings code
         cluster=OF_FILE,
     ),
@@ -249,8 +254,15 @@ def test_a_setup(name: str) -> None:
     found = api.check(Path(name), case.model, None, case.cluster)
     said = {**found.estimate.setup, "gpus": found.estimate.cluster["gpus"]}
     assert {key: said[key] for key in case.setup} == case.setup
-    errors = sorted(each.code for each in found.findings if each.severity == "error")
-    assert errors == sorted(case.findings)
+    by_severity = {
+        severity: sorted(each.code for each in found.findings if each.severity == severity)
+        for severity in ("error", "warning", "info")
+    }
+    assert by_severity == {
+        "error": sorted(case.findings),
+        "warning": sorted(case.warnings),
+        "info": ["padding"] * (not said["packed"]),
+    }
     data = Path(name).read_text()
     if name.endswith(".json"):  # as values it is the same
         again = api.check(json.loads(data), case.model, None, case.cluster)

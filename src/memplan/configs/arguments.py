@@ -183,16 +183,19 @@ def _fsdp1_ignored(asked: object, source: str) -> Finding:
 
 def _unread(data: Mapping[str, Any], source: str, findings: list[Finding] | None, known: tuple[str, ...]) -> list[str]:
     """Notes on arguments that nobody reads; what transformers has removed or is misspelt is a finding."""
-    unknown = []
+    unknown, wrong = [], []
     for name, value in data.items():
         if name in _KNOWN or name in known:
             continue
         if findings is not None and name in REMOVED_ARGUMENTS:
-            findings.append(_removed(name, value, source))
+            wrong.append(_removed(name, value, source))
         elif findings is not None and (near := _misspelt(name)) is not None:
-            findings.append(_near(name, value, near, source))
+            wrong.append(_near(name, value, near, source))
         else:
             unknown.append(name)
+    if findings is not None:
+        # A script with arguments of its own may have these as well.
+        findings += [each.model_copy(update={"severity": "warning"}) for each in wrong] if unknown else wrong
     return [f"{source}: {', '.join(unknown)} are not read"] if unknown else []
 
 
@@ -210,7 +213,8 @@ def _removed(name: str, value: object, source: str) -> Finding:
         code="removed-argument",
         severity="error",
         path=f"{source}: {name}",
-        message=f"{quoted(value)} is given to an argument that transformers 5 has removed: its parser refuses it.",
+        message=f"{quoted(value)} is given to an argument that transformers 5 has removed: HfArgumentParser refuses "
+        "it, unless the script has it.",
         remedy="Leave it out." if near.startswith("nothing") else f"Use {near}.",
     )
 
@@ -220,7 +224,8 @@ def _near(name: str, value: object, near: str, source: str) -> Finding:
         code="misspelt-argument",
         severity="error",
         path=f"{source}: {name}",
-        message=f"{quoted(value)} is given to an argument that TrainingArguments do not have: the parser refuses it.",
+        message=f"{quoted(value)} is given to an argument that TrainingArguments do not have: HfArgumentParser refuses "
+        "it, unless the script has it.",
         remedy=f"Did you mean {near}?",
     )
 

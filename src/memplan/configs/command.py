@@ -226,6 +226,11 @@ def _options(words: Sequence[str], source: str) -> dict[str, Any]:
 _TYPES = {name: key.takes for name, key in (SCRIPT_ARGUMENTS | TRAINING_ARGUMENTS).items()}
 
 
+def _matters(name: str) -> bool:
+    key = TRAINING_ARGUMENTS.get(name) or SCRIPT_ARGUMENTS.get(name)
+    return key is not None and bool(key.field or key.only)
+
+
 def plain(text: str) -> Any:
     """What a text is by itself: a number, true or false, or text."""
     if text.lower() in ("true", "false"):
@@ -245,6 +250,8 @@ def _typed(name: str, value: Any, source: str) -> Any:
     if kind is list:
         return value.split(",")
     if kind is bool:
+        if value.lower() not in _TRUTH and not _matters(name):
+            return value
         if value.lower() not in _TRUTH:
             raise SpecError.at(f"{source}: {name}", value, "is neither true nor false", "Write one of them.")
         return _TRUTH[value.lower()]
@@ -252,7 +259,7 @@ def _typed(name: str, value: Any, source: str) -> Any:
         number = float(value)
     except ValueError:
         problem = "is a variable of the shell" if "$" in value else "is not a number"
-        if not TRAINING_ARGUMENTS.get(name, SCRIPT_ARGUMENTS.get(name)).field:  # type: ignore[union-attr]
-            return value  # it does not matter
+        if not _matters(name):
+            return value
         raise SpecError.at(f"{source}: {name}", value, problem, "Write the number.") from None
     return int(number) if kind is int and number.is_integer() else number

@@ -10,14 +10,14 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from memplan.configs import llama_factory
 from memplan.configs.accelerate import parse_accelerate
-from memplan.configs.argument_keys import SCRIPT_ARGUMENTS, TRAINING_ARGUMENTS
+from memplan.configs.argument_keys import REMOVED_ARGUMENTS, SCRIPT_ARGUMENTS, TRAINING_ARGUMENTS
 from memplan.configs.arguments import fsdp_config, parse_arguments
 from memplan.configs.command import Command, is_command, parse_command, plain
 from memplan.configs.deepspeed import parse_deepspeed
@@ -126,28 +126,47 @@ def _kind(values: Values) -> str:
         raise UnsupportedError(f"{source}: an axolotl config is not read. {remedy}")
     if llama_factory.is_llama_factory(data) and not zero:
         return "arguments"
-    engine, arguments = len(_DEEPSPEED_ONLY & keys), len(_ARGUMENTS_ONLY & keys)
-    if arguments > engine and not zero and "architectures" not in keys:
+    engine = len(_DEEPSPEED_ONLY & keys)
+    if _of_a_trainer(keys) and not zero and len(_ARGUMENTS_ONLY & keys) > engine:
         return "arguments"
-    if engine or zero or {"bf16", "fp16"} & {name for name in keys if isinstance(data[name], Mapping)}:
+    known = engine + sum(isinstance(data.get(name), Mapping) for name in ("bf16", "fp16", "optimizer", "scheduler"))
+    if zero or _SURE_OF_DEEPSPEED & keys or (known and 2 * known >= len(keys)):
         return "deepspeed"
     if _ACCELERATE_ONLY & keys:
         return "accelerate"  # which says what is missing
-    if arguments <= 1 and ("architectures" in keys or {"model_type"} == _ARGUMENTS_ONLY & keys):
+    if "architectures" in keys or "model_type" in keys:
         remedy = f"Check the files of a run with it: --model {source}."
         raise SpecError(f"{source}: is a model's config, not a run's. {remedy}")
     if any(name.removeprefix("fsdp_") in _FSDP_NAMES for name in keys):
         remedy = "Give the TrainingArguments that name it, or an accelerate YAML."
         raise SpecError(f"{source}: is a Trainer's fsdp_config, which is no run by itself. {remedy}")
-    if arguments or set(TRAINING_ARGUMENTS) & keys:
-        return "arguments"
-    if any(_resembles(name) for name in keys):
+    if keys and 2 * sum(map(_resembles, keys)) >= len(keys):
         return "deepspeed"  # which names the key that is misspelt
     names = ", ".join(list(keys)[:5]) or "nothing"
     remedy = "Give a DeepSpeed JSON, an accelerate YAML, TrainingArguments, a LLaMA-Factory YAML or a plan's folder."
     raise SpecError(f"{source}: holds {names}, which is no config of a run. {remedy}")
 
 
+def _of_a_trainer(keys: Collection[str]) -> bool:
+    """Whether names are a Trainer's arguments: others have a learning_rate, a seed and an output_dir too."""
+    if "per_device_train_batch_size" in keys:
+        return True
+    known = [name for name in keys if name in _NAMES]
+    return len(known) >= 2 and 2 * len(known) >= len(keys) and bool(_SURE.intersection(known))
+
+
+_NAMES = TRAINING_ARGUMENTS.keys() | SCRIPT_ARGUMENTS.keys() | REMOVED_ARGUMENTS.keys()
+_SURE = frozenset(
+    {
+        *("gradient_accumulation_steps", "num_train_epochs", "max_steps", "per_device_eval_batch_size", "deepspeed"),
+        *("bf16", "fp16", "fsdp", "optim", "lr_scheduler_type", "save_strategy", "eval_strategy", "model_name_or_path"),
+        *("gradient_checkpointing", "activation_checkpointing", "logging_steps", "warmup_steps", "output_dir"),
+    }
+)
+"""Names of which one at least is among TrainingArguments."""
+_SURE_OF_DEEPSPEED = frozenset(
+    {"train_batch_size", "train_micro_batch_size_per_gpu", "steps_per_print", "zero_allow_untested_optimizer"}
+)
 _FSDP_NAMES = ("transformer_layer_cls_to_wrap", "auto_wrap_policy", "reshard_after_forward", "sharding_strategy", "xla")
 
 
@@ -222,6 +241,8 @@ def _of_command(command: Command, values: Values, folder: Path | None) -> Run:
                 f"{values.source}: {', '.join(switches)}: accelerate's options are not read. {remedy}"
             )
     arguments = dict(command.arguments)
+    if command.launcher and arguments.get("deepspeed") is True:
+        return _of_deepspeeds_own(run, arguments, values, folder)
     if command.files and command.files[0].endswith((".yaml", ".yml", ".json")):
         named = _file(command.files[0], values.source, command.launcher, folder, [])
         given = (part.partition("=") for part in command.files[1:] if "=" in part)
@@ -230,7 +251,34 @@ def _of_command(command: Command, values: Values, folder: Path | None) -> Run:
         return _of_arguments(Values(named.source, arguments), Path(named.source).parent, run)
     if "$" in str(arguments.get("model_name_or_path")):
         del arguments["model_name_or_path"]  # a variable of the shell: --model has to say
+    if not _of_a_trainer(arguments) and not llama_factory.is_llama_factory(arguments):
+        if run.engine is not None:
+            return run
+        names = ", ".join(list(arguments)[:5]) or "nothing"
+        remedy = (
+            "Give a command with TrainingArguments, or the DeepSpeed JSON or accelerate YAML that the script takes."
+        )
+        raise SpecError(f"{values.source}: starts a script with {names}, which are no TrainingArguments. {remedy}")
     return _of_arguments(Values(values.source, arguments), folder, run)
+
+
+def _of_deepspeeds_own(run: Run, arguments: Mapping[str, Any], values: Values, folder: Path | None) -> Run:
+    """``--deepspeed --deepspeed_config FILE``, as ``deepspeed.add_config_arguments`` has it: no Trainer."""
+    named = arguments.get("deepspeed_config")
+    if not isinstance(named, str):
+        remedy = "Give the DeepSpeed JSON of the script instead."
+        raise SpecError(f"{values.source}: deepspeed: is a flag, and there is no deepspeed_config. {remedy}")
+    config, findings = _file(named, values.source, "deepspeed_config", folder, []), list[Finding]()
+    engine = parse_deepspeed(config.data, config.source, findings=findings)
+    model = arguments.get("model_name_or_path")
+    return dataclasses.replace(
+        run,
+        engine=engine,
+        model=model if isinstance(model, str) and "$" not in model else None,
+        raw={"deepspeed": config},
+        findings=tuple(findings),
+        notes=(f"{values.source}: of the script's own arguments none but the model is read",),
+    )
 
 
 def _allocator_of(environment: Mapping[str, str]) -> str | None:

@@ -168,6 +168,8 @@ def _batch(config: EngineConfig, batch: Batch, training: TrainingSpec, gpus: int
     if product == batch.train:
         return {"micro_batch_size": micro, "grad_accum_steps": steps}, notes
     made = f"{micro} sequences x {steps} accumulation steps x {gpus} GPUs"
+    if not overridden and steps == 0:
+        made = f"{micro} sequences x {gpus} GPUs, nor a multiple of it"
     if not overridden:
         remedy = 'Change one of them, or --gpus; the easiest is to write "auto".'
         raise SpecError.at(f"{config.source}: train_batch_size", batch.train, f"is not {made}", remedy)
