@@ -279,7 +279,7 @@ def _model(data: Mapping[str, Any], source: str) -> dict[str, Any]:
     if "model_class" in data:
         heads = {name: head for head, name in MODEL_CLASSES.items()}
         name = data["model_class"]
-        if name not in heads:
+        if not isinstance(name, str) or name not in heads:
             remedy = did_you_mean(str(name), heads)
             raise SpecError.at(f"{source}: model_class", name, "is none that a written train.py can train", remedy)
         found["head"] = heads[name]

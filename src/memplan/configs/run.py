@@ -180,7 +180,8 @@ def _of_accelerate(values: Values, folder: Path | None) -> Run:
     findings: list[Finding] = []
     engine = parse_accelerate(values.data, values.source, folder, findings)
     raw = {"accelerate": values}
-    named = (values.data.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    section = values.data.get("deepspeed_config")
+    named = section.get("deepspeed_config_file") if isinstance(section, Mapping) else None
     if isinstance(named, str):
         raw["deepspeed"] = _file(named, values.source, "deepspeed_config_file", folder, [])
     return Run(values.source, engine, raw=raw, launcher="accelerate", findings=tuple(findings))
