@@ -235,6 +235,51 @@ def test_a_mismatch_names_both_values() -> None:
     assert check(run(zero() | {"gradient_accumulation_steps": 4}, gradient_accumulation_steps=2)).has_errors
 
 
+LAUNCHED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("bf16", {}, {}),
+    ("bf16", {}, {"bf16": True}),
+    ("no", {}, {"bf16": True}),
+    ("bf16", {"gradient_accumulation_steps": 4}, {"bf16": True}),
+    ("bf16", {"gradient_accumulation_steps": 4}, {"bf16": True, "gradient_accumulation_steps": 4}),
+    ("bf16", {"gradient_clipping": 0.5}, {"bf16": True}),
+    ("bf16", {"gradient_clipping": 1.0}, {"bf16": True}),
+]
+
+
+@pytest.mark.parametrize(("precision", "section", "arguments"), LAUNCHED)
+def test_what_accelerate_launches_differs_from_the_arguments(
+    precision: str, section: dict[str, Any], arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.configs.test_accelerate import launched
+    from transformers import TrainingArguments
+    from transformers.integrations.deepspeed import propagate_args_to_deepspeed
+
+    from memplan.configs.run import read_run
+
+    yaml = {"distributed_type": "DEEPSPEED", "num_processes": 2, "mixed_precision": precision}
+    yaml["deepspeed_config"] = {"zero_stage": 2, **section}  # type: ignore[assignment]
+    launched(monkeypatch, tmp_path, yaml)  # the environment of a process
+    args = TrainingArguments(output_dir="x", use_cpu=True, **arguments)
+    propagate_args_to_deepspeed(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=args.deepspeed_plugin)), args)
+    config = args.deepspeed_plugin.hf_ds_config
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=64))
+    try:
+        config.trainer_config_finalize(args, model, 100)
+        refused = []
+    except ValueError as error:
+        refused = re.findall(r"^- ds (\S+)=", str(error), re.MULTILINE)
+    (tmp_path / "a.yaml").write_text(json.dumps(yaml))
+    (tmp_path / "run.sh").write_text(
+        "accelerate launch --config_file a.yaml train.py --model_name_or_path gpt2 --max_length 64 --packing True "
+        + " ".join(f"--{name} {value}" for name, value in arguments.items())
+    )
+    read = read_run(tmp_path / "run.sh")
+    assert set(read.raw) == {"accelerate", "arguments"}
+    found = [each for each in check(tmp_path / "run.sh").findings if each.code == "trainer-mismatch"]
+    assert len(found) == bool(refused)
+    assert all(name in each.message for each in found for name in refused)
+
+
 def test_a_schedule_without_its_end() -> None:
     import torch
     from deepspeed.runtime.lr_schedules import WarmupDecayLR

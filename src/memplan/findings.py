@@ -95,7 +95,8 @@ _MATCHED = {
 
 def trainer_mismatch(checked: Checked) -> Finding | None:
     """``trainer_config_process`` notes what differs, and ``trainer_config_finalize`` raises ValueError for it."""
-    data, arguments = checked.deepspeed, checked.arguments
+    arguments = checked.arguments
+    kind, data = ("deepspeed", checked.deepspeed) if checked.deepspeed else ("accelerate", _of_plugin(checked))
     if not data or not arguments:
         return None
     wanted: dict[str, tuple[str, object]] = {key: (name, argument(arguments, name)) for key, name in _MATCHED.items()}
@@ -122,10 +123,36 @@ def trainer_mismatch(checked: Checked) -> Finding | None:
     return Finding(
         code="trainer-mismatch",
         severity="error",
-        path=checked.path("deepspeed", found[0][0]),
+        path=checked.path(kind, found[0][0] if kind == "deepspeed" else _IN_PLUGIN.get(found[0][0], found[0][0])),
         message=f"The Trainer refuses values that are not those of its arguments: {said}.",
-        remedy='Write "auto" in the DeepSpeed config, so that each is said once.',
+        remedy='Write "auto" in the DeepSpeed config, so that each is said once.'
+        if kind == "deepspeed"
+        else "Leave it out of the accelerate config, or give the Trainer the same.",
     )
+
+
+_IN_PLUGIN = {
+    "gradient_accumulation_steps": "deepspeed_config.gradient_accumulation_steps",
+    "gradient_clipping": "deepspeed_config.gradient_clipping",
+    "bf16.enabled": "mixed_precision",
+    "fp16.enabled": "mixed_precision",
+}
+
+
+def _of_plugin(checked: Checked) -> dict[str, Any]:
+    """What DeepSpeedPlugin makes of accelerate's own keys, as far as the Trainer compares it.
+
+    A precision that the Trainer is asked for goes before the launcher's (``TrainingArguments.mixed_precision``).
+    """
+    values = checked.run.raw.get("accelerate")
+    section = None if values is None else values.data.get("deepspeed_config")
+    if values is None or not isinstance(section, Mapping):
+        return {}
+    data: dict[str, Any] = {name: section.get(name) for name in ("gradient_accumulation_steps", "gradient_clipping")}
+    launched = str(values.data.get("mixed_precision")).lower()
+    if launched in ("bf16", "fp16") and not checked.arguments.get("bf16") and not checked.arguments.get("fp16"):
+        data[launched] = {"enabled": True}
+    return data
 
 
 def scheduler_total_steps(checked: Checked) -> Finding | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from memplan.configs.read import read_engine_config
 from memplan.configs.run import Run, read_run, setup_of
 from memplan.errors import SpecError, UnsupportedError
 from memplan.specs.strategy import Strategy
@@ -141,6 +142,15 @@ def test_a_fixed_batch_with_automatic_parts_says_what_the_trainer_is_asked_for()
     assert (training.micro_batch_size, training.grad_accum_steps, found) == (4, 1, [])
     setup_of(read_run(config), TrainingSpec(micro_batch_size=3), {}, 8, found)
     assert [each.code for each in found] == ["batch-product"]
+
+
+def test_arguments_are_no_engines_config(tmp_path: Path) -> None:
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(ARGUMENTS))
+    with pytest.raises(SpecError, match="holds TrainingArguments, which are no engine's config"):
+        read_engine_config(path)
+    with pytest.raises(SpecError, match="Use memplan check FILE"):
+        read_engine_config(ARGUMENTS)
 
 
 def test_values_are_not_changed() -> None:

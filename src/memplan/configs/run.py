@@ -24,12 +24,12 @@ from memplan.configs.deepspeed import parse_deepspeed
 from memplan.configs.files import parse_mapping, read_mapping, read_text
 from memplan.configs.keys import ACCELERATE, DEEPSPEED
 from memplan.configs.setup import Batch, EngineConfig, batch_finding, merged, of_file, with_training
-from memplan.errors import SpecError, UnsupportedError
+from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.results import Assumption, Finding
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 
-__all__ = ["Run", "Values", "of_texts", "read_folder", "read_run", "setup_of"]
+__all__ = ["Run", "Values", "is_arguments", "of_texts", "read_folder", "read_run", "setup_of"]
 
 _ALLOCATOR = re.compile(
     r'^export PYTORCH_(?:CUDA_)?ALLOC_CONF="\$\{PYTORCH_(?:CUDA_)?ALLOC_CONF:-([^}"]*)\}"$', re.MULTILINE
@@ -112,6 +112,14 @@ def _of_values(values: Values, folder: Path | None) -> Run:
         engine = parse_deepspeed(data, values.source, findings=findings)
         return Run(values.source, engine, raw={"deepspeed": values}, findings=tuple(findings))
     return _of_arguments(values, folder, Run(values.source))
+
+
+def is_arguments(data: Mapping[str, Any]) -> bool:
+    """Whether values are TrainingArguments, or LLaMA-Factory's."""
+    try:
+        return _kind(Values("values", data)) == "arguments"
+    except MemplanError:
+        return False
 
 
 def _kind(values: Values) -> str:
