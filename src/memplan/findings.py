@@ -346,9 +346,11 @@ _NOTICED = 20
 
 
 def default_buckets(checked: Checked) -> Finding | None:
-    """The engine is played again with a bucket of a tenth: what the default takes of this GPU."""
+    """The engine is played again with a bucket of a tenth: what the default takes of a GPU that is too small."""
     strategy, capacity = checked.strategy, checked.estimate.gpu.capacity
     if not strategy.is_deepspeed or strategy.kind == "zero0" or capacity is None:
+        return None
+    if checked.estimate.verdict == "fits":
         return None
     if strategy.zero.reduce_bucket_size != 10 * _SMALLER:
         return None

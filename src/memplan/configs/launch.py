@@ -348,8 +348,7 @@ def read(folder: str | os.PathLike[str]) -> Written:
 
 
 def _written(run: Run) -> Written:
-    if run.findings:
-        finding = run.findings[0]
+    for finding in (each for each in run.findings if each.severity == "error"):
         raise SpecError(f"{finding.path}: {finding.message} {finding.remedy}")
     gpus, nodes = run.cluster["gpus"], run.cluster["nodes"]
     training, strategy, notes = setup_of(run, TrainingSpec(), {}, gpus)
