@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import memplan
-from memplan import api
+from memplan import api, cli
 from memplan.errors import SpecError
+from memplan.render import table
 
 CLUSTER = memplan.ClusterSpec(gpu="A100-80GB", gpus=2, host_memory="1TiB")
 AUTO = {
@@ -32,7 +34,7 @@ def config(tmp_path: Path) -> Path:
 def test_a_config_of_an_engine_is_what_estimate_says_of_it(config: Path) -> None:
     found = api.check(config, "gpt2", {"seq_len": 128}, CLUSTER)
     assert found.estimate == api.estimate("gpt2", {"seq_len": 128}, CLUSTER, engine_config=config)
-    assert (found.verdict, found.findings) == ("fits", ())
+    assert (found.verdict, [each.code for each in found.findings]) == ("fits", ["no-weights-saved"])
     assert memplan.Check.from_json(found.to_json()) == found
     assert set(found.to_dict()) >= {"estimate", "verdict", "findings"}
 
@@ -50,8 +52,8 @@ def test_a_folder_of_a_plan_needs_what_was_planned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "model", "message"),
     [
-        ("ds.json", None, "model: None is not in a config of an engine. Name it, as in --model MODEL."),
-        ("nothing.json", "gpt2", "engine_config: "),
+        ("ds.json", None, "model: None is not in the files. Name it, as in --model MODEL."),
+        ("nothing.json", "gpt2", "path: "),
         (".", None, "training_args.json: missing"),
     ],
 )
@@ -59,3 +61,74 @@ def test_bad_input(config: Path, path: str, model: Any, message: str) -> None:
     with pytest.raises(SpecError) as error:
         api.check(config.parent / path, model, cluster=CLUSTER)
     assert message in str(error.value)
+
+
+ARGUMENTS: dict[str, Any] = {"model_name_or_path": "gpt2", "seq_len": 64, "packed": True, "bf16": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "memory", "code"),
+    [
+        ({}, "16", 0),
+        ({"warmup_ratio": 0.1}, "16", 1),  # a finding that is an error
+        ({"packed": False}, "16", 0),  # one that is not
+        ({}, "1", 1),
+        ({"bf16": True, "fp16": True}, "16", 2),
+        ({"per_device_train_batch_size": 0}, "16", 2),
+    ],
+)
+def test_exit_codes(
+    change: dict[str, Any],
+    memory: str,
+    code: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(ARGUMENTS | change))
+    assert cli.main(["check", str(path), "--gpu", "A100-80GB", "--gpus", "2", "--gpu-memory", memory]) == code
+    captured = capsys.readouterr()
+    assert bool(captured.err) == (code == 2)
+    assert captured.err.count("\n") == (code == 2)
+
+
+def test_a_tight_one_exits_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    estimated = api.check(ARGUMENTS, cluster={**CLUSTER.to_dict(), "gpu": "A100-80GB"}).estimate
+    assert estimated is not None
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(ARGUMENTS))
+    middle = (estimated.gpu.low + estimated.gpu.high) // 2 / 2**30
+    assert cli.main(["check", str(path), "--gpu", "A100-80GB", "--gpus", "2", "--gpu-memory", f"{middle:.3f}"]) == 3
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_page_is_as_wide_as_the_terminal(width: int) -> None:
+    change = {"warmup_ratio": 0.1, "packed": False, "device_map": "auto"}
+    found = api.check(ARGUMENTS | change, cluster=CLUSTER)
+    lines = table.check_text(found, console=Console(width=width, no_color=True)).split("\n")
+    assert max(map(len, lines)) <= width
+    page = "\n".join(lines)
+    assert "2 errors, 1 info in the files" in page
+    assert "  error      removed-argument  values: warmup_ratio" in lines
+    for finding in found.findings:
+        assert " ".join(finding.remedy.split()) in " ".join(page.split())
+
+
+def test_a_page_without_an_estimate() -> None:
+    found = api.check(ARGUMENTS | {"load_in_8bit": True}, cluster=CLUSTER)
+    page = table.check_text(found, console=Console(width=80, no_color=True))
+    assert page.startswith("1 error in the files\n  error      quantized-full  values: load_in_8bit")
+
+
+def test_what_an_earlier_version_has_is_not_removed_there() -> None:
+    values = ARGUMENTS | {"warmup_ratio": 0.1}
+    assert [each.code for each in api.check(values, cluster=CLUSTER).findings] == ["removed-argument"]
+    assert api.check(values, cluster=CLUSTER, software="transformers=4.57").findings == ()
+
+
+def test_only_training_has_files() -> None:
+    with pytest.raises(SpecError, match="task: 'generate' is not a training run, which files are of"):
+        api.check(ARGUMENTS, None, {"task": "generate", "max_new_tokens": 8}, CLUSTER)

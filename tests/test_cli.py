@@ -727,3 +727,19 @@ def test_check_reads_files(run, tmp_path: Path) -> None:
     assert fits.json["estimate"]["setup"]["seq_len"] == 64
     assert run("check", folder, "--gpu", "T4", "--gpu-memory", "0.02", "--host-memory", "64").code == 1
     assert refused(run("check", folder, "--strategy", "zero2")).startswith("--strategy: 'zero2' is for one estimate.")
+
+
+def test_a_plan_is_not_computed_for_a_folder_that_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "launch.sh").write_text("mine")
+
+    def computed(*args: object, **options: object) -> None:
+        raise AssertionError("it was computed")
+
+    monkeypatch.setattr(api, "plan", computed)
+    assert cli.main(["plan", "gpt2", "--gpu", "T4", "--out", str(tmp_path)]) == 2
+    assert "launch.sh' exists. Use another folder, or --force to replace it." in capsys.readouterr().err
+    monkeypatch.setenv("MEMPLAN_DEBUG", "1")
+    with pytest.raises(AssertionError, match="it was computed"):
+        cli.main(["plan", "gpt2", "--gpu", "T4", "--out", str(tmp_path), "--force"])

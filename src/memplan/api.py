@@ -12,7 +12,6 @@ from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar, Union, get_args
 
 from memplan import estimator, micro_batch, planner
@@ -23,7 +22,16 @@ from memplan.catalog.gpus import all_gpus, find_gpu, parse_cluster
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.parallel import shared_out
 from memplan.planner import LADDER, Change, Objective, Setup, Target, changed, checkpointed, micro_batch_1, rungs
-from memplan.results import Assumption, Check, Comparison, Estimate, EstimateList, Plan, StepTime
+from memplan.results import (
+    ENGINE_CONFIG,
+    Assumption,
+    Check,
+    Comparison,
+    Estimate,
+    EstimateList,
+    Plan,
+    StepTime,
+)
 from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec
@@ -235,39 +243,60 @@ def _files(case: _Case, setup: Setup) -> dict[str, str]:
 
 
 def check(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Mapping[str, Any] | Sequence[str],
     model: ModelLike | None = None,
     training: TrainingLike = None,
     cluster: ClusterLike = None,
     *,
     software: SoftwareLike = None,
 ) -> Check:
-    """Say what the files of a run need.
+    """Say what the files of a run need, and what is wrong with them.
 
-    ``path`` is a DeepSpeed JSON or an accelerate YAML, for a ``model``, or a folder that a plan has written, which has
-    one. What the other arguments say wins over the files. Raises SpecError for files that cannot be read or that the
-    libraries refuse, UnsupportedError for what memplan does not model.
+    ``path`` is a DeepSpeed JSON, an accelerate YAML, TrainingArguments as a JSON or a YAML, a LLaMA-Factory YAML, a
+    file with the command that starts a run, or a folder that a plan has written; or the values of one of them, or a
+    list of arguments. ``model`` is needed where they name none. What the other arguments say wins over the files.
+
+    Raises SpecError for files that cannot be read or whose values the libraries refuse, UnsupportedError for what
+    memplan does not model. A mistake beside which the rest can still be read is a finding.
     """
-    if Path(path).is_dir():
-        from memplan.configs import launch
+    from memplan import findings
+    from memplan.configs import run as runs  # here, because most estimates have no files
+    from memplan.configs.setup import EngineConfig, with_cluster
 
-        found, hardware, run = launch.read(path), _cluster_spec(cluster), _training(training)
-        own = {"gpus": found.gpus, "nodes": found.nodes, "nvme_path": found.nvme_path}
-        hardware = hardware.replace(**{name: own[name] for name in own if name not in hardware.model_fields_set})
-        given = {name: getattr(run, name) for name in run.model_fields_set}
-        estimated = estimate(
-            found.model if model is None else model,
-            found.training.replace(**given),
-            hardware,
-            found.strategy,
-            software=software,
-        )
-        estimated = estimated.model_copy(update={"assumptions": (*estimated.assumptions, *found.notes)})
-    elif model is None:
-        raise SpecError.at("model", None, "is not in a config of an engine", "Name it, as in --model MODEL.")
-    else:
-        estimated = estimate(model, training, cluster, engine_config=path, software=software)
-    return Check(estimate=estimated, verdict=estimated.verdict)
+    run = runs.read_run(path)
+    model = run.model if model is None else model
+    if model is None:
+        raise SpecError.at("model", None, "is not in the files", "Name it, as in --model MODEL.")
+    asked, hardware = _training(training), _cluster_spec(cluster)
+    if asked.task != "train":
+        problem = "is not a training run, which files are of"
+        raise SpecError.at("task", asked.task, problem, "Leave it out, or use memplan estimate.")
+    fixed = dict(run.engine.cluster) if run.engine is not None else {}
+    refused = run.engine.refused if run.engine is not None else {}
+    if "gpus" in run.cluster:
+        fixed |= run.cluster
+        refused = {name: error for name, error in refused.items() if name not in run.cluster}
+    hardware, notes = with_cluster(EngineConfig(run.source, {}, cluster=fixed, refused=refused), hardware)
+    case = _resolved(model, hardware, software)
+    found = list(run.findings)
+    if not case.software.at_least("transformers", "5"):
+        found = [each for each in found if each.code != "removed-argument"]
+    if "gpus" not in hardware.model_fields_set and case.cluster.gpus == 1:
+        notes.append(_noted("the files do not say on how many GPUs: give --gpus"))
+    unadapted = findings.quantized_full(run, asked)
+    if unadapted is not None:
+        return Check(estimate=None, verdict="unknown", findings=findings.sorted_by_severity([unadapted, *found]))
+    merged, spread, said = runs.setup_of(run, asked, {}, case.cluster.gpus, found)
+    notes = [*notes, *said, *(_noted(note) for note in run.notes)]
+    estimated = case.estimate(Setup(merged, spread, case.cluster.gpus))
+    estimated = estimated.model_copy(update={"assumptions": (*estimated.assumptions, *notes)})
+    checked = findings.Checked(run, merged, spread, case.cluster, case.model, case.software, estimated)
+    found += findings.find(checked)
+    return Check(estimate=estimated, verdict=estimated.verdict, findings=findings.sorted_by_severity(found))
+
+
+def _noted(note: str) -> Assumption:
+    return Assumption(name=ENGINE_CONFIG, value=0, low=0, high=0, source=note)
 
 
 def measure(

@@ -320,6 +320,10 @@ def plan(
     wishes: dict[str, Any] = {"target": target, "objective": objective, "software": given.get("software")}
     if global_batch_size is not None:
         wishes["global_batch_size"] = _value(given, "global_batch_size")
+    if out is not None:
+        from memplan.configs.launch import check_folder
+
+        check_folder(out, force=force)  # before anything is computed
     result = api.plan(model, _training(given), _cluster(given), **wishes)
     if out is not None and result.best is not None:
         result = result.write(out, force=force)
@@ -334,25 +338,32 @@ def plan(
 @app.command(cls=_Command)
 @_with_options
 def check(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A DeepSpeed JSON, an accelerate YAML, a plan's folder.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A DeepSpeed JSON, an accelerate YAML, TrainingArguments, a LLaMA-Factory YAML, a script that starts "
+            "a run, or a plan's folder.",
+        ),
+    ],
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="A hub id, a folder or a config.json.")] = None,
     **options: Any,
 ) -> _Answer:
-    """Say what the files of a run need, and whether it fits.
+    """Say what the files of a run need, whether it fits, and what is wrong with them.
 
-    Exit codes: 0 fits (or unknown, without a GPU), 1 does not fit, 2 bad input, 3 tight.
+    Exit codes: 0 fits (or unknown, without a GPU), 1 does not fit or a finding is an error, 2 bad input, 3 tight.
     """
     from memplan import api
 
     given = {name: value for name, value in options.items() if value is not None}
     _only_estimated(given, _ONE_ESTIMATE)
     result = api.check(path, model, _training(given), _cluster(given), software=given.get("software"))
-    code = EXIT_CODES[result.verdict]
+    code = 1 if result.has_errors else EXIT_CODES[result.verdict]
     if given.get("json"):
         return _Answer(result.to_json(indent=2), code)
     from memplan.render import table
 
-    return _Answer(table.estimate_text(result.estimate), code)
+    return _Answer(table.check_text(result), code)
 
 
 @app.command(cls=_Command)

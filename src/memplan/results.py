@@ -389,31 +389,42 @@ class Finding(Result):
     """What is wrong with a run's files, beside memory."""
 
     code: str
-    """Its name, which stays."""
+    """Its name, which stays, and has a heading in ``docs/checks.md``."""
     severity: Literal["error", "warning", "info"]
+    """An error does not start, or does something else than is asked for; a warning costs something; info is to be
+    known."""
     path: str
     """The file, and the key in it."""
     message: str
+    """What is there, and what the libraries make of it."""
     remedy: str
+    """What to do."""
 
 
 class Check(Answer):
     """What the files of a run need, and what is wrong with them."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    estimate: Estimate
+    estimate: Estimate | None
+    """None where a finding leaves nothing to estimate."""
     verdict: Verdict
     findings: tuple[Finding, ...] = ()
 
     @model_validator(mode="after")
     def _of_the_estimate(self) -> Check:
-        if self.verdict != self.estimate.verdict:
-            raise ValueError(f"verdict is {self.verdict}, but the estimate's is {self.estimate.verdict}")
+        expected = "unknown" if self.estimate is None else self.estimate.verdict
+        if self.verdict != expected:
+            raise ValueError(f"verdict is {self.verdict}, but the estimate's is {expected}")
         return self
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether a finding is an error: the run does not do what its files say, or does not start."""
+        return any(finding.severity == "error" for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON contract as plain values."""
-        return super().to_dict() | {"estimate": self.estimate.to_dict()}
+        return super().to_dict() | {"estimate": None if self.estimate is None else self.estimate.to_dict()}
 
 
 class Rung(Result):

@@ -23,16 +23,18 @@ from hypothesis import strategies as st
 from memplan.api import _model
 from memplan.catalog.gpus import find_gpu
 from memplan.catalog.models import all_models
-from memplan.configs import launch, trainer
+from memplan.configs import launch
+from memplan.configs.argument_keys import SCRIPT_ARGUMENTS
+from memplan.configs.arguments import MODEL_CLASSES
 from memplan.configs.launch import as_written, files, parse, read, write
 from memplan.configs.tiny import tiny_config
-from memplan.configs.trainer import MODEL_CLASSES
-from memplan.errors import SpecError, UnsupportedError
+from memplan.configs.trainer import _OWN_NAMES
+from memplan.errors import MemplanError, SpecError
 from memplan.estimator import resolve
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import DdpSpec, FsdpSpec, OffloadOptimizerSpec, OffloadParamSpec, Strategy, ZeroSpec
-from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
+from memplan.specs.training import OPTIMIZERS, LoraSpec, QuantizationSpec, TrainingSpec
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
 LLAMA = _model("meta-llama/Llama-2-7b")
@@ -82,9 +84,13 @@ def zeros(draw: st.DrawFn) -> Strategy:
         "grad_accum_dtype": st.sampled_from([None, "fp32", "bf16"]),
         "communication_data_type": st.sampled_from([None, "fp32", "bf16"]),
         "zero_force_ds_cpu_optimizer": flags,
+        "allgather_partitions": flags,
+        "bf16_master_weights_and_grads": flags,
     }
     if stage == 3:
         fields |= {
+            "stage3_model_persistence_threshold": counts,
+            "zero_quantized_weights": flags,
             "sub_group_size": counts,
             "stage3_prefetch_bucket_size": st.one_of(counts, st.just("auto")),
             "stage3_param_persistence_threshold": st.one_of(counts, st.just("auto")),
@@ -127,7 +133,13 @@ fsdps = st.builds(
             forward_prefetch=flags,
             use_orig_params=flags,
         ),
+        spec(
+            lambda **values: FsdpSpec(version=1, sharding_strategy="HYBRID_SHARD", **values),
+            state_dict_type=st.sampled_from(["FULL_STATE_DICT", "SHARDED_STATE_DICT"]),
+            sync_module_states=st.just(True),
+        ),
         st.just(FsdpSpec(auto_wrap_policy="SIZE_BASED_WRAP", min_num_params=1000)),
+        st.just(FsdpSpec(auto_wrap_policy="NO_WRAP")),
         st.just(FsdpSpec(transformer_layer_cls_to_wrap=("LlamaDecoderLayer", "Embedding"))),
     ),
     st.sampled_from(["none", "cpu"]),
@@ -145,14 +157,16 @@ loras = spec(
     dropout=st.sampled_from([0.0, 0.1]),
     alpha=st.sampled_from([None, 16]),
     modules_to_save=st.sampled_from([(), ("lm_head",)]),
+    bias=st.sampled_from(["none", "all"]),
     autocast_adapter_dtype=flags,
 )
 quantizations = st.builds(
     QuantizationSpec,
     kind=st.sampled_from(["int8", "nf4", "nf4-dq"]),
     compute_dtype=st.sampled_from([None, "float32"]),
+    quant_storage=st.sampled_from(["uint8", "bfloat16"]),
     prepare_for_kbit_training=flags,
-)
+).map(lambda spec: spec.replace(quant_storage="uint8") if spec.kind == "int8" else spec)  # which packs nothing
 
 
 @st.composite
@@ -164,12 +178,13 @@ def trainings(draw: st.DrawFn) -> TrainingSpec:
                 "micro_batch_size": st.integers(1, 64),
                 "seq_len": st.integers(1, 4096),
                 "grad_accum_steps": st.integers(1, 64),
-                "optim": st.sampled_from(["adamw_torch", "adamw_torch_fused", "sgd", "paged_adamw_8bit", "adafactor"]),
+                "optim": st.sampled_from(sorted(OPTIMIZERS.keys() - _OWN_NAMES.keys())),
                 "dtype": st.sampled_from([None, "auto", "float32", "bfloat16"]),
-                "mixed_precision": st.sampled_from([None, "no", "bf16"]),
+                "mixed_precision": st.sampled_from([None, "no", "bf16", "fp16"]),
                 "attn": st.sampled_from(["eager", "sdpa"]),
                 "gradient_checkpointing": flags,
                 "packed": flags,
+                "liger": flags,
                 "vocab_size": st.sampled_from([None, 32_064]),
                 "eval_batch_size": st.sampled_from([None, 4]),
                 "lora": loras,
@@ -184,20 +199,28 @@ def trainings(draw: st.DrawFn) -> TrainingSpec:
     return TrainingSpec(**values)
 
 
+def legal(training: TrainingSpec, cluster: ClusterSpec, strategy: Strategy) -> bool:
+    """Whether a setup is none that is refused, as quantized weights without mixed precision are."""
+    try:
+        resolve(LLAMA, training, cluster, as_written(strategy), SOFTWARE)
+    except MemplanError:
+        return False
+    return True
+
+
 @given(
     strategy=st.one_of(zeros(), fsdps, ddps, st.just(Strategy())), training=trainings(), nodes=st.sampled_from([1, 2])
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_what_is_written_is_the_setup_again(strategy: Strategy, training: TrainingSpec, nodes: int) -> None:
     cluster = TWO.replace(
         gpus=1 if strategy.kind == "single" else 4 * nodes, nodes=1 if strategy.kind == "single" else nodes
     )
     if strategy.fsdp.activation_checkpointing:  # the Trainer refuses both
         training = training.replace(gradient_checkpointing=False)
-    try:
-        found = files(LLAMA, training, cluster, strategy, SOFTWARE)
-    except UnsupportedError:  # quantized weights without mixed precision, say
+    if not legal(training, cluster, strategy):
         return
+    found = files(LLAMA, training, cluster, strategy, SOFTWARE)
     again = parse(found)
     assert (again.model, again.gpus, again.nodes) == (LLAMA.id, cluster.gpus, cluster.nodes)
     assert again.notes == ()
@@ -748,12 +771,12 @@ def test_a_folder_is_read_after_a_user_has_changed_it(tmp_path: Path) -> None:
     values = json.loads(path.read_text()) | {
         "per_device_train_batch_size": 3,
         "warmup_steps": 10,
-        "torch_compile": True,
+        "my_own": True,
     }
     path.write_text(json.dumps(values))
     found = read(tmp_path / "plan")
     assert (found.training.micro_batch_size, found.strategy.kind, found.gpus) == (3, "zero3", 2)
-    assert [note.source for note in found.notes] == [f"{path}: torch_compile of TrainingArguments are not read"]
+    assert [note.source for note in found.notes] == [f"{path}: my_own are not read"]
 
 
 BROKEN: list[tuple[str, str | None, str]] = [
@@ -870,4 +893,86 @@ def test_the_scripts_fields_are_those_that_are_read(tmp_path: Path, monkeypatch:
     write(written(), tmp_path / "plan")
     script = script_arguments(tmp_path / "plan", monkeypatch)
     fields = {field.name for field in dataclasses.fields(script)}
-    assert fields <= trainer._FIELDS.keys() | trainer._READ_ELSEWHERE | trainer._NO_MEMORY
+    assert fields <= SCRIPT_ARGUMENTS.keys()
+
+
+def test_force_takes_away_what_memplan_wrote_for_another_engine(tmp_path: Path) -> None:
+    nodes = TWO.replace(gpus=4, nodes=2)
+    before = written(Strategy(kind="zero2"), cluster=nodes) | {"plan.json": "{}"}
+    before["plan.json"] = json.dumps({"files": list(before)})
+    write(before, tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    after = written(Strategy(kind="fsdp"))
+    after["plan.json"] = json.dumps({"files": list(after)})
+    assert {"ds_config.json", "hostfile", "launch.slurm"} <= set(before) - set(after)
+    write(after, tmp_path, force=True)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*after, "mine.txt"}
+    write(before, tmp_path, force=True)
+    assert not (tmp_path / "accelerate.yaml").exists()
+
+
+def test_force_leaves_what_is_not_memplans(tmp_path: Path) -> None:
+    for name in ("hostfile", "ds_config.json", "launch.sh"):
+        (tmp_path / name).write_text("mine")
+    found = written(Strategy(kind="ddp"))
+    write(found, tmp_path, force=True)
+    assert {name: (tmp_path / name).read_text() for name in ("hostfile", "ds_config.json")} == {
+        "hostfile": "mine",
+        "ds_config.json": "mine",
+    }
+    # The launch.sh is memplan's now: files that it does not use are no longer told from the ones it wrote.
+    (tmp_path / "plan.json").write_text(json.dumps({"files": list(found)}))
+    write(found, tmp_path, force=True)
+    assert (tmp_path / "hostfile").read_text() == "mine"
+
+
+def test_what_starts_a_run_is_replaced_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(written(Strategy(kind="zero2")), tmp_path)
+    moved = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: (moved.append(self.name), replace(self, target))[1])
+    write(written(Strategy(kind="zero3")), tmp_path, force=True)
+    assert moved[-1] == "launch.sh"
+
+
+@given(strategy=st.one_of(zeros(), fsdps, ddps, st.just(Strategy())), training=trainings())
+@settings(max_examples=25, deadline=None)
+def test_the_libraries_read_whatever_is_written(strategy: Strategy, training: TrainingSpec) -> None:
+    """HfArgumentParser with DeepSpeedConfig and no key that it ignores, or accelerate's loader."""
+    import tempfile
+
+    import transformers
+    from accelerate.commands.config.config_args import load_config_from_file
+    from deepspeed import DeepSpeedConfig
+    from transformers.integrations import deepspeed as integration
+
+    from memplan.configs.deepspeed import parse_deepspeed
+
+    if strategy.fsdp.activation_checkpointing:  # the Trainer refuses both
+        training = training.replace(gradient_checkpointing=False)
+    if not legal(training, TWO.replace(gpus=1) if strategy.kind == "single" else TWO, strategy):
+        return
+    found = written(strategy, training)
+    values = json.loads(found["training_args.json"])
+    own = {name: value for name, value in values.items() if name in SCRIPT_ARGUMENTS and name != "use_liger_kernel"}
+    rest = {name: value for name, value in values.items() if name not in own}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in found.keys() & {"ds_config.json", "accelerate.yaml"}:
+            (Path(folder) / name).write_text(found[name])
+        if "deepspeed" in rest:
+            rest["deepspeed"] = f"{folder}/ds_config.json"
+        try:
+            parser = transformers.HfArgumentParser(transformers.TrainingArguments)
+            (arguments,) = parser.parse_dict(rest | {"use_cpu": True, "fp16": False})
+            if strategy.is_deepspeed:
+                filled = arguments.hf_deepspeed_config
+                config = type("Config", (), {"hidden_size": 64})
+                filled.trainer_config_finalize(arguments, type("Model", (), {"config": config}), 10)
+                real = DeepSpeedConfig(filled.config)
+                assert real.zero_optimization_stage == strategy.zero_stage
+                assert parse_deepspeed(filled.config, "ds_config.json").notes == ()
+        finally:
+            integration.unset_hf_deepspeed_config()
+        if "accelerate.yaml" in found:
+            assert load_config_from_file(f"{folder}/accelerate.yaml").num_processes == 2

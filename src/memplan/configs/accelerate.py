@@ -16,6 +16,7 @@ from memplan.configs.keys import ACCELERATE
 from memplan.configs.section import Section
 from memplan.configs.setup import EngineConfig
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
+from memplan.results import Finding
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.strategy import FsdpSpec, Strategy
 from memplan.specs.training import MixedPrecision
@@ -49,13 +50,17 @@ def is_accelerate(data: Mapping[str, Any]) -> bool:
     return not _MARKS.isdisjoint(data)
 
 
-def parse_accelerate(data: Mapping[str, Any], source: str, folder: Path | None = None) -> EngineConfig:
+def parse_accelerate(
+    data: Mapping[str, Any], source: str, folder: Path | None = None, findings: list[Finding] | None = None
+) -> EngineConfig:
     """Read the values of an accelerate config; ``folder`` is where its file lies.
+
+    With ``findings``, keys that are removed or not known join them, and the rest is read as if they were not there.
 
     Raises SpecError for what accelerate or the engine refuses or would ignore by mistake, UnsupportedError for what is
     not modelled.
     """
-    return _Reader(data, source, folder).config()
+    return _Reader(data, source, folder, findings).config()
 
 
 def to_accelerate(strategy: Strategy, cluster: ClusterSpec, mixed_precision: MixedPrecision) -> dict[str, Any]:
@@ -101,8 +106,10 @@ def _fsdp_keys(fsdp: FsdpSpec) -> dict[str, Any]:
 
 
 class _Reader:
-    def __init__(self, data: Mapping[str, Any], source: str, folder: Path | None) -> None:
-        self.source, self.folder = source, folder
+    def __init__(
+        self, data: Mapping[str, Any], source: str, folder: Path | None, findings: list[Finding] | None = None
+    ) -> None:
+        self.source, self.folder, self.findings = source, folder, findings
         self.notes: list[str] = []
         if data.get("distributed_type") is None:
             # BaseConfig.process_config: "A `distributed_type` must be specified in the config file."
@@ -140,6 +147,7 @@ class _Reader:
             path=path,
             lenient=bool(path),
             automatic=False,
+            findings=self.findings,
         )
         if section.ignored:
             names = ", ".join(section.ignored)
@@ -203,7 +211,7 @@ class _Reader:
         named = section.get("deepspeed_config_file")
         if named is None:
             seen = f"{section.name()}, as DeepSpeed sees it"
-            parsed = parse_deepspeed(self._plugin(section, precision), seen, trainer=True)
+            parsed = parse_deepspeed(self._plugin(section, precision), seen, trainer=True, findings=self.findings)
         else:
             parsed = self._referenced(section, str(named))
         stage = parsed.strategy["zero"].get("stage", int(parsed.strategy["kind"][-1]))
@@ -262,7 +270,7 @@ class _Reader:
         data, _ = read_mapping(path)
         if "gradient_accumulation_steps" not in data:
             data = {**data, "gradient_accumulation_steps": 1}
-        return parse_deepspeed(data, str(path), trainer=True)
+        return parse_deepspeed(data, str(path), trainer=True, findings=self.findings)
 
     # -- FSDP ----------------------------------------------------------------------------------------------------------
 

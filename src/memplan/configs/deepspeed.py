@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from memplan.configs.keys import DEEPSPEED, LENIENT, OPTIMIZERS, REMOVED, RENAMED
-from memplan.configs.section import Section
+from memplan.configs.section import Section, quoted
 from memplan.configs.setup import Batch, EngineConfig
 from memplan.errors import MemplanError, SpecError, UnsupportedError, did_you_mean
+from memplan.results import Finding
 from memplan.specs.strategy import AioSpec, Strategy
 from memplan.specs.training import TrainingSpec
 
@@ -39,17 +40,22 @@ _FURTHER = ("tensor_parallel", "expert_parallel", "hybrid_engine")
 _OTHER_TORCH_OPTIMIZERS = frozenset(
     {"Adadelta", "Adafactor", "ASGD", "Adamax", "LBFGS", "Muon", "NAdam", "RAdam", "Rprop", "SparseAdam"}
 )
+_OF_ZERO = dict.fromkeys(DEEPSPEED["zero_optimization"].keys() - DEEPSPEED[""].keys() - {"stage"}, "zero_optimization")
+"""Keys that mean something in ``zero_optimization`` only."""
 _OWN_OPTIMIZERS = frozenset({"adam", "adamw", "adagrad", "lamb", "muadam", "muadamw", "musgd", "lion", "muon"})
 """``DEEPSPEED_OPTIMIZERS`` of ``runtime/config.py``; DeepSpeed ignores their case."""
 
 
-def parse_deepspeed(data: Mapping[str, Any], source: str, *, trainer: bool | None = None) -> EngineConfig:
+def parse_deepspeed(
+    data: Mapping[str, Any], source: str, *, trainer: bool | None = None, findings: list[Finding] | None = None
+) -> EngineConfig:
     """Read the values of a DeepSpeed JSON.
 
     ``trainer`` says whether transformers or accelerate fill in what is left open; None is whether a value is ``auto``.
+    With ``findings``, keys that are removed or not known join them, and the rest is read as if they were not there.
     Raises SpecError for what DeepSpeed refuses or would ignore by mistake, UnsupportedError for what is not modelled.
     """
-    return _Reader(data, source, _has_auto(data) if trainer is None else trainer).config()
+    return _Reader(data, source, _has_auto(data) if trainer is None else trainer, findings).config()
 
 
 def to_deepspeed(strategy: Strategy, training: TrainingSpec, nvme_path: str | None = None) -> dict[str, Any]:
@@ -107,9 +113,11 @@ def _has_auto(value: object) -> bool:
 class _Reader:
     """Reads one config; ``notes`` collects what its text does not say."""
 
-    def __init__(self, data: Mapping[str, Any], source: str, trainer: bool) -> None:
-        _refuse_removed(data, source)
-        self.source, self.trainer = source, trainer
+    def __init__(
+        self, data: Mapping[str, Any], source: str, trainer: bool, findings: list[Finding] | None = None
+    ) -> None:
+        data = _without_removed(data, source, findings)
+        self.source, self.trainer, self.findings = source, trainer, findings
         self.notes: list[str] = []
         self.refused: dict[str, MemplanError] = {}
         self.top = self._section("", data)
@@ -151,6 +159,8 @@ class _Reader:
             source=self.source,
             path=path,
             lenient=path in LENIENT,
+            findings=self.findings,
+            elsewhere=None if path else _OF_ZERO,
         )
         if section.ignored and path not in _FURTHER:
             names = ", ".join(section.ignored)
@@ -264,6 +274,9 @@ class _Reader:
         section.refuse_unmodelled(self.stage)
         if section.get("ratio", 1.0) < 1.0 and self.stage != 3:
             raise section.wrong("ratio", "is refused by DeepSpeed below stage 3", "Leave it out, or use stage 3.")
+        if device == "nvme" and self.stage != 3:
+            self._nvme_below_3(section)
+            device = "cpu"
         strategy[name] = device
         on_nvme = ("buffer_count", "buffer_size", "max_in_cpu", "pipeline_read", "pipeline_write", "fast_init")
         keys = ["pin_memory", "ratio", *(on_nvme if device == "nvme" else ())]
@@ -279,12 +292,24 @@ class _Reader:
             raise section.wrong("device", "is not a device of DeepSpeed", "Use none, cpu or nvme.")
         return str(device)
 
+    def _nvme_below_3(self, section: Section) -> None:
+        # runtime/zero/offload_config.py: valid with stage 3 only. The ledger of a run at stage 2 is that of cpu.
+        problem = f"is for stage 3; at stage {self.stage} DeepSpeed keeps the states in host memory"
+        remedy = "Use cpu, or stage 3."
+        if self.findings is None:
+            raise section.wrong("device", problem, remedy)
+        self.findings.append(
+            Finding(
+                code="nvme-below-stage-3",
+                severity="error",
+                path=section.name("device"),
+                message=f"'nvme' {problem}.",
+                remedy=remedy,
+            )
+        )
+
     def _nvme(self, section: Section, cluster: dict[str, Any]) -> None:
         path = section.get("nvme_path")
-        if self.stage != 3:
-            # runtime/zero/offload_config.py: valid with stage 3 only. The ledger of a run at stage 2 is that of cpu.
-            problem = f"is for stage 3; at stage {self.stage} DeepSpeed keeps the states in host memory"
-            raise section.wrong("device", problem, "Use cpu, or stage 3.")
         if path in (None, "", "none"):
             # AsyncPartitionedParameterSwapper joins it with a file's name, and fails.
             remedy = "Add the folder on the NVMe that device nvme needs, or give --nvme-path."
@@ -487,12 +512,20 @@ _NOT_FIELDS = frozenset(
 """Keys of ZeRO that are read on their own."""
 
 
-def _refuse_removed(data: Mapping[str, Any], source: str) -> None:
-    """_reject_removed_config_keys of runtime/config.py."""
-    zero = data.get("zero_optimization")
+def _without_removed(data: Mapping[str, Any], source: str, findings: list[Finding] | None) -> Mapping[str, Any]:
+    """What is left without the keys of ``_reject_removed_config_keys`` (runtime/config.py), errors or findings."""
     for path, near in REMOVED.items():
         section, _, key = path.rpartition(".")
-        there = zero if section else data
-        if isinstance(there, Mapping) and key in there:
-            remedy = f"Leave it out; see {near}." if "_" in near else "Leave it out."
-            raise SpecError.at(f"{source}: {path}", there[key], "is given to a key that DeepSpeed has removed", remedy)
+        there = data.get("zero_optimization") if section else data
+        if not isinstance(there, Mapping) or key not in there:
+            continue
+        remedy = f"Leave it out; see {near}." if "_" in near else "Leave it out."
+        problem = "is given to a key that DeepSpeed has removed"
+        if findings is None:
+            raise SpecError.at(f"{source}: {path}", there[key], problem, remedy)
+        message = f"{quoted(there[key])} {problem}: it does not start."
+        where = f"{source}: {path}"
+        findings.append(Finding(code="removed-key", severity="error", path=where, message=message, remedy=remedy))
+        left = {name: value for name, value in there.items() if name != key}
+        data = {**data, section: left} if section else left
+    return data

@@ -17,9 +17,12 @@ LARGEST_FILE = 2**20
 """Bytes: engine configs have a few KiB."""
 
 
-def read_mapping(path: str | os.PathLike[str]) -> tuple[dict[str, Any], bool]:
-    """Return the object in a JSON or YAML file, and whether it is YAML. Raises SpecError, naming the file."""
-    text = read_text(Path(path))
+def read_mapping(path: str | os.PathLike[str], field: str = "engine_config") -> tuple[dict[str, Any], bool]:
+    """Return the object in a JSON or YAML file, and whether it is YAML. Raises SpecError, naming the file.
+
+    ``field`` is what messages call a path that no text can be read from.
+    """
+    text = read_text(Path(path), field)
     source = str(path)
     is_yaml = _is_yaml(text, source)
     return parse_mapping(text, source), is_yaml
@@ -46,28 +49,28 @@ def parse_mapping(text: str, source: str) -> dict[str, Any]:
     return data
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, field: str = "engine_config") -> str:
     """Return the text of a file that is small enough for a config. Raises SpecError."""
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
-            raise SpecError(f"engine_config: {str(path)!r} is a directory. Give the file in it.")
+            raise SpecError(f"{field}: {str(path)!r} is a directory. Give the file in it.")
         if not stat.S_ISREG(status.st_mode):
-            raise SpecError(f"engine_config: {str(path)!r} is not a regular file. Give a JSON or YAML file.")
+            raise SpecError(f"{field}: {str(path)!r} is not a regular file. Give a JSON or YAML file.")
         content = b""
         if status.st_size <= LARGEST_FILE:
             with path.open("rb") as file:
                 content = file.read(LARGEST_FILE + 1)  # bounded: the file may be growing
     except FileNotFoundError:
-        raise SpecError.at("engine_config", str(path), "does not exist", "Give the path of a file.") from None
+        raise SpecError.at(field, str(path), "does not exist", "Give the path of a file.") from None
     except SpecError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
-        raise SpecError.at("engine_config", str(path), problem, "Give a file that you may read.") from None
+        raise SpecError.at(field, str(path), problem, "Give a file that you may read.") from None
     size = max(status.st_size, len(content))
     if size > LARGEST_FILE:
-        raise SpecError(f"engine_config: {str(path)!r} has {size} bytes, too many for a config. Give the config.")
+        raise SpecError(f"{field}: {str(path)!r} has {size} bytes, too many for a config. Give the config.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

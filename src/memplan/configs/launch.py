@@ -13,16 +13,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from memplan.configs.accelerate import parse_accelerate, to_accelerate
 from memplan.configs.deepspeed import parse_deepspeed, to_deepspeed
-from memplan.configs.setup import EngineConfig, with_training
+from memplan.configs.run import Run, of_texts, read_folder, setup_of
 from memplan.configs.tiny import SWAPPED_VOCABULARY, VOCABULARY, tiny_config
-from memplan.configs.trainer import parse_training_args, to_training_args
+from memplan.configs.trainer import to_training_args
 from memplan.errors import SpecError
 from memplan.estimator import resolve
 from memplan.micro_batch import Setup
@@ -33,7 +33,7 @@ from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import AllocatorSpec, TrainingSpec
 
-__all__ = ["Written", "as_written", "files", "parse", "read", "write"]
+__all__ = ["Written", "as_written", "check_folder", "files", "parse", "read", "write"]
 
 OLDEST_TRANSFORMERS = "4.56"
 """The first with ``from_pretrained(dtype=...)``, which train.py uses."""
@@ -41,9 +41,6 @@ _TEMPLATES = Path(__file__).with_name("templates")
 _GEFORCE = re.compile(r"(?:GeForce )?RTX ?[345]0[5-9]0")
 """Consumer boards since the RTX 30 series. NVIDIA's driver has no peer-to-peer over PCIe for them, where NCCL may hang
 (accelerate 1.15 ``utils/environment.py``, ``check_cuda_p2p_ib_support``)."""
-_ALLOCATOR = re.compile(
-    r'^export PYTORCH_(?:CUDA_)?ALLOC_CONF="\$\{PYTORCH_(?:CUDA_)?ALLOC_CONF:-([^}"]*)\}"$', re.MULTILINE
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +178,7 @@ def _allocator(spec: AllocatorSpec) -> str:
     return ",".join(f"{name}:{value}" for name, value in spec.model_dump(exclude_defaults=True).items())
 
 
+_MARK = "#!/usr/bin/env bash\n# Written by memplan: "
 _HEAD = """\
 #!/usr/bin/env bash
 # Written by memplan: {what}.
@@ -341,69 +339,30 @@ def parse(files: Mapping[str, str], source: str = "") -> Written:
 
     Raises SpecError for what is missing or wrong, UnsupportedError for what is not modelled.
     """
-    from memplan.configs.files import parse_mapping
-
-    def values(name: str) -> dict[str, Any]:
-        if name not in files:
-            raise SpecError(f"{source}{name}: missing. Give a folder that memplan has written.")
-        return parse_mapping(files[name], f"{source}{name}")
-
-    arguments = values("training_args.json")
-    name = arguments.get("model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise SpecError(f"{source}training_args.json: model_name_or_path: missing. Give a hub id or a folder.")
-    given = parse_training_args(arguments, f"{source}training_args.json")
-    per_node, nodes = (_count(files.get("launch.sh", ""), key, source) for key in ("GPUS_PER_NODE", "NODES"))
-    engine = EngineConfig(source, {"kind": "single"})
-    if arguments.get("deepspeed") is not None:
-        named = str(arguments["deepspeed"])
-        engine = parse_deepspeed(values(named), f"{source}{named}", trainer=True)
-    elif "accelerate.yaml" in files and "--config_file accelerate.yaml" in files.get("launch.sh", ""):
-        engine = parse_accelerate(values("accelerate.yaml"), f"{source}accelerate.yaml")
-    options = dict(given.training)
-    allocator = _ALLOCATOR.search(files.get("launch.sh", ""))
-    if allocator is not None:
-        options["alloc_conf"] = allocator[1]
-    if engine.training.get("optim") is None and "optim" not in options:
-        options["optim"] = "adamw_torch_fused"  # TrainingArguments' own
-    gpus = per_node * nodes
-    training, strategy, notes = with_training(engine, TrainingSpec(**options), given.strategy, gpus)
-    return Written(
-        model=name,
-        training=training,
-        strategy=strategy,
-        gpus=gpus,
-        nodes=nodes,
-        nvme_path=engine.cluster.get("nvme_path"),
-        notes=(*given.assumptions, *engine.assumptions, *notes),
-    )
+    return _written(of_texts(files, source))
 
 
 def read(folder: str | os.PathLike[str]) -> Written:
     """Read a folder that :func:`write` has written. Raises SpecError."""
-    from memplan.configs.files import read_text
-
-    path = Path(folder)
-    if not path.is_dir():
-        raise SpecError.at("folder", str(folder), "is not a folder", "Give one that memplan has written.")
-    names = [name for name in ("training_args.json", "accelerate.yaml", "launch.sh") if (path / name).exists()]
-    found = {name: read_text(path / name) for name in names}
-    if "training_args.json" in found:
-        with contextlib.suppress(ValueError, AttributeError):  # parse says what is wrong with it
-            named = json.loads(found["training_args.json"]).get("deepspeed")
-            if isinstance(named, str) and (path / named).exists():
-                found[named] = read_text(path / named)
-    return parse(found, f"{path}{os.sep}")
+    return _written(read_folder(Path(folder)))
 
 
-def _count(text: str, key: str, source: str) -> int:
-    match = re.search(rf"^{key}=(\d{{1,12}})$", text, re.MULTILINE)
-    if match is None or int(match[1]) == 0:
-        raise SpecError(f"{source}launch.sh: {key}: missing. Write {key}=1, or as many as there are.")
-    return int(match[1])
+def _written(run: Run) -> Written:
+    for finding in (each for each in run.findings if each.severity == "error"):
+        raise SpecError(f"{finding.path}: {finding.message} {finding.remedy}")
+    gpus, nodes = run.cluster["gpus"], run.cluster["nodes"]
+    training, strategy, notes = setup_of(run, TrainingSpec(), {}, gpus)
+    assert run.model is not None
+    path = None if run.engine is None else run.engine.cluster.get("nvme_path")
+    return Written(run.model, training, strategy, gpus, nodes, path, notes)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Raise SpecError if :func:`write` would refuse a folder for what is in it, before it is known what to write."""
+    _check_target(_target(folder), _ALWAYS, force=force)
 
 
 def write(files: Mapping[str, str], folder: str | os.PathLike[str], *, force: bool = False) -> list[Path]:
@@ -411,11 +370,9 @@ def write(files: Mapping[str, str], folder: str | os.PathLike[str], *, force: bo
 
     All are written beside the folder first, and then moved, so that none is ever half-written. A new folder appears
     with all of them at once. Raises SpecError if one is there already, unless ``force`` replaces it, and if the folder
-    cannot be written.
+    cannot be written. What memplan wrote there for another engine, and does not write now, is taken away by ``force``.
     """
-    if not os.fspath(folder):
-        raise SpecError.at("out", "", "is no folder", "Use . for this one.")
-    target = Path(folder)
+    target = _target(folder)
     for name in files:
         if Path(name).name != name or name in ("", ".", ".."):
             raise SpecError.at("files", name, "is not a file's name", "Give names without folders.")
@@ -430,23 +387,67 @@ def write(files: Mapping[str, str], folder: str | os.PathLike[str], *, force: bo
         raise SpecError.at("out", str(target), f"cannot be written ({error})", "Use another folder.") from None
 
 
-def _write(files: Mapping[str, str], target: Path, *, force: bool) -> list[Path]:
-    if target.exists() and not target.is_dir():
-        raise SpecError.at("out", str(target), "is a file, not a folder", "Use another folder.")
-    paths = [target / name for name in files]
-    for path in paths:
+_ALWAYS = ("train.py", "smoke.py", "training_args.json", "smoke_config.json", "launch.sh", "plan.json")
+"""Files of every plan."""
+_OF_ENGINES = ("ds_config.json", "accelerate.yaml", "launch.slurm", "hostfile", ".deepspeed_env")
+"""Files that some plans have."""
+
+
+def _target(folder: str | os.PathLike[str]) -> Path:
+    if not os.fspath(folder):
+        raise SpecError.at("out", "", "is no folder", "Use . for this one.")
+    return Path(folder)
+
+
+def _check_target(target: Path, names: Iterable[str], *, force: bool) -> None:
+    try:
+        if target.exists() and not target.is_dir():
+            raise SpecError.at("out", str(target), "is a file, not a folder", "Use another folder.")
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        if isinstance(error, SpecError):
+            raise
+        problem = f"cannot be written ({getattr(error, 'strerror', None) or error})"
+        raise SpecError.at("out", str(target), problem, "Use another folder.") from None
+    for path in (target / name for name in names):
         if path.is_dir() and not path.is_symlink():
             raise SpecError.at("out", str(path), "is a folder, where a file would be written", "Use another folder.")
         if os.path.lexists(path) and not force:
             raise SpecError.at("out", str(path), "exists", "Use another folder, or --force to replace it.")
+
+
+def _stale(target: Path, files: Mapping[str, str]) -> list[Path]:
+    """Files of an engine that memplan wrote here before, and that are not among ``files``.
+
+    plan.json says what was written; without it a launch.sh of memplan's does.
+    """
+    try:
+        written = json.loads((target / "plan.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, LookupError, TypeError):
+        try:
+            own = (target / "launch.sh").read_text(encoding="utf-8").startswith(_MARK)
+        except (OSError, ValueError):
+            own = False
+        written = _OF_ENGINES if own else ()
+    if not isinstance(written, (list, tuple)):
+        return []
+    return [target / name for name in _OF_ENGINES if name in written and name not in files]
+
+
+def _write(files: Mapping[str, str], target: Path, *, force: bool) -> list[Path]:
+    paths = [target / name for name in files]
+    _check_target(target, files, force=force)
+    stale = [path for path in (_stale(target, files) if force else ()) if os.path.lexists(path) and not path.is_dir()]
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         for name, text in files.items():
             _write_file(beside / name, text)
         if target.exists():
-            for path in paths:
+            # What starts a run comes last: until then it is the one before.
+            for path in sorted(paths, key=lambda path: path.name == "launch.sh"):
                 (beside / path.name).replace(path)
+            for path in stale:
+                path.unlink()
         else:
             beside.chmod(0o777 & ~_umask())
             _sync(beside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from memplan.configs.keys import Key
-from memplan.errors import SpecError, UnsupportedError, did_you_mean, suggest_names
+from memplan.errors import SpecError, UnsupportedError, did_you_mean
+from memplan.results import Finding
 
 __all__ = ["Section", "quoted"]
 
@@ -25,6 +27,8 @@ class Section:
         path: of the section in the file; empty is the top.
         lenient: the library ignores keys that it does not know, and memplan those that resemble no other.
         automatic: whether the library drops ``"auto"`` for its own default, as DeepSpeedConfigModel does.
+        findings: where a key that is not known is put, and then left out; without it is an error.
+        elsewhere: keys of other sections, and these sections: one that stands here is a finding.
 
     Raises SpecError for values that are not a mapping, a key that is not known, or a value of another type.
     """
@@ -39,9 +43,13 @@ class Section:
         path: str = "",
         lenient: bool = False,
         automatic: bool = True,
+        findings: list[Finding] | None = None,
+        elsewhere: Mapping[str, str] | None = None,
     ) -> None:
+        self._elsewhere = elsewhere or {}
         self.reader, self.source, self.path = library, source, path
         self.ignored: list[str] = []
+        self._findings = findings
         self._keys = keys
         if not isinstance(values, Mapping):
             raise SpecError.at(self.name(), values, f"is not an object, which {library} needs", "Write {...}.")
@@ -88,13 +96,27 @@ class Section:
         if name in self._keys:
             return True
         comment = name.startswith(("_", "#", "/")) or "comment" in name.lower()
-        if lenient and (comment or not suggest_names(name, self._keys, 1)):
+        if lenient and self._findings is not None and name in self._elsewhere:
+            self._add("misplaced-key", name, value, "it ignores it", f"Put it into {self._elsewhere[name]}.")
+            return False
+        if lenient and (comment or not _is_slip(name, self._keys)):
             self.ignored.append(name)
             return False
         problem = f"is given to a key that {self.reader} does not have"
         if lenient:
             problem += ", and would ignore"
-        raise SpecError.at(self.name(name), value, problem, did_you_mean(name, self._keys))
+        remedy = did_you_mean(name, self._keys)
+        if self._findings is None:
+            raise SpecError.at(self.name(name), value, problem, remedy)
+        code = "misspelt-key" if lenient else "unknown-key"
+        self._add(code, name, value, "it ignores it" if lenient else "it does not start", remedy)
+        return False
+
+    def _add(self, code: str, name: str, value: object, ending: str, remedy: str) -> None:
+        message = f"{quoted(value)} is given to a key that {self.reader} does not have here: {ending}."
+        found = Finding(code=code, severity="error", path=self.name(name), message=message, remedy=remedy)
+        if self._findings is not None and found not in self._findings:  # a section may be read more than once
+            self._findings.append(found)
 
     def _taken(self, name: str, value: object) -> Any:
         try:
@@ -102,6 +124,15 @@ class Section:
         except ValidationError as error:
             message = error.errors(include_url=False)[0]["msg"]
             raise SpecError.at(self.name(name), value, f"is refused by {self.reader}", f"{message}.") from None
+
+
+_SLIP = 0.8
+"""How alike (``difflib``'s ratio) a name is to the one that is meant. What LLaMA-Factory's files hold beside
+``comms_logger``, ``comms_config``, has 0.67; ``train_micro_batch_size``, which DeepSpeed ignores, 0.85."""
+
+
+def _is_slip(name: str, keys: Iterable[str]) -> bool:
+    return bool(difflib.get_close_matches(name.lower(), [key.lower() for key in keys], n=1, cutoff=_SLIP))
 
 
 def _same(value: object, other: object) -> bool:

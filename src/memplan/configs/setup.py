@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memplan.errors import MemplanError, SpecError
-from memplan.results import ENGINE_CONFIG, Assumption
+from memplan.results import ENGINE_CONFIG, Assumption, Finding
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 
-__all__ = ["Batch", "EngineConfig", "with_cluster", "with_training"]
+__all__ = ["Batch", "EngineConfig", "batch_finding", "merged", "of_file", "with_cluster", "with_training"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def _said(note: str) -> Assumption:
 def with_cluster(config: EngineConfig, cluster: ClusterSpec) -> tuple[ClusterSpec, list[Assumption]]:
     """Return the cluster with what the config fixes, and the notes. Raises SpecError."""
     _check_refused(config, cluster)
-    changes, notes = _merged(config, config.cluster, cluster)
+    changes, notes = merged(config, config.cluster, cluster)
     return cluster.replace(**changes), notes
 
 
@@ -72,13 +72,13 @@ def with_training(
     """
     given = training.model_fields_set
     _check_refused(config, training)
-    changes, notes = _merged(config, config.training, training)
+    changes, notes = merged(config, config.training, training)
     changes = {name: value for name, value in config.assumed.items() if name not in given} | changes
     if config.batch is not None:
         found, said = _batch(config, config.batch, training, gpus)
         changes |= found
         notes += [_said(note) for note in said]
-    training = _of_file(config, lambda: training.replace(**changes))
+    training = of_file(config, lambda: training.replace(**changes))
     options = {name: value for name, value in strategy.items() if value is not None}
     for name, value in options.items():
         known = config.strategy.get(name)
@@ -87,10 +87,10 @@ def with_training(
     fields = {**config.strategy, **options}
     if set(options) & {"kind", "offload_optimizer", "offload_param"}:
         return training, Strategy(**fields), notes
-    return training, _of_file(config, lambda: Strategy(**fields)), notes
+    return training, of_file(config, lambda: Strategy(**fields)), notes
 
 
-def _merged(
+def merged(
     config: EngineConfig, fixed: Mapping[str, Any], spec: ClusterSpec | TrainingSpec
 ) -> tuple[dict[str, Any], list[Assumption]]:
     """What the config adds to a spec, and a note for each field that an option has given another value."""
@@ -114,12 +114,28 @@ def _check_refused(config: EngineConfig, spec: ClusterSpec | TrainingSpec) -> No
             raise error
 
 
-def _of_file(config: EngineConfig, make: Callable[[], Any]) -> Any:
+def of_file(config: EngineConfig, make: Callable[[], Any]) -> Any:
     """What ``make`` returns; its errors name the file."""
     try:
         return make()
     except SpecError as error:
         raise SpecError("\n".join(f"{config.source}: {line}" for line in str(error).split("\n"))) from None
+
+
+def batch_finding(config: EngineConfig, training: TrainingSpec, gpus: int) -> Finding | None:
+    """Return the finding that DeepSpeed's three numbers do not go together on ``gpus`` ranks, or None."""
+    batch = config.batch
+    if batch is None or batch.train is None:
+        return None
+    try:
+        _batch(config, batch, training, gpus)
+    except SpecError as error:
+        path, _, rest = str(error).partition("train_batch_size: ")
+        problem, _, remedy = rest.partition(". ")
+        message = f"{problem}: DeepSpeed asserts that it is."
+        where = f"{path}train_batch_size"
+        return Finding(code="batch-product", severity="error", path=where, message=message, remedy=remedy)
+    return None
 
 
 def _batch(config: EngineConfig, batch: Batch, training: TrainingSpec, gpus: int) -> tuple[dict[str, Any], list[str]]:
@@ -152,6 +168,8 @@ def _batch(config: EngineConfig, batch: Batch, training: TrainingSpec, gpus: int
     if product == batch.train:
         return {"micro_batch_size": micro, "grad_accum_steps": steps}, notes
     made = f"{micro} sequences x {steps} accumulation steps x {gpus} GPUs"
+    if not overridden and steps == 0:
+        made = f"{micro} sequences x {gpus} GPUs, nor a multiple of it"
     if not overridden:
         remedy = 'Change one of them, or --gpus; the easiest is to write "auto".'
         raise SpecError.at(f"{config.source}: train_batch_size", batch.train, f"is not {made}", remedy)

@@ -1,4 +1,4 @@
-"""training_args.json: what a written train.py reads, the fields of its ScriptArguments and of TrainingArguments.
+"""training_args.json as it is written: the fields of train.py's ScriptArguments and of TrainingArguments.
 
 Sources: transformers 5.23 ``training_args.py``, ``trainer_optimizer.py``, ``utils/quantization_config.py``
 (BitsAndBytesConfig), peft 0.21.2 ``tuners/lora/config.py`` (LoraConfig).
@@ -6,69 +6,22 @@ Sources: transformers 5.23 ``training_args.py``, ``trainer_optimizer.py``, ``uti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from memplan.adapters.lora import ALL_LINEAR
 from memplan.architectures.registry import head_of
-from memplan.configs.setup import EngineConfig
-from memplan.errors import SpecError, did_you_mean
+from memplan.configs.arguments import DDP, FOUR_BIT, MODEL_CLASSES
+from memplan.errors import SpecError
 from memplan.micro_batch import Setup, compute_dtype, prepares_for_kbit_training
 from memplan.specs.model import ModelSpec
 from memplan.specs.strategy import DdpSpec, Strategy
 from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
 
-__all__ = ["MODEL_CLASSES", "parse_training_args", "to_training_args"]
-
-MODEL_CLASSES: dict[str, str] = {
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-}
-"""Heads with a loss, and the class of transformers that loads them."""
+__all__ = ["to_training_args"]
 
 _OWN_NAMES = {"adamw_torch_foreach": "adamw_torch", "adamw_torch_loop": "adamw_torch", "muon": "adamw_torch_fused"}
 """Optimizers without a name in TrainingArguments, and what is near to them."""
-_DDP = {
-    "ddp_bucket_cap_mb": "bucket_cap_mb",
-    "ddp_broadcast_buffers": "broadcast_buffers",
-    "ddp_find_unused_parameters": "find_unused_parameters",
-    "ddp_static_graph": "static_graph",
-}
-"""Fields of TrainingArguments, and those of DdpSpec."""
-_FIELDS = {
-    "seq_len": "seq_len",
-    "packed": "packed",
-    "dtype": "dtype",
-    "attn_implementation": "attn",
-    "vocab_size": "vocab_size",
-    "per_device_train_batch_size": "micro_batch_size",
-    "gradient_accumulation_steps": "grad_accum_steps",
-    "optim": "optim",
-    "use_liger_kernel": "liger",
-    "eval_accumulation_steps": "eval_accumulation_steps",
-    "activation_checkpointing": "gradient_checkpointing",
-    "gradient_checkpointing": "gradient_checkpointing",
-}
-"""Keys that are a field of TrainingSpec under another name, or the same."""
-_READ_ELSEWHERE = frozenset(
-    {
-        *("model_name_or_path", "model_class", "lora", "autocast_adapter_dtype", "quantization", "deepspeed"),
-        *("prepare_for_kbit_training", "bf16", "fp16", "eval_strategy", "per_device_eval_batch_size", *_DDP),
-    }
-)
-_NO_MEMORY = frozenset(
-    {
-        *("dataset", "dataset_config", "dataset_split", "text_column", "target_column", "output_dir", "learning_rate"),
-        *("num_train_epochs", "max_steps", "logging_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio"),
-        *("weight_decay", "max_grad_norm", "save_strategy", "save_steps", "save_total_limit", "eval_steps", "seed"),
-        *("report_to", "run_name", "disable_tqdm", "dataloader_num_workers", "remove_unused_columns"),
-    }
-)
-"""Keys that change no bytes of a step."""
-_FOUR_BIT = "load_in_4bit"
 
 
 def to_training_args(setup: Setup, given: TrainingSpec, strategy: Strategy) -> dict[str, Any]:
@@ -131,37 +84,6 @@ def to_training_args(setup: Setup, given: TrainingSpec, strategy: Strategy) -> d
     return values
 
 
-def parse_training_args(data: Mapping[str, Any], source: str) -> EngineConfig:
-    """Read what :func:`to_training_args` writes, and what a user may have changed in it. Raises SpecError.
-
-    The fields of TrainingSpec are in ``training``, those of DDP in ``strategy``; a key that is not known is in a note.
-    """
-    training: dict[str, Any] = {
-        field: data[key] for key, field in _FIELDS.items() if key in data and data[key] is not None
-    }
-    heads = {name: head for head, name in MODEL_CLASSES.items()}
-    name = data.get("model_class", "AutoModelForCausalLM")
-    if name not in heads:
-        remedy = did_you_mean(str(name), heads)
-        raise SpecError.at(f"{source}: model_class", name, "is none that a written train.py can train", remedy)
-    training["head"] = heads[name]
-    bf16, fp16 = bool(data.get("bf16")), bool(data.get("fp16"))
-    if bf16 and fp16:
-        raise SpecError.at(f"{source}: fp16", True, "cannot go with bf16, which is on too", "Switch one of them off.")
-    training["mixed_precision"] = "bf16" if bf16 else "fp16" if fp16 else "no"
-    if data.get("lora") is not None:
-        training["lora"] = _from_lora(_mapping(data, "lora", source), data.get("autocast_adapter_dtype", True))
-    if data.get("quantization") is not None:
-        prepare = data.get("prepare_for_kbit_training", False)
-        training["quantization"] = _from_quantization(_mapping(data, "quantization", source), prepare)
-    if data.get("eval_strategy", "no") != "no":
-        training["eval_batch_size"] = data.get("per_device_eval_batch_size", 8)
-    ddp = {field: data[key] for key, field in _DDP.items() if data.get(key) is not None}
-    unknown = [key for key in data if key not in _FIELDS and key not in _READ_ELSEWHERE | _NO_MEMORY]
-    notes = (f"{source}: {', '.join(unknown)} of TrainingArguments are not read",) if unknown else ()
-    return EngineConfig(source, {"ddp": ddp} if ddp else {}, training, notes=notes)
-
-
 def _location(model: ModelSpec) -> str:
     """What from_pretrained loads, from whatever folder train.py is run in."""
     if not model.source.startswith("path:"):
@@ -173,13 +95,6 @@ def _location(model: ModelSpec) -> str:
         remedy = "Give the folder that from_pretrained loads."
         raise SpecError.at("model", model.id, "is a config, and names no checkpoint to train", remedy)
     return str(path.parent)
-
-
-def _mapping(data: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any]:
-    if not isinstance(data[key], Mapping):
-        raise SpecError.at(f"{source}: {key}", data[key], "is not an object", "Write {...}.")
-    found: Mapping[str, Any] = data[key]
-    return found
 
 
 def _to_optim(optim: str) -> str:
@@ -201,33 +116,16 @@ def _to_lora(lora: LoraSpec) -> dict[str, Any]:
     return values
 
 
-def _from_lora(values: Mapping[str, Any], autocast_adapter_dtype: bool) -> dict[str, Any]:
-    names = {"r": "rank", "lora_dropout": "dropout", "lora_alpha": "alpha", "target_modules": "targets"}
-    found = {names.get(key, key): value for key, value in values.items() if value is not None}
-    return found | {"autocast_adapter_dtype": autocast_adapter_dtype}
-
-
 def _to_quantization(quantization: QuantizationSpec, computes_in: str) -> dict[str, Any]:
     """Arguments of BitsAndBytesConfig."""
     if quantization.kind == "int8":
         return {"load_in_8bit": True}
     return {
-        _FOUR_BIT: True,
+        FOUR_BIT: True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": quantization.kind == "nf4-dq",
         "bnb_4bit_compute_dtype": computes_in,
         "bnb_4bit_quant_storage": quantization.quant_storage,
-    }
-
-
-def _from_quantization(values: Mapping[str, Any], prepare: bool) -> dict[str, Any]:
-    if not values.get(_FOUR_BIT):
-        return {"kind": "int8", "prepare_for_kbit_training": prepare}
-    return {
-        "kind": "nf4-dq" if values.get("bnb_4bit_use_double_quant") else "nf4",
-        "compute_dtype": values.get("bnb_4bit_compute_dtype"),
-        "quant_storage": values.get("bnb_4bit_quant_storage", "uint8"),
-        "prepare_for_kbit_training": prepare,
     }
 
 
@@ -236,4 +134,4 @@ def _to_ddp(ddp: DdpSpec) -> dict[str, Any]:
         remedy = "Leave it out: accelerate has it for DistributedDataParallelKwargs in code of one's own."
         raise SpecError.at("gradient_as_bucket_view", True, "has no name in TrainingArguments", remedy)
     changed = ddp.model_dump(exclude_defaults=True)
-    return {key: changed[field] for key, field in _DDP.items() if field in changed}
+    return {key: changed[field] for key, field in DDP.items() if field in changed}

@@ -14,13 +14,13 @@ from rich.text import Text
 
 from memplan.render import words
 from memplan.render.explain import explanation, levers
-from memplan.results import ENGINE_CONFIG, Assumption, Comparison, Estimate, EstimateList, Plan, Verdict
+from memplan.results import ENGINE_CONFIG, Assumption, Check, Comparison, Estimate, EstimateList, Plan, Verdict
 
 if TYPE_CHECKING:
     from memplan.catalog.models import CatalogModel
     from memplan.specs.hardware import GPUSpec
 
-__all__ = ["comparison_text", "estimate_text", "estimates_text", "gpus_text", "models_text"]
+__all__ = ["check_text", "comparison_text", "estimate_text", "estimates_text", "gpus_text", "models_text"]
 
 _STYLES: dict[Verdict, str] = {
     "fits": "bold green",
@@ -28,6 +28,7 @@ _STYLES: dict[Verdict, str] = {
     "does-not-fit": "bold red",
     "unknown": "bold",
 }
+_FINDINGS = {"error": "bold red", "warning": "bold yellow", "info": "bold"}
 _WIDE = 110
 """Columns from which phases stand beside the components, not below them."""
 _GAP = 4
@@ -74,6 +75,27 @@ def estimates_text(
     title = _line(names[place], style="bold")
     body = _body(best, console.width, next_steps)
     return _text(Group(_model(best), _rungs(estimates, gpus), Text(), title, _setup(best), *body), console)
+
+
+def check_text(check: Check, *, console: Console | None = None) -> str:
+    """Return the page of what files need, and below it what is wrong with them."""
+    console = console or _console()
+    page = "" if check.estimate is None else estimate_text(check.estimate, console=console)
+    if not check.findings:
+        return page
+    parts: list[RenderableType] = [Text(), Text(words.findings_title(check.findings), style="bold")]
+    for finding in check.findings:
+        table = _grid()
+        table.add_column(min_width=_LABEL)
+        table.add_column(overflow="fold")
+        table.add_row(
+            Text(finding.severity, style=_FINDINGS[finding.severity]),
+            Text.assemble((finding.code, "bold"), "  ", finding.path),
+        )
+        table.add_row("", Text(finding.message))
+        table.add_row("", Text(finding.remedy, style="dim"))
+        parts += [_indented(table)]
+    return f"{page}\n{_text(Group(*parts), console)}" if page else _text(Group(*parts[1:]), console)
 
 
 def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None = None) -> str:

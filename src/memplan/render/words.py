@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memplan.results import Assumption, Comparison, CountedModel, Estimate, StepTime, Verdict, verdict_by_place
+from memplan.results import (
+    Assumption,
+    Comparison,
+    CountedModel,
+    Estimate,
+    Finding,
+    StepTime,
+    Verdict,
+    verdict_by_place,
+)
 from memplan.units import GiB, KiB, gib
 
 __all__ = [
@@ -16,6 +25,7 @@ __all__ = [
     "count",
     "counted",
     "extras",
+    "findings_title",
     "gib",
     "gib_more",
     "gpu_name",
@@ -43,6 +53,19 @@ _PRECISION = {"no": "", "bf16": " + bf16 autocast", "fp16": " + fp16 autocast"}
 _PLACES = {"host": ("--host-memory", "host memory"), "nvme": ("--nvme", "NVMe")}
 _ROW_PLACES = {"host": "host", "nvme": "NVMe"}
 _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+
+
+def findings_title(findings: Sequence[Finding]) -> str:
+    """How many there are of each severity.
+
+    >>> some = Finding(code="a", severity="error", path="p", message="m", remedy="r")
+    >>> findings_title([some, some])
+    '2 errors in the files'
+    """
+    counts = {name: sum(finding.severity == name for finding in findings) for name in ("error", "warning", "info")}
+    plural = {"error": "errors", "warning": "warnings", "info": "info"}
+    parts = [f"{number} {name if number == 1 else plural[name]}" for name, number in counts.items() if number]
+    return f"{', '.join(parts)} in the files"
 
 
 def gib_more(size: int) -> str:

@@ -1,0 +1,265 @@
+"""The command that starts a run: a line of a shell script, a file of arguments, or a list of them.
+
+Nothing is executed or expanded but the script's own assignments: what a variable of the shell holds is not known.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from memplan.configs.argument_keys import SCRIPT_ARGUMENTS, TRAINING_ARGUMENTS
+from memplan.errors import SpecError
+
+__all__ = ["Command", "is_command", "parse_command", "plain"]
+
+_LAUNCHERS = ("accelerate", "deepspeed", "torchrun", "llamafactory-cli")
+_ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
+_TRUTH = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
+"""As HfArgumentParser's ``string_to_bool``."""
+_PER_NODE = ("nproc_per_node", "num_gpus", "num_processes", "nproc-per-node")
+_NODES = ("nnodes", "num_nodes", "num_machines")
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command, taken apart."""
+
+    launcher: str
+    """accelerate, deepspeed, torchrun, llamafactory-cli or python; empty for arguments alone."""
+    options: Mapping[str, Any]
+    """The launcher's own."""
+    arguments: Mapping[str, Any]
+    """The script's."""
+    files: tuple[str, ...] = ()
+    """Files that the script is given before its options."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def per_node(self) -> int | None:
+        """Processes that it starts on a node, as far as it says so."""
+        found = next((str(self.options[name]) for name in _PER_NODE if name in self.options), "")
+        if not found and self.launcher == "python":
+            return 1
+        found = found or self.environment.get("NPROC_PER_NODE", "")
+        count = int(found) if found.isdigit() and int(found) > 0 else None
+        return count // (self.nodes or 1) if self.launcher == "accelerate" and count is not None else count
+
+    @property
+    def nodes(self) -> int | None:
+        """Nodes that it starts on, as far as it says so."""
+        found = next((str(self.options[name]) for name in _NODES if name in self.options), None)
+        return int(found) if found is not None and found.isdigit() and int(found) > 0 else None
+
+
+def is_command(text: str) -> bool:
+    """Whether a text is a command rather than a JSON or a YAML: a launcher, or arguments, at the start of a line."""
+    body = text.lstrip("\ufeff \t\r\n")
+    if body.startswith(("{", "[")):
+        return False
+    return body.startswith(("#!", "--")) or any(map(_starts_something, _lines(text)))
+
+
+def _starts_something(line: str) -> bool:
+    words = line.split()
+    while words and _ASSIGNMENT.fullmatch(words[0]):
+        words = words[1:]
+    name = words[0].rsplit("/", 1)[-1] if words else ""
+    return len(words) > 1 and (name in (*_LAUNCHERS, "srun") or re.fullmatch(r"python[\d.]*", name) is not None)
+
+
+def parse_command(command: str | Sequence[str], source: str) -> Command:
+    """Take a command apart: text with one line that starts something, or its words. Raises SpecError."""
+    if not isinstance(command, str):
+        return _taken_apart(list(command), {}, source)
+    variables: dict[str, str] = {}
+    started: list[list[str]] = []
+    for line in _lines(command):
+        words = _words(line, source)
+        while words and (match := _ASSIGNMENT.fullmatch(words[0])) and len(words) == 1:
+            variables[match[1]] = _expanded(match[2], variables)
+            words = words[1:]
+        if words and words[0] == "export":
+            for word in words[1:]:
+                if assigned := _ASSIGNMENT.fullmatch(word):
+                    variables[assigned[1]] = _expanded(assigned[2], variables)
+            continue
+        if (words and any(word.startswith("--") for word in words)) or any(
+            word.endswith((".yaml", ".yml")) for word in words
+        ):
+            started.append([expanded for word in words for expanded in _split(word, variables)])
+    runs = [words for words in started if _is_start(words)]
+    if len(runs) != 1:
+        what = "starts no run" if not runs else f"starts {len(runs)} runs"
+        remedy = "Give a file with one command, such as torchrun ... train.py --model_name_or_path ..."
+        raise SpecError(f"{source}: {what} that memplan can tell. {remedy}")
+    return _taken_apart(runs[0], variables, source)
+
+
+def _lines(text: str) -> list[str]:
+    """Commands of a script: a line ends outside of quotes; comments and ends of lines that go on are taken away."""
+    lines, line, quote = [], "", ""
+    text = re.sub(r"\\\r?\n", " ", text)
+    index = 0
+    while index < len(text):
+        letter = text[index]
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and (not line.endswith("\\")):
+            quote = letter
+        elif letter == "#" and (not line or line[-1].isspace()):
+            index = text.find("\n", index)
+            if index < 0:
+                break
+            continue
+        elif letter in "\r\n":
+            lines.append(line)
+            line, index = "", index + 1
+            continue
+        line += letter
+        index += 1
+    return [stripped for each in (*lines, line) if (stripped := each.strip())]
+
+
+def _words(line: str, source: str) -> list[str]:
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError as error:
+        raise SpecError(f"{source}: is not a command: {error}. Correct it there.") from None
+
+
+def _expanded(text: str, variables: Mapping[str, str]) -> str:
+    return _VARIABLE.sub(lambda match: variables.get(match[1] or match[3], match[2] or match[0]), text)
+
+
+def _split(word: str, variables: Mapping[str, str]) -> list[str]:
+    """A word with its variables; one that is a variable alone may be several, as $OPTIONS is."""
+    expanded = _expanded(word, variables)
+    return expanded.split() if _VARIABLE.fullmatch(word) and expanded != word else [expanded]
+
+
+def _is_start(words: Sequence[str]) -> bool:
+    bare = [word.rsplit("/", 1)[-1] for word in words]
+    return bare[0].startswith("--") or any(
+        name in _LAUNCHERS or re.fullmatch(r"python[\d.]*", name) for name in bare[:12]
+    )
+
+
+def _taken_apart(words: list[str], variables: Mapping[str, str], source: str) -> Command:
+    environment = {name: value for name, value in variables.items() if name.isupper()}
+    while words and (match := _ASSIGNMENT.fullmatch(words[0])):
+        environment[match[1]] = match[2]
+        words = words[1:]
+    launcher, rest = _launcher(words)
+    if not launcher:
+        return Command("", {}, _options(rest, source), (), environment)
+    index = next((i for i, word in enumerate(rest) if _is_script(rest, i)), None)
+    if index is None:
+        raise SpecError(f"{source}: {launcher}: starts no script that memplan can tell. Name it, as in train.py.")
+    own, script = rest[:index], rest[index + 1 :]
+    files = []
+    while script and not script[0].startswith("-"):
+        files.append(script[0])
+        script = script[1:]
+    return Command(launcher, _options(own, source), _options(script, source), tuple(files), environment)
+
+
+def _launcher(words: list[str]) -> tuple[str, list[str]]:
+    """The program that starts the others, and what it is given; ``srun`` and the like may stand in front."""
+    for index, word in enumerate(words):
+        name = word.rsplit("/", 1)[-1]
+        if word.startswith("--") and index == 0:
+            return "", words
+        if name in _LAUNCHERS:
+            rest = words[index + 1 :]
+            return name, rest[1:] if name == "accelerate" and rest[:1] == ["launch"] else rest
+        if re.fullmatch(r"python[\d.]*", name):
+            rest = words[index + 1 :]
+            if rest[:2] in (["-m", "torch.distributed.run"], ["-m", "torch.distributed.launch"]):
+                return "torchrun", rest[2:]
+            if rest[:2] == ["-m", "accelerate.commands.launch"]:
+                return "accelerate", rest[2:]
+            return "python", rest
+    return "", words
+
+
+def _is_script(words: Sequence[str], index: int) -> bool:
+    word = words[index]
+    if word.endswith(".py") or (word == "train" and index == 0):
+        return True
+    return index > 0 and words[index - 1] in ("-m", "--module") and not word.startswith("-")
+
+
+def _options(words: Sequence[str], source: str) -> dict[str, Any]:
+    """``--name value``, ``--name=value``, ``--name``, which is true, and ``--no_name``; several values are a list."""
+    found: dict[str, Any] = {}
+    name: str | None = None
+    values: list[str] = []
+
+    def put() -> None:
+        if name is None:
+            return
+        value: Any = True if not values else values[0] if len(values) == 1 else list(values)
+        if value is True and name.startswith("no_") and name[3:] in TRAINING_ARGUMENTS:
+            found[name[3:]] = False
+        else:
+            found[name] = _typed(name, value, source)
+
+    for word in words:
+        if word in ("&", "|", ">", ">>", "2>&1", "&&", ";", "&>", "2>"):
+            break
+        if re.match(r"--?[A-Za-z]", word):
+            put()
+            name, equals, value = word.lstrip("-").partition("=")
+            name = name.replace("-", "_") if name.replace("-", "_") in _TYPES else name
+            values = [value] if equals else []
+        else:
+            values.append(word)
+    put()
+    return found
+
+
+_TYPES = {name: key.takes for name, key in (SCRIPT_ARGUMENTS | TRAINING_ARGUMENTS).items()}
+
+
+def _matters(name: str) -> bool:
+    key = TRAINING_ARGUMENTS.get(name) or SCRIPT_ARGUMENTS.get(name)
+    return key is not None and bool(key.field or key.only)
+
+
+def plain(text: str) -> Any:
+    """What a text is by itself: a number, true or false, or text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"[+-]?\d{1,15}", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"[+-]?\d{1,15}\.?\d{0,15}(?:[eE][+-]?\d{1,3})?", text) else text
+
+
+def _typed(name: str, value: Any, source: str) -> Any:
+    """A text as the field's type; one with a variable of the shell stays text, and is told apart where it matters."""
+    kind = _TYPES.get(name)
+    if not isinstance(value, str) or kind in (str, dict):
+        return value
+    if kind is None:
+        return plain(value)
+    if kind is list:
+        return value.split(",")
+    if kind is bool:
+        if value.lower() not in _TRUTH and not _matters(name):
+            return value
+        if value.lower() not in _TRUTH:
+            raise SpecError.at(f"{source}: {name}", value, "is neither true nor false", "Write one of them.")
+        return _TRUTH[value.lower()]
+    try:
+        number = float(value)
+    except ValueError:
+        problem = "is a variable of the shell" if "$" in value else "is not a number"
+        if not _matters(name):
+            return value
+        raise SpecError.at(f"{source}: {name}", value, problem, "Write the number.") from None
+    return int(number) if kind is int and number.is_integer() else number

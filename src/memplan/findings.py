@@ -1,0 +1,517 @@
+"""What is wrong with the files of a run, beside memory: one small function per mistake.
+
+A finding is raised only where the installed libraries really behave so, which ``tests/test_findings.py`` shows by
+running them, or where memplan's own estimate says so. ``docs/checks.md`` has a heading per code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from memplan.configs.arguments import argument
+from memplan.configs.run import Run
+from memplan.errors import MemplanError
+from memplan.estimator import resolve
+from memplan.results import Estimate, Finding
+from memplan.sharded import play_ranks
+from memplan.specs.hardware import ClusterSpec, GPUSpec
+from memplan.specs.model import ModelSpec
+from memplan.specs.software import SoftwareSpec
+from memplan.specs.strategy import Strategy
+from memplan.specs.training import TrainingSpec
+from memplan.units import gib
+
+__all__ = ["CHECKS", "Checked", "find", "quantized_full", "sorted_by_severity"]
+
+_SEVERITY = ("error", "warning", "info")
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A run, as its files say it and as it is merged."""
+
+    run: Run
+    training: TrainingSpec
+    strategy: Strategy
+    cluster: ClusterSpec
+    model: ModelSpec
+    software: SoftwareSpec
+    estimate: Estimate
+
+    @property
+    def deepspeed(self) -> Mapping[str, Any]:
+        """The DeepSpeed config as it is written; empty without one."""
+        values = self.run.raw.get("deepspeed")
+        return {} if values is None else values.data
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """TrainingArguments as they are written; empty without them."""
+        values = self.run.raw.get("arguments")
+        return {} if values is None else values.data
+
+    @property
+    def of_a_trainer(self) -> bool:
+        """Whether transformers or accelerate are known to drive the engine."""
+        return bool(self.arguments) or "accelerate" in self.run.raw or _has_auto(self.deepspeed)
+
+    def path(self, kind: str, key: str) -> str:
+        """A key of a file, as messages name it."""
+        values = self.run.raw.get(kind)
+        return f"{self.run.source if values is None else values.source}: {key}"
+
+    @property
+    def gpu(self) -> GPUSpec | None:
+        """The GPU, where it is known."""
+        return self.cluster.gpu if isinstance(self.cluster.gpu, GPUSpec) else None
+
+
+def find(checked: Checked) -> list[Finding]:
+    """Return every finding, in the order of :data:`CHECKS`."""
+    return [found for check in CHECKS if (found := check(checked)) is not None]
+
+
+def sorted_by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Errors first, then warnings; of equals what was found first."""
+    return tuple(sorted(findings, key=lambda found: _SEVERITY.index(found.severity)))
+
+
+# -- what does not start, or does something else than is asked for -----------------------------------------------------
+
+_MATCHED = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.eps": "adam_epsilon",
+    "optimizer.params.weight_decay": "weight_decay",
+    "scheduler.params.warmup_max_lr": "learning_rate",
+}
+"""Keys that HfTrainerDeepSpeedConfig compares with an argument."""
+
+
+def trainer_mismatch(checked: Checked) -> Finding | None:
+    """``trainer_config_process`` notes what differs, and ``trainer_config_finalize`` raises ValueError for it."""
+    arguments = checked.arguments
+    kind, data = ("deepspeed", checked.deepspeed) if checked.deepspeed else ("accelerate", _of_plugin(checked))
+    if not data or not arguments:
+        return None
+    wanted: dict[str, tuple[str, object]] = {key: (name, argument(arguments, name)) for key, name in _MATCHED.items()}
+    product = checked.cluster.gpus
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        product *= argument(arguments, name)
+    wanted["train_batch_size"] = (f"{checked.cluster.gpus} GPUs x batch x accumulation", product)
+    betas = [argument(arguments, name) for name in ("adam_beta1", "adam_beta2")]
+    wanted["optimizer.params.betas"] = ("adam_beta1 and adam_beta2", betas)
+    for precision in ("fp16", "bf16"):
+        on = bool(arguments.get(precision) or arguments.get(f"{precision}_full_eval"))
+        wanted[f"{precision}.enabled"] = (precision, on)
+    warmup = argument(arguments, "warmup_steps")
+    if isinstance(warmup, (int, float)) and (warmup >= 1 or warmup == 0) and "warmup_ratio" not in arguments:
+        wanted["scheduler.params.warmup_num_steps"] = ("warmup_steps", max(1, int(warmup)))
+    found = [
+        (key, value, name, theirs)
+        for key, (name, theirs) in wanted.items()
+        if (value := _at(data, key)) not in (None, "auto") and not _equal(value, theirs)
+    ]
+    if not found:
+        return None
+    said = "; ".join(f"{key} {_shown(value)}, but {name} {_shown(theirs)}" for key, value, name, theirs in found)
+    return Finding(
+        code="trainer-mismatch",
+        severity="error",
+        path=checked.path(kind, found[0][0] if kind == "deepspeed" else _IN_PLUGIN.get(found[0][0], found[0][0])),
+        message=f"The Trainer refuses values that are not those of its arguments: {said}.",
+        remedy='Write "auto" in the DeepSpeed config, so that each is said once.'
+        if kind == "deepspeed"
+        else "Leave it out of the accelerate config, or give the Trainer the same.",
+    )
+
+
+_IN_PLUGIN = {
+    "gradient_accumulation_steps": "deepspeed_config.gradient_accumulation_steps",
+    "gradient_clipping": "deepspeed_config.gradient_clipping",
+    "bf16.enabled": "mixed_precision",
+    "fp16.enabled": "mixed_precision",
+}
+
+
+def _of_plugin(checked: Checked) -> dict[str, Any]:
+    """What DeepSpeedPlugin makes of accelerate's own keys, as far as the Trainer compares it.
+
+    A precision that the Trainer is asked for goes before the launcher's (``TrainingArguments.mixed_precision``).
+    """
+    values = checked.run.raw.get("accelerate")
+    section = None if values is None else values.data.get("deepspeed_config")
+    if values is None or not isinstance(section, Mapping):
+        return {}
+    data: dict[str, Any] = {name: section.get(name) for name in ("gradient_accumulation_steps", "gradient_clipping")}
+    launched = str(values.data.get("mixed_precision")).lower()
+    if launched in ("bf16", "fp16") and not checked.arguments.get("bf16") and not checked.arguments.get("fp16"):
+        data[launched] = {"enabled": True}
+    return data
+
+
+def scheduler_total_steps(checked: Checked) -> Finding | None:
+    """``WarmupDecayLR`` has no default for ``total_num_steps``, and the Trainer fills in what is ``auto`` only."""
+    scheduler = checked.deepspeed.get("scheduler")
+    if not isinstance(scheduler, Mapping) or scheduler.get("type") not in ("WarmupDecayLR", "WarmupCosineLR"):
+        return None
+    params = scheduler.get("params")
+    if isinstance(params, Mapping) and params.get("total_num_steps") is not None:
+        return None
+    return Finding(
+        code="scheduler-total-steps",
+        severity="error",
+        path=checked.path("deepspeed", "scheduler.params.total_num_steps"),
+        message=f"It is missing, and {scheduler['type']} cannot be made without it.",
+        remedy='Add "total_num_steps": "auto" for the Trainer, or the number of steps; or leave the section out.',
+    )
+
+
+def scheduler_warmup_steps(checked: Checked) -> Finding | None:
+    """DeepSpeed refuses warm-ups of no steps since 0.19.6."""
+    steps = _at(checked.deepspeed, "scheduler.params.warmup_num_steps")
+    kind = _at(checked.deepspeed, "scheduler.type")
+    if kind not in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR") or not checked.software.at_least(
+        "deepspeed", "0.19.6"
+    ):
+        return None
+    if not isinstance(steps, (int, float)) or isinstance(steps, bool) or (isinstance(steps, int) and steps > 0):
+        return None
+    return Finding(
+        code="scheduler-warmup-steps",
+        severity="error",
+        path=checked.path("deepspeed", "scheduler.params.warmup_num_steps"),
+        message=f"{steps} is refused by DeepSpeed since 0.19.6, which wants a positive whole number.",
+        remedy='Write 1 for no warm-up, or "auto" for the Trainer.',
+    )
+
+
+_REPLACED_BY_ADAM = frozenset(
+    {
+        *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd", "rmsprop", "lion_8bit"),
+        "paged_lion_8bit",
+    }
+)
+
+
+def optimizer_replaced(checked: Checked) -> Finding | None:
+    """accelerate's ``map_pytorch_optim_to_deepspeed`` makes DeepSpeedCPUAdam of what has no counterpart there."""
+    if not _offloads_a_clients_optimizer(checked) or checked.training.optim not in _REPLACED_BY_ADAM:
+        return None
+    return Finding(
+        code="optimizer-replaced",
+        severity="warning",
+        path=checked.path("arguments", "optim"),
+        message=f"{checked.training.optim!r} is not what trains: as it is offloaded, accelerate puts DeepSpeed's CPU "
+        "Adam in its place.",
+        remedy='Use adamw_torch, or set "zero_force_ds_cpu_optimizer": false in the DeepSpeed config.',
+    )
+
+
+def _offloads_a_clients_optimizer(checked: Checked) -> bool:
+    strategy = checked.strategy
+    offloads = strategy.is_deepspeed and strategy.offload_optimizer != "none"
+    forced = strategy.zero.zero_force_ds_cpu_optimizer and not strategy.zero.ds_optimizer
+    return offloads and forced and checked.of_a_trainer
+
+
+def device_map(checked: Checked) -> Finding | None:
+    """``from_pretrained`` refuses a device_map under ZeRO-3, ``Accelerator.prepare`` one over several devices."""
+    value = checked.arguments.get("device_map")
+    if value not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return None
+    if checked.strategy.kind == "zero3":
+        message = f"{value!r} is refused by from_pretrained under ZeRO-3, which shards the weights itself."
+    elif checked.cluster.gpus > 1:
+        message = f"{value!r} spreads one model over the GPUs, which accelerate refuses to train in a distributed run."
+    else:
+        return None
+    return Finding(
+        code="device-map",
+        severity="error",
+        path=checked.path("arguments", "device_map"),
+        message=message,
+        remedy="Leave it out: every rank puts the model on its own GPU.",
+    )
+
+
+def quantized_full(run: Run, training: TrainingSpec) -> Finding | None:
+    """``validate_quantization_for_training``: without adapters there is nothing to train."""
+    if run.arguments is None or "quantization" not in run.arguments.training or training.lora is not None:
+        return None
+    if "lora" in run.arguments.training:
+        return None
+    values = run.raw["arguments"]
+    names = ("quantization", "load_in_4bit", "load_in_8bit", "q_lora", "use_4bit_quantization", "use_8bit_quantization")
+    name = next((name for name in names if values.data.get(name)), names[0])
+    return Finding(
+        code="quantized-full",
+        severity="error",
+        path=f"{values.source}: {name}",
+        message="The Trainer refuses to train a quantized model that has no adapters.",
+        remedy="Add LoRA (use_peft: true, or --lora-rank), or leave the quantization out.",
+    )
+
+
+# -- what costs something ----------------------------------------------------------------------------------------------
+
+
+def offload_param_ignored(checked: Checked) -> Finding | None:
+    """Only the optimizer of stage 3 is made with ``offload_param``."""
+    stage = checked.strategy.zero_stage
+    if stage is None or stage == 3:
+        return None
+    path, device = checked.path("deepspeed", "zero_optimization.offload_param"), ""
+    section = _at(checked.deepspeed, "zero_optimization.offload_param")
+    if isinstance(section, Mapping):
+        device = str(section.get("device", "none"))
+    accelerate = checked.run.raw.get("accelerate")
+    if accelerate is not None and not checked.deepspeed:
+        device = str(_at(accelerate.data, "deepspeed_config.offload_param_device") or "none").lower()
+        path = checked.path("accelerate", "deepspeed_config.offload_param_device")
+    if device not in ("cpu", "nvme"):
+        return None
+    return Finding(
+        code="offload-param-ignored",
+        severity="warning",
+        path=path,
+        message=f"{device!r} has no effect at stage {stage}: the weights stay on the GPU.",
+        remedy="Use stage 3, or leave it out.",
+    )
+
+
+def no_weights_saved(checked: Checked) -> Finding | None:
+    """``Accelerator.get_state_dict`` raises, and ``Trainer.save_model`` then saves the engine's shards in its place."""
+    zero = checked.strategy.zero
+    if checked.strategy.kind != "zero3" or zero.stage3_gather_16bit_weights_on_model_save or not checked.of_a_trainer:
+        return None
+    of_plugin = "accelerate" in checked.run.raw and not checked.deepspeed
+    path = checked.path("deepspeed", "zero_optimization.stage3_gather_16bit_weights_on_model_save")
+    if of_plugin:
+        path = checked.path("accelerate", "deepspeed_config.zero3_save_16bit_model")
+    return Finding(
+        code="no-weights-saved",
+        severity="warning",
+        path=path,
+        message="It is off: what the Trainer saves holds no weights, only DeepSpeed's shards.",
+        remedy="Set it to true, or make weights of the shards by zero_to_fp32.py, which is saved beside them.",
+    )
+
+
+def bf16_emulated(checked: Checked) -> Finding | None:
+    """``torch.cuda.is_bf16_supported`` counts emulation, so that nothing stops the run."""
+    gpu, setup = checked.gpu, checked.estimate.setup
+    if gpu is None or gpu.supports_bf16 or gpu.is_cpu:
+        return None
+    if setup.get("mixed_precision") != "bf16" and setup.get("dtype") != "bfloat16":
+        return None
+    return Finding(
+        code="bf16-emulated",
+        severity="warning",
+        path=_of_precision(checked, "bf16"),
+        message=f"{gpu.name} has no units for bfloat16: torch runs it all the same, emulated and several times slower.",
+        remedy="Use fp16.",
+    )
+
+
+def bf16_in_fp16(checked: Checked) -> Finding | None:
+    """bfloat16 reaches to 3.4e38, float16 to 65504."""
+    config = checked.model.config
+    stored = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    if checked.estimate.setup.get("mixed_precision") != "fp16" or stored != "bfloat16":
+        return None
+    return Finding(
+        code="bf16-in-fp16",
+        severity="warning",
+        path=_of_precision(checked, "fp16"),
+        message="The checkpoint is in bfloat16: values above 65504 become infinite in float16, and the loss NaN.",
+        remedy="Use bf16 where the GPU has it; otherwise watch for steps that are skipped by overflow.",
+    )
+
+
+def _of_precision(checked: Checked, name: str) -> str:
+    if name in checked.arguments:
+        return checked.path("arguments", name)
+    return checked.path("deepspeed", name) if name in checked.deepspeed else checked.run.source
+
+
+_SMALLER = 50_000_000
+_NOTICED = 20
+"""A bucket is worth a word from a twentieth of the GPU on."""
+
+
+def default_buckets(checked: Checked) -> Finding | None:
+    """The engine is played again with a bucket of a tenth: what the default takes of a GPU that is too small."""
+    strategy, capacity = checked.strategy, checked.estimate.gpu.capacity
+    if not strategy.is_deepspeed or strategy.kind == "zero0" or capacity is None:
+        return None
+    if checked.estimate.verdict == "fits":
+        return None
+    if strategy.zero.reduce_bucket_size != 10 * _SMALLER:
+        return None
+    smaller = strategy.replace(zero=strategy.zero.replace(reduce_bucket_size=_SMALLER))
+    try:
+        peaks = [
+            play_ranks(
+                resolve(checked.model, checked.training, checked.cluster, each, checked.software),
+                checked.gpu,
+                each,
+                checked.cluster.gpus,
+                checked.cluster.gpus_per_node,
+            ).peak
+            for each in (strategy, smaller)
+        ]
+    except MemplanError:
+        return None
+    saved = peaks[0] - peaks[1]
+    if saved * _NOTICED < capacity:
+        return None
+    return Finding(
+        code="default-buckets",
+        severity="warning",
+        path=checked.path("deepspeed", "zero_optimization.reduce_bucket_size"),
+        message=f"5e8 elements, DeepSpeed's default, take {gib(saved)} GiB of {gib(capacity)} more than 5e7 would.",
+        remedy='Set reduce_bucket_size to 5e7, or to "auto" for the Trainer.',
+    )
+
+
+def fsdp_wraps_nothing(checked: Checked) -> Finding | None:
+    """Without a policy accelerate makes one unit of the whole model, which is gathered at once."""
+    if checked.strategy.kind != "fsdp" or checked.strategy.fsdp.auto_wrap_policy != "NO_WRAP":
+        return None
+    return Finding(
+        code="fsdp-wraps-nothing",
+        severity="warning",
+        path=checked.path("accelerate" if "accelerate" in checked.run.raw else "arguments", "fsdp_auto_wrap_policy"),
+        message="The whole model is one unit: all weights are gathered on every GPU at once.",
+        remedy="Set fsdp_auto_wrap_policy to TRANSFORMER_BASED_WRAP.",
+    )
+
+
+def host_memory(checked: Checked) -> Finding | None:
+    """What the estimate says of the host."""
+    host = checked.estimate.host
+    if host.capacity is None or host.peak <= host.capacity:
+        return None
+    phase = max(host.phases, key=lambda each: each.allocated).name if host.phases else "load"
+    steady = (
+        f"; training takes {gib(host.steady)}" if phase in ("load", "save") and host.steady <= host.capacity else ""
+    )
+    return Finding(
+        code="host-memory",
+        severity="error",
+        path=checked.run.source,
+        message=f"A node's {host.ranks} ranks need {gib(host.peak)} GiB of {gib(host.capacity)} in phase {phase}"
+        f"{steady}. Linux kills a process that runs out of it without a message.",
+        remedy="Use fewer ranks on a node, less offloading, or more RAM.",
+    )
+
+
+def save_needs_more(checked: Checked) -> Finding | None:
+    """A run that dies at its first checkpoint has trained for hours."""
+    gpu = checked.estimate.gpu
+    found = {phase.name: phase.allocated for phase in gpu.phases}
+    rest = max((size for name, size in found.items() if name != "save"), default=0)
+    if gpu.capacity is None or found.get("save", 0) <= rest:
+        return None
+    others = gpu.low - found["save"]
+    if gpu.low <= gpu.capacity or rest + others > gpu.capacity:
+        return None
+    return Finding(
+        code="save-needs-more",
+        severity="error",
+        path=checked.run.source,
+        message=f"Saving takes {gib(found['save'])} GiB, training {gib(rest)}: the run dies at its first checkpoint.",
+        remedy="Save shards (FSDP: SHARDED_STATE_DICT), or the weights without gathering them.",
+    )
+
+
+# -- what is good to know ----------------------------------------------------------------------------------------------
+
+
+def padding(checked: Checked) -> Finding | None:
+    """Collators pad to the longest text of a batch."""
+    if checked.training.packed or not checked.arguments:
+        return None
+    return Finding(
+        code="padding",
+        severity="info",
+        path=checked.path("arguments", "packing"),
+        message=f"Texts are padded to the longest of their batch: the peak is of the longest batch, here of "
+        f"{checked.training.seq_len} tokens, however rare it is.",
+        remedy="Cut texts at a length that fits, or pack them.",
+    )
+
+
+_RTX_40 = re.compile(r"(?:GeForce )?RTX ?40\d0")
+
+
+def geforce_p2p(checked: Checked) -> Finding | None:
+    """``check_cuda_p2p_ib_support`` of accelerate, which ``accelerate launch`` heeds itself."""
+    gpu = checked.gpu
+    if gpu is None or not _RTX_40.match(gpu.name) or checked.cluster.gpus_per_node < 2:
+        return None
+    disabled = {"NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"} <= checked.run.environment.keys()
+    if disabled or checked.run.launcher == "accelerate" or "accelerate" in checked.run.raw:
+        return None
+    return Finding(
+        code="geforce-p2p",
+        severity="info",
+        path=checked.run.source,
+        message=f"{gpu.name} has no peer-to-peer: with a driver before 550.40.07 accelerate refuses to start several.",
+        remedy="Set NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1, or start by accelerate launch, which does.",
+    )
+
+
+CHECKS: tuple[Callable[[Checked], Finding | None], ...] = (
+    trainer_mismatch,
+    scheduler_total_steps,
+    scheduler_warmup_steps,
+    optimizer_replaced,
+    device_map,
+    host_memory,
+    save_needs_more,
+    offload_param_ignored,
+    no_weights_saved,
+    bf16_emulated,
+    bf16_in_fp16,
+    default_buckets,
+    fsdp_wraps_nothing,
+    padding,
+    geforce_p2p,
+)
+"""The checks of a run; what reading it finds comes before."""
+
+
+def _at(data: Mapping[str, Any], path: str) -> Any:
+    """The value at a path; None where a section is missing or is none."""
+    value: Any = data
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _equal(value: object, other: object) -> bool:
+    try:
+        if isinstance(other, list) and isinstance(value, (list, tuple)):
+            return [float(each) for each in value] == [float(each) for each in other]
+        if isinstance(other, (int, float)) and not isinstance(value, (list, tuple, Mapping)):
+            return float(value) == float(other)  # type: ignore[arg-type]  # a TypeError is no number
+    except (TypeError, ValueError):
+        return False
+    return value == other
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _has_auto(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_auto, value.values()))
+    return isinstance(value, str) and value == "auto"

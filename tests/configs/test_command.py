@@ -1,0 +1,112 @@
+"""Commands that start runs, taken apart; what transformers' parser makes of the same words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from memplan.configs.command import is_command, parse_command
+from memplan.errors import SpecError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("torchrun --nproc_per_node=4 train.py --bf16 True", True),
+        ("#!/bin/bash\nX=1\n", True),
+        ("--model_name_or_path gpt2", True),
+        ("# a comment\nNCCL_P2P_DISABLE=1 deepspeed --num_gpus 2 a.py --x", True),
+        ("python -m torch.distributed.run a.py --x 1", True),
+        ('{"zero_optimization": {}}', False),
+        ("distributed_type: FSDP\nmain_training_function: main\n", False),
+        ("### model\nmodel_name_or_path: a\ndeepspeed: x.json\n", False),
+        ("- a\n- b", False),
+    ],
+)
+def test_commands_are_told_from_configs(text: str, expected: bool) -> None:
+    assert is_command(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "launcher", "per_node", "nodes"),
+    [
+        ("torchrun --nproc_per_node=4 train.py --bf16 True", "torchrun", 4, None),
+        ("torchrun --nnodes 2 --nproc-per-node 8 train.py --bf16", "torchrun", 8, 2),
+        ("deepspeed --num_gpus=3 main.py --bf16", "deepspeed", 3, None),
+        ("deepspeed main.py --bf16", "deepspeed", None, None),
+        ("python train.py --bf16", "python", 1, None),
+        ("python3 -m torch.distributed.launch --nproc_per_node 2 train.py --bf16", "torchrun", 2, None),
+        ("srun torchrun --nproc_per_node 2 -m pkg.train --bf16", "torchrun", 2, None),
+        ("accelerate launch --num_processes 8 --num_machines 2 train.py --bf16", "accelerate", 4, 2),
+        ("FORCE_TORCHRUN=1 NPROC_PER_NODE=4 llamafactory-cli train --bf16 true", "llamafactory-cli", 4, None),
+        ("--bf16 True", "", None, None),
+    ],
+)
+def test_launchers(text: str, launcher: str, per_node: int | None, nodes: int | None) -> None:
+    command = parse_command(text, "run.sh")
+    assert (command.launcher, command.per_node, command.nodes) == (launcher, per_node, nodes)
+    assert command.arguments["bf16"] is True
+
+
+def test_a_script_with_variables_over_lines() -> None:
+    text = """#!/bin/bash
+    # torchrun --nproc_per_node 1 old.py --fp16
+    export NCCL_P2P_DISABLE=1
+    GPUS=8
+    MODEL="a/b" # it's the model
+    ARGS="
+        --nproc_per_node $GPUS \\
+        --master_port 1
+    "
+    torchrun $ARGS train.py \\
+        --model_name_or_path $MODEL \\
+        --output_dir out/$UNKNOWN \\
+        --learning_rate $LR \\
+        --use_lora \\
+        --bf16 ${BF16:-True} 2>&1 | tee log.txt
+    """
+    command = parse_command(text, "run.sh")
+    assert command.per_node == 8
+    assert command.environment["NCCL_P2P_DISABLE"] == "1"
+    assert command.arguments == {
+        "model_name_or_path": "a/b",
+        "output_dir": "out/$UNKNOWN",
+        "learning_rate": "$LR",
+        "use_lora": True,
+        "bf16": True,
+    }
+
+
+def test_words_are_what_transformers_parser_makes_of_them() -> None:
+    from transformers import HfArgumentParser, TrainingArguments
+
+    text = (
+        "--output_dir out --per_device_train_batch_size 4 --learning_rate 2e-5 --bf16 False --use_cpu yes "
+        "--no_dataloader_pin_memory --activation_checkpointing --run_name wandb --warmup_steps=0.1 "
+        "--eval_strategy no --adam_beta2 0.95 --max_steps 10"
+    )
+    command = parse_command(text, "args.txt")
+    (real,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(text.split())
+    for name, value in command.arguments.items():
+        known: Any = getattr(real, name)
+        assert value == (getattr(known, "value", known)), name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("torchrun --nproc_per_node 2 --bf16", "starts no script"),
+        ("#!/bin/bash\necho hello", "starts no run"),
+        ("torchrun a.py --bf16\ntorchrun b.py --bf16", "starts 2 runs"),
+        ("torchrun a.py --bf16 maybe", "bf16: 'maybe' is neither true nor false"),
+        ("torchrun a.py --per_device_train_batch_size $B", "'$B' is a variable of the shell"),
+        ("torchrun a.py --gradient_accumulation_steps many", "'many' is not a number"),
+        ('torchrun a.py --output_dir "x', "is not a command"),
+    ],
+)
+def test_what_cannot_be_told_is_said(text: str, message: str) -> None:
+    with pytest.raises(SpecError) as error:
+        parse_command(text, "run.sh")
+    assert str(error.value).startswith("run.sh: ")
+    assert message in str(error.value)

@@ -1,0 +1,160 @@
+"""Files of a run: told apart by what is in them, and merged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memplan.configs.read import read_engine_config
+from memplan.configs.run import Run, read_run, setup_of
+from memplan.errors import SpecError, UnsupportedError
+from memplan.specs.strategy import Strategy
+from memplan.specs.training import TrainingSpec
+
+AUTO = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto"}
+ARGUMENTS = {"model_name_or_path": "gpt2", "output_dir": "o", "bf16": True, "seq_len": 64}
+
+
+def setup(config: object, gpus: int = 2, **options: Any) -> tuple[TrainingSpec, Strategy, list[str]]:
+    training, strategy, notes = setup_of(read_run(config), TrainingSpec(**options), {}, gpus, [])
+    return training, strategy, [note.source for note in notes]
+
+
+@pytest.mark.parametrize(
+    ("values", "raw"),
+    [
+        (AUTO, ["deepspeed"]),
+        ({"fp16": {"enabled": True}, "train_batch_size": 8}, ["deepspeed"]),
+        ({"bf16": {"enabled": True}, "gradient_accumulation_steps": 1, "steps_per_print": 1}, ["deepspeed"]),
+        ({"zero_optimization": {"stage": 3}, "output_dir": "stray"}, ["deepspeed"]),
+        ({"distributed_type": "FSDP", "fsdp_config": {}}, ["accelerate"]),
+        ({"distributed_type": "NO", "mixed_precision": "bf16"}, ["accelerate"]),
+        (ARGUMENTS, ["arguments"]),
+        ({"per_device_train_batch_size": 4}, ["arguments"]),
+        ({**ARGUMENTS, "deepspeed": AUTO}, ["arguments", "deepspeed"]),
+        ({**ARGUMENTS, "fsdp": True, "fsdp_config": {"version": 2}}, ["arguments"]),
+        ({"stage": "sft", "finetuning_type": "full", "model_name_or_path": "gpt2"}, ["arguments"]),
+        (
+            ["--model_name_or_path", "gpt2", "--bf16", "True", "--deepspeed", json.dumps(AUTO)],
+            ["arguments", "deepspeed"],
+        ),
+    ],
+)
+def test_kinds(values: Any, raw: list[str]) -> None:
+    assert sorted(read_run(values).raw) == sorted(raw)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"a": 1, "b": 2}, SpecError, "values: holds a, b, which is no config of a run. Give a DeepSpeed JSON"),
+        ({}, SpecError, "holds nothing, which is no config"),
+        ({"model_type": "llama", "architectures": ["A"]}, SpecError, "is a model's config, not a run's"),
+        ({"fsdp_transformer_layer_cls_to_wrap": "A"}, SpecError, "is a Trainer's fsdp_config"),
+        ({"base_model": "a", "sequence_len": 4}, UnsupportedError, "an axolotl config is not read"),
+        ({"compute_environment": "LOCAL_MACHINE"}, SpecError, "distributed_type: missing"),
+        ({"zero_optimisation": {}}, SpecError, "is none of DeepSpeed's keys"),
+        ({**ARGUMENTS, "deepspeed": 3}, SpecError, "deepspeed: 3 is neither a path nor an object"),
+        ({**ARGUMENTS, "deepspeed": "none.json"}, SpecError, "deepspeed: 'none.json' does not exist"),
+        ({**ARGUMENTS, "deepspeed": AUTO, "fsdp": True}, SpecError, "fsdp: True stands beside deepspeed"),
+        ({**ARGUMENTS, "fp16": True}, SpecError, "fp16: True cannot go with bf16"),
+        ({1: 2}, SpecError, "is a key that is not text"),
+        (3, SpecError, "is nothing that a run is started with"),
+    ],
+)
+def test_what_is_no_run_is_refused_with_a_remedy(values: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as raised:
+        read_run(values)
+    assert message in str(raised.value)
+
+
+def test_arguments_fill_what_deepspeed_leaves_to_them() -> None:
+    config = {**AUTO, "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
+    training, strategy, notes = setup(
+        {**ARGUMENTS, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "deepspeed": config}
+    )
+    assert (training.micro_batch_size, training.grad_accum_steps, training.mixed_precision) == (4, 3, "bf16")
+    assert (strategy.kind, strategy.zero.reduce_bucket_size) == ("zero2", "auto")
+    assert notes == []
+
+
+def test_deepspeeds_optimizer_wins_over_the_arguments() -> None:
+    config = {**AUTO, "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
+    training, strategy, _ = setup({**ARGUMENTS, "optim": "adafactor", "deepspeed": config})
+    assert (training.optim, strategy.zero.ds_optimizer) == ("adamw_torch", True)
+
+
+def test_an_option_wins_over_the_arguments_with_a_note() -> None:
+    training, _, notes = setup({**ARGUMENTS, "per_device_train_batch_size": 4}, micro_batch_size=2)
+    assert training.micro_batch_size == 2
+    assert notes == ["micro_batch_size 2, as asked, in place of 4 in values"]
+
+
+def test_without_an_engine_it_is_what_a_launcher_starts() -> None:
+    assert setup(ARGUMENTS, gpus=1)[1].kind == "single"
+    training, strategy, _ = setup({**ARGUMENTS, "ddp_bucket_cap_mb": 50}, gpus=4)
+    assert (strategy.kind, strategy.ddp.bucket_cap_mb, training.mixed_precision) == ("ddp", 50, "bf16")
+
+
+def test_files_that_others_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "examples" / "train").mkdir(parents=True)
+    (tmp_path / "examples" / "ds.json").write_text(json.dumps(AUTO))
+    path = tmp_path / "examples" / "train" / "args.json"
+    path.write_text(json.dumps({**ARGUMENTS, "deepspeed": "examples/ds.json"}))
+    run = read_run(path)
+    assert run.raw["deepspeed"].source.endswith("ds.json")
+    assert len(run.notes) == 1
+    monkeypatch.chdir(tmp_path)
+    assert read_run(path).notes == ()
+
+
+def test_an_accelerate_launch_brings_its_config(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "distributed_type: FSDP\nnum_processes: 4\nnum_machines: 2\nmixed_precision: bf16\n"
+        "fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}\n"
+    )
+    path = tmp_path / "run.sh"
+    path.write_text("accelerate launch --config_file a.yaml train.py --model_name_or_path gpt2 --max_length 32\n")
+    run = read_run(path)
+    assert (run.launcher, run.model, dict(run.cluster)) == ("accelerate", "gpt2", {"gpus": 4, "nodes": 2})
+    training, strategy, _ = setup_of(run, TrainingSpec(), {}, 4, [])
+    assert (strategy.kind, training.mixed_precision, training.seq_len) == ("fsdp", "bf16", 32)
+    path.write_text("accelerate launch --use_fsdp train.py --model_name_or_path gpt2\n")
+    with pytest.raises(UnsupportedError, match="use_fsdp: accelerate's options are not read"):
+        read_run(path)
+
+
+def test_llama_factory_takes_a_yaml_and_what_wins_over_it(tmp_path: Path) -> None:
+    (tmp_path / "sft.yaml").write_text("stage: sft\nmodel_name_or_path: gpt2\nbf16: true\ncutoff_len: 128\n")
+    (tmp_path / "run.sh").write_text("llamafactory-cli train sft.yaml cutoff_len=64 lora_rank=4\n")
+    run = read_run(tmp_path / "run.sh")
+    training, _, _ = setup_of(run, TrainingSpec(), {}, 1, [])
+    assert (training.seq_len, training.lora and training.lora.rank) == (64, 4)
+
+
+def test_a_fixed_batch_with_automatic_parts_says_what_the_trainer_is_asked_for() -> None:
+    found: list[Any] = []
+    config = {**AUTO, "train_batch_size": 32, "gradient_accumulation_steps": "auto"}
+    training, _, _ = setup_of(read_run(config), TrainingSpec(), {}, 8, found)
+    assert (training.micro_batch_size, training.grad_accum_steps, found) == (4, 1, [])
+    setup_of(read_run(config), TrainingSpec(micro_batch_size=3), {}, 8, found)
+    assert [each.code for each in found] == ["batch-product"]
+
+
+def test_arguments_are_no_engines_config(tmp_path: Path) -> None:
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(ARGUMENTS))
+    with pytest.raises(SpecError, match="holds TrainingArguments, which are no engine's config"):
+        read_engine_config(path)
+    with pytest.raises(SpecError, match="Use memplan check FILE"):
+        read_engine_config(ARGUMENTS)
+
+
+def test_values_are_not_changed() -> None:
+    values = {**ARGUMENTS, "fsdp": True, "fsdp_config": {"fsdp_version": 2}}
+    before = json.dumps(values)
+    assert isinstance(read_run(values), Run)
+    assert json.dumps(values) == before
