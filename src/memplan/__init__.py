@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memplan.api import check, compare, estimate, ladder, measure, plan
+    from memplan.api import check, compare, estimate, ladder, measure, plan, preflight
     from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
     from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Rung
     from memplan.specs import (
@@ -32,6 +32,7 @@ _HOME = {
     "ladder": "api",
     "measure": "api",
     "plan": "api",
+    "preflight": "api",
     "MemplanError": "errors",
     "PreflightError": "errors",
     "ResolutionError": "errors",
@@ -82,6 +83,7 @@ __all__ = [
     "ladder",
     "measure",
     "plan",
+    "preflight",
 ]
 
 

@@ -12,14 +12,14 @@ from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar, Union, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard, TypeVar, Union, get_args
 
 from memplan import estimator, micro_batch, planner
 from memplan.architectures.registry import FAMILIES
 from memplan.catalog import hub
-from memplan.catalog.detect import detect_cluster, free_disk
+from memplan.catalog.detect import detect_cluster, free_disk, host_memory
 from memplan.catalog.gpus import all_gpus, find_gpu, parse_cluster
-from memplan.errors import MemplanError, SpecError, UnsupportedError
+from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
 from memplan.parallel import shared_out
 from memplan.planner import LADDER, Change, Objective, Setup, Target, changed, checkpointed, micro_batch_1, rungs
 from memplan.results import (
@@ -29,7 +29,9 @@ from memplan.results import (
     Comparison,
     Estimate,
     EstimateList,
+    Finding,
     Plan,
+    Preflight,
     StepTime,
 )
 from memplan.specs._base import Spec
@@ -38,11 +40,14 @@ from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
+from memplan.units import gib
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from memplan.configs.run import Run
     from memplan.configs.setup import EngineConfig
+    from memplan.integrations.live import Live
     from memplan.introspect.extrapolate import Inputs
     from memplan.introspect.measure import Start
     from memplan.introspect.measurement import Boundary, Measured, Measurement
@@ -62,6 +67,7 @@ __all__ = [
     "measure",
     "measure_boundary",
     "plan",
+    "preflight",
     "rungs",
 ]
 
@@ -259,11 +265,20 @@ def check(
     Raises SpecError for files that cannot be read or whose values the libraries refuse, UnsupportedError for what
     memplan does not model. A mistake beside which the rest can still be read is a finding.
     """
+    from memplan.configs.run import read_run  # here, because most estimates have no files
+
+    _, _, result = _checked(read_run(path), model, training, cluster, software)
+    return result
+
+
+def _checked(
+    run: Run, model: ModelLike | None, training: TrainingLike, cluster: ClusterLike, software: SoftwareLike
+) -> tuple[_Case, Setup | None, Check]:
+    """What is checked, the setup that files come to, and what is found; no setup if none can be estimated."""
     from memplan import findings
-    from memplan.configs import run as runs  # here, because most estimates have no files
+    from memplan.configs import run as runs
     from memplan.configs.setup import EngineConfig, with_cluster
 
-    run = runs.read_run(path)
     model = run.model if model is None else model
     if model is None:
         raise SpecError.at("model", None, "is not in the files", "Name it, as in --model MODEL.")
@@ -285,14 +300,196 @@ def check(
         notes.append(_noted("the files do not say on how many GPUs: give --gpus"))
     unadapted = findings.quantized_full(run, asked)
     if unadapted is not None:
-        return Check(estimate=None, verdict="unknown", findings=findings.sorted_by_severity([unadapted, *found]))
+        check = Check(estimate=None, verdict="unknown", findings=findings.sorted_by_severity([unadapted, *found]))
+        return case, None, check
     merged, spread, said = runs.setup_of(run, asked, {}, case.cluster.gpus, found)
     notes = [*notes, *said, *(_noted(note) for note in run.notes)]
-    estimated = case.estimate(Setup(merged, spread, case.cluster.gpus))
+    setup = Setup(merged, spread, case.cluster.gpus)
+    estimated = case.estimate(setup)
     estimated = estimated.model_copy(update={"assumptions": (*estimated.assumptions, *notes)})
     checked = findings.Checked(run, merged, spread, case.cluster, case.model, case.software, estimated)
     found += findings.find(checked)
-    return Check(estimate=estimated, verdict=estimated.verdict, findings=findings.sorted_by_severity(found))
+    check = Check(estimate=estimated, verdict=estimated.verdict, findings=findings.sorted_by_severity(found))
+    return case, setup, check
+
+
+def preflight(
+    model: Any,
+    args: Any = None,
+    *,
+    training: TrainingLike = None,
+    cluster: ClusterLike = None,
+    software: SoftwareLike = None,
+    on_failure: OnFailure = "raise",
+) -> Preflight:
+    """Check a run from within its script, before a weight is loaded; return what is found, the worst first.
+
+    Args:
+        model: an ``nn.Module``, a config of transformers, what :func:`estimate` takes, or a Trainer, which has args.
+        args: TrainingArguments; a DeepSpeed config as a mapping, a path or an HfDeepSpeedConfig; an Accelerator or one
+            of its plugins; or any file of a run that :func:`check` takes. None is plain training, or what the launcher
+            has set.
+        training: what the others do not say, ``seq_len`` above all; it wins over them.
+        cluster: as for :func:`estimate`; without one, the GPUs that are visible, with the memory that is free on them
+            now, the ranks that the launcher has started, and this machine's memory.
+        software: versions; None are those that are installed.
+        on_failure: what is done about an error: ``raise`` PreflightError, ``warn``, or ``exit`` with 1. On the first
+            rank only: the launcher ends the others.
+
+    Raises PreflightError, whose ``findings`` hold all, and SpecError for a wrong argument. What memplan does not model
+    is a warning.
+    """
+    from memplan.integrations import live
+
+    if on_failure not in get_args(OnFailure):
+        raise SpecError.at("on_failure", on_failure, "is not known", f"Use {' or '.join(get_args(OnFailure))}.")
+    hardware = _cluster_spec(cluster)
+    versions = _installed() if software is None else _software(software)
+    try:
+        found = _found_before(
+            live.read(model, args, on_cpu=cluster is None), _training(training), _here(hardware), versions
+        )
+    except UnsupportedError as error:
+        found = Preflight([_excused("not-modelled", "warning", error)])
+    except ResolutionError as error:
+        found = Preflight([_excused("unknown-model", "warning", error)])
+    except SpecError as error:
+        found = Preflight([_excused("refused", "error", error)])
+    if live.rank() == 0:
+        _act_on(found, on_failure)
+    return found
+
+
+OnFailure: TypeAlias = Literal["raise", "warn", "exit"]
+
+
+def _excused(code: str, severity: Literal["error", "warning"], error: MemplanError) -> Finding:
+    path, _, rest = str(error).partition(": ")
+    return Finding(code=code, severity=severity, path=path, message=rest or str(error), remedy="")
+
+
+def _act_on(found: Preflight, on_failure: OnFailure) -> None:
+    """Say what is found, and end what cannot work."""
+    import warnings
+
+    if found.errors and on_failure == "raise":
+        message = "\n".join(("This run is stopped before it starts.", str(found)))
+        estimate = None if found.check is None else found.check.estimate
+        raise PreflightError(message, report=estimate, findings=found)
+    for each in found:
+        if each.severity != "info":
+            warnings.warn(f"memplan: {each.path}: {each.message} {each.remedy}".strip(), stacklevel=3)
+    if found.errors and on_failure == "exit":
+        raise SystemExit(1)
+
+
+def _found_before(run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec) -> Preflight:
+    from memplan import findings
+    from memplan.configs.run import Run, read_run
+
+    files = Run("") if run.arguments is None else read_run(run.arguments, "TrainingArguments")
+    if run.engine is not None:
+        engine = read_run(run.engine, "config")
+        raw = {**engine.raw, **files.raw}
+        files = replace(files, engine=engine.engine, raw=raw, launcher=files.launcher or engine.launcher)
+        files = replace(files, findings=(*files.findings, *engine.findings))
+    known = {name: value for name, value in run.training.items() if name not in training.model_fields_set}
+    case, setup, check = _checked(files, run.model, training.replace(**known), cluster, software)
+    found = list(check.findings)
+    if check.estimate is not None and setup is not None:
+        cures = _cures(case, setup) if check.verdict in ("does-not-fit", "tight") else ()
+        memory = findings.memory_finding(check.estimate, cures)
+        found = [memory, *found] if memory is not None else found
+    return Preflight(findings.sorted_by_severity(found), check)
+
+
+def _here(spec: ClusterSpec) -> ClusterSpec:
+    """The cluster that is given, or this machine with what is free now, and the launcher's ranks."""
+    from memplan.catalog.detect import read_nvml, visible_devices
+    from memplan.integrations import live
+    from memplan.memory.runtime import cuda_context
+
+    fields: dict[str, Any] = {}
+    launched = live.world()
+    if launched is not None and "gpus" not in spec.model_fields_set:
+        fields |= {"gpus": launched[0], "nodes": max(1, launched[0] // launched[1])}
+    if spec.gpu is None and spec.gpu_memory is None:
+        devices = visible_devices(read_nvml())
+        if devices:
+            gpu = detect_cluster().gpu
+            context = int(cuda_context(gpu, SoftwareSpec()).value) if isinstance(gpu, GPUSpec) else 0
+            fields |= {"gpu": gpu, "gpu_memory": min(live.free_memory(device, context) for device in devices)}
+            if launched is None and "gpus" not in spec.model_fields_set:
+                fields["gpus"] = len(devices)
+            if spec.host_memory is None:
+                fields["host_memory"] = host_memory()
+    return spec.replace(**fields)
+
+
+def _installed() -> SoftwareSpec:
+    from importlib import metadata
+
+    found: dict[str, str] = {}
+    for library in SoftwareSpec.model_fields:
+        with suppress(metadata.PackageNotFoundError):
+            found[library] = metadata.version(library).partition("+")[0]
+    return SoftwareSpec(**found)
+
+
+def _cures(case: _Case, asked: Setup) -> tuple[str, ...]:
+    """Setups that fit, in words: what they change, need, and cost. First two that train the same, then one that does
+    not.
+    """
+    if not isinstance(case.cluster.gpu, GPUSpec):
+        return ()
+    changed_in_place = [_allchanged(asked, changes) for changes in REMEDIES]
+    others = [less for less in changed_in_place if less is not None and case.computes_in(less)]
+    alike = [less for less in others if _trains_alike(asked, less)]
+    alike += [less for less in rungs(case.with_nvme(asked))[1:] if less not in alike]
+    others = [less for less in others if less not in alike]
+    before = case.seconds(asked)
+
+    def fitting(setups: Sequence[Setup], limit: int) -> list[str]:
+        found: list[tuple[float, str]] = []
+        for less in setups:
+            if len(found) < limit and case.fits(less):
+                needs, seconds = case.estimate(less).gpu.high, case.seconds(less)
+                cost = f"about {abs(seconds / before - 1):.0%} {'slower' if seconds > before else 'faster'}"
+                found.append((seconds, f"{_in_arguments(asked, less)}: {gib(needs)} GiB, fits, {cost}"))
+        return [said for _, said in sorted(found)]
+
+    return (*fitting(alike, 2), *fitting(others, 1))
+
+
+def _trains_alike(asked: Setup, less: Setup) -> bool:
+    """Whether the same weights are trained, in the same types."""
+    before, after = asked.training, less.training
+    return all(getattr(before, name) == getattr(after, name) for name in ("lora", "quantization", "dtype"))
+
+
+_ARGUMENTS = {
+    "micro_batch_size": "per_device_train_batch_size",
+    "grad_accum_steps": "gradient_accumulation_steps",
+    "liger": "use_liger_kernel",
+    "seq_len": "max_length",
+}
+"""Options whose name in TrainingArguments is another."""
+
+
+def _in_arguments(asked: Setup, less: Setup) -> str:
+    """What makes one setup of the other, as a training script would have it."""
+    before, after = _named(asked), _named(less)
+    said: list[str] = []
+    for name, value in after.items():
+        if before[name] == value:
+            continue
+        if isinstance(value, LoraSpec):
+            said.append(f"LoRA of rank {value.rank}")
+        elif isinstance(value, QuantizationSpec):
+            said.append(f"{value.kind} weights")
+        else:
+            said.append(f"{_ARGUMENTS.get(name, name)}={value}")
+    return ", ".join(said)
 
 
 def _noted(note: str) -> Assumption:

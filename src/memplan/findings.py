@@ -7,7 +7,7 @@ running them, or where memplan's own estimate says so. ``docs/checks.md`` has a 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from memplan.configs.arguments import argument
 from memplan.configs.run import Run
 from memplan.errors import MemplanError
 from memplan.estimator import resolve
-from memplan.results import Estimate, Finding
+from memplan.results import Estimate, Finding, verdict_by_place
 from memplan.sharded import play_ranks
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec
@@ -24,7 +24,7 @@ from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 from memplan.units import gib
 
-__all__ = ["CHECKS", "Checked", "find", "quantized_full", "sorted_by_severity"]
+__all__ = ["CHECKS", "Checked", "find", "memory_finding", "quantized_full", "sorted_by_severity"]
 
 _SEVERITY = ("error", "warning", "info")
 
@@ -515,3 +515,27 @@ def _has_auto(value: object) -> bool:
     if isinstance(value, Mapping):
         return any(map(_has_auto, value.values()))
     return isinstance(value, str) and value == "auto"
+
+
+def memory_finding(estimate: Estimate, remedies: Sequence[str] = ()) -> Finding | None:
+    """Return what is to be said of a run's memory: nothing if it fits; ``remedies`` are setups that do."""
+    gpu, host, nvme = estimate.gpu, estimate.host, estimate.nvme
+    verdict = estimate.verdict
+    if verdict == "fits":
+        return None
+    place = next((place for place, found in verdict_by_place(gpu, host, nvme).items() if found == verdict), "gpu")
+    low, high = {"host": (host.peak,) * 2, "nvme": (nvme.bytes,) * 2}.get(place, (gpu.low, gpu.high))
+    capacity = {"host": host.capacity, "nvme": nvme.capacity}.get(place, gpu.capacity)
+    where = {"host": "host memory of a node", "nvme": "NVMe of a node"}.get(place, "memory of each GPU")
+    needed = gib(low) if gib(low) == gib(high) else f"{gib(low)} to {gib(high)}"
+    phase = f", most of it in phase {gpu.peak_phase}" if place == "gpu" else ""
+    if verdict == "unknown" or capacity is None:
+        message = f"The run needs {needed} GiB of the {where}{phase}, and how much there is is not known."
+        return Finding(
+            code="memory-unknown", severity="info", path="memory", message=message, remedy="Say it by cluster=."
+        )
+    message = f"The run needs {needed} GiB of the {where}{phase}, and there are {gib(capacity)} GiB."
+    remedy = f"What fits: {'; '.join(remedies)}." if remedies else "See memplan plan for what would fit."
+    if verdict == "tight":
+        return Finding(code="tight", severity="warning", path="memory", message=message, remedy=remedy)
+    return Finding(code="does-not-fit", severity="error", path="memory", message=message, remedy=remedy)

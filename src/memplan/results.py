@@ -41,6 +41,7 @@ __all__ = [
     "Phase",
     "PhaseName",
     "Plan",
+    "Preflight",
     "Rung",
     "StepTime",
     "Term",
@@ -425,6 +426,26 @@ class Check(Answer):
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON contract as plain values."""
         return super().to_dict() | {"estimate": None if self.estimate is None else self.estimate.to_dict()}
+
+
+class Preflight(tuple[Finding, ...]):
+    """Findings, the worst first, of a run that was let pass."""
+
+    check: Check | None
+    """The estimate that they were made from; None for a run that could not be estimated."""
+
+    def __new__(cls, findings: Iterable[Finding] = (), check: Check | None = None) -> Self:
+        self = super().__new__(cls, findings)
+        self.check = check
+        return self
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """Those that end the run."""
+        return tuple(found for found in self if found.severity == "error")
+
+    def __str__(self) -> str:
+        return "\n".join(f"{found.path}: {found.message} {found.remedy}".strip() for found in self)
 
 
 class Rung(Result):

@@ -75,9 +75,11 @@ def parse_arguments(
         "grad_accum_steps": argument(data, "gradient_accumulation_steps"),
         "optim": argument(data, "optim"),
         "mixed_precision": _mixed_precision(data, source),
-        "gradient_checkpointing": bool(_first(data, "activation_checkpointing", "gradient_checkpointing")),
         "liger": bool(_first(data, "use_liger_kernel", "use_liger")),
     }
+    checkpointing = _first(data, "activation_checkpointing", "gradient_checkpointing")
+    if checkpointing is not None:
+        training["gradient_checkpointing"] = bool(checkpointing)
     training |= _sequences(data, source, notes) | _model(data, source) | _adapters(data, source, notes)
     if _evaluates(data):
         training["eval_batch_size"] = argument(data, "per_device_eval_batch_size")

@@ -74,13 +74,16 @@ class Run:
     notes: tuple[str, ...] = ()
 
 
-def read_run(config: object) -> Run:
-    """Read the files of a run: a path, values, or a list of arguments. Raises SpecError and UnsupportedError."""
+def read_run(config: object, source: str = "values") -> Run:
+    """Read the files of a run: a path, values, or a list of arguments; ``source`` is what messages call values.
+
+    Raises SpecError and UnsupportedError.
+    """
     if isinstance(config, Mapping):
         for key in config:
             if not isinstance(key, str):
                 raise SpecError.at("path", key, "is a key that is not text", "Write the name of a setting.")
-        return _of_values(Values("values", config), None)
+        return _of_values(Values(source, config), None)
     if isinstance(config, (str, os.PathLike)):
         path = Path(config)
         return read_folder(path) if path.is_dir() else _of_file_at(path)

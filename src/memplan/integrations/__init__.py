@@ -1,0 +1,1 @@
+"""Where memplan meets running training scripts: objects of transformers, accelerate, peft and torch."""
