@@ -976,3 +976,16 @@ def test_the_libraries_read_whatever_is_written(strategy: Strategy, training: Tr
             integration.unset_hf_deepspeed_config()
         if "accelerate.yaml" in found:
             assert load_config_from_file(f"{folder}/accelerate.yaml").num_processes == 2
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "nvme" not in case])
+def test_what_is_written_has_no_mistakes(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memplan import api
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    strategy, training = CASES[case]
+    write(written(strategy, training), tmp_path / "plan")
+    found = api.check(tmp_path / "plan", cluster={"gpu": "A100-80GB", "host_memory": "4TiB", "nvme": "8TiB"})
+    assert found.findings == ()
+    assert found.estimate is not None
+    assert found.estimate.setup["strategy"] == strategy.kind
