@@ -90,6 +90,9 @@ def _arguments(args: Any) -> dict[str, Any]:
         same = value == default or value == getattr(default, "value", default)
         if value is not None and (name in _ALWAYS or not same) and not name.startswith("_"):
             found[name] = value
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if found.get(name) is False:  # what it is unless somebody asks for it
+            del found[name]
     for name in _LENGTHS:
         if getattr(args, name, None) is not None:
             found["seq_len"] = found.pop(name, None) or getattr(args, name)
