@@ -154,7 +154,10 @@ def _span(by_case: Mapping[Case, float]) -> Span:
 @lru_cache(maxsize=64)
 def _work(setup: Setup, gpu: GPUSpec) -> dict[Stage, Work]:
     """The kernels of one micro-batch."""
-    return work_of(run_in_full(setup).unrolled)
+    _, micro = run_of(setup, gpu)
+    if not micro.tape.births:  # recorded: it does not tell what its storages are
+        micro = run_in_full(setup)
+    return work_of(micro.unrolled)
 
 
 @lru_cache(maxsize=256)
