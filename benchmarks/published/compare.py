@@ -99,20 +99,29 @@ def specs(fields: dict[str, str]) -> tuple[ModelSpec, TrainingSpec, ClusterSpec,
     options: dict[str, Any] = json.loads(fields["options"] or "{}")
     lora = None
     if fields["lora_rank"]:
-        lora = LoraSpec(rank=int(fields["lora_rank"]), targets=tuple(fields["lora_targets"].split(",")))
-    quantization = None if fields["quantization"] == "none" else QuantizationSpec(kind=fields["quantization"])
+        targets = tuple(fields["lora_targets"].split(","))
+        lora = LoraSpec(rank=int(fields["lora_rank"]), targets=targets, **options.get("lora", {}))
+    quantization = None
+    if fields["quantization"] != "none":
+        quantization = QuantizationSpec(kind=fields["quantization"], **options.get("quantization", {}))
+    if fields.get("task") == "generate":
+        task: dict[str, Any] = {"task": "generate", "max_new_tokens": int(fields["max_new_tokens"])}
+    else:
+        task = {
+            "grad_accum_steps": int(fields["grad_accum_steps"]),
+            "optim": fields["optim"],
+            "liger": fields["liger"] == "yes",
+            "gradient_checkpointing": fields["gradient_checkpointing"] == "yes",
+        }
     training = TrainingSpec(
         micro_batch_size=int(fields["micro_batch_size"]),
         seq_len=int(fields["seq_len"]),
-        grad_accum_steps=int(fields["grad_accum_steps"]),
-        optim=fields["optim"],
         dtype=fields["dtype"],
         mixed_precision=fields["mixed_precision"],
         attn=fields["attn"],
-        liger=fields["liger"] == "yes",
-        gradient_checkpointing=fields["gradient_checkpointing"] == "yes",
         lora=lora,
         quantization=quantization,
+        **task,
         **options.get("training", {}),
     )
     gpu = find_gpu(fields["gpu"]).replace(**options.get("gpu", {}))

@@ -96,7 +96,7 @@ def estimate(
     trace: bool = False,
     inputs: Inputs | None = None,
 ) -> Estimate:
-    """Estimate the memory of one setup, in bytes per GPU.
+    """Estimate the memory of one setup, in bytes per GPU, and the time of its step where the GPU is known.
 
     Args:
         model: a hub id, a folder, a ``config.json``, its values as a mapping, a ModelSpec, or an ``nn.Module``.
@@ -124,7 +124,7 @@ def estimate(
     config = None if engine_config is None else _engine_config(engine_config)
     case = _resolved(model, cluster, software, config, trace=trace, inputs=inputs)
     asked = _asked(case, case.decided(_training(training)), strategy, config)
-    result = case.estimate(asked, replay=replay, explain=explain)
+    result = case.with_time(asked, case.estimate(asked, replay=replay, explain=explain))
     return result.model_copy(update={"assumptions": (*result.assumptions, *asked.notes)}) if asked.notes else result
 
 
@@ -151,16 +151,16 @@ def ladder(
 
     def answered(setup: Setup) -> Estimate | None:
         with suppress(SpecError, UnsupportedError):
-            return case.estimate(setup, replay=replay, explain=explain)
+            return case.with_time(setup, case.estimate(setup, replay=replay, explain=explain))
         return None
 
     if processes > 1 and len(others) > 1 and not trace:
         # What is asked for comes last, and so falls to this process or another: its refusal is raised here.
         texts = shared_out(lambda setup: _as_text(answered(setup)), [*others, first], processes)
         found = [None if not text else Estimate.model_validate_json(text) for text in texts]
-        asked = found.pop() or case.estimate(first, replay=replay, explain=explain)
+        asked = found.pop() or case.estimate(first, replay=replay, explain=explain)  # raises
     else:
-        asked = case.estimate(first, replay=replay, explain=explain)
+        asked = case.with_time(first, case.estimate(first, replay=replay, explain=explain))
         found = [answered(setup) for setup in others]
     return EstimateList(estimates=(asked, *(each for each in found if each is not None)))
 
@@ -884,6 +884,20 @@ class _Case:
         traced = self.tracer.trace(estimator.resolve(*specs))
         result = estimator.estimate(*specs, replay=replay, explain=explain, traced=traced)
         return self.tracer.beside_the_written(result, *specs) if replay else result
+
+    def with_time(self, setup: Setup, found: Estimate) -> Estimate:
+        """The estimate with its step's time, of a training run on a GPU that is known, and the time's interval."""
+        gpu = self.cluster.gpu
+        if setup.training.task != "train" or not isinstance(gpu, GPUSpec) or gpu.is_cpu:
+            return found
+        from memplan import throughput  # here, because an estimate without a GPU does not need it
+
+        resolved = estimator.resolve(self.model, setup.training, self.cluster, setup.strategy, self.software)
+        if self.tracer is not None:
+            resolved = replace(resolved, traced=self.tracer.trace(resolved))
+        timing = throughput.step_time(resolved, self.cluster, setup.strategy)
+        assumptions = (*found.assumptions, Assumption.of(timing.interval))
+        return found.model_copy(update={"step": timing.result(), "assumptions": assumptions})
 
     def timed(self, setup: Setup, exact: bool) -> Estimate:
         """The estimate as the files that are written have it; with the time of a step, if it is ``exact``."""

@@ -14,6 +14,8 @@ NAMES = {
     "_reduce_scatter_base_": "reduce_scatter",
     "to_gpu": "to_gpu",
     "to_host": "to_host",
+    "nvme_read": "nvme_read",
+    "nvme_write": "nvme_write",
 }
 LLAMA = next(iter(CONFIGS["llama"]))
 

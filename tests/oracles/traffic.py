@@ -2,7 +2,8 @@
 
 A row runs as in :mod:`tests.oracles.o2`, and a dispatch mode counts what reaches ``c10d``: for every collective the
 bytes of its larger side, of which a ring passes on (N - 1) / N, or twice that for an all-reduce. Rows with offload run
-under :class:`tests.oracles.o2.TwoSides`, which tells copies between host and device. The second step is counted, all
+under :class:`tests.oracles.o2.TwoSides`, which tells copies between host and device. With NVMe :class:`Files` stands
+for DeepSpeed's aio, whose compiled op only reads and writes what Python hands to it. The second step is counted, all
 micro-batches of it.
 
     python -m tests.oracles.traffic        measures what the archive lacks
@@ -11,13 +12,16 @@ micro-batches of it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import json
 import multiprocessing
 import os
 import tempfile
+import unittest.mock
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,14 @@ _BASE = {
     "micro_batch_size": 1,
     "seq_len": 16,
     "num_layers": 3,
+}
+_NVME = {
+    **_BASE,
+    "strategy": "zero3",
+    "dtype": "bfloat16",
+    "gpus": 2,
+    "num_layers": 2,
+    "values": {"hidden_size": 1152, "intermediate_size": 3001, "vocab_size": 5001},
 }
 _WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 2048}
 
@@ -67,9 +79,83 @@ def rows() -> list[dict[str, Any]]:
         found.append({**half, "strategy": "zero2"})
         found.append({**half, "strategy": "zero3"})
         found.append({**half, "strategy": "zero3", "offload_param": "cpu"})
+        alone = {**base, "dtype": "bfloat16", "strategy": "zero3", "offload_param": "cpu"}
+        found.append(alone)  # masters on the GPU
         found.append({**base, "strategy": "fsdp", "offload_param": "cpu"})
+    for accumulated in (1, 3):
+        found += [{**_NVME, "grad_accum_steps": accumulated, **keys} for keys in _nvme()]
+        half = {**_BASE, "values": _WIDE, "grad_accum_steps": accumulated, "strategy": "zero3", "dtype": "bfloat16"}
+        for places in ({"offload_optimizer": "cpu"}, {"offload_optimizer": "cpu", "offload_param": "cpu"}):
+            zero = {"sub_group_size": 150_000, "offload_optimizer": {"ratio": 0.4}, "zero_force_ds_cpu_optimizer": True}
+            found.append({**half, **places, "zero": zero})
     lora = {**_BASE, "values": _WIDE, "lora": {"rank": 8}, "dtype": "bfloat16"}
     return [*found, {**lora, "strategy": "zero2"}, {**lora, "strategy": "zero3"}]
+
+
+def _nvme() -> list[dict[str, Any]]:
+    """Optimizer, weights, or both on NVMe; sub-groups that are many, and some that stay in host memory."""
+    optimizer, param = {"offload_optimizer": "nvme"}, {"offload_param": "nvme"}
+    away = {"offload_param": {"buffer_size": 4_000_000, "max_in_cpu": 0}, "stage3_max_reuse_distance": 0}
+    many = {"sub_group_size": 3_000_000}
+    some = {"offload_param": {"buffer_size": 4_000_000, "max_in_cpu": 8_000_000}, "stage3_max_reuse_distance": 0}
+    return [
+        optimizer,
+        {**optimizer, "zero": many},
+        {**optimizer, "zero": {**many, "offload_optimizer": {"pipeline_read": True, "buffer_count": 8}}},
+        {**param, "zero": away},
+        {**param, "offload_optimizer": "cpu", "zero": away},
+        {**optimizer, **param, "zero": away},
+        {**optimizer, **param, "zero": {**away, "stage3_prefetch_bucket_size": 0}},
+        {**optimizer, **param, "zero": {**some, **many}},
+        {**optimizer, **param, "gradient_checkpointing": True, "zero": away},
+    ]
+
+
+class Files:
+    """In place of DeepSpeed's aio_handle: files are read and written at once, and every request is counted."""
+
+    def __init__(self, count: Callable[[str, int], None], sides: o2.TwoSides) -> None:
+        self._count, self._sides = count, sides
+        self._locked: set[int] = set()
+        self._pending = 0
+
+    def __call__(self, **settings: Any) -> Files:
+        """A handle of its own: each waits for its own requests."""
+        handle = Files(self._count, self._sides)
+        handle._locked = self._locked
+        return handle
+
+    def new_cpu_locked_tensor(self, elements: int, example: Any) -> Any:
+        import torch
+
+        tensor = torch.empty(elements, dtype=example.dtype)
+        self._sides.put(tensor, "host")
+        self._locked.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    def free_cpu_locked_tensor(self, tensor: Any) -> bool:
+        self._locked.discard(tensor.untyped_storage().data_ptr())
+        return True
+
+    def is_pinned(self, tensor: Any) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._locked
+
+    def async_pwrite(self, buffer: Any, path: str, offset: int) -> int:
+        Path(path).write_bytes(ctypes.string_at(buffer.data_ptr(), buffer.nbytes))
+        self._count("nvme_write", buffer.nbytes)
+        self._pending += 1
+        return 0
+
+    def async_pread(self, buffer: Any, path: str, offset: int) -> int:
+        data = Path(path).read_bytes()[: buffer.nbytes]
+        ctypes.memmove(buffer.data_ptr(), data, len(data))  # past the dispatch mode, which would see a copy
+        self._count("nvme_read", buffer.nbytes)
+        self._pending += 1
+        return 0
+
+    def wait(self) -> int:
+        done, self._pending = self._pending, 0
+        return done
 
 
 def measure(options: dict[str, Any]) -> dict[str, int]:
@@ -80,7 +166,7 @@ def measure(options: dict[str, Any]) -> dict[str, int]:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     o2.import_libraries()
-    o2._become_rank_zero(options["gpus"])
+    o2._become_rank_zero(options["gpus"], options.get("nodes", 1))
     o2._do_without_native_optimizers()
     recorder = o2.Recorder()
     counted: Counter[str] = Counter()
@@ -107,7 +193,17 @@ def measure(options: dict[str, Any]) -> dict[str, int]:
             return out
 
     recorder.scan = lambda: 0  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory() as directory, o2._quiet(), sides or contextlib.nullcontext(), Counting():
+    swapping: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if "nvme" in (options.get("offload_optimizer"), options.get("offload_param")):
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        assert sides is not None
+        module = unittest.mock.Mock(aio_handle=Files(count, sides))
+        swapping = unittest.mock.patch.object(AsyncIOBuilder, "load", return_value=module)
+    quiet = (o2._quiet(), swapping, sides or contextlib.nullcontext(), Counting())
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        for each in quiet:
+            stack.enter_context(each)
         arguments = o2._arguments(options, Path(directory))
         o2._train(next(iter(CONFIGS["llama"].values())), options, arguments, recorder)
     return dict(counted)

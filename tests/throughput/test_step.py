@@ -18,6 +18,12 @@ def zero(stage: int, **keys) -> Strategy:
     return Strategy(kind=f"zero{stage}", zero=ZeroSpec(**keys), **places)
 
 
+def twin_flow(ratio: float) -> Strategy:
+    """The optimizer on the host, but for a share of its sub-groups."""
+    zero = ZeroSpec(sub_group_size=20_000_000, offload_optimizer={"ratio": ratio})
+    return Strategy(kind="zero3", offload_optimizer="cpu", zero=zero)
+
+
 STRATEGIES = [
     Strategy(kind="ddp"),
     zero(0),
@@ -206,3 +212,31 @@ def test_buckets_are_calls() -> None:
     gradients = sum(p.nbytes * count for p, count in run_of(setup, cluster.gpu)[0].trainable)
     assert f"all-reduce of {gradients / 1e9:.3g} GB" in words
     assert " calls" in words
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7])
+def test_a_ratio_leaves_less_to_the_host(ratio: float) -> None:
+    """Twin-Flow: sub-groups that stay on the GPU are stepped there, beside the host's."""
+    some, every = (timed(gpus=4, strategy=twin_flow(share), **BF16) for share in (ratio, 1.0))
+    assert some.seconds.expected < every.seconds.expected
+    assert seconds(some, "copies") < seconds(every, "copies")
+    if ratio:  # in steps of a sub-group
+        assert seconds(some, "optimizer") == pytest.approx(ratio * seconds(every, "optimizer"), rel=0.1)
+    else:
+        assert seconds(some, "optimizer") < 0.2 * seconds(every, "optimizer")
+        assert some.bound_by != "cpu"
+
+
+def test_an_image_is_its_patches_and_the_class_token() -> None:
+    vit = {"model": "google/vit-base-patch16-224", "mixed_precision": "fp16"}
+    timing = timed(micro_batch_size=8, grad_accum_steps=2, gpus=4, strategy=Strategy(kind="ddp"), seq_len=512, **vit)
+    assert timing.tokens == 4 * 2 * 8 * (14 * 14 + 1)
+    shorter = timed(micro_batch_size=8, grad_accum_steps=2, gpus=4, strategy=Strategy(kind="ddp"), seq_len=2, **vit)
+    assert shorter.tokens == timing.tokens
+
+
+def test_the_interval_is_an_assumption() -> None:
+    timing = timed(**BF16)
+    assert timing.interval.value == timing.seconds.expected
+    assert (timing.interval.low, timing.interval.high) == (timing.seconds.low, timing.seconds.high)
+    assert timing.interval.unit == "s"

@@ -92,6 +92,11 @@ class ParamSwapper:
             self._ledger.allocate("weights", aligned(self._aio, shard.partition * shard.itemsize), "nvme")
         self._status[shard.key] = _Status.NOT_AVAILABLE
 
+    def swap_out(self, shards: Sequence[Shard]) -> None:
+        """Updated partitions are written over: those that have a file."""
+        sizes = (aligned(self._aio, s.partition * self._itemsize) for s in shards if s.key in self._status)
+        self._ledger.move("nvme_write", sum(sizes))
+
     def keep_in_cpu(self, shard: Shard) -> None:
         """_move_to_flat_buffer: read once, for good; the file stays."""
         self._status.pop(shard.key, None)

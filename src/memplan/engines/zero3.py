@@ -863,7 +863,8 @@ class Zero3:
         nbytes = shard.partition * setup.accumulation_dtype.itemsize
         ledger.move("to_host", nbytes)
         ledger.move("to_gpu", nbytes)  # back for its norm, or to be added to
-        ledger.move("to_host", shard.partition * setup.master_dtype.itemsize if self._boundary else 0)
+        stays = setup.on_gpu[self._sub_group[shard.key]]  # ratio
+        ledger.move("to_host", shard.partition * setup.master_dtype.itemsize if self._boundary and not stays else 0)
         swaps = self._boundary and self._swaps(self._sub_group[shard.key])
         dtypes = [setup.accumulation_dtype]
         if self._boundary and setup.accumulation_dtype is not setup.master_dtype:
@@ -909,6 +910,7 @@ class Zero3:
                 self._make_states(i)
             ledger.briefly("temporaries", setup.optimizers[i].temporaries.peak, name="of the optimizer's step")
             ledger.free(gradient)
+            self._moves_updated(i)
         self._stepped = True
         self._post_step()
 
@@ -931,9 +933,8 @@ class Zero3:
     def _step_on_host(self, index: int) -> None:
         """A sub-group's step: its states come from NVMe and go back."""
         optimizer, partition = self._optimizer, self.setup.partitions[index]
-        self.ledger.move("host_step", partition.numel)
-        if not self.setup.offload_param:
-            self.ledger.move("to_gpu", partition.numel * self.setup.dtype.itemsize)
+        self.ledger.move("host_step", 0 if self.setup.on_gpu[index] else partition.numel)
+        self._moves_updated(index)
         if optimizer is None or not self._swaps(index):
             if not self._stepped and not self.setup.optimizers[index].made_at_construction:
                 self._make_states(index)
@@ -943,12 +944,22 @@ class Zero3:
         states = nvme.TENSORS * partition.nbytes  # the gradient is only read
         self.ledger.move("nvme_read", states)
         self.ledger.move("nvme_write", states - partition.nbytes)
-        if not self.setup.in_cpu[index] and self.setup.params_in_nvme:
-            self.ledger.move("nvme_write", partition.numel * self.setup.dtype.itemsize)
         optimizer.swap_in_optimizer_state(index)
         if not self._stepped:
             optimizer.make_states(index, self.setup.optimizers[index].state_bytes(self.setup.partitions[index]))
         optimizer.swap_out_optimizer_state(index)
+
+    def _moves_updated(self, index: int) -> None:
+        """Masters go to where the weights are: in 16 bits to the GPU, but as they are to the host (Copy.cu converts on
+        the CPU), and from there to NVMe.
+        """
+        setup, partition, there = self.setup, self.setup.partitions[index], self.setup.offload_param
+        if setup.on_gpu[index]:
+            self.ledger.move("to_host", partition.nbytes if there else 0)
+        else:
+            self.ledger.move("to_gpu", 0 if there else partition.numel * setup.dtype.itemsize)
+        if self._params is not None and not setup.in_cpu[index]:
+            self._params.swap_out(setup.sub_groups[index])
 
     # -- save ------------------------------------------------------------------------------------------------------
 

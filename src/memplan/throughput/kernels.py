@@ -21,9 +21,9 @@ _PRODUCTS = frozenset({
     "linear", "addmm", "linear_grad_input", "linear_grad_weight", "bmm", "bmm_grad", "baddbmm", "conv2d",
     "conv2d_grad_input", "conv2d_grad_weight", "grouped_mm", "grouped_mm_grad_input", "grouped_mm_grad_weight",
     "gemm_4bit", "quantized_grad_input", "int8_linear_matmul", "liger_mm", "liger_logits", "liger_pre_act",
-    "liger_d_pre_act",
+    "liger_d_pre_act", "mm", "convolution", "convolution_backward", "sdpa_backward",
 })  # fmt: skip
-"""Results of matrix products."""
+"""Results of matrix products; the last are ATen's, of a trace."""
 
 _NO_KERNEL = frozenset({
     "sdpa_logsumexp", "sdpa_seed", "sdpa_offset", "sdpa_grad_k", "sdpa_grad_v", "sdpa_grad_bias", "flash_softmax_d",
@@ -130,8 +130,9 @@ class _Reader:
                 continue
             if segment.phase == "backward":
                 work = found["recomputation" if index in self.recomputed else "backward"]
-            if tape.births[index][2].is_floating:
-                dtype = tape.births[index][2].name
+            name, _, born = tape.births[index]
+            if born.is_floating and (name in _PRODUCTS or index in self.flops):
+                dtype = born.name  # what products are computed in, where their FLOPs are told of a segment alone
             if index in self.flops:
                 work.unknown[dtype] += waiting * times  # one whose result did not come
                 waiting, skipped, passed = self.flops[index], self.skipped[index], 0

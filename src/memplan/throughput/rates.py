@@ -24,7 +24,7 @@ MATMUL = Constant(
     0.58,
     0.87,
     "1",
-    "high: largest seen of any shape, 271 of 312 TFLOPS on an A100 (mamf-finder of stas00/ml-engineering, recalled); "
+    "high: largest of any shape, 267.9 of 312 TFLOPS on an A100 SXM (github.com/mag-/gpu_benchmark, README); "
     "expected: calibrated on the A100 rows of mosaicml/llm-foundry in benchmarks/published, all other sources held out",
 )
 MATMUL_AMD = Constant(
@@ -33,8 +33,8 @@ MATMUL_AMD = Constant(
     0.35,
     0.60,
     "1",
-    "largest seen: 668 of 1307 TFLOPS on an MI300X, 785 of 1300 on an MI325X (mamf-finder of stas00/ml-engineering, "
-    "recalled)",
+    "high: largest of any shape, 758.3 of 1307 TFLOPS on an MI300X (github.com/mag-/gpu_benchmark, README); expected: "
+    "an assumption, as far below it as on NVIDIA's GPUs",
 )
 MATMUL_FP32 = Constant(
     "matrix products in float32, of the peak outside tensor cores",
@@ -60,16 +60,14 @@ SPLIT_K = exact(
     "split-K kernels of cuBLAS and CUTLASS (stream-K); the length is an assumption",
 )
 MATMUL_HOPPER = Constant(
-    "matrix products in 16 bit on compute capability 9.0 and later, of the peak",
+    "matrix products in 16 bit on compute capability 9 and 10, of the peak",
     0.55,
     0.42,
     0.80,
     "1",
-    "high: largest seen of any shape, 792 of 989 TFLOPS on an H100 (mamf-finder of stas00/ml-engineering, "
-    "recalled), 788 on "
-    "an H200 for 8192^3; expected: calibrated on the H100 rows of mosaicml/llm-foundry, all other sources held "
-    "out; power "
-    "holds clocks down, more than on older GPUs",
+    "high: largest of any shape, 792.1 of 989 TFLOPS on an H100 SXM, 499.5 of 756 on an H100 PCIe "
+    "(github.com/mag-/gpu_benchmark, README); expected: calibrated on the H100 rows of mosaicml/llm-foundry, all other "
+    "sources held out; power holds clocks down, more than on older GPUs",
 )
 FLASH = Constant(
     "fused attention on compute capability 8.x, of the peak",
@@ -172,12 +170,11 @@ HOST_BACKWARD = Constant(
 NVLINK = Constant(
     "collectives over NVLink, of its bandwidth in one direction",
     0.75,
-    0.60,
+    0.38,
     0.90,
     "1",
-    "all_reduce_perf of nccl-tests: 230 to 240 of 300 GB/s on 8 A100, 360 (480 with NVLink SHARP) of 450 on 8 "
-    "H100, 130 "
-    "of 150 on V100 (recalled)",
+    "370 of 450 GB/s on 8 H100, but for all-reduces with NVLink SHARP (NCCL's author, NVIDIA/nccl-tests#212); 208 of "
+    "300 between 2 A100 (#178), about 200 on 8 (#149); low: 116 of 300 between 2 bridged H100 PCIe (#194)",
 )
 PCIE_PEERS = Constant(
     "collectives over PCIe, of 16 lanes in one direction",
@@ -185,9 +182,8 @@ PCIE_PEERS = Constant(
     0.15,
     0.70,
     "1",
-    "with peer-to-peer 20 of 31.5 GB/s; through host memory, as GeForce cards from RTX 4000 on and several "
-    "sockets have "
-    "it, 5 to 12 (all_reduce_perf of nccl-tests, recalled)",
+    "all-reduces: 20 of 31.5 GB/s between A100 on several bridges (NVIDIA/nccl-tests#178), 35 and 28 of 63 on 4 and 8 "
+    "RTX 5090 (NVIDIA/nccl#1639); expected and low: an assumption for hosts whose memory passes on every byte twice",
 )
 NETWORK = {
     "V100": 6.25,
@@ -211,15 +207,17 @@ NETWORK_SHARE = Constant(
     0.30,
     0.95,
     "1",
-    "all_reduce_perf over 400 Gb/s InfiniBand; low: the network is slower than that of the vendor's own systems",
+    "all-reduces of 24 A100 on 3 nodes with 4 x 200 Gb/s: 85 of 100 GB/s, at best 96 (NVIDIA/nccl-tests#119); low: the "
+    "network is slower than that of the vendor's own systems",
 )
 CALL = Constant(
     "a collective's latency",
     40e-6,
-    15e-6,
+    3.5e-6,
     150e-6,
     "s",
-    "small messages of all_reduce_perf (nccl-tests): 20 to 40 us on 8 GPUs, up to 150 us over many nodes (recalled)",
+    "all-reduces of 128 bytes between H100 nodes: 62 us (NVIDIA/nccl#1453); low: 3.5 us in a row on 4 H800, which wait "
+    "for nobody (NVIDIA/nccl#1984); high: an assumption for many nodes",
 )
 OVERLAP = Constant(
     "transfers beside kernels: the share of the shorter one that is hidden",
@@ -235,22 +233,24 @@ OVERLAP = Constant(
 PCIE = Constant(
     "copies between GPU and pinned host memory, of PCIe's 16 lanes",
     0.80,
-    0.40,
+    0.24,
     0.87,
     "1",
-    "12 of 15.75, 25 of 31.5 and 50 of 63 GB/s (bandwidthTest of CUDA's samples, recalled); low: two GPUs share "
-    "an uplink, "
-    "or memory is pageable",
+    "12 of 15.75 GB/s on a V100, 25 of 31.5 on an A100 (ZaidQureshi/bam#54), 52.8 of 63 on an H100 (NVIDIA/nvbandwidth"
+    "#24); low: 3.8 of 15.75 to memory of the other socket, where 12.2 are reached from the GPU's own "
+    "(mpicbg-scicomp/gearshifft#82)",
 )
 PCIE_GB_PER_S = {0: 15.75, 3: 15.75, 4: 31.5, 5: 63.0, 6: 126.0}
 """16 lanes in one direction, by generation."""
 CPU_ADAM = Constant(
     "DeepSpeedCPUAdam, core-seconds per parameter",
     11.5e-9,
-    6e-9,
+    3.4e-9,
     25e-9,
     "s",
-    "ZeRO-Offload (arXiv 2101.06840, table 4, recalled): 0.24 s for 10^9 parameters on the 48 cores of a DGX-2",
+    "an assumption between 3.4 to 3.6 ns on one core with nothing beside it (torch's AdamW on flat tensors, "
+    "ISEEKYAN/Megatron-LM#188) and 16.9 ns on the host of one GPU (22.9 s for 1.35 x 10^9 parameters, deepspeedai/"
+    "DeepSpeed#1635)",
 )
 CORES = Constant(
     "cores of a node",
@@ -280,8 +280,8 @@ NVME_READ = Constant(
     3.0,
     25.0,
     "GB/s",
-    "one PCIe 4.0 drive; low: PCIe 3.0; high: 8 drives of a DGX-2. DeepNVMe (deepspeedai/DeepSpeed, blogs/deepnvme) "
-    "measures 10 GB/s of 4 drives",
+    "one PCIe 4.0 drive; low: PCIe 3.0; high: 8 drives of a DGX-2. DeepNVMe (deepspeedai/DeepSpeed, "
+    "blogs/deepnvme/08-2024) measures 10 GB/s on Azure's NC96ads_A100_v4",
 )
 NVME_WRITE = Constant(
     "writes to a node's NVMe, GB/s",
@@ -289,7 +289,7 @@ NVME_WRITE = Constant(
     2.0,
     16.0,
     "GB/s",
-    "as reads; DeepNVMe measures 5 GB/s of 4 drives",
+    "as reads; DeepNVMe measures 5 GB/s on the same machine",
 )
 
 
@@ -302,7 +302,7 @@ class Machine:
     threads: int | None = None
     """OpenMP threads of a rank, for optimizers on the host. None is its share of the cores, and one thread as the slow
     case: torchrun and accelerate set OMP_NUM_THREADS=1 for several ranks where it is not set
-    (torch/distributed/run.py, accelerate/utils/launch.py)."""
+    (torch/distributed/run.py, accelerate/utils/launch.py), and DeepSpeed#1635 had no more for one."""
     host_memory: Constant = HOST_MEMORY
     nvme_read: Constant = NVME_READ
     nvme_write: Constant = NVME_WRITE
@@ -342,7 +342,12 @@ class Rates:
             return gpu.fp32_tflops * 1e12 * self.of(MATMUL_FP32)
         if gpu.vendor == "amd":
             return units * 1e12 * self.of(MATMUL_AMD)
-        return units * 1e12 * self.of(MATMUL_HOPPER if gpu.compute_capability[0] == 9 else MATMUL)  # type: ignore[index]
+        return units * 1e12 * self.of(MATMUL_HOPPER if self._is_of_data_centers else MATMUL)
+
+    @property
+    def _is_of_data_centers(self) -> bool:
+        """Hopper and Blackwell, but for the latter's cards for workstations."""
+        return (self.gpu.compute_capability or (0, 0))[0] in (9, 10)
 
     def attention(self, dtype: str) -> float:
         """FLOP/s of fused attention."""
@@ -352,7 +357,7 @@ class Rates:
             return gpu.fp32_tflops * 1e12 * self.of(EFFICIENT)
         if gpu.vendor == "amd" or (gpu.compute_capability or (0, 0)) < (8, 0):
             return units * 1e12 * self.of(EFFICIENT)
-        if (gpu.compute_capability or (0, 0))[0] not in (9, 10):
+        if not self._is_of_data_centers:
             return units * 1e12 * self.of(FLASH)
         return units * 1e12 * self.of(FLASH_HOPPER if self.flash_attn else CUDNN)
 
@@ -413,7 +418,7 @@ class Rates:
         cores = max(self.of(self.machine.cores) / ranks, 1)
         if self.machine.threads is not None:
             cores = min(cores, self.machine.threads)
-        elif self.case == "slow" and ranks > 1:
+        elif self.case == "slow":
             cores = 1
         memory = self.of(self.machine.host_memory) * 1e9 / ranks
         return max(self.cost(CPU_ADAM) / cores, CPU_ADAM_BYTES.value / memory)

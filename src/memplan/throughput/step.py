@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from memplan.constants import Constant
 from memplan.engines.ddp import bucket_bytes
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import COLLECTIVES, Move
@@ -73,7 +74,7 @@ class StepTiming:
     parts: tuple[Part, ...]
     seconds: Span
     tokens: int
-    """That all ranks train on in one step; padding counts."""
+    """That all ranks train on in one step; padding counts, and of images their patches and class tokens."""
     flops: float
     """That one rank's kernels compute in one step, recomputation included."""
     bound_by: str
@@ -85,6 +86,12 @@ class StepTiming:
         return Span(
             self.tokens / self.seconds.high, self.tokens / self.seconds.expected, self.tokens / self.seconds.low
         )
+
+    @property
+    def interval(self) -> Constant:
+        """The seconds as an assumption: the fast and the slow ends of all rates together."""
+        span, source = self.seconds, "the fast and the slow ends of the rates in docs/throughput.md, all at once"
+        return Constant("step", span.expected, span.low, span.high, "s", source)
 
     def result(self) -> StepTime:
         """The expected values, as an estimate's JSON has them."""
@@ -120,7 +127,7 @@ def step_time(setup: Setup, cluster: ClusterSpec, strategy: Strategy, machine: M
         if name in made_of
     )
     training = setup.training
-    tokens = training.micro_batch_size * training.seq_len * training.grad_accum_steps * cluster.gpus
+    tokens = training.micro_batch_size * _length(setup, gpu) * training.grad_accum_steps * cluster.gpus
     return StepTiming(
         parts=parts,
         seconds=_span({case: sum(step.parts.values()) for case, step in times.items()}),
@@ -130,6 +137,16 @@ def step_time(setup: Setup, cluster: ClusterSpec, strategy: Strategy, machine: M
     )
 
 
+def _length(setup: Setup, gpu: GPUSpec) -> int:
+    """Tokens of a sequence. Of an image they are its patches and the class token, where the model tells them apart."""
+    head = setup.training.head or setup.model.architecture
+    if head != "image-classification" and not head.endswith("ForImageClassification"):
+        return setup.training.seq_len
+    shapes = (p.shape for p, _ in run_of(setup, gpu)[0].parameters)
+    # position_embeddings are [1, positions, hidden]; without them an image is one
+    return next((shape[1] for shape in shapes if len(shape) == 3 and shape[0] == 1 < shape[1]), 1)
+
+
 def _span(by_case: Mapping[Case, float]) -> Span:
     return Span(by_case["fast"], by_case["expected"], by_case["slow"])
 
@@ -137,7 +154,10 @@ def _span(by_case: Mapping[Case, float]) -> Span:
 @lru_cache(maxsize=64)
 def _work(setup: Setup, gpu: GPUSpec) -> dict[Stage, Work]:
     """The kernels of one micro-batch."""
-    return work_of(run_in_full(setup).unrolled)
+    _, micro = run_of(setup, gpu)
+    if not micro.tape.births:  # recorded: it does not tell what its storages are
+        micro = run_in_full(setup)
+    return work_of(micro.unrolled)
 
 
 @lru_cache(maxsize=256)
@@ -203,6 +223,10 @@ _SHARDED_STEP = 38
 in float32 (2 + 4), unscaled and clipped (4 + 4), the 16-bit weight (4 + 2) (stage_1_and_2.py, stage3.py)."""
 
 
+_SPANS = ("forward", "backward")
+"""What the GPU does in turn; a backward's recomputation is in it."""
+
+
 class _Step:
     """One case's seconds."""
 
@@ -221,6 +245,8 @@ class _Step:
         self.micro_batches = setup.training.grad_accum_steps
         self.parts: dict[str, float] = {}
         self.made_of: dict[str, str] = {}
+        self._spans: dict[str, float] = {}
+        """Seconds of each, kernels and waiting for the host."""
         self._by_cause: dict[str, float] = dict.fromkeys(
             ("compute", "bandwidth", "host", "communication", "pcie", "cpu", "nvme"), 0.0
         )
@@ -245,58 +271,74 @@ class _Step:
     # -- kernels ---------------------------------------------------------------------------------------------------
 
     def _kernels(self) -> None:
-        total = asked = 0.0
+        """Add a forward's and a backward's kernels, and how long the GPU waits for the host to ask for them.
+
+        The host runs ahead of the GPU in one of them only by what it has run ahead itself: each takes as long as the
+        slower of both.
+        """
+        computed, moved, asked = (dict.fromkeys(_SPANS, 0.0) for _ in range(3))
         for stage in STAGES:
-            work = self.work[stage]
+            work, span = self.work[stage], "forward" if stage == "forward" else "backward"
             computing, moving = _kernel_seconds(self.setup, self.gpu, self.rates.case)[stage]
             seconds = self.micro_batches * (computing + moving)
             per_result = HOST_BACKWARD if stage == "backward" else HOST_FORWARD
-            asked += self.micro_batches * work.results * self.rates.cost(per_result)
-            total += seconds
+            asked[span] += self.micro_batches * work.results * self.rates.cost(per_result)
+            computed[span] += self.micro_batches * computing
+            moved[span] += self.micro_batches * moving
             if not work.results:
                 continue
             tera, giga = self.micro_batches * work.computed / 1e12, self.micro_batches * work.moved / 1e9
             self._add(
                 stage, seconds, f"{tera:,.4g} TFLOP in {computing * self.micro_batches:.3g} s, {giga:,.4g} GB moved"
             )
-            self._by_cause["compute"] += self.micro_batches * computing
-            self._by_cause["bandwidth"] += self.micro_batches * moving
-        asked += self._asked_by_hooks()
-        if asked > total:
+        for span, seconds in self._asked_by_hooks().items():
+            asked[span] += seconds
+        waited = 0.0
+        for span in _SPANS:
+            kernels = computed[span] + moved[span]
+            self._spans[span] = max(kernels, asked[span])
+            if asked[span] > kernels:
+                waited += asked[span] - kernels
+                self._by_cause["host"] += asked[span]  # the GPU waits for it throughout
+            else:
+                self._by_cause["compute"] += computed[span]
+                self._by_cause["bandwidth"] += moved[span]
+        if waited:
             results = self.micro_batches * sum(work.results for work in self.work.values())
-            self._add("host", asked - total, f"{results:,} results, and hooks, take the host {asked:.3g} s", "host")
-            self._by_cause["host"] = asked  # the GPU waits for it throughout
-            self._by_cause["compute"] = self._by_cause["bandwidth"] = 0.0
+            self._add("host", waited, f"{results:,} results, and hooks, take the host {sum(asked.values()):.3g} s")
 
-    def _asked_by_hooks(self) -> float:
+    def _asked_by_hooks(self) -> dict[str, float]:
         """Seconds of the host in what an engine does where modules begin and end and gradients come."""
         cost, kind = self.rates.cost, self.strategy.kind
         if kind == "zero3":
-            return cost(HOST_ZERO3) * self.micro_batches * sum(work.hooks for work in self.work.values())
+            each = cost(HOST_ZERO3) * self.micro_batches
+            forward, hooks = self.work["forward"].hooks, sum(work.hooks for work in self.work.values())
+            return {"forward": each * forward, "backward": each * (hooks - forward)}
         if kind in ("zero1", "zero2"):
             times = self.micro_batches if kind == "zero2" else 1
-            return cost(HOST_ZERO12) * times * sum(work.gradients for work in self.work.values())
-        if kind == "fsdp":
-            return cost(HOST_FSDP) * self.moves.get("calls", 0)
-        return 0.0
+            gradients = sum(work.gradients for work in self.work.values())
+            return {"backward": cost(HOST_ZERO12) * times * gradients}
+        if kind == "fsdp":  # a unit is gathered for its forward, gathered for its backward, and reduced
+            calls = cost(HOST_FSDP) * self.moves.get("calls", 0)
+            return {"forward": calls / 3, "backward": calls * 2 / 3}
+        return {}
 
     # -- the optimizer ---------------------------------------------------------------------------------------------
 
     def _optimizer(self) -> None:
-        on_host = self.moves.get("host_step", 0)
-        if on_host:
-            seconds = on_host * self.rates.cpu_step
-            self._add("optimizer", seconds, f"{on_host / 1e9:.3g} G parameters of a rank on the host", "cpu")
-            return
-        nbytes = _stepped_bytes(self.setup, self.gpu, self.strategy)
-        if not nbytes:
-            return
-        if self.strategy.kind in ("zero1", "zero2", "zero3", "fsdp"):
-            nbytes /= self.cluster.gpus
+        """Add the step: of a rank's partition some on the host, which kernels for the rest run beside (ratio)."""
+        trained = run_of(self.setup, self.gpu)[0].trainable
+        shared = self.cluster.gpus if self.strategy.kind in ("zero1", "zero2", "zero3", "fsdp") else 1
+        on_host, elements = self.moves.get("host_step", 0), sum(p.numel * count for p, count in trained) / shared
+        stays = max(0.0, 1 - on_host / elements) if elements else 0.0
+        nbytes = stays * _stepped_bytes(self.setup, self.gpu, self.strategy) / shared
         if not self.strategy.shards and self.micro_batches > 1:  # .grad += of each later micro-batch
-            trained = run_of(self.setup, self.gpu)[0].trainable
             nbytes += 3 * (self.micro_batches - 1) * sum(p.nbytes * count for p, count in trained)
-        self._add("optimizer", nbytes / self.rates.bandwidth, f"{nbytes / 1e9:.3g} GB moved", "bandwidth")
+        here, there = nbytes / self.rates.bandwidth, on_host * self.rates.cpu_step
+        words = [f"{on_host / 1e9:.3g} G parameters of a rank on the host"] if on_host else []
+        words += [f"{nbytes / 1e9:.3g} GB moved"] if nbytes > 0 else []
+        if words:
+            self._add("optimizer", max(here, there), ", ".join(words), "cpu" if there > here else "bandwidth")
 
     # -- between ranks ---------------------------------------------------------------------------------------------
 
@@ -329,8 +371,7 @@ class _Step:
     def _beside_kernels(self, reduced: float, gathered: float) -> float:
         """What of the collectives is hidden: as far as there are kernels to run beside."""
         strategy, share = self.strategy, self.rates.of(OVERLAP)
-        backward = self.parts.get("backward", 0.0) + self.parts.get("recomputation", 0.0)
-        all_kernels = backward + self.parts.get("forward", 0.0)
+        backward, whole = self._spans["backward"], sum(self._spans.values())
         last = backward / self.micro_batches
         if strategy.kind == "ddp":  # the reducer's hooks, in the last micro-batch's backward
             return share * min(reduced, last)
@@ -341,11 +382,11 @@ class _Step:
         if strategy.kind == "zero3":
             if strategy.zero.overlap_comm is False:
                 return 0.0
-            return share * min(reduced + gathered, all_kernels)
+            return share * min(reduced + gathered, whole)
         if strategy.kind == "fsdp":
             keys = strategy.fsdp
             waits = keys.version == 1 and keys.backward_prefetch == "NO_PREFETCH"
-            return share * min(reduced + (gathered / 2 if waits else gathered), all_kernels)
+            return share * min(reduced + (gathered / 2 if waits else gathered), whole)
         return 0.0
 
     # -- between places --------------------------------------------------------------------------------------------
@@ -362,8 +403,7 @@ class _Step:
             if self.strategy.kind in ("zero3", "fsdp"):
                 # A weight is copied before it is gathered. No kernel hides both, or less to compute would take longer.
                 share = self.rates.of(OVERLAP)
-                kernels = sum(self.parts.get(stage, 0.0) for stage in STAGES)
-                hidden = min(share * seconds, max(share * kernels - beside, 0.0))
+                hidden = min(share * seconds, max(share * sum(self._spans.values()) - beside, 0.0))
             self._by_cause["pcie"] += seconds - hidden
         if read + write:
             reads, writes = self.rates.nvme
