@@ -19,9 +19,9 @@ from memplan.errors import SpecError, UnsupportedError
 from memplan.memory import loading
 from memplan.memory.course import Ledger
 from memplan.memory.evaluation import to_host
-from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
+from memplan.memory.optimizers import clip_grad_norm
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
-from memplan.memory.trace import EvaluationLoop, Replayed, replay_steps, reserved_bound
+from memplan.memory.trace import Batch, EvaluationLoop, Replayed, evaluation_bound, replay_steps, reserved_bound
 from memplan.micro_batch import (
     MicroBatch,
     Setup,
@@ -32,6 +32,7 @@ from memplan.micro_batch import (
     evaluation_batch,
     prepares_for_kbit_training,
     reference_gpu,
+    replayable,
     run_of,
 )
 from memplan.results import (
@@ -113,9 +114,11 @@ def estimate(
         exact = (replay or training.alloc_conf is not None) and _fullest(placed) < _REPLAYABLE
         limit = _limit(cluster, gpu, outside) if run.evaluation is not None else None
         if strategy.shards:
-            replayed = Replayed({}, played.bound)
             if exact:
                 replayed = sharded.replay(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node, played.rank, limit)
+            else:
+                bound = sharded.bound(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
+                replayed = Replayed({}, bound)
         else:
             if exact:
                 replayed = _replay(setup, gpu, strategy, cluster.gpus, limit)
@@ -330,12 +333,6 @@ def _waiting(run: Run, tape: Tape) -> list[int]:
     return [size * others for size in _inputs(tape) if others]
 
 
-def _evaluation_loop(run: Run, tape: Tape, ranks: int, limit: int | None) -> EvaluationLoop:
-    """Batches on ``tape``; ``limit`` is what CUDA has to give."""
-    assert run.evaluation is not None
-    return EvaluationLoop(tape, run.evaluation.kept, ranks, limit)
-
-
 @lru_cache(maxsize=64)
 def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> int:
     """What peak reserved cannot exceed, without running every layer."""
@@ -355,33 +352,30 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) ->
     bound = reserved_bound(run.parameters, held, counts, micro_batches, others)
     if run.evaluation is not None:
         batch = evaluation_batch(setup, full_depth=False)
-        bound += _evaluation_loop(run, batch.tape, ranks, None).bound(batch.unrolled.size_counts())
+        bound += evaluation_bound(run.evaluation.kept, ranks, batch.unrolled.size_counts())
     return bound
 
 
 @lru_cache(maxsize=64)
 def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, limit: int | None) -> Replayed:
     """The allocator on every layer's allocations: two steps, and evaluation in what CUDA has to give."""
-    run, _ = run_of(setup, gpu)
-    first = all_layers(setup, False)
-    batches = [first.tape]
-    if run.grad_accum_steps > 1:
-        later = all_layers(setup, True)
-        batches.append(later.tape)
-    parameters = [p for p, _ in first.inventory.parameters]
+    run, micro = run_of(setup, gpu)
+    asked = [(False, False)] + [(True, False)] * (run.grad_accum_steps > 1)
+    asked += [(False, True)] * (run.evaluation is not None)
+    batches = [Batch(every, every.sizes(each.tape), each.tape.input_count) for each, every in replayable(setup, asked)]
+    parameters = list(micro.layout().parameters.values())
     trainable = [(p, 1) for p in parameters if p.node is not None]
     evaluation = None
     if run.evaluation is not None:
-        batch = evaluation_batch(setup, full_depth=True)
-        evaluation = _evaluation_loop(run, batch.tape, ranks, limit)
+        evaluation = EvaluationLoop(batches.pop(), run.evaluation.kept, ranks, limit)
     return replay_steps(
         parameters,
         _held(run, trainable, strategy),
         batches,
-        make_optimizer(setup.training.optim, setup.rules, partial(groups_of, first.root)),
+        run.optimizer,
         run.workspaces,
         setup.training.alloc_conf,
-        _waiting(run, first.tape),
+        _waiting(run, micro.tape),
         evaluation,
         gradients_in_buckets=strategy.kind == "ddp" and strategy.ddp.gradient_as_bucket_view,
     )
