@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -84,29 +84,15 @@ def estimate(
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
     if training.task != "train":
         return _infer(model, training, cluster, strategy, software, gpu, explain=explain)
-    if strategy.shards:
-        _check_sharded(strategy, traced)
-        _check_nvme(strategy, cluster)
-    if strategy.kind == "single" and cluster.gpus != 1:
-        raise SpecError.at(
-            "gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1."
-        )
-    setup = replace(resolve(model, training, cluster, strategy, software), traced=traced)
+    setup = _checked(model, training, cluster, strategy, software, traced)
     run, micro = run_of(setup, gpu)
     if strategy.shards:
         from memplan import sharded  # here, because other strategies do not need it, nor its engines
 
         played = sharded.play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
         placed = {phase: dict(parts) for phase, parts in played.gpu.items()}
-    elif strategy.kind == "ddp":
-        placed = ddp.phases(run, strategy.ddp, cluster.gpus)
     else:
-        placed = plain.phases(run)
-    if not strategy.shards and training.lora is None and _has_experts(run):
-        split = micro.layout().split * setup.dtype.itemsize  # save_pretrained, of rank 0
-        placed["save"]["temporaries"] = placed["save"].get("temporaries", 0) + split
-    if training.quantization is not None and not strategy.shards:
-        placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
+        placed = _placed(setup, training, run, micro, gpu, strategy, cluster)
     outside = _outside(gpu, cluster, software, communicators=2 if strategy.has_groups_of_nodes else 1)
     replayed = None
     if setup.rules.kind != "cpu":
@@ -150,6 +136,76 @@ def estimate(
         explanation=_explanation(setup, run, placed, memory, strategy, cluster, gpu) if explain else (),
         levers=_levers(setup, gpu, strategy, cluster) if explain and strategy.shards else (),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Least:
+    """What a training run cannot do without, in bytes."""
+
+    gpu: int
+    """Of each GPU: ``Estimate.gpu.low``, as it is without the replay."""
+    host: int
+    """Of a node: ``Estimate.host.peak``."""
+    nvme: int
+    """Of a node: ``Estimate.nvme.bytes``."""
+
+
+def least(
+    model: ModelSpec, training: TrainingSpec, cluster: ClusterSpec, strategy: Strategy, software: SoftwareSpec
+) -> Least:
+    """What :func:`estimate` says at least of a training run, for a search that asks for thousands: no composition, no
+    bound of what is reserved. Raises as :func:`estimate`.
+    """
+    gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
+    setup = _checked(model, training, cluster, strategy, software, None)
+    outside = _outside(gpu, cluster, software, communicators=2 if strategy.has_groups_of_nodes else 1)
+    held = sum(int(each.low) for each in outside)
+    if strategy.shards:
+        from memplan import sharded
+
+        found = sharded.least(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
+        return Least(held + found.gpu, found.host, found.nvme)
+    run, micro = run_of(setup, gpu)
+    placed = _placed(setup, training, run, micro, gpu, strategy, cluster)
+    return Least(held + _fullest(placed), _host_memory(setup, run, micro, cluster, placed).peak, 0)
+
+
+def _checked(
+    model: ModelSpec,
+    training: TrainingSpec,
+    cluster: ClusterSpec,
+    strategy: Strategy,
+    software: SoftwareSpec,
+    traced: Traced | None,
+) -> Setup:
+    """:func:`resolve`, and what it leaves to be checked."""
+    if strategy.shards:
+        _check_sharded(strategy, traced)
+        _check_nvme(strategy, cluster)
+    if strategy.kind == "single" and cluster.gpus != 1:
+        raise SpecError.at(
+            "gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1."
+        )
+    return replace(resolve(model, training, cluster, strategy, software), traced=traced)
+
+
+def _placed(
+    setup: Setup,
+    training: TrainingSpec,
+    run: Run,
+    micro: MicroBatch,
+    gpu: GPUSpec | None,
+    strategy: Strategy,
+    cluster: ClusterSpec,
+) -> dict[str, Parts]:
+    """The fullest moment of every phase, where every GPU has one whole copy of everything; ``training`` as asked."""
+    placed = ddp.phases(run, strategy.ddp, cluster.gpus) if strategy.kind == "ddp" else plain.phases(run)
+    if training.lora is None and _has_experts(run):
+        split = micro.layout().split * setup.dtype.itemsize  # save_pretrained, of rank 0
+        placed["save"]["temporaries"] = placed["save"].get("temporaries", 0) + split
+    if training.quantization is not None:
+        placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
+    return placed
 
 
 def resolve(

@@ -20,6 +20,7 @@ from memplan.constants import Constant
 from memplan.engines.layout import Layout, layout
 from memplan.engines.plain import Evaluation, Run
 from memplan.errors import SpecError, UnsupportedError
+from memplan.memory.course import Course, course
 from memplan.memory.depth import EveryLayer, as_it_ran, borders, every_layer
 from memplan.memory.evaluation import Kept, Prediction
 from memplan.memory.optimizers import Optimizer, groups_of, make_optimizer
@@ -131,6 +132,11 @@ class MicroBatch:
             known["every_layer"] = every_layer(self.first.unrolled, self.first.layout().numbers)
         found: EveryLayer | None = known["every_layer"]
         return found
+
+    @cached_property
+    def course(self) -> Course:
+        """As an engine is played over it; its legs are not measured."""
+        return course(self.unrolled, self.layout().numbers, measured=False)
 
     def layout(self, one_group: bool = False) -> Layout:
         """The model as an engine that shards sees it (:func:`memplan.engines.layout.layout`)."""
@@ -487,7 +493,7 @@ def run_of(setup: Setup, gpu: GPUSpec | None) -> tuple[Run, MicroBatch]:
     run = Run(
         parameters=micro.inventory.parameters,
         buffer_bytes=sum(micro.inventory.buffer_blocks),
-        profile=micro.unrolled.profile(),
+        unrolled=micro.unrolled,
         evaluation=evaluation,
         optimizer=micro.optimizer(training.optim, setup.rules),
         grad_accum_steps=training.grad_accum_steps,

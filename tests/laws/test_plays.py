@@ -10,11 +10,11 @@ from tests.laws.test_sharded import CONFIG, ENGINES, name
 from memplan import sharded
 from memplan.catalog.gpus import find_gpu
 from memplan.engines import plain
-from memplan.estimator import resolve
+from memplan.estimator import Least, estimate, least, resolve
 from memplan.memory.allocator import CachingAllocator
 from memplan.memory.course import Ledger
 from memplan.memory.depth import as_it_ran
-from memplan.micro_batch import Setup, all_layers, run_of
+from memplan.micro_batch import Setup, run_of
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
@@ -31,11 +31,13 @@ SIZES = [(1, 64), (3, 48), (2, 200), (1, 8), (4, 64), (5, 72)]
 """The last ones are told by a recording, and by a play of others."""
 
 
+MODEL = ModelSpec(id="llama", model_type="llama", architecture="LlamaForCausalLM", config=CONFIG, source="test")
+
+
 def resolved(strategy: Strategy, batch: int, length: int, training: dict[str, Any]) -> Setup:
-    model = ModelSpec(id="llama", model_type="llama", architecture="LlamaForCausalLM", config=CONFIG, source="test")
     spec = TrainingSpec(micro_batch_size=batch, seq_len=length, **training)
     cluster = ClusterSpec(gpu=find_gpu("A100-80GB"), gpus=GPUS, nvme="1TB")
-    return resolve(model, spec, cluster, strategy, SoftwareSpec())
+    return resolve(MODEL, spec, cluster, strategy, SoftwareSpec())
 
 
 @pytest.mark.parametrize("training", RUNS, ids=str)
@@ -43,23 +45,9 @@ def resolved(strategy: Strategy, batch: int, length: int, training: dict[str, An
 def test_a_kept_play_says_what_one_on_the_batch_says(strategy: Strategy, training: dict[str, Any]) -> None:
     for batch, length in SIZES:
         setup = resolved(strategy, batch, length, training)
-        run, _ = run_of(setup, None)
-        batches = sharded._closed(setup, run, strategy)
         found = sharded.play_ranks(setup, None, strategy, GPUS, GPUS)
-        evaluated = None if run.evaluation is None else (run.evaluation.kept, batches.inputs)
         ledger = Ledger(ranks=GPUS)
-        sharded.play_engine(
-            setup,
-            strategy,
-            GPUS,
-            GPUS,
-            found.rank,
-            ledger,
-            batches,
-            run.workspaces,
-            run.grad_accum_steps,
-            evaluated,
-        )
+        sharded.play_engine(setup, None, strategy, GPUS, GPUS, found.rank, ledger, full_depth=False)
         for phase, parts in found.gpu.items():
             assert parts == {part: size for part, size in ledger.fullest(phase).items() if size}, (batch, length, phase)
             assert found.host[phase] == ledger.fullest(phase, "host")
@@ -74,12 +62,21 @@ def test_a_replay_is_that_of_a_play_over_every_layer(strategy: Strategy, trainin
     for batch, length in SIZES[-2:]:
         setup = resolved(strategy, batch, length, training)
         run, _ = run_of(setup, None)
-        first = later = all_layers(setup, False)
-        if run.grad_accum_steps > 1 and sharded._leaves_gradients(strategy):
-            later = all_layers(setup, True)
-        batches = sharded._Batches(first, later, None)
+        batches = sharded._every_layer(setup, run, strategy)
         played = sharded._played(setup, run, strategy, GPUS, GPUS, 0, batches)
         every = [as_it_ran(each.unrolled) for each in batches.each]
         exact = played.replay(CachingAllocator(), every, batches.unrolled, batches.waiting(run), None)
         found = sharded.replay(setup, None, strategy, GPUS, GPUS, 0, None)
         assert (found.peak_allocated, found.peak_reserved) == exact
+
+
+@pytest.mark.parametrize("training", [*RUNS, {"dtype": "float32", "mixed_precision": "no"}], ids=str)
+@pytest.mark.parametrize("strategy", [Strategy(), Strategy(kind="ddp"), *ENGINES], ids=name)
+def test_the_least_is_what_an_estimate_says(strategy: Strategy, training: dict[str, Any]) -> None:
+    gpus = 1 if strategy.kind == "single" else GPUS
+    cluster = ClusterSpec(gpu=find_gpu("A100-80GB"), gpus=gpus, nvme="1TB")
+    for batch, length in SIZES:
+        spec = TrainingSpec(micro_batch_size=batch, seq_len=length, **training)
+        found = least(MODEL, spec, cluster, strategy, SoftwareSpec())
+        said = estimate(MODEL, spec, cluster, strategy, SoftwareSpec(), replay=False)
+        assert found == Least(said.gpu.low, said.host.peak, said.nvme.bytes), (batch, length)

@@ -41,7 +41,7 @@ class Leg:
     """What an engine hooks into at its end."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Course:
     """The legs of the whole model, in the order in which they run, each with the weight or module of its event."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, groupby, pairwise
+from itertools import accumulate, chain, groupby, pairwise
 
 from memplan.memory.timeline import Segment, Stacks, Unrolled
 from memplan.tape.tape import BEFORE, Handed, LayerKey, Tape
@@ -39,6 +39,13 @@ class EveryLayer:
     def log(self) -> list[int]:
         """All stretches in one."""
         return list(chain.from_iterable(self.stretches))
+
+    @cached_property
+    def beside_engine(self) -> tuple[list[int], list[int]]:
+        """The log without the frees of gradients, which an engine takes, and where in it each leg begins and ends."""
+        taken = {~storage for storage in self.gradients if storage >= 0}
+        stretches = [[entry for entry in stretch if entry not in taken] for stretch in self.stretches]
+        return list(chain.from_iterable(stretches)), [0, *accumulate(map(len, stretches))]
 
     @cached_property
     def left_alive(self) -> list[int]:

@@ -8,9 +8,9 @@ place of legs, the same play is what the caching allocator sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from operator import add, sub
 from typing import Literal, NamedTuple
@@ -121,6 +121,10 @@ class PlayLedger(Ledger):
         running.acts.append(_Act(len(self.log), len(running.at), kind, phase, limit))
 
 
+_NONE = -(1 << 62)
+"""Less than any number of bytes."""
+
+
 class _Part(NamedTuple):
     """What the engine has at each of some legs that follow each other in one pass."""
 
@@ -162,10 +166,11 @@ class _Moment(NamedTuple):
 class Play:
     """An engine's play over one or several courses."""
 
-    def __init__(self, ledger: PlayLedger, courses: Sequence[Course]) -> None:
+    def __init__(self, ledger: PlayLedger, courses: Sequence[Course], rank: int) -> None:
         self.ledger = ledger
+        self.rank = rank
         self.courses = courses
-        self._spots = [_Spots(course) for course in courses]
+        self._spots = list(map(_spots, courses))
         self._parts: dict[int, Parts] = {}
         self._counts: dict[tuple[int, ...], dict[int, tuple[int, int]]] = {}
         self._streams: dict[tuple[int, ...], _Stream] = {}
@@ -192,11 +197,13 @@ class Play:
 
     def fullest(self, tapes: Sequence[Unrolled], waiting: Sequence[int]) -> dict[str, Parts]:
         """The fullest moment of each phase by component, on ``tapes`` in the place of the courses' own."""
-        levels = [_Levels(spots, tape) for spots, tape in zip(self._spots, tapes, strict=True)]
+        levels = self._levels(tapes)
         more = self._more(waiting)
         found: dict[str, Parts] = {}
-        for phase, moment in self._highest(levels).items():
-            parts = dict(self._parts_at(moment))
+        highest = self._highest(levels)
+        engine = self._parts_at(moment.position for moment in highest.values())
+        for phase, moment in highest.items():
+            parts = dict(engine[moment.position])
             if moment.leg >= 0:
                 for name, size in zip(COMPONENTS, levels[moment.course].parts(moment), strict=True):
                     parts[name] = parts.get(name, 0) + size
@@ -207,12 +214,32 @@ class Play:
 
     def peak(self, tapes: Sequence[Unrolled], waiting: Sequence[int]) -> int:
         """Bytes at the fullest moment of all phases."""
-        levels = [_Levels(spots, tape) for spots, tape in zip(self._spots, tapes, strict=True)]
-        more = self._more(waiting)
-        return max(
-            max(max(levels[each.course].heights(each)) for each in stretches) + (more if phase != "load" else 0)
-            for phase, stretches in self._stretches.items()
-        )
+        levels = self._levels(tapes)
+        before, after = self._of_all_phases
+        return max(before, self._more(waiting) + max(max(levels[each.course].heights(each)) for each in after))
+
+    @cached_property
+    def _of_all_phases(self) -> tuple[int, list[_Stretch]]:
+        """The most while the model is loaded, when no tape runs; and the most of all later phases, leg by leg."""
+        before = max(max(each.engine) for each in self._stretches["load"])
+        later: dict[tuple[int, bool], list[int]] = {}
+        for phase, stretches in self._stretches.items():
+            for each in stretches if phase != "load" else ():
+                legs = 1 + len(self._spots[each.course].order)
+                most = later.setdefault((each.course, each.is_after), [_NONE] * legs)
+                first = each.first + 1
+                own = slice(first, first + len(each.engine))
+                most[own] = map(max, most[own], each.engine)
+        return before, [_Stretch(course, -1, after, [], most) for (course, after), most in later.items()]
+
+    @cached_property
+    def host_peak(self) -> int:
+        """Bytes of a node's host at its fullest moment."""
+        phases = {act.phase for each in self.ledger.passes for act in each.acts if act.kind == "begin"}
+        return max(sum(self.ledger.fullest(phase, "host").values()) for phase in phases)
+
+    def _levels(self, tapes: Sequence[Unrolled]) -> list[_Levels]:
+        return [spots.levels(tape) for spots, tape in zip(self._spots, tapes, strict=True)]
 
     def _more(self, waiting: Sequence[int]) -> int:
         """Bytes that the inputs of a step's other micro-batches take more than as it was played."""
@@ -248,19 +275,20 @@ class Play:
             most, (part.when, leg, stretch.is_after, position), stretch.course, leg, stretch.is_after, position
         )
 
-    def _parts_at(self, moment: _Moment) -> Parts:
-        """The engine's blocks by component."""
-        position = moment.position
-        if position not in self._parts:
-            parts: Parts = {}
-            sizes, components = self._bytes, self.ledger.components
-            for entry in self.ledger.log[:position]:
+    def _parts_at(self, positions: Iterable[int]) -> dict[int, Parts]:
+        """The engine's blocks by component, at places of its log."""
+        parts: Parts = {}
+        start = 0
+        sizes, components = self._bytes, self.ledger.components
+        for position in sorted(set(positions).difference(self._parts)):
+            for entry in self.ledger.log[start:position]:
                 if entry >= 0:
                     parts[components[entry]] = parts.get(components[entry], 0) + sizes[entry]
                 else:
                     parts[components[~entry]] -= sizes[~entry]
-            self._parts[position] = parts
-        return self._parts[position]
+            self._parts[position] = dict(parts)
+            start = position
+        return self._parts
 
     def size_counts(self, waiting: Sequence[int]) -> dict[int, tuple[int, int]]:
         """Of the engine's blocks, for every size: the most alive at one time, and how many are allocated."""
@@ -337,6 +365,7 @@ class _Spots:
     """The legs of a course, run by run of its segments."""
 
     def __init__(self, course: Course) -> None:
+        self._last: tuple[Unrolled, _Levels] | None = None
         self.legs: list[Leg] = []
         """Each that is made, and each that only dies."""
         self.dying: set[int] = set()
@@ -363,10 +392,22 @@ class _Spots:
                 self._add([len(self.legs) - 1], 1)
         assert len(self.order) == len(course.legs)
 
+    def levels(self, unrolled: Unrolled) -> _Levels:
+        """The bytes of a tape at the legs; those of the last one are kept, for plays of other ranks and engines."""
+        if self._last is None or self._last[0] is not unrolled:
+            self._last = unrolled, _Levels(self, unrolled)
+        return self._last[1]
+
     def _add(self, legs: list[int], count: int) -> None:
         self.runs.append((legs, count))
         self.firsts.append(len(self.order))
         self.order += legs * count
+
+
+@lru_cache(maxsize=32)
+def _spots(course: Course) -> _Spots:
+    """Plays have courses in common."""
+    return _Spots(course)
 
 
 class _Levels:
@@ -538,28 +579,28 @@ class _Stream:
             end = ledger.passes[place + 1].start if place + 1 < len(ledger.passes) else len(log)
             events += left
             left = []
-            stretches: list[list[int]] = []
+            own_log: list[int] = []
+            cuts = [0]
             if each.unrolled is not None:
                 own, base = every[next(of_pass)], storages[place]
+                own_log, cuts = own.beside_engine
+                own_log = [entry + base if entry >= 0 else entry - base for entry in own_log]
                 taken = {storage for storage in own.gradients if storage >= 0}
-                stretches = [
-                    [e + base if e >= 0 else e - base for e in stretch if ~e not in taken] for stretch in own.stretches
-                ]
                 left = [~(base + storage) for storage in own.left_alive if storage not in taken]
             acts = iter(each.acts)
             act = next(acts, None)
             start = each.start
-            for leg in range(len(stretches) + 1):
+            for leg in range(len(cuts)):
                 while act is not None and act.leg == leg:
                     events += log[start : act.position]
                     start = act.position
                     parts.append((events, act))
                     events = []
                     act = next(acts, None)
-                if leg < len(stretches):
+                if leg < len(each.at):
                     events += log[start : each.at[leg]]
                     start = each.at[leg]
-                    events += stretches[leg]
+                    events += own_log[cuts[leg] : cuts[leg + 1]]
             events += log[start:end]
         parts.append((events, None))
         return cls(parts, courses)
