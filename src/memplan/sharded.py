@@ -68,7 +68,7 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
     batches = _closed(setup, run, strategy)
     phases = [phase for phase in PHASES if phase != "eval" or run.evaluation is not None]
     tapes, waiting = batches.unrolled, batches.waiting(run)
-    played, _ = _fullest(setup, run, strategy, ranks, per_node, batches)
+    played = _fullest(setup, run, strategy, ranks, per_node, batches)
     fullest, ledger = played.fullest(tapes, waiting), played.ledger
     return Sharded(
         gpu={phase: fullest.get(phase, {}) for phase in phases},
@@ -80,16 +80,14 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
     )
 
 
-def _fullest(
-    setup: Setup, run: Run, strategy: Strategy, ranks: int, per_node: int, batches: _Batches
-) -> tuple[Play, int]:
-    """The play of the fullest rank, and its peak."""
-    tapes, waiting = batches.unrolled, batches.waiting(run)
+def _fullest(setup: Setup, run: Run, strategy: Strategy, ranks: int, per_node: int, batches: _Batches) -> Play:
+    """The play of the fullest rank."""
     of_ranks = _ranks(strategy, batches.first, ranks)
     plays = [_played(setup, run, strategy, ranks, per_node, rank, batches) for rank in of_ranks]
-    peaks = [each.peak(tapes, waiting) for each in plays]
-    peak = max(peaks)
-    return plays[peaks.index(peak)], peak
+    if len(plays) == 1:
+        return plays[0]
+    tapes, waiting = batches.unrolled, batches.waiting(run)
+    return max(plays, key=lambda each: each.peak(tapes, waiting))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +106,9 @@ def least(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per
     """The totals of :func:`play_ranks`, in a tenth of the time."""
     run, _ = run_of(setup, gpu)
     batches = _closed(setup, run, strategy)
-    played, peak = _fullest(setup, run, strategy, ranks, per_node, batches)
+    played = _fullest(setup, run, strategy, ranks, per_node, batches)
     nvme = plain.total(played.ledger.fullest("idle", "nvme")) * per_node
-    return Least(peak, played.host_peak, nvme)
+    return Least(played.peak(batches.unrolled, batches.waiting(run)), played.host_peak, nvme)
 
 
 @lru_cache(maxsize=64)
