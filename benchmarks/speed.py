@@ -59,18 +59,32 @@ def process(*arguments: str, repeats: int = 7) -> tuple[float, int]:
     return median, int(peak.stdout.split()[-1]) * 1024
 
 
-def in_process(model: ModelSpec, *, replay: bool, repeats: int, first: bool = False, kind: str = "single") -> float:
+PLAIN = Strategy()
+ENGINES = {
+    "zero1": Strategy(kind="zero1"),
+    "zero2": Strategy(kind="zero2"),
+    "zero2, optimizer offloaded": Strategy(kind="zero2", offload_optimizer="cpu"),
+    "zero3": Strategy(kind="zero3"),
+    "zero3, all offloaded": Strategy(kind="zero3", offload_optimizer="cpu", offload_param="cpu"),
+    "zero3, optimizer on NVMe": Strategy(kind="zero3", offload_optimizer="nvme", offload_param="cpu"),
+    "fsdp": Strategy(kind="fsdp"),
+}
+
+
+def in_process(
+    model: ModelSpec, *, replay: bool, repeats: int, first: bool = False, strategy: Strategy = PLAIN
+) -> float:
     """Median milliseconds of an estimate; every call has another sequence length. What was recorded at some is used for
     others, as in a search, unless each is to be as the ``first`` of its setup.
     """
-    cluster = ClusterSpec(gpu=find_gpu("A100-80GB"), gpus=1 if kind == "single" else 4)
+    cluster = ClusterSpec(gpu=find_gpu("A100-80GB"), gpus=4 if strategy.shards else 1, nvme="1TB")
     lengths = count(1024, 8)
 
     def run() -> None:
         if first:
             recordings.cache_clear()
         training = TrainingSpec(seq_len=next(lengths))
-        estimate(model, training, cluster, Strategy(kind=kind), SoftwareSpec(), replay=replay)
+        estimate(model, training, cluster, strategy, SoftwareSpec(), replay=replay)
 
     for _ in range(5):
         run()
@@ -118,10 +132,16 @@ def main() -> None:
     alone = in_process(model, replay=False, repeats=200, first=True)
     rows.append(("  the first of its setup", f"{alone:.2f} ms"))
     rows += [
-        (f"  {kind} on 4 GPUs", f"{in_process(model, replay=False, repeats=20, kind=kind):.1f} ms")
-        for kind in ("zero2", "zero3", "fsdp")
+        (f"  {name}, on 4 GPUs", f"{in_process(model, replay=False, repeats=20, strategy=each):.1f} ms")
+        for name, each in ENGINES.items()
     ]
+    alone = in_process(model, replay=False, repeats=5, strategy=ENGINES["zero3"], first=True)
+    rows.append(("  zero3, the first of its setup", f"{alone:.1f} ms"))
     rows.append(("memplan, in process, with replay", f"{in_process(model, replay=True, repeats=20):.1f} ms"))
+    rows += [
+        (f"  {name}, on 4 GPUs", f"{in_process(model, replay=True, repeats=5, strategy=each):.1f} ms")
+        for name, each in ENGINES.items()
+    ]
     base, base_bytes = process("-c", BASELINE)
     cold, cold_bytes = process("-m", "memplan", "estimate", MODEL, "--json")
     rows.append((f'python -c "{BASELINE}"', f"{base:.0f} ms, {base_bytes / 1e6:.0f} MB"))

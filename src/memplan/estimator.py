@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,9 +19,9 @@ from memplan.errors import SpecError, UnsupportedError
 from memplan.memory import loading
 from memplan.memory.course import Ledger
 from memplan.memory.evaluation import to_host
-from memplan.memory.optimizers import clip_grad_norm, groups_of, make_optimizer
+from memplan.memory.optimizers import clip_grad_norm
 from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
-from memplan.memory.trace import EvaluationLoop, Replayed, replay_steps, reserved_bound
+from memplan.memory.trace import Batch, EvaluationLoop, Replayed, evaluation_bound, replay_steps, reserved_bound
 from memplan.micro_batch import (
     MicroBatch,
     Setup,
@@ -32,6 +32,7 @@ from memplan.micro_batch import (
     evaluation_batch,
     prepares_for_kbit_training,
     reference_gpu,
+    replayable,
     run_of,
 )
 from memplan.results import (
@@ -83,29 +84,15 @@ def estimate(
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
     if training.task != "train":
         return _infer(model, training, cluster, strategy, software, gpu, explain=explain)
-    if strategy.shards:
-        _check_sharded(strategy, traced)
-        _check_nvme(strategy, cluster)
-    if strategy.kind == "single" and cluster.gpus != 1:
-        raise SpecError.at(
-            "gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1."
-        )
-    setup = replace(resolve(model, training, cluster, strategy, software), traced=traced)
+    setup = _checked(model, training, cluster, strategy, software, traced)
     run, micro = run_of(setup, gpu)
     if strategy.shards:
         from memplan import sharded  # here, because other strategies do not need it, nor its engines
 
         played = sharded.play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
         placed = {phase: dict(parts) for phase, parts in played.gpu.items()}
-    elif strategy.kind == "ddp":
-        placed = ddp.phases(run, strategy.ddp, cluster.gpus)
     else:
-        placed = plain.phases(run)
-    if not strategy.shards and training.lora is None and _has_experts(run):
-        split = micro.layout().split * setup.dtype.itemsize  # save_pretrained, of rank 0
-        placed["save"]["temporaries"] = placed["save"].get("temporaries", 0) + split
-    if training.quantization is not None and not strategy.shards:
-        placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
+        placed = _placed(setup, training, run, micro, gpu, strategy, cluster)
     outside = _outside(gpu, cluster, software, communicators=2 if strategy.has_groups_of_nodes else 1)
     replayed = None
     if setup.rules.kind != "cpu":
@@ -113,9 +100,11 @@ def estimate(
         exact = (replay or training.alloc_conf is not None) and _fullest(placed) < _REPLAYABLE
         limit = _limit(cluster, gpu, outside) if run.evaluation is not None else None
         if strategy.shards:
-            replayed = Replayed({}, played.bound)
             if exact:
                 replayed = sharded.replay(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node, played.rank, limit)
+            else:
+                bound = sharded.bound(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
+                replayed = Replayed({}, bound)
         else:
             if exact:
                 replayed = _replay(setup, gpu, strategy, cluster.gpus, limit)
@@ -147,6 +136,76 @@ def estimate(
         explanation=_explanation(setup, run, placed, memory, strategy, cluster, gpu) if explain else (),
         levers=_levers(setup, gpu, strategy, cluster) if explain and strategy.shards else (),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Least:
+    """What a training run cannot do without, in bytes."""
+
+    gpu: int
+    """Of each GPU: ``Estimate.gpu.low``, as it is without the replay."""
+    host: int
+    """Of a node: ``Estimate.host.peak``."""
+    nvme: int
+    """Of a node: ``Estimate.nvme.bytes``."""
+
+
+def least(
+    model: ModelSpec, training: TrainingSpec, cluster: ClusterSpec, strategy: Strategy, software: SoftwareSpec
+) -> Least:
+    """What :func:`estimate` says at least of a training run, for a search that asks for thousands: no composition, no
+    bound of what is reserved. Raises as :func:`estimate`.
+    """
+    gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
+    setup = _checked(model, training, cluster, strategy, software, None)
+    outside = _outside(gpu, cluster, software, communicators=2 if strategy.has_groups_of_nodes else 1)
+    held = sum(int(each.low) for each in outside)
+    if strategy.shards:
+        from memplan import sharded
+
+        found = sharded.least(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
+        return Least(held + found.gpu, found.host, found.nvme)
+    run, micro = run_of(setup, gpu)
+    placed = _placed(setup, training, run, micro, gpu, strategy, cluster)
+    return Least(held + _fullest(placed), _host_memory(setup, run, micro, cluster, placed).peak, 0)
+
+
+def _checked(
+    model: ModelSpec,
+    training: TrainingSpec,
+    cluster: ClusterSpec,
+    strategy: Strategy,
+    software: SoftwareSpec,
+    traced: Traced | None,
+) -> Setup:
+    """:func:`resolve`, and what it leaves to be checked."""
+    if strategy.shards:
+        _check_sharded(strategy, traced)
+        _check_nvme(strategy, cluster)
+    if strategy.kind == "single" and cluster.gpus != 1:
+        raise SpecError.at(
+            "gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1."
+        )
+    return replace(resolve(model, training, cluster, strategy, software), traced=traced)
+
+
+def _placed(
+    setup: Setup,
+    training: TrainingSpec,
+    run: Run,
+    micro: MicroBatch,
+    gpu: GPUSpec | None,
+    strategy: Strategy,
+    cluster: ClusterSpec,
+) -> dict[str, Parts]:
+    """The fullest moment of every phase, where every GPU has one whole copy of everything; ``training`` as asked."""
+    placed = ddp.phases(run, strategy.ddp, cluster.gpus) if strategy.kind == "ddp" else plain.phases(run)
+    if training.lora is None and _has_experts(run):
+        split = micro.layout().split * setup.dtype.itemsize  # save_pretrained, of rank 0
+        placed["save"]["temporaries"] = placed["save"].get("temporaries", 0) + split
+    if training.quantization is not None:
+        placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
+    return placed
 
 
 def resolve(
@@ -330,12 +389,6 @@ def _waiting(run: Run, tape: Tape) -> list[int]:
     return [size * others for size in _inputs(tape) if others]
 
 
-def _evaluation_loop(run: Run, tape: Tape, ranks: int, limit: int | None) -> EvaluationLoop:
-    """Batches on ``tape``; ``limit`` is what CUDA has to give."""
-    assert run.evaluation is not None
-    return EvaluationLoop(tape, run.evaluation.kept, ranks, limit)
-
-
 @lru_cache(maxsize=64)
 def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> int:
     """What peak reserved cannot exceed, without running every layer."""
@@ -355,33 +408,30 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) ->
     bound = reserved_bound(run.parameters, held, counts, micro_batches, others)
     if run.evaluation is not None:
         batch = evaluation_batch(setup, full_depth=False)
-        bound += _evaluation_loop(run, batch.tape, ranks, None).bound(batch.unrolled.size_counts())
+        bound += evaluation_bound(run.evaluation.kept, ranks, batch.unrolled.size_counts())
     return bound
 
 
 @lru_cache(maxsize=64)
 def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, limit: int | None) -> Replayed:
     """The allocator on every layer's allocations: two steps, and evaluation in what CUDA has to give."""
-    run, _ = run_of(setup, gpu)
-    first = all_layers(setup, False)
-    batches = [first.tape]
-    if run.grad_accum_steps > 1:
-        later = all_layers(setup, True)
-        batches.append(later.tape)
-    parameters = [p for p, _ in first.inventory.parameters]
+    run, micro = run_of(setup, gpu)
+    asked = [(False, False)] + [(True, False)] * (run.grad_accum_steps > 1)
+    asked += [(False, True)] * (run.evaluation is not None)
+    batches = [Batch(every, every.sizes(each.tape), each.tape.input_count) for each, every in replayable(setup, asked)]
+    parameters = list(micro.layout().parameters.values())
     trainable = [(p, 1) for p in parameters if p.node is not None]
     evaluation = None
     if run.evaluation is not None:
-        batch = evaluation_batch(setup, full_depth=True)
-        evaluation = _evaluation_loop(run, batch.tape, ranks, limit)
+        evaluation = EvaluationLoop(batches.pop(), run.evaluation.kept, ranks, limit)
     return replay_steps(
         parameters,
         _held(run, trainable, strategy),
         batches,
-        make_optimizer(setup.training.optim, setup.rules, partial(groups_of, first.root)),
+        run.optimizer,
         run.workspaces,
         setup.training.alloc_conf,
-        _waiting(run, first.tape),
+        _waiting(run, micro.tape),
         evaluation,
         gradients_in_buckets=strategy.kind == "ddp" and strategy.ddp.gradient_as_bucket_view,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
@@ -19,8 +20,10 @@ from memplan.constants import Constant
 from memplan.engines.layout import Layout, layout
 from memplan.engines.plain import Evaluation, Run
 from memplan.errors import SpecError, UnsupportedError
+from memplan.memory.course import Course, course
+from memplan.memory.depth import EveryLayer, as_it_ran, borders, every_layer
 from memplan.memory.evaluation import Kept, Prediction
-from memplan.memory.optimizers import groups_of, make_optimizer
+from memplan.memory.optimizers import Optimizer, groups_of, make_optimizer
 from memplan.memory.runtime import cublas_workspaces
 from memplan.memory.timeline import Unrolled, unroll
 from memplan.results import Assumption
@@ -31,7 +34,7 @@ from memplan.specs.software import SoftwareSpec
 from memplan.specs.training import TrainingSpec
 from memplan.tape import tensor as dtypes
 from memplan.tape.dispatch import DeviceRules
-from memplan.tape.symbols import Record
+from memplan.tape.symbols import Record, Symbol
 from memplan.tape.tape import INPUT, AccumulateGrad, Tape
 from memplan.tape.tensor import DType, Tensor
 
@@ -92,7 +95,7 @@ class Setup:
         return self.autocast if self.engine == "fsdp" else None
 
 
-@dataclass
+@dataclass(eq=False)
 class MicroBatch:
     """One micro-batch on the tape."""
 
@@ -112,15 +115,61 @@ class MicroBatch:
             return self.like.unrolled.resized(self.tape)
         return unroll(self.tape, self.inventory.stacks)
 
+    @property
+    def first(self) -> MicroBatch:
+        """That of which it is made, or itself: it keeps what is the same on a batch of any size."""
+        return self if self.like is None else self.like
+
     @cached_property
-    def _layouts(self) -> dict[bool, Layout]:
-        return {} if self.like is None else self.like._layouts
+    def _known(self) -> dict[Any, Any]:
+        return {}
+
+    @property
+    def every_layer(self) -> EveryLayer | None:
+        """What all layers allocate and free, in order; None where no tape but one of all layers tells."""
+        known = self.first._known
+        if "every_layer" not in known:
+            known["every_layer"] = every_layer(self.first.unrolled, self.first.layout().numbers)
+        found: EveryLayer | None = known["every_layer"]
+        return found
+
+    @cached_property
+    def course(self) -> Course:
+        """As an engine is played over it; its legs are not measured."""
+        return course(self.unrolled, self.layout().numbers, measured=False)
 
     def layout(self, one_group: bool = False) -> Layout:
         """The model as an engine that shards sees it (:func:`memplan.engines.layout.layout`)."""
-        if one_group not in self._layouts:
-            self._layouts[one_group] = layout(self.root, one_group)
-        return self._layouts[one_group]
+        known = self.first._known
+        if ("layout", one_group) not in known:
+            known["layout", one_group] = layout(self.root, one_group)
+        found: Layout = known["layout", one_group]
+        return found
+
+    def optimizer(self, optim: str, rules: DeviceRules) -> Optimizer:
+        """The Trainer's, over the model's weights."""
+        known = self.first._known
+        if (optim, rules) not in known:
+            known[optim, rules] = make_optimizer(optim, rules, partial(groups_of, self.root))
+        found: Optimizer = known[optim, rules]
+        return found
+
+    def handing(self, symbolic: Tape) -> MicroBatch:
+        """The same, to be resized: where the states that layers are handed are equal on this batch, but their formulas
+        on ``symbolic`` are not, it goes by these, apart from what is known of this batch.
+        """
+        tape = copy(self.tape)
+        tape.handed_on, tape.handed_back = (
+            {layer: [each._replace(state=_formulas(each.state)) for each in states] for layer, states in handed.items()}
+            for handed in (symbolic.handed_on, symbolic.handed_back)
+        )
+        if borders(tape, self.inventory.stacks) == borders(self.first.tape, self.inventory.stacks):
+            return self
+        return MicroBatch(tape, self.root, self.inventory, self.assumptions, self.predictions)
+
+    def went_as(self, other: MicroBatch) -> bool:
+        """Whether another run of the setup has gone the same way, so that only the :attr:`numbers` differ."""
+        return all(one == two for one, two in zip(_way(self), _way(other), strict=True))
 
     @property
     def numbers(self) -> tuple[list[Any], ...]:
@@ -141,21 +190,37 @@ class MicroBatch:
         kept = [each._replace(nbytes=nbytes) for each, nbytes in zip(self.predictions, predictions, strict=True)]
         assumed = zip(self.assumptions, assumptions[::3], assumptions[1::3], assumptions[2::3])
         constants = (replace(each, value=value, low=low, high=high) for each, value, low, high in assumed)
-        return MicroBatch(tape, self.root, self.inventory, tuple(constants), kept, like=self)
+        return MicroBatch(tape, self.root, self.inventory, tuple(constants), kept, like=self.first)
 
 
 def micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation: bool = False) -> MicroBatch:
     """Run one micro-batch (or one evaluation batch) on a fresh tape, or take the one that was traced or recorded."""
     if setup.traced is not None:
         return setup.traced.micro_batch(accumulated=accumulated, evaluation=evaluation)
-    training = setup.training
-    batch = training.micro_batch_size
-    if evaluation:
-        batch = training.eval_batch_size or batch
+    batch, length = _sizes(setup.training, evaluation)
     if full_depth:
-        return _run(setup, batch, training.seq_len, True, accumulated, evaluation)
-    alike = replace(setup, training=training.replace(micro_batch_size=1, seq_len=1))
-    return recordings(alike, accumulated, evaluation).micro_batch(batch, training.seq_len)
+        return _run(setup, batch, length, True, accumulated, evaluation)
+    return recordings(alike(setup), accumulated, evaluation).micro_batch(batch, length)
+
+
+def alike(setup: Setup) -> Setup:
+    """The same for all setups of which one recording tells: those that differ in what is not on the tape."""
+    training = setup.training.replace(
+        micro_batch_size=1,
+        seq_len=1,
+        grad_accum_steps=1,
+        eval_batch_size=None,
+        eval_accumulation_steps=None,
+        alloc_conf=None,
+        optim="adamw_torch_fused",
+    )
+    return replace(setup, training=training)
+
+
+def _sizes(training: TrainingSpec, evaluation: bool) -> tuple[int, int]:
+    """Sequences of a batch, and their length."""
+    batch = training.eval_batch_size if evaluation else None
+    return batch or training.micro_batch_size, training.seq_len
 
 
 def run_in_full(setup: Setup) -> MicroBatch:
@@ -167,12 +232,21 @@ def run_in_full(setup: Setup) -> MicroBatch:
     return _run(setup, *sizes, full_depth=False, accumulated=training.grad_accum_steps > 1, evaluation=False)
 
 
-def _run(setup: Setup, batch: Any, length: Any, full_depth: bool, accumulated: bool, evaluation: bool) -> MicroBatch:
+def _run(
+    setup: Setup,
+    batch: Any,
+    length: Any,
+    full_depth: bool,
+    accumulated: bool,
+    evaluation: bool,
+    *,
+    last_layer_apart: bool = False,
+) -> MicroBatch:
     """Run one micro-batch on a fresh tape; ``batch`` and ``length`` may be symbols."""
     tape = Tape(setup.rules)
     tape.engine_takes_gradients = setup.engine != "torch" or setup.copies_gradients
     tape.steps_in_backward = setup.engine in ("zero12", "zero3")
-    root = build(setup, tape, full_depth=full_depth)
+    root = build(setup, tape, full_depth=full_depth, last_layer_apart=last_layer_apart)
     if setup.engine in ("zero3", "fsdp", "fsdp1"):
         watch(root, tape)
         tape.zero3_linear = setup.engine == "zero3"
@@ -205,26 +279,42 @@ def _run(setup: Setup, batch: Any, length: Any, full_depth: bool, accumulated: b
 class Recordings:
     """Micro-batches of one setup but for batch and length, in which those that follow differ.
 
-    One of which no recording tells is run. The fourth of these is recorded too, and one each time that they have
-    doubled: with symbols for batch and length (:mod:`memplan.tape.symbols`), which takes as long as eight runs.
+    One of which no recording tells is run; where that has gone as a run before, it is that one, resized, with all that
+    is known of it. The fourth run is recorded too, and one each time that they have doubled: with symbols for batch and
+    length (:mod:`memplan.tape.symbols`), which takes as long as eight runs.
     """
 
     MOST = 4
-    """Recordings of one setup. Which way the code goes differs between short and long, one and several sequences."""
+    """Recordings of one setup, and runs. Which way the code goes differs between short and long, one and several
+    sequences.
+    """
 
     def __init__(self, run: Callable[[Any, Any], MicroBatch]) -> None:
         self._run = run
         self._runs = 0
         self._recordings: deque[Recording] = deque(maxlen=self.MOST)
+        self._firsts: deque[MicroBatch] = deque(maxlen=self.MOST)
+        """Runs that went different ways."""
+        self._last: dict[tuple[int, int], MicroBatch] = {}
 
     def micro_batch(self, batch: int, length: int) -> MicroBatch:
         """The one of this batch and length."""
-        for recording in tuple(self._recordings):
-            found = recording.micro_batch(batch, length)
-            if found is not None:
-                return found
+        if (batch, length) not in self._last:
+            self._last = {(batch, length): self._told(batch, length) or self._ran(batch, length)}
+        return self._last[batch, length]
+
+    def _told(self, batch: int, length: int) -> MicroBatch | None:
+        found = (recording.micro_batch(batch, length) for recording in tuple(self._recordings))
+        return next((each for each in found if each is not None), None)
+
+    def _ran(self, batch: int, length: int) -> MicroBatch:
         result = self._run(batch, length)
         self._runs += 1
+        same = next((each for each in self._firsts if each.went_as(result)), None)
+        if same is None:
+            self._firsts.append(result)
+        else:
+            result = same.resized(*result.numbers)
         if self._runs >= 4 and self._runs.bit_count() == 1:
             made = Recording.of(self._run, batch, length, result)
             if made is not None:
@@ -250,6 +340,7 @@ class Recording:
             found = run(record.input(batch), record.input(length))
         except (TypeError, AttributeError):
             return None
+        one = one.handing(found.tape)
         recording = cls(record, one, tuple([record.place(each) for each in numbers] for numbers in found.numbers))
         again = recording.micro_batch(batch, length)
         # A number that got past the record, into a text or a dict, would show.
@@ -267,6 +358,30 @@ class Recording:
         return self.one.resized(*([values[place] for place in places] for places in self.places))
 
 
+def _way(micro: MicroBatch) -> Iterator[object]:
+    """All of a run but its :attr:`MicroBatch.numbers`; what is costly comes last."""
+    tape = micro.tape
+    yield tape.log
+    yield tape.components
+    yield [(mark.name, mark.layer, mark.position, mark.events) for mark in tape.marks]
+    yield [(event.position, event.kind, event.storage) for event in tape.events]
+    subjects: dict[int, int] = {}
+    yield [subjects.setdefault(event.subject, len(subjects)) for event in tape.events]
+    yield tape.input_count, tape.flowing, tape.held, tape.kept, tape.passed, tape.passed_gradients
+    for handed in (tape.handed_on, tape.handed_back):
+        yield {layer: [each.storage for each in every] for layer, every in handed.items()}
+    yield borders(tape, micro.inventory.stacks)
+    yield [each.is_widened for each in micro.predictions]
+    yield [(each.name, each.unit, each.source) for each in micro.assumptions]
+
+
+def _formulas(state: Any) -> Any:
+    """A state with the places of symbols for symbols, which are not to be compared."""
+    if isinstance(state, tuple):
+        return tuple(map(_formulas, state))
+    return ("symbol", state.place) if isinstance(state, Symbol) else state
+
+
 @lru_cache(maxsize=16)
 def recordings(setup: Setup, accumulated: bool, evaluation: bool) -> Recordings:
     """Those of all setups that differ in batch and length only, which ``setup`` stands for."""
@@ -274,7 +389,13 @@ def recordings(setup: Setup, accumulated: bool, evaluation: bool) -> Recordings:
 
 
 def build(
-    setup: Setup, tape: Tape, cache: DynamicCache | None = None, *, full_depth: bool, as_loaded: bool = False
+    setup: Setup,
+    tape: Tape,
+    cache: DynamicCache | None = None,
+    *,
+    full_depth: bool,
+    as_loaded: bool = False,
+    last_layer_apart: bool = False,
 ) -> Module:
     """The model's modules as they are trained: quantized, patched and adapted, in the order in which scripts do it.
 
@@ -290,7 +411,8 @@ def build(
         padded=not training.packed,
         software=setup.software,
         full_depth=full_depth or (training.lora is not None and tells_layers_apart(training.lora)),
-        last_layer_apart=quantization is not None,  # the model's last parameter stays, wherever it is
+        # Of a quantized model the last parameter stays as it is, wherever it is.
+        last_layer_apart=last_layer_apart or quantization is not None,
         cache=cache,
     )
     root = build_model(b, resized(model, training), training.head)
@@ -371,9 +493,9 @@ def run_of(setup: Setup, gpu: GPUSpec | None) -> tuple[Run, MicroBatch]:
     run = Run(
         parameters=micro.inventory.parameters,
         buffer_bytes=sum(micro.inventory.buffer_blocks),
-        profile=micro.unrolled.profile(),
+        unrolled=micro.unrolled,
         evaluation=evaluation,
-        optimizer=make_optimizer(training.optim, setup.rules, partial(groups_of, micro.root)),
+        optimizer=micro.optimizer(training.optim, setup.rules),
         grad_accum_steps=training.grad_accum_steps,
         rules=setup.rules,
         workspaces=cublas_workspaces(
@@ -396,6 +518,40 @@ def _kept_predictions(training: TrainingSpec, micro: MicroBatch) -> Sequence[Pre
             "eval_accumulation_steps: predictions other than logits are not modelled. Leave it out: losses only."
         )
     return micro.predictions
+
+
+Replayable = list[tuple[MicroBatch, EveryLayer]]
+
+
+def replayable(setup: Setup, batches: Sequence[tuple[bool, bool]]) -> Replayable:
+    """What all layers do in batches of a setup, each told (that gradients are accumulated, that it is evaluation).
+
+    A tape of one layer of each kind tells it, or one on which the last layer stands for itself, since what comes after
+    all layers may hand a gradient to it that cannot be added to in place; else every layer runs. All are of one depth.
+    """
+    for find in (_recorded, _with_last_layer_apart):
+        found: Replayable = []
+        for accumulated, evaluation in () if setup.traced is not None else batches:
+            micro = find(setup, accumulated, evaluation)
+            if (every := micro.every_layer) is None:
+                break
+            found.append((micro, every))
+        else:
+            if found:
+                return found
+    micros = [
+        evaluation_batch(setup, full_depth=True) if evaluation else all_layers(setup, accumulated)
+        for accumulated, evaluation in batches
+    ]
+    return [(micro, as_it_ran(micro.unrolled)) for micro in micros]
+
+
+def _recorded(setup: Setup, accumulated: bool, evaluation: bool) -> MicroBatch:
+    return micro_batch(setup, full_depth=False, accumulated=accumulated, evaluation=evaluation)
+
+
+def _with_last_layer_apart(setup: Setup, accumulated: bool, evaluation: bool) -> MicroBatch:
+    return _run(setup, *_sizes(setup.training, evaluation), False, accumulated, evaluation, last_layer_apart=True)
 
 
 @lru_cache(maxsize=8)

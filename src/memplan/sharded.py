@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from memplan.adapters.quantization import Linear8bitLt, check_quant_storage
@@ -11,17 +11,23 @@ from memplan.architectures.nn import Module
 from memplan.engines import bf16, fsdp, fsdp1, plain, zero, zero0, zero3
 from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
 from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, EvaluationLoop, Layout, Played, StateDict, play
-from memplan.engines.plain import Parts
+from memplan.engines.plain import Parts, Run
 from memplan.memory import loading
-from memplan.memory.course import ExplainingLedger, Ledger, Move, ReplayLedger, course
+from memplan.memory.course import Course, ExplainingLedger, Ledger, Move, course
+from memplan.memory.evaluation import Kept
+from memplan.memory.play import Play, PlayLedger
+from memplan.memory.timeline import Unrolled
 from memplan.memory.trace import Replayed, configured, engines_bound
 from memplan.micro_batch import (
+    MicroBatch,
     Setup,
+    alike,
     all_layers,
     build,
     evaluation_batch,
     micro_batch,
     prepares_for_kbit_training,
+    replayable,
     run_of,
 )
 from memplan.results import HostMemory, NvmeMemory, Phase
@@ -46,8 +52,6 @@ class Sharded:
     """The part of ``host`` that is page-locked."""
     nvme: Parts
     """The files, which are never taken away: one rank's, by component."""
-    bound: int
-    """What its peak reserved cannot exceed."""
     rank: int
     moves: tuple[Mapping[Move, int], ...]
     """What a step moves, by micro-batch: the first, one like all between, and the last with the step."""
@@ -60,24 +64,63 @@ class Sharded:
 @lru_cache(maxsize=64)
 def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per_node: int) -> Sharded:
     """Play the engine on the ranks one of which is the fullest; of the host all ``per_node`` hold as much."""
-    run, micro = run_of(setup, gpu)
-    micro_batches = min(run.grad_accum_steps, MICRO_BATCHES) * STEPS
-    counts = micro.unrolled.size_counts()
+    run, _ = run_of(setup, gpu)
+    batches = _closed(setup, run, strategy)
     phases = [phase for phase in PHASES if phase != "eval" or run.evaluation is not None]
-    evaluated: Mapping[int, tuple[int, int]] = {}
-    if run.evaluation is not None:
-        evaluated = evaluation_batch(setup, full_depth=False).unrolled.size_counts()
-    found: list[Sharded] = []
-    for rank in _ranks(strategy, micro.layout(strategy.zero.ds_optimizer), ranks):
-        ledger = Ledger(ranks=per_node)
-        play_engine(setup, gpu, strategy, ranks, per_node, rank, ledger, full_depth=False)
-        placed = {phase: ledger.fullest(phase) for phase in phases}
-        host = {phase: ledger.fullest(phase, "host") for phase in phases}
-        pinned = {phase: plain.total(ledger.fullest(phase, "pinned")) for phase in phases}
-        bound = engines_bound(ledger.sizes, counts, micro_batches, evaluated)
-        nvme = ledger.fullest("idle", "nvme")
-        found.append(Sharded(placed, host, pinned, nvme, bound, rank, tuple(ledger.moves_of_step)))
-    return max(found, key=lambda each: each.peak)
+    tapes, waiting = batches.unrolled, batches.waiting(run)
+    played = _fullest(setup, run, strategy, ranks, per_node, batches)
+    fullest, ledger = played.fullest(tapes, waiting), played.ledger
+    return Sharded(
+        gpu={phase: fullest.get(phase, {}) for phase in phases},
+        host={phase: ledger.fullest(phase, "host") for phase in phases},
+        pinned={phase: plain.total(ledger.fullest(phase, "pinned")) for phase in phases},
+        nvme=ledger.fullest("idle", "nvme"),
+        rank=played.rank,
+        moves=tuple(ledger.moves_of_step),
+    )
+
+
+def _fullest(setup: Setup, run: Run, strategy: Strategy, ranks: int, per_node: int, batches: _Batches) -> Play:
+    """The play of the fullest rank."""
+    of_ranks = _ranks(strategy, batches.first, ranks)
+    plays = [_played(setup, run, strategy, ranks, per_node, rank, batches) for rank in of_ranks]
+    if len(plays) == 1:
+        return plays[0]
+    tapes, waiting = batches.unrolled, batches.waiting(run)
+    return max(plays, key=lambda each: each.peak(tapes, waiting))
+
+
+@dataclass(frozen=True, slots=True)
+class Least:
+    """What a setup has at the fullest moments, in bytes."""
+
+    gpu: int
+    """Allocated on a GPU, without what the caching allocator does not split off."""
+    host: int
+    """Of one node."""
+    nvme: int
+    """Files of one node."""
+
+
+def least(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per_node: int) -> Least:
+    """The totals of :func:`play_ranks`, in a tenth of the time."""
+    run, _ = run_of(setup, gpu)
+    batches = _closed(setup, run, strategy)
+    played = _fullest(setup, run, strategy, ranks, per_node, batches)
+    nvme = plain.total(played.ledger.fullest("idle", "nvme")) * per_node
+    return Least(played.peak(batches.unrolled, batches.waiting(run)), played.host_peak, nvme)
+
+
+@lru_cache(maxsize=64)
+def bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per_node: int) -> int:
+    """What peak reserved cannot exceed on the fullest rank."""
+    run, micro = run_of(setup, gpu)
+    batches = _closed(setup, run, strategy)
+    evaluated = {} if batches.evaluation is None else batches.evaluation.unrolled.size_counts()
+    rank = play_ranks(setup, gpu, strategy, ranks, per_node).rank
+    blocks = _played(setup, run, strategy, ranks, per_node, rank, batches).size_counts(batches.waiting(run))
+    micro_batches = min(run.grad_accum_steps, MICRO_BATCHES) * STEPS
+    return engines_bound(blocks, micro.unrolled.size_counts(), micro_batches, evaluated)
 
 
 @lru_cache(maxsize=64)
@@ -85,9 +128,106 @@ def replay(
     setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per_node: int, rank: int, limit: int | None
 ) -> Replayed:
     """The allocator under the engine: two steps, and evaluation in what CUDA has to give."""
-    ledger = ReplayLedger(configured(setup.training.alloc_conf or AllocatorSpec()))
-    play_engine(setup, gpu, strategy, ranks, per_node, rank, ledger, full_depth=True, limit=limit)
-    return Replayed(ledger.peaks, ledger.peak_reserved)
+    run, _ = run_of(setup, gpu)
+    asked = [(False, False)]
+    asked += [(True, False)] * (run.grad_accum_steps > 1 and _leaves_gradients(strategy))
+    asked += [(False, True)] * (run.evaluation is not None)
+    found = replayable(setup, asked)
+    micros = [micro for micro, _ in found]
+    evaluation = micros.pop() if run.evaluation is not None else None
+    batches = _Batches(micros[0], micros[-1], evaluation)
+    played = _played(setup, run, strategy, ranks, per_node, rank, batches)
+    allocator = configured(setup.training.alloc_conf or AllocatorSpec())
+    every = [each for _, each in found]
+    peaks, reserved = played.replay(allocator, every, batches.unrolled, batches.waiting(run), limit)
+    return Replayed(peaks, reserved)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batches:
+    """The micro-batches of a step, and a batch of evaluation."""
+
+    first: MicroBatch
+    later: MicroBatch
+    """One that finds gradients."""
+    evaluation: MicroBatch | None
+
+    @property
+    def each(self) -> list[MicroBatch]:
+        """Every one once."""
+        later = [] if self.later is self.first else [self.later]
+        return [self.first, *later, *([] if self.evaluation is None else [self.evaluation])]
+
+    @property
+    def unrolled(self) -> list[Unrolled]:
+        return [each.unrolled for each in self.each]
+
+    @property
+    def gradients(self) -> list[int]:
+        """Bytes of each that an engine takes."""
+        tapes = (each.tape for each in self.each)
+        return [tape.sizes[event.storage] for tape in tapes for event in tape.events if event.storage >= 0]
+
+    @property
+    def inputs(self) -> list[int]:
+        """Bytes of each input of a micro-batch."""
+        return self.first.tape.sizes[: self.first.tape.input_count]
+
+    def waiting(self, run: Run) -> list[int]:
+        """Those of the step's other micro-batches together, which are on the GPU before the first runs."""
+        others = run.grad_accum_steps - 1
+        return [size * others for size in self.inputs] if others else []
+
+
+def _leaves_gradients(strategy: Strategy) -> bool:
+    """Whether gradients stay where autograd put them, so that a later micro-batch adds to them."""
+    flat = strategy.kind == "fsdp" and strategy.fsdp.version == 1  # autograd makes one gradient of a unit's
+    return strategy.kind in ("zero0", "zero1", "fsdp") and not flat
+
+
+def _closed(setup: Setup, run: Run, strategy: Strategy) -> _Batches:
+    """With one layer of each kind."""
+    first = micro_batch(setup, full_depth=False, accumulated=False)
+    later = first
+    if run.grad_accum_steps > 1 and _leaves_gradients(strategy):
+        later = micro_batch(setup, full_depth=False, accumulated=True)
+    evaluation = evaluation_batch(setup, full_depth=False) if run.evaluation is not None else None
+    return _Batches(first, later, evaluation)
+
+
+def _played(
+    setup: Setup, run: Run, strategy: Strategy, ranks: int, per_node: int, rank: int, batches: _Batches
+) -> Play:
+    """The engine's play over batches of whatever size: those of the same structure have one."""
+    evaluated = None
+    if run.evaluation is not None:
+        evaluated = Kept(tuple(run.evaluation.kept.predictions), run.evaluation.kept.steps), tuple(batches.inputs)
+    optim, micro_batches = setup.training.optim, min(run.grad_accum_steps, MICRO_BATCHES)
+    played = _Batches(batches.first.first, batches.later.first, batches.evaluation and batches.evaluation.first)
+    if played.gradients != batches.gradients:  # torch keeps some as views of what the batch decides
+        played = batches
+    return _play(alike(setup), optim, strategy, ranks, per_node, rank, run.workspaces, micro_batches, played, evaluated)
+
+
+@lru_cache(maxsize=128)
+def _play(
+    setup: Setup,
+    optim: str,
+    strategy: Strategy,
+    ranks: int,
+    per_node: int,
+    rank: int,
+    workspaces: Sequence[int],
+    grad_accum_steps: int,
+    batches: _Batches,
+    evaluated: tuple[Kept, Sequence[int]] | None,
+) -> Play:
+    setup = replace(setup, training=setup.training.replace(optim=optim))
+    ledger = PlayLedger(ranks=per_node)
+    courses = _play_batches(
+        setup, strategy, ranks, per_node, rank, ledger, batches, workspaces, grad_accum_steps, evaluated, limit=0
+    )
+    return Play(ledger, courses, rank)
 
 
 def explained(
@@ -109,31 +249,54 @@ def play_engine(
     ledger: Ledger,
     *,
     full_depth: bool,
-    limit: int | None = None,
 ) -> None:
     """Play two steps, and evaluation, on one rank of ``ranks``, of which ``per_node`` are on a node; ``ledger`` keeps
     what it places.
     """
-    run, closed = run_of(setup, gpu)
-    accumulates = run.grad_accum_steps > 1
-    first = all_layers(setup, False) if full_depth else closed
-    if accumulates and not full_depth:
-        first = micro_batch(setup, full_depth=False, accumulated=False)
-    later = first
-    flat = strategy.kind == "fsdp" and strategy.fsdp.version == 1  # autograd makes one gradient of a unit's
-    if accumulates and strategy.kind in ("zero0", "zero1", "fsdp") and not flat:  # they stay where autograd put them
-        later = all_layers(setup, True) if full_depth else closed
+    run, _ = run_of(setup, gpu)
+    batches = _every_layer(setup, run, strategy) if full_depth else _closed(setup, run, strategy)
+    evaluated = None if run.evaluation is None else (run.evaluation.kept, batches.inputs)
+    _play_batches(
+        setup, strategy, ranks, per_node, rank, ledger, batches, run.workspaces, run.grad_accum_steps, evaluated
+    )
+
+
+def _every_layer(setup: Setup, run: Run, strategy: Strategy) -> _Batches:
+    """With every layer on the tape."""
+    first = later = all_layers(setup, False)
+    if run.grad_accum_steps > 1 and _leaves_gradients(strategy):
+        later = all_layers(setup, True)
+    return _Batches(first, later, evaluation_batch(setup, full_depth=True) if run.evaluation is not None else None)
+
+
+def _play_batches(
+    setup: Setup,
+    strategy: Strategy,
+    ranks: int,
+    per_node: int,
+    rank: int,
+    ledger: Ledger,
+    batches: _Batches,
+    workspaces: Sequence[int],
+    grad_accum_steps: int,
+    evaluated: tuple[Kept, Sequence[int]] | None,
+    limit: int | None = None,
+) -> list[Course]:
+    """:func:`play_engine` over ``batches``; return their courses.
+
+    Of evaluation it is told what is ``evaluated``: what is kept, and the inputs of the micro-batch before.
+    """
+    first, later = batches.first, batches.later
     model = first.layout(strategy.zero.ds_optimizer)
+    courses = [
+        course(each.unrolled, each.layout().numbers) if ledger.measures else each.course for each in batches.each
+    ]
     evaluation = None
-    if run.evaluation is not None:
-        batch = evaluation_batch(setup, full_depth=full_depth)
+    if evaluated is not None:
         evaluation = EvaluationLoop(
-            course=course(batch.unrolled, batch.layout().numbers, measured=ledger.measures),
-            inputs=first.tape.sizes[: first.tape.input_count],
-            kept=run.evaluation.kept,
-            ranks=ranks,
-            limit=limit,
+            course=courses[-1], inputs=evaluated[1], kept=evaluated[0], ranks=ranks, limit=limit
         )
+    others = grad_accum_steps - 1
     played = Played(
         loaded=_loaded(setup, strategy, model),
         converted=_converted(setup, strategy, model),
@@ -146,16 +309,15 @@ def play_engine(
         ),
         held=first.inventory.buffer_blocks,
         outlived=_outlived(setup, strategy, model),
-        workspaces=run.workspaces,
-        first=course(first.unrolled, model.numbers, measured=ledger.measures),
-        later=course(later.unrolled, later.layout().numbers, measured=ledger.measures),
-        grad_accum_steps=run.grad_accum_steps,
-        waiting=[
-            size * (run.grad_accum_steps - 1) for size in first.tape.sizes[: first.tape.input_count] if accumulates
-        ],
+        workspaces=workspaces,
+        first=courses[0],
+        later=courses[1] if later is not first else courses[0],
+        grad_accum_steps=grad_accum_steps,
+        waiting=[size * others for size in batches.inputs if others],
         evaluation=evaluation,
     )
     play(_engine(setup, strategy, first.root, model, ranks, per_node, rank, ledger), ledger, played)
+    return courses
 
 
 def _loaded(setup: Setup, strategy: Strategy, model: Layout) -> list[Loaded]:
@@ -290,11 +452,16 @@ def _engine(
     return zero.Zero12(places, ledger)
 
 
-def _ranks(strategy: Strategy, model: Layout, ranks: int) -> list[int]:
+def _ranks(strategy: Strategy, micro: MicroBatch, ranks: int) -> list[int]:
     """Those among which the fullest is. Stage 3 cuts every weight alike, and the first has no padding."""
     if strategy.kind in ("zero0", "zero3", "fsdp"):
         return [0]
-    return zero.fullest_ranks(zero.parameter_groups(model, ranks, strategy.zero.round_robin_gradients))
+    return _fullest_ranks(micro.first, strategy.zero.ds_optimizer, ranks, strategy.zero.round_robin_gradients)
+
+
+@lru_cache(maxsize=64)
+def _fullest_ranks(micro: MicroBatch, one_group: bool, ranks: int, round_robin: bool) -> list[int]:
+    return zero.fullest_ranks(zero.parameter_groups(micro.layout(one_group), ranks, round_robin))
 
 
 def host_memory(played: Sharded, cluster: ClusterSpec) -> HostMemory:

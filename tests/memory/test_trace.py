@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 import memplan
+from memplan.memory.depth import as_it_ran
 from memplan.memory.evaluation import Kept
-from memplan.memory.trace import EvaluationLoop, _evaluate, _Replay
+from memplan.memory.timeline import unroll
+from memplan.memory.trace import Batch, EvaluationLoop, _evaluate, _Replay
 from memplan.specs.strategy import ZeroSpec
 from memplan.specs.training import AllocatorSpec
 from memplan.tape.tape import Tape
@@ -103,5 +105,6 @@ def test_an_evaluation_that_dies_reserves_more_than_there_is(rows: int) -> None:
     limit = rows * 4 * MiB - MiB
     replay = _Replay(AllocatorSpec())
     replay.free(replay.allocate("step", [8 * MiB]))
-    _evaluate(replay, EvaluationLoop(tape, Kept((), 1), 1, limit))
+    batch = Batch(as_it_ran(unroll(tape, {})), tape.sizes, input_count=0)
+    _evaluate(replay, EvaluationLoop(batch, Kept((), 1), 1, limit))
     assert replay.peak_reserved == rows * 4 * MiB > limit

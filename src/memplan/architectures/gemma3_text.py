@@ -69,7 +69,7 @@ class Gemma3TextModel(GemmaModel):
         ids = position_ids(inputs_embeds)
         masks = self.masks(inputs_embeds)
         hidden_states = inputs_embeds
-        positions = {kind: self.rotary_emb(hidden_states, ids) for kind in set(self.c.layer_types)}
+        positions = {kind: self.rotary_emb(hidden_states, ids) for kind in sorted(set(self.c.layer_types))}
         for layer in self.layers:
             hidden_states = layer(hidden_states, positions[layer.layer_type], masks[layer.layer_type])
         return self.norm(hidden_states)

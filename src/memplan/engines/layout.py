@@ -9,7 +9,7 @@ from typing import Protocol
 
 from memplan.architectures.nn import Layers, Module
 from memplan.engines import checkpoint
-from memplan.memory.course import Block, Course, Key, Ledger
+from memplan.memory.course import WAITING, Block, Course, Key, Ledger
 from memplan.memory.evaluation import Kept, pile_up, to_host
 from memplan.memory.optimizers import OUTSIDE, groups_of
 from memplan.tape.tensor import Parameter
@@ -227,7 +227,7 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
         ledger.allocate("workspace", nbytes, name="cuBLAS, one per thread that runs GEMMs")
     micro_batches = min(run.grad_accum_steps, MICRO_BATCHES)
     for nbytes in run.waiting:
-        ledger.allocate("activations", nbytes, name="inputs of the step's other micro-batches")
+        ledger.allocate("activations", nbytes, name=WAITING)
     for step in range(STEPS):
         ledger.moves = []
         for number in range(micro_batches):

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from memplan.memory.evaluation import Kept
 from memplan.memory.optimizers import Optimizer, clip_grad_norm, rounded
-from memplan.memory.timeline import COMPONENTS, Moment, StepProfile
+from memplan.memory.timeline import COMPONENTS, Moment, StepProfile, Unrolled
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import GRADIENT, INPUT
 from memplan.tape.tensor import Parameter
@@ -36,13 +36,19 @@ class Run:
     parameters: Sequence[tuple[Parameter, int]]
     """Each made parameter once, with how many of the model it stands for."""
     buffer_bytes: int
-    profile: StepProfile
+    unrolled: Unrolled
+    """One micro-batch."""
     evaluation: Evaluation | None
     optimizer: Optimizer
     grad_accum_steps: int
     rules: DeviceRules
     workspaces: tuple[int, ...]
     """cuBLAS's, inside the allocator's memory: from the first step on."""
+
+    @cached_property
+    def profile(self) -> StepProfile:
+        """Of the micro-batch."""
+        return self.unrolled.profile()
 
     @cached_property
     def trainable(self) -> list[tuple[Parameter, int]]:

@@ -240,7 +240,8 @@ class Coordinator:
         else:
             self._running[module] = None
         wanted = self._wanted(module)
-        self._all_gather([shard for shard in wanted if self._is_away(shard)])
+        if wanted:
+            self._all_gather([shard for shard in wanted if self._is_away(shard)])
         for shard in wanted:
             self._active.setdefault(shard.key, set()).add(module)
             gather = self._inflight.pop(shard.key, None)

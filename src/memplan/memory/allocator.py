@@ -12,6 +12,7 @@ becomes free says so by the place of its free.
 
 A block is known by its address. Two tables of the free blocks, by their start and by their end, take the place of
 torch's list of neighbours: a neighbour is free if it is in a table, and segments lie 512 B apart so that no two meet.
+A training step frees and asks for a few sizes again and again, so a pool keeps its free blocks by size.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 from memplan.units import MiB
@@ -56,8 +57,6 @@ EMPTY_CACHE = -(2**62)
 """In a trace: ``torch.cuda.empty_cache()`` is called here."""
 
 _POOL_SHIFT = 52  # an address is its pool's number and 4 PiB of offsets, which are never used twice
-_KEY_SHIFT = 64  # a free block's key is its size and address: keys sort as torch's pools do
-_ADDRESS = (1 << _KEY_SHIFT) - 1
 _UNBOUNDED = 1 << 43  # an expandable segment's address space: torch takes 9/8 of the GPU's memory
 _NEVER = 1 << 62  # a size that nothing reaches
 
@@ -73,15 +72,43 @@ class OutOfMemoryError(Exception):
 
 
 class _Pool:
-    """The free blocks of one stream that are small, or large; the next segment begins at ``top``."""
+    """The free blocks of one stream that are small, or large, as torch's pools sort them: by size, then by address; the
+    next segment begins at ``top``.
+    """
 
-    __slots__ = ("keys", "page", "top", "unmapped")
+    __slots__ = ("addresses", "page", "sizes", "top", "unmapped")
 
     def __init__(self, number: int, page: int) -> None:
-        self.keys: list[int] = []
+        self.sizes: list[int] = []  # of which there is a free block, ascending
+        self.addresses: dict[int, list[int]] = {}  # of the free blocks of each size, ascending
         self.page = page
         self.top = (number << _POOL_SHIFT) + page  # no block has address 0
         self.unmapped: list[int] = []  # addresses of the unmapped blocks of an expandable segment, ascending
+
+    def blocks(self, least: int = 0) -> Iterator[tuple[int, int]]:
+        """Size and address of the free blocks of at least so many bytes, in order."""
+        for index in range(bisect_left(self.sizes, least), len(self.sizes)):
+            size = self.sizes[index]
+            for address in self.addresses[size]:
+                yield size, address
+
+    def add(self, size: int, address: int) -> None:
+        """A block is free."""
+        same = self.addresses.get(size)
+        if same:
+            insort(same, address)
+        else:
+            self.addresses[size] = [address]
+            insort(self.sizes, size)
+
+    def remove(self, size: int, address: int) -> None:
+        """A free block is taken."""
+        same = self.addresses[size]
+        if len(same) == 1:
+            del self.addresses[size]
+            del self.sizes[bisect_left(self.sizes, size)]
+        else:
+            del same[bisect_left(same, address)]
 
 
 class CachingAllocator:
@@ -177,17 +204,6 @@ class CachingAllocator:
         """From here on CUDA has no more than ``limit`` bytes to give, or what is reserved already."""
         self._limit = max(limit, self._reserved)
 
-    def malloc_regardless(self, nbytes: int) -> int:
-        """As :meth:`malloc`; where the limit does not suffice even without what is cached, it grows by what is lacking.
-
-        So a run that CUDA would end tells what it needs.
-        """
-        try:
-            return self.malloc(nbytes)
-        except OutOfMemoryError as error:
-            self._limit = error.reserved + error.nbytes + self._large_segment
-            return self.malloc(nbytes)
-
     # -- torch's counters -------------------------------------------------------------------------------------------
 
     @property
@@ -243,54 +259,127 @@ class CachingAllocator:
 
         Raises OutOfMemoryError where ``limit`` does not allow it and ValueError for a negative size.
         """
-        if nbytes <= 0:
-            if nbytes < 0:
-                raise ValueError(f"cannot allocate {nbytes} bytes")
-            return 0
-        size = round_size(nbytes, self._divisions) if self._divisions else (nbytes + 511) & -512
-        if size <= SMALL_SIZE:
-            pool = self._small.get(stream) or self._add_pool(stream, small=True)
-            tail = MIN_BLOCK
-        else:
-            pool = self._large.get(stream) or self._add_pool(stream, small=False)
-            tail = self._tail if size < self._unsplit else _UNBOUNDED
-        keys = pool.keys
-        index = bisect_left(keys, size << _KEY_SHIFT)
-        if not self._plain:
-            index = self._candidate(keys, index, size)
-        key = keys.pop(index) if index < len(keys) else self._grow(pool, size)
-        address = key & _ADDRESS
-        found = key >> _KEY_SHIFT
-        starts = self._starts
-        del starts[address]
-        rest = found - size
-        if rest >= tail:
-            begin = address + size
-            starts[begin] = rest
-            self._ends[address + found] = begin
-            insort(keys, (rest << _KEY_SHIFT) + begin)
-        else:
-            del self._ends[address + found]
-            size = found
-        self._live[address] = (size, nbytes)
-        self._allocated = allocated = self._allocated + size
-        if allocated > self._peak_allocated:
-            self._peak_allocated = allocated
-        return address
+        if nbytes < 0:
+            raise ValueError(f"cannot allocate {nbytes} bytes")
+        addresses = [0]
+        self.run((0,), (nbytes,), addresses, stream)
+        return addresses[0]
 
     def free(self, address: int) -> None:
         """Free the block at ``address``; 0 is none. Raises KeyError if no live block is there."""
-        if address:
-            size = self._live.pop(address)[0]
-            self._allocated -= size
-            self._add_free(self._pools[address >> _POOL_SHIFT].keys, address, address + size)
+        self.run((~0,), (), [address])
+
+    def run(
+        self,
+        events: Iterable[int],
+        sizes: Sequence[int],
+        addresses: list[int],
+        stream: int = 0,
+        *,
+        regardless: bool = False,
+    ) -> None:
+        """Allocate and free, event by event: ``e >= 0`` is a malloc of ``sizes[e]`` bytes, to which ``addresses[e]`` is
+        set; ``e < 0`` frees what lies at ``addresses[~e]``.
+
+        Where the limit does not suffice even without what is cached, OutOfMemoryError is raised; but ``regardless`` of
+        that the limit grows by what is lacking, so that a run that CUDA would end tells what it needs.
+        """
+        # All of malloc and free is in this loop, with _Pool's methods written out: a replay does nothing else.
+        small = self._small.get(stream) or self._add_pool(stream, small=True)
+        large = self._large.get(stream) or self._add_pool(stream, small=False)
+        starts, ends, live, pools = self._starts, self._ends, self._live, self._pools
+        plain, divisions, large_tail, unsplit = self._plain, self._divisions, self._tail, self._unsplit
+        allocated, peak = self._allocated, self._peak_allocated
+        try:
+            for event in events:
+                if event >= 0:
+                    nbytes = sizes[event]
+                    size = round_size(nbytes, divisions) if divisions and nbytes else (nbytes + 511) & -512
+                    if size <= SMALL_SIZE:
+                        if not size:
+                            addresses[event] = 0
+                            continue
+                        pool, tail = small, MIN_BLOCK
+                    else:
+                        pool, tail = large, large_tail if size < unsplit else _UNBOUNDED
+                    # The best fit: the smallest that is large enough, of these the first.
+                    same = pool.addresses.get(size) if plain else None
+                    if same:
+                        address = same.pop(0)
+                        found = size
+                        if not same:
+                            del pool.addresses[size]
+                            del pool.sizes[bisect_left(pool.sizes, size)]
+                    elif plain and (index := bisect_left(pool.sizes, size)) < len(pool.sizes):
+                        found = pool.sizes[index]
+                        same = pool.addresses[found]
+                        address = same.pop(0)
+                        if not same:
+                            del pool.addresses[found]
+                            del pool.sizes[index]
+                    else:
+                        address = (not plain and self._choose(pool, size)) or self._grow(pool, size, regardless)
+                        found = starts[address]
+                    del starts[address]
+                    rest = found - size
+                    if rest >= tail:
+                        begin = address + size
+                        starts[begin] = rest
+                        ends[address + found] = begin
+                        same = pool.addresses.get(rest)
+                        if same:
+                            insort(same, begin)
+                        else:
+                            pool.addresses[rest] = [begin]
+                            insort(pool.sizes, rest)
+                    else:
+                        del ends[address + found]
+                        size = found
+                    live[address] = size, nbytes
+                    addresses[event] = address
+                    allocated += size
+                    if allocated > peak:
+                        peak = allocated
+                elif address := addresses[~event]:
+                    size = live.pop(address)[0]
+                    allocated -= size
+                    pool = pools[address >> _POOL_SHIFT]
+                    end = address + size
+                    if end in starts:  # merged with the free block after it
+                        more = starts.pop(end)
+                        same = pool.addresses[more]
+                        if len(same) == 1:
+                            del pool.addresses[more]
+                            del pool.sizes[bisect_left(pool.sizes, more)]
+                        else:
+                            del same[bisect_left(same, end)]
+                        end += more
+                    if address in ends:  # and with the one before it
+                        address = ends.pop(address)
+                        more = starts[address]
+                        same = pool.addresses[more]
+                        if len(same) == 1:
+                            del pool.addresses[more]
+                            del pool.sizes[bisect_left(pool.sizes, more)]
+                        else:
+                            del same[bisect_left(same, address)]
+                    starts[address] = size = end - address
+                    ends[end] = address
+                    same = pool.addresses.get(size)
+                    if same:
+                        insort(same, address)
+                    else:
+                        pool.addresses[size] = [address]
+                        insort(pool.sizes, size)
+        finally:
+            self._allocated, self._peak_allocated = allocated, peak
 
     def empty_cache(self) -> None:
         """Return to CUDA every segment, or page of an expandable one, that holds no live block."""
         release = self._unmap if self._expandable else self._release
         for pool in self._pools:
-            for key in [*pool.keys]:
-                release(pool, key)
+            for size, address in [*pool.blocks()]:
+                release(pool, size, address)
 
     # -- free blocks ------------------------------------------------------------------------------------------------
 
@@ -300,66 +389,74 @@ class CachingAllocator:
         (self._small if small else self._large)[stream] = pool
         return pool
 
-    def _add_free(self, keys: list[int], address: int, end: int) -> None:
+    def _add_free(self, pool: _Pool, address: int, end: int) -> None:
         """Add a free block, merged with its free neighbours."""
         starts, ends = self._starts, self._ends
         if end in starts:
             size = starts.pop(end)
-            del keys[bisect_left(keys, (size << _KEY_SHIFT) + end)]
+            pool.remove(size, end)
             end += size
         if address in ends:
-            before = ends.pop(address)
-            del keys[bisect_left(keys, (starts[before] << _KEY_SHIFT) + before)]
-            address = before
-        starts[address] = size = end - address
+            address = ends.pop(address)
+            pool.remove(starts[address], address)
+        starts[address] = end - address
         ends[end] = address
-        insort(keys, (size << _KEY_SHIFT) + address)
+        pool.add(end - address, address)
 
-    def _drop_free(self, keys: list[int], key: int) -> None:
-        address = key & _ADDRESS
-        del keys[bisect_left(keys, key)]
-        del self._ends[address + self._starts.pop(address)]
+    def _drop_free(self, pool: _Pool, size: int, address: int) -> None:
+        pool.remove(size, address)
+        del self._starts[address]
+        del self._ends[address + size]
 
-    def _candidate(self, keys: list[int], index: int, size: int) -> int:
-        """Return the index of the block that torch takes from those that fit: the first, but for two settings."""
-        last = len(keys) - 1
-        if index > last:
-            return index
-        if self._expandable:
-            # A block that can grow counts with the size it can grow to, so that others are preferred.
-            while index < last and self._expandable_size(keys[index + 1]) < self._expandable_size(keys[index]):
-                index += 1
-        found = keys[index] >> _KEY_SHIFT
+    def _choose(self, pool: _Pool, size: int) -> int:
+        """Take from the pool what torch takes of the blocks that fit: the first, but for two settings; 0 is none."""
+        index = bisect_left(pool.sizes, size)
+        if index == len(pool.sizes):
+            return 0
+        found = pool.sizes[index]
+        address = pool.addresses[found][0]
+        # A block that can grow counts with the size it can grow to, so that others are preferred.
+        if self._expandable and (least := self._expandable_size(found, address)) > found:
+            for other in islice(pool.blocks(found), 1, None):
+                if (grown := self._expandable_size(*other)) >= least:
+                    break
+                (found, address), least = other, grown
         if size < self._max_split <= found or self._max_split <= size <= found - self._rounding:
-            return last + 1
-        return index
+            return 0
+        pool.remove(found, address)
+        return address
 
-    def _expandable_size(self, key: int) -> int:
-        size = key >> _KEY_SHIFT
-        return size + self._unmapped.get((key & _ADDRESS) + size, 0)
+    def _expandable_size(self, size: int, address: int) -> int:
+        return size + self._unmapped.get(address + size, 0)
 
     # -- segments ---------------------------------------------------------------------------------------------------
 
-    def _grow(self, pool: _Pool, size: int) -> int:
-        """Get memory from CUDA and return the key of a free block of at least ``size``, taken from the pool's keys."""
+    def _grow(self, pool: _Pool, size: int, regardless: bool) -> int:
+        """Get memory from CUDA and return the address of a free block of at least ``size``, taken from the pool."""
         take = self._map if self._expandable else self._open
-        key = take(pool, size)
-        if not key and self._release_oversize(pool, size):
-            key = take(pool, size)
-        if not key:
+        address = take(pool, size)
+        if address:
+            return address
+        if self._release_oversize(pool, size):
+            address = take(pool, size)
+        if not address:
             self.retries += 1
             self.empty_cache()
-            key = take(pool, size)
-        if not key:
+            address = take(pool, size)
+        if not address and regardless:
+            self._limit = self._reserved + size + self._large_segment
+            return self._grow(pool, size, regardless=False)
+        if not address:
             raise OutOfMemoryError(size, self._reserved, self._limit or 0)
-        return key
+        return address
 
     def _reserve(self, nbytes: int) -> bool:
         reserved = self._reserved + nbytes
         if self._limit is not None and reserved > self._limit:
             return False
         self._reserved = reserved
-        self._peak_reserved = max(self._peak_reserved, reserved)
+        if reserved > self._peak_reserved:
+            self._peak_reserved = reserved
         return True
 
     def _open(self, pool: _Pool, size: int) -> int:
@@ -371,14 +468,13 @@ class CachingAllocator:
         pool.top += nbytes + MIN_BLOCK  # a gap, so that blocks of two segments are never neighbours
         self._segments[address] = self._starts[address] = nbytes
         self._ends[address + nbytes] = address
-        return (nbytes << _KEY_SHIFT) + address
+        return address
 
-    def _release(self, pool: _Pool, key: int) -> bool:
+    def _release(self, pool: _Pool, size: int, address: int) -> bool:
         """cudaFree the segment of a free block; False if the block is only a part of it."""
-        address = key & _ADDRESS
-        if self._segments.get(address) != key >> _KEY_SHIFT:
+        if self._segments.get(address) != size:
             return False
-        self._drop_free(pool.keys, key)
+        self._drop_free(pool, size, address)
         self._reserved -= self._segments.pop(address)
         return True
 
@@ -387,13 +483,12 @@ class CachingAllocator:
         if self._expandable or self._max_split == _NEVER:
             return False
         target = max(size, self._max_split)
-        keys = pool.keys
-        index = bisect_left(keys, target << _KEY_SHIFT)
-        if index < len(keys):
-            return self._release(pool, keys[index])
+        best = next(pool.blocks(target), None)
+        if best is not None:
+            return self._release(pool, *best)
         released = 0
-        while keys and released < target and (largest := keys[-1] >> _KEY_SHIFT) >= self._max_split:
-            if not self._release(pool, keys[-1]):
+        while pool.sizes and released < target and (largest := pool.sizes[-1]) >= self._max_split:
+            if not self._release(pool, largest, pool.addresses[largest][-1]):
                 break
             released += largest
         return released >= target
@@ -414,9 +509,8 @@ class CachingAllocator:
             end = begin + mapped
             if not self._map_pages(pool, end, min(size - mapped, unmapped[end])):
                 return 0
-        key = (mapped << _KEY_SHIFT) + begin
-        del pool.keys[bisect_left(pool.keys, key)]
-        return key
+        pool.remove(mapped, begin)
+        return begin
 
     def _room(self, begin: int, size: int) -> int:
         """Return how much is free or unmapped from ``begin`` on, counting up to ``size``."""
@@ -437,21 +531,20 @@ class CachingAllocator:
             self._unmapped[address + nbytes] = rest
         else:
             del pool.unmapped[index]
-        self._add_free(pool.keys, address, address + nbytes)
+        self._add_free(pool, address, address + nbytes)
         return True
 
-    def _unmap(self, pool: _Pool, key: int) -> None:
+    def _unmap(self, pool: _Pool, size: int, address: int) -> None:
         """Return to CUDA the whole pages inside a free block."""
-        address, size = key & _ADDRESS, key >> _KEY_SHIFT
         begin = address + -(address - pool.top) % pool.page
         end = address + size - (address + size - pool.top) % pool.page
         if begin >= end:
             return
-        self._drop_free(pool.keys, key)
+        self._drop_free(pool, size, address)
         if address < begin:
-            self._add_free(pool.keys, address, begin)
+            self._add_free(pool, address, begin)
         if end < address + size:
-            self._add_free(pool.keys, end, address + size)
+            self._add_free(pool, end, address + size)
         self._reserved -= end - begin
         index = bisect_left(pool.unmapped, begin)
         if index < len(pool.unmapped) and pool.unmapped[index] == end:

@@ -8,12 +8,11 @@ what is alive on the tape at that moment.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import add
 from typing import Literal
 
-from memplan.memory.allocator import CachingAllocator
 from memplan.memory.optimizers import OUTSIDE
 from memplan.memory.timeline import COMPONENTS, Segment, Unrolled
 from memplan.tape.tape import Event, Tape
@@ -42,7 +41,7 @@ class Leg:
     """What an engine hooks into at its end."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Course:
     """The legs of the whole model, in the order in which they run, each with the weight or module of its event."""
 
@@ -134,6 +133,9 @@ writes of NVMe. Not in bytes: calls of collectives, and host_step, elements that
 
 COLLECTIVES: frozenset[Move] = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
 
+WAITING = "inputs of the step's other micro-batches"
+"""The name of the blocks of an engine's play that the size of the batch decides."""
+
 _HOST = ("host", "pinned", "locked")
 """The places of host memory."""
 
@@ -165,8 +167,6 @@ class Ledger:
         """Of the running step, by micro-batch; what the step itself moves is with the last one's."""
         self.moves_of_step: list[Counter[Move]] = []
         """The same of the last step, once it is over."""
-        self.sizes: dict[int, list[int]] = {}
-        """Of the GPU's blocks that are the engine's, by size: how many are alive, the most, how many were allocated."""
 
     # -- what engines do ---------------------------------------------------------------------------------------------
 
@@ -182,25 +182,12 @@ class Ledger:
         parts[component] = parts.get(component, 0) + nbytes
         self._totals[place] += nbytes
         self._look(place)
-        if place == "gpu":
-            self._count(nbytes)
         return Block(place, component, nbytes, name)
-
-    def _count(self, nbytes: int) -> None:
-        counts = self.sizes.get(nbytes)
-        if counts is None:
-            counts = self.sizes[nbytes] = [0, 0, 0]
-        counts[0] += 1
-        counts[2] += 1
-        if counts[0] > counts[1]:
-            counts[1] = counts[0]
 
     def free(self, *blocks: Block | None) -> None:
         """Give blocks back; None is none."""
         for block in blocks:
             if block is not None:
-                if block.place == "gpu":
-                    self.sizes[block.nbytes][0] -= 1
                 self._engine[block.place][block.component] -= block.nbytes
                 self._totals[block.place] -= block.nbytes
                 block.nbytes = 0
@@ -227,7 +214,6 @@ class Ledger:
         parts = self._engine["gpu"]
         parts["gradients"] = parts.get("gradients", 0) + nbytes
         self._totals["gpu"] += nbytes
-        self._count(nbytes)
         return Block("gpu", "gradients", nbytes, "as autograd makes them")
 
     def empty_cache(self) -> None:
@@ -304,82 +290,6 @@ class Ledger:
             if size:
                 parts[name] = parts.get(name, 0) + size
         return parts
-
-
-class ReplayLedger(Ledger):
-    """A ledger whose GPU is a caching allocator: blocks of engine and tape in the order in which they come.
-
-    It takes courses over tapes of all layers, and knows nothing of components and of other places.
-    """
-
-    measures = False
-
-    def __init__(self, allocator: CachingAllocator) -> None:
-        super().__init__()
-        self.allocator = allocator
-        self._malloc: Callable[[int], int] = allocator.malloc
-        self._peaks: dict[str, int] = {}
-        self._reserved = 0
-        self._addresses: dict[int, int] = {}
-        """Storage of the running tape -> where it lies."""
-
-    @property
-    def peaks(self) -> dict[str, int]:
-        """The most allocated in each phase."""
-        self.begin(self.phase)
-        return self._peaks
-
-    @property
-    def peak_reserved(self) -> int:
-        """The most reserved so far, what was given back included."""
-        return max(self._reserved, self.allocator.peak_reserved)
-
-    def begin(self, phase: str) -> None:
-        self._peaks[self.phase] = max(self._peaks.get(self.phase, 0), self.allocator.peak_allocated)
-        self._reserved = self.peak_reserved
-        self.allocator.reset_peak()
-        self.phase = phase
-
-    def allocate(self, component: str, nbytes: int, place: str = "gpu", name: str = "") -> Block:
-        block = Block(place, component, nbytes, name)
-        if place == "gpu":
-            block.address = self._malloc(nbytes)
-        return block
-
-    def free(self, *blocks: Block | None) -> None:
-        for block in blocks:
-            if block is not None and block.nbytes:
-                if block.place == "gpu":
-                    self.allocator.free(block.address)
-                block.nbytes = 0
-
-    def empty_cache(self) -> None:
-        self.allocator.empty_cache()
-
-    def confine(self, limit: int) -> None:
-        self.allocator.confine(limit)
-        self._malloc = self.allocator.malloc_regardless
-
-    def run(self, unrolled: Unrolled, leg: Leg) -> None:
-        sizes, taken, addresses = unrolled.tape.sizes, unrolled.taken, self._addresses
-        malloc, free = self._malloc, self.allocator.free
-        for event in unrolled.tape.log[leg.start : leg.end]:
-            if event >= 0:
-                addresses[event] = malloc(sizes[event])
-            elif ~event not in taken:
-                free(addresses.pop(~event))
-
-    def take(self, unrolled: Unrolled, leg: Leg) -> Block | None:
-        if leg.event is None or leg.event.storage < 0:
-            return None
-        block = Block("gpu", "gradients", unrolled.tape.sizes[leg.event.storage])
-        block.address = self._addresses.pop(leg.event.storage)
-        return block
-
-    def rewind(self) -> None:
-        for address in self._addresses.values():
-            self.allocator.free(address)
-        self._addresses.clear()
 
 
 class ExplainingLedger(Ledger):

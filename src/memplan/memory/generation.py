@@ -167,12 +167,7 @@ def replay(generation: Generation, allocator: CachingAllocator, devices: Sequenc
     if generation.decode is not None:
         allocator.reset_peak()
         caches = [[alive[storage] for storage in alive if generation.prefill.layer[storage] == layer] for layer in mine]
-        for blocks in generation.growth:
-            for pair, layer in zip(caches, mine, strict=True):
-                for part, nbytes in enumerate(blocks[layer]):
-                    grown = allocator.malloc(nbytes)
-                    allocator.free(pair[part])
-                    pair[part] = grown
+        _grow(allocator, caches, [[blocks[layer] for layer in mine] for blocks in generation.growth])
         seeded = [storage for storage in generation.decode.log if storage >= 0]
         held: dict[int, int] = {}
         for pair, layer in zip(caches, mine, strict=True):
@@ -192,13 +187,36 @@ def _replay_call(
     held: Mapping[int, int],
 ) -> dict[int, int]:
     """Returns the addresses of what the call leaves alive; ``held`` are those of what is there already."""
-    addresses = dict(held)
-    for event in call.log:
+    sizes = generation.tape.sizes
+
+    def is_here(event: int) -> bool:
         storage = event if event >= 0 else ~event
-        if devices[call.layer[storage] + 1] != device or not generation.tape.sizes[storage]:
-            continue
+        return devices[call.layer[storage] + 1] == device and sizes[storage] > 0
+
+    events = [event for event in call.log if event not in held and is_here(event)]
+    addresses = [held.get(storage, 0) for storage in range(len(sizes))]
+    allocator.run(events, sizes, addresses)
+    alive = dict.fromkeys([*held, *(event for event in events if event >= 0)])
+    for event in events:
         if event < 0:
-            allocator.free(addresses.pop(storage))
-        elif storage not in held:
-            addresses[storage] = allocator.malloc(generation.tape.sizes[storage])
-    return addresses
+            del alive[~event]
+    return {storage: addresses[storage] for storage in alive}
+
+
+def _grow(allocator: CachingAllocator, caches: list[list[int]], steps: Sequence[Sequence[tuple[int, int]]]) -> None:
+    """Keys and values of each layer grow step by step: made anew, then the old ones are freed."""
+    addresses = [address for cache in caches for address in cache]
+    firsts = [0, *accumulate(map(len, caches))]
+    now = list(range(len(addresses)))
+    events: list[int] = []
+    sizes = [0] * len(addresses)
+    for step in steps:
+        for first, blocks in zip(firsts, step):
+            for place, nbytes in enumerate(blocks, start=first):
+                events += (len(sizes), ~now[place])
+                now[place] = len(sizes)
+                sizes.append(nbytes)
+    addresses += [0] * (len(sizes) - len(addresses))
+    allocator.run(events, sizes, addresses)
+    for first, cache in zip(firsts, caches):
+        cache[:] = [addresses[number] for number in now[first : first + len(cache)]]

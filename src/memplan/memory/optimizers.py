@@ -236,6 +236,7 @@ class Optimizer:
         self._make_groups = groups
         self._states: dict[int, tuple[Parameter, tuple[int, ...]]] = {}
         """By the parameter's id(), with the parameter, so that no other gets its id."""
+        self._steps: dict[bool, StepLog] = {}
 
     @cached_property
     def groups(self) -> Groups:
@@ -259,6 +260,11 @@ class Optimizer:
 
     def step(self, first: bool = False) -> StepLog:
         """What one step allocates and frees; the first one makes the states, which are alive at the log's end."""
+        if first not in self._steps:
+            self._steps[first] = self._step(first)
+        return self._steps[first]
+
+    def _step(self, first: bool) -> StepLog:
         makes_states = first and not self.made_at_construction
         t = Tape(self.rules)
         states: list[Tensor] = []

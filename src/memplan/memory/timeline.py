@@ -78,6 +78,8 @@ class Unrolled:
     """Entries of the log that free another number of storages of the whole model than one, each time that their segment
     runs: every layer's, or none, where ``Segment.last`` tells them."""
     stacks: Stacks
+    _is_measured: bool = False
+    """Whether the segments know how they grow."""
 
     @cached_property
     def changes(self) -> list[int]:
@@ -101,10 +103,12 @@ class Unrolled:
     @cached_property
     def taken(self) -> frozenset[int]:
         """Storages of gradients that an engine takes, and frees."""
-        return frozenset(event.storage for event in self.tape.events)
+        return frozenset(event.storage for event in self.tape.events if event.storage >= 0)
 
     def profile(self) -> StepProfile:
         """Compute the peaks of the whole model. A tape without marks has one segment per phase."""
+        if not self._is_measured:
+            self._measure()
         peaks: dict[str, Moment] = {}
         best: dict[str, tuple[int, Segment, list[int]]] = {}
         total = 0
@@ -182,12 +186,11 @@ class Unrolled:
         segments = _segments(tape)
         for segment, same in zip(segments, self.segments, strict=True):
             segment.crossing, segment.last = same.crossing, same.last
-        unrolled = Unrolled(tape, segments, _runs(segments, self.stacks), self.frees, self.stacks)
-        unrolled._measure()
-        return unrolled
+        return Unrolled(tape, segments, _runs(segments, self.stacks), self.frees, self.stacks)
 
     def _measure(self) -> None:
         """Fill in each segment's net growth and its peak above its start."""
+        self._is_measured = True
         changes, component_of, log = self.changes, self.component_of, self.tape.log
         for segment in self.segments:
             segment.peak = max(accumulate(map(changes.__getitem__, log[segment.start : segment.end]), initial=0))
@@ -212,9 +215,7 @@ def unroll(tape: Tape, stacks: Stacks) -> Unrolled:
     """Lay out the whole model's log, from a tape on which each kind of layer ran once."""
     segments = _segments(tape)
     frees = _frees(tape, segments, _multiplicities(stacks))
-    unrolled = Unrolled(tape, segments, _runs(segments, stacks), frees, stacks)
-    unrolled._measure()
-    return unrolled
+    return Unrolled(tape, segments, _runs(segments, stacks), frees, stacks)
 
 
 def _multiplicities(stacks: Stacks) -> dict[LayerKey, int]:

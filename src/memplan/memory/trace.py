@@ -13,10 +13,10 @@ from memplan.memory.allocator import (
     TraceSummary,
     reserved_upper_bound,
 )
+from memplan.memory.depth import EveryLayer
 from memplan.memory.evaluation import FORWARDS, Kept, pile_up
 from memplan.memory.optimizers import Optimizer, clip_grad_norm
 from memplan.specs.training import AllocatorSpec
-from memplan.tape.tape import Tape
 from memplan.tape.tensor import Parameter
 from memplan.units import MiB
 
@@ -53,18 +53,11 @@ class _Replay:
         self, phase: str, log: Sequence[int], sizes: Sequence[int], addresses: list[int] | None = None
     ) -> list[int]:
         """Play a log, or a further part of one, and return where its tensors lie."""
-        allocator = self.allocator
-        malloc = allocator.malloc if allocator.limit is None else allocator.malloc_regardless
-        free = self.allocator.free
         if addresses is None:
             addresses = [0] * len(sizes)
         self._peak_reserved = self.peak_reserved
         self.allocator.reset_peak()
-        for event in log:
-            if event >= 0:
-                addresses[event] = malloc(sizes[event])
-            else:
-                free(addresses[~event])
+        self.allocator.run(log, sizes, addresses, regardless=True)
         self.peaks[phase] = max(self.peaks.get(phase, 0), self.allocator.peak_allocated)
         return addresses
 
@@ -74,15 +67,8 @@ class _Replay:
 
     def free(self, addresses: Iterable[int]) -> None:
         """Free what lies there, in that order."""
-        for address in addresses:
-            self.allocator.free(address)
-
-
-def _left_alive(log: Sequence[int]) -> list[int]:
-    """The tensors that a log allocates and does not free, in the order of their allocation."""
-    alive = {event for event in log if event >= 0}
-    alive.difference_update(~event for event in log if event < 0)
-    return sorted(alive)
+        addresses = list(addresses)
+        self.allocator.run([~i for i in range(len(addresses))], (), addresses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +100,13 @@ def reserved_bound(
 
 
 def engines_bound(
-    blocks: Mapping[int, Sequence[int]],
+    blocks: Mapping[int, tuple[int, int]],
     counts: Mapping[int, tuple[int, int]],
     micro_batches: int,
     evaluated: Mapping[int, tuple[int, int]],
 ) -> int:
-    """The same under an engine that shards, whose ``blocks`` a ledger has counted over all steps.
+    """The same under an engine that shards: ``blocks`` says for each size how many of its own are alive at most, and
+    allocated over all steps.
 
     ``evaluated`` says of a batch of evaluation what ``counts`` says of a micro-batch.
     """
@@ -127,7 +114,7 @@ def engines_bound(
     for size, (peak, number) in evaluated.items():
         most, allocated = live.get(size, (0, 0))
         live[size] = max(most, peak), allocated + number * FORWARDS
-    return _upper_bound({}, live, 1, [(size, most, number) for size, (_, most, number) in blocks.items()])
+    return _upper_bound({}, live, 1, [(size, most, number) for size, (most, number) in blocks.items()])
 
 
 def _upper_bound(
@@ -144,19 +131,23 @@ def _upper_bound(
     return reserved_upper_bound(TraceSummary(prefix, classes))
 
 
-def cuts(tape: Tape) -> list[tuple[str, int]]:
-    """Where forward, loss and backward begin in the tape's log."""
-    found = [("forward", 0)]
-    found += [(mark.name, mark.position) for mark in tape.marks if mark.name in ("loss", "backward")]
-    return found
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a micro-batch, or a batch of evaluation, allocates and frees in all layers."""
+
+    every: EveryLayer
+    sizes: Sequence[int]
+    """Bytes of each storage."""
+    input_count: int
+    """How many of the first storages are the batch itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationLoop:
     """Evaluation after the last step."""
 
-    tape: Tape
-    """A batch's forward."""
+    batch: Batch
+    """Its forward."""
     kept: Kept
     ranks: int
     """Processes from which predictions are gathered."""
@@ -165,27 +156,27 @@ class EvaluationLoop:
     before evaluation dies of them.
     """
 
-    def bound(self, counts: Mapping[int, tuple[int, int]]) -> int:
-        """Bytes that evaluation cannot add to what training has reserved at most, by the same proof: a segment that is
-        opened for it holds nothing else. ``counts`` says of a batch what :func:`reserved_bound` wants of a micro-batch.
-        """
-        kept: list[tuple[int, int, int]] = []
-        steps = self.kept.steps
-        for nbytes, _ in self.kept.predictions:
-            kept += [(nbytes * self.ranks * batches, 1, 1) for batches in range(2, steps + 1)]
-            kept += [(nbytes, 2, steps), (nbytes * self.ranks, 2, steps)]
-        return _upper_bound({}, counts, steps, kept)
+
+def evaluation_bound(kept: Kept, ranks: int, counts: Mapping[int, tuple[int, int]]) -> int:
+    """Bytes that evaluation cannot add to what training has reserved at most, by the same proof: a segment that is
+    opened for it holds nothing else. ``counts`` says of a batch what :func:`reserved_bound` wants of a micro-batch.
+    """
+    alive: list[tuple[int, int, int]] = []
+    for nbytes, _ in kept.predictions:
+        alive += [(nbytes * ranks * batches, 1, 1) for batches in range(2, kept.steps + 1)]
+        alive += [(nbytes, 2, kept.steps), (nbytes * ranks, 2, kept.steps)]
+    return _upper_bound({}, counts, kept.steps, alive)
 
 
 def _evaluate(replay: _Replay, loop: EvaluationLoop) -> None:
     """The batches whose predictions stay on the GPU."""
     if loop.limit is not None:
         replay.allocator.confine(loop.limit)
-    log, sizes = loop.tape.log, loop.tape.sizes
+    every, sizes = loop.batch.every, loop.batch.sizes
 
     def forward() -> None:
-        addresses = replay.run("eval", log, sizes)
-        replay.free(addresses[tensor] for tensor in _left_alive(log))
+        addresses = replay.run("eval", every.log, sizes)
+        replay.free(addresses[tensor] for tensor in every.left_alive)
 
     pile_up(loop.kept, loop.ranks, forward, partial(replay.allocate, "eval"), replay.free, gathers=loop.ranks > 1)
 
@@ -193,7 +184,7 @@ def _evaluate(replay: _Replay, loop: EvaluationLoop) -> None:
 def replay_steps(
     parameters: Sequence[Parameter],
     held: Sequence[int],
-    micro_batches: Sequence[Tape],
+    micro_batches: Sequence[Batch],
     optimizer: Optimizer,
     workspaces: Sequence[int],
     conf: AllocatorSpec | None = None,
@@ -204,10 +195,10 @@ def replay_steps(
 ) -> Replayed:
     """Load the weights, run two steps and the evaluation, and report the peaks.
 
-    ``held`` are further sizes held throughout (buffers, DDP's buckets); ``micro_batches`` are the tapes of a step's
-    micro-batches; ``workspaces`` are cuBLAS's, the first taken in forward, the others in backward; ``waiting``
-    are inputs of further micro-batches, which a step has from its start. With ``gradients_in_buckets`` backward ends
-    with the gradients in the buckets, and their own memory free.
+    ``held`` are further sizes held throughout (buffers, DDP's buckets); ``micro_batches`` are those of a step;
+    ``workspaces`` are cuBLAS's, the first taken in forward, the others in backward; ``waiting`` are inputs of further
+    micro-batches, which a step has from its start. With ``gradients_in_buckets`` backward ends with the gradients in
+    the buckets, and their own memory free.
     """
     replay = _Replay(conf or AllocatorSpec())
     replay.allocate("load", [*(p.nbytes for p in parameters), *held])
@@ -216,19 +207,18 @@ def replay_steps(
         replay.allocate("load", [nbytes for p in trainable for nbytes in optimizer.state_bytes(p)])
     replay.allocate("first_step", workspaces)
     clipping = [(nbytes, count) for nbytes, count in clip_grad_norm([(p, 1) for p in trainable], optimizer.rules)]
-    left = [_left_alive(tape.log) for tape in micro_batches]
     for step in range(STEPS):
         gradients: list[int] = []
         inputs = replay.allocate("forward" if step else "first_step", waiting)
-        for number, tape in enumerate(micro_batches):
+        for number, batch in enumerate(micro_batches):
             addresses: list[int] | None = None
-            places = cuts(tape)
-            for (phase, start), end in zip(places, [*(position for _, position in places[1:]), len(tape.log)]):
-                addresses = replay.run(phase if step else "first_step", tape.log[start:end], tape.sizes, addresses)
+            log, phases = batch.every.log, batch.every.phases
+            for (phase, start), end in zip(phases, [*(position for _, position in phases[1:]), len(log)]):
+                addresses = replay.run(phase if step else "first_step", log[start:end], batch.sizes, addresses)
             assert addresses is not None
-            alive = [addresses[tensor] for tensor in left[number]]
+            alive = [addresses[tensor] for tensor in batch.every.left_alive]
             # Inputs are allocated first; whatever else is left is a gradient, made by the first micro-batch.
-            kept = len(alive) if number else tape.input_count
+            kept = len(alive) if number else batch.input_count
             inputs += alive[:kept]
             gradients += alive[kept:]
         if gradients_in_buckets:

@@ -72,6 +72,18 @@ class Event(NamedTuple):
     """The gradient's; -1 is one that was added to the gradient there."""
 
 
+class Handed(NamedTuple):
+    """A tensor that passes over a border between layers."""
+
+    storage: int
+    state: tuple[Any, ...]
+    """All that decides what the next layer does with it."""
+
+
+BEFORE = -1
+"""Stands in a :data:`LayerKey` for what a backward runs before it enters a stack's layers."""
+
+
 class StopRecompute(Exception):
     """Raised when a checkpointed region has recomputed its last saved tensor (torch: early stop)."""
 
@@ -199,6 +211,10 @@ class Tape:
         """Those of ``flowing`` that are gradients which a layer made: each stands for those of other layers too."""
         self.passed_gradients: set[int] = set()
         """Those of ``passed`` that are a weight's gradient once backward is over; on their way they are temporary."""
+        self.handed_on: dict[LayerKey, list[Handed]] = {}
+        """By layer, what it hands on to the next one in forward."""
+        self.handed_back: dict[LayerKey, list[Handed]] = {}
+        """By layer, or BEFORE them, the gradients that are on their way as backward leaves it."""
         self._leaves: list[Tensor] = []
         """Leaves that are not weights: the graph holds them and their gradients until it is freed after backward."""
         self.input_count = 0
@@ -445,6 +461,10 @@ class Tape:
 
         What a layer hands on without having made it (T5's position bias, made by the first) outlives them all.
         """
+        _, layer = self._boundaries[-1]
+        if layer is not None:
+            state = x.node is None, x.dtype, x.shape, x.strides
+            self.handed_on.setdefault(layer, []).append(Handed(x.storage.id, state))
         if x.storage.id >= made_before:
             self.flowing.add(x.storage.id)
             if held:
@@ -535,9 +555,14 @@ class Tape:
             while running and node.seq <= running[-1][0]:
                 self._leave(running.pop())
             if boundaries and node.seq <= boundaries[-1][0]:
-                self._gradients_flow([node, *(entry[1] for entry in heap), *waiting], boundaries[-1][1])
+                left = boundaries[-1][1]
+                flowing = self._gradients_flow([node, *(entry[1] for entry in heap), *waiting], left)
                 while boundaries and node.seq <= boundaries[-1][0]:
                     self.mark("layer_backward_end", boundaries.pop()[1])
+                if left is None and boundaries and boundaries[-1][1] is not None:
+                    left = boundaries[-1][1][0], BEFORE
+                if left is not None:
+                    self.handed_back[left] = flowing
             while modules and node.seq <= modules[-1][1]:
                 entered = modules.pop()
                 if node.seq > entered[0] or entered[0] == entered[1]:  # one that does nothing has no node
@@ -606,17 +631,24 @@ class Tape:
         elif self.flat_parameters:
             self.events.append(Event(len(self.log), "end_backward", watched[2]))
 
-    def _gradients_flow(self, targets: Sequence[Node | AccumulateGrad], left: LayerKey | None) -> None:
+    def _gradients_flow(self, targets: Sequence[Node | AccumulateGrad], left: LayerKey | None) -> list[Handed]:
         """At the border of the layer that is left: the gradients on their way pass from one layer to the next."""
+        found = []
         for target in targets:
-            for grad in target.grads or ():
+            grads: Any = target.grads or ()
+            for slot in range(len(grads)):
+                grad = grads[slot]
                 if grad is not None:
+                    owners = getrefcount(grad), getrefcount(grad.storage)
+                    state = grad.is_view, owners, grad.dtype, grad.shape, grad.strides, target.__class__
+                    found.append(Handed(grad.storage.id, state))
                     if left is not None and grad.storage.id not in self.flowing:
                         self.passed.add(grad.storage.id)
                     self.flowing.add(grad.storage.id)
                     if self.components[grad.storage.id] == ACTIVATION:
                         # Written over what was saved, but it stands for the gradients of layers where that is not so.
                         self.tag(grad, TEMPORARY)
+        return found
 
     def _accumulate(self, buffer: list[Any], slot: int, results: list[Any], i: int) -> None:
         """InputBuffer::accumulate: into the old gradient if nobody else holds it, else into a new tensor."""
