@@ -22,8 +22,9 @@ from memplan.catalog.detect import detect_cluster, free_disk
 from memplan.catalog.gpus import all_gpus, find_gpu, parse_cluster
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.parallel import shared_out
-from memplan.planner import LADDER, Change, Objective, Setup, Target, changed, checkpointed, micro_batch_1, rungs
+from memplan.planner import Objective
 from memplan.results import Assumption, Check, Comparison, Estimate, EstimateList, Plan, StepTime
+from memplan.space import LADDER, Change, Setup, Target, changed, checkpointed, micro_batch_1, rungs
 from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec
@@ -203,9 +204,10 @@ def plan(
     asked = case.with_nvme(_asked(case, _with_global_batch(run, case.cluster.gpus, global_batch_size), None))
     planned = planner.plan(asked, case.timed, case.seconds, target, objective)
     found = tuple(rung for _, rung in planned.tried)
+    best = None if planned.best is None else found[planned.best]
+    result = Plan(best=best, rungs=found, pareto=planned.pareto, searched=planned.searched)
     if planned.best is None:
-        return Plan(best=None, rungs=found)
-    result = Plan(best=found[planned.best], rungs=found)
+        return result
     result._recipe.files = partial(_files, case, planned.tried[planned.best][0])
     return result
 

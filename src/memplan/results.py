@@ -41,7 +41,9 @@ __all__ = [
     "Phase",
     "PhaseName",
     "Plan",
+    "Point",
     "Rung",
+    "Searched",
     "StepTime",
     "Term",
     "Tool",
@@ -427,6 +429,33 @@ class Rung(Result):
     """Why another one was chosen; None for the chosen one."""
 
 
+class Point(Result):
+    """A setup that fits, and that none beats both in time and in the memory it leaves."""
+
+    name: str
+    """What the ladder calls it."""
+    setup: JsonObject
+    """Every option, resolved."""
+    seconds: float = Field(gt=0, allow_inf_nan=False)
+    """Of a step."""
+    tokens_per_second: float = Field(ge=0, allow_inf_nan=False)
+    high: Bytes
+    """The most that it may take of each GPU."""
+    headroom: Bytes
+    """What it leaves of each GPU, at the least."""
+
+
+class Searched(Result):
+    """How much of the space of setups was looked at, and how closely."""
+
+    setups: int = Field(ge=0)
+    """That there are: engines x checkpointing x micro-batches x sizes of buffers."""
+    estimated: int = Field(ge=0)
+    """For the others memory that grows with the batch, or time, told that they cannot be chosen."""
+    replayed: int = Field(ge=0)
+    """Estimates with the caching allocator's replay: what is chosen, and what only it could rule out."""
+
+
 class Recipe:
     """Makes the files of a plan's best, as text by name. No part of what the plan says: all are equal."""
 
@@ -454,6 +483,9 @@ class Plan(Answer):
     """All of them, in the order in which they give more up."""
     files: tuple[str, ...] = ()
     """Names of the files that run the best, as they were written."""
+    pareto: tuple[Point, ...] = ()
+    """The fastest setup, and then each that is the fastest of those that leave more of each GPU."""
+    searched: Searched | None = None
 
     @property
     def verdict(self) -> Verdict:
