@@ -15,15 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar, Union, get_args
 
-from memplan import estimator, micro_batch, planner
+from memplan import estimator, micro_batch, planner, solving
 from memplan.architectures.registry import FAMILIES
 from memplan.catalog import hub
 from memplan.catalog.detect import detect_cluster, free_disk
 from memplan.catalog.gpus import all_gpus, find_gpu, parse_cluster
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.parallel import shared_out
-from memplan.planner import Objective
-from memplan.results import Assumption, Check, Comparison, Estimate, EstimateList, Plan, StepTime
+from memplan.planner import Done, Objective, nothing
+from memplan.results import Assumption, Check, Comparison, Estimate, EstimateList, Plan, Question, Solved, StepTime
 from memplan.space import LADDER, Change, Setup, Target, changed, checkpointed, micro_batch_1, rungs
 from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
@@ -179,37 +179,202 @@ def plan(
     global_batch_size: int | None = None,
     target: Target = "deepspeed",
     objective: Objective = "throughput",
+    solve: Question | None = None,
     software: SoftwareLike = None,
+    done: Done = nothing,
 ) -> Plan:
-    """Walk the ladder, and choose what is best of what fits.
+    """Look for the best setup that fits: on the ladder, and beside it.
 
-    ``model``, ``training``, ``cluster`` and ``software`` are those of :func:`estimate`; the GPU must be known.
-    ``global_batch_size`` are the sequences of one step over all ranks, which stay as they are; None is what
-    ``training`` comes to. ``target`` says whose rungs the ladder has: ``deepspeed``, ``fsdp``, or ``auto`` for both.
-    The ``objective`` is ``throughput``, the least time of a step, or ``memory``, the least of each GPU.
+    Args:
+        model: as in :func:`estimate`.
+        training: as in :func:`estimate`.
+        cluster: as in :func:`estimate`; the GPU must be known.
+        global_batch_size: the sequences of one step over all ranks, which stay as they are; None is what ``training``
+            comes to.
+        target: whose rungs the ladder has: ``deepspeed``, ``fsdp``, or ``auto`` for both.
+        objective: ``throughput``, the least time of a step; ``memory``, the least of each GPU; ``gpus``, the fewest of
+            the cluster's GPUs, with the least time on them.
+        solve: ask for a value, which ``Plan.solved`` has: the largest ``micro-batch``, the longest sequence
+            (``seq-len``), the fewest ``gpus``, or the smallest ``gpu`` of the catalog, with which a rung fits. What is
+            asked for must not be given.
+        software: as in :func:`estimate`.
+        done: is told how many of how many families of setups have been looked at.
 
     Raises SpecError for a setup that the libraries refuse, UnsupportedError for what memplan does not model.
     """
-    for name, value, choices in (("target", target, get_args(Target)), ("objective", objective, get_args(Objective))):
+    for name, value, choices in (
+        ("target", target, get_args(Target)),
+        ("objective", objective, get_args(Objective)),
+        ("solve", solve, (None, *get_args(Question))),
+    ):
         if value not in choices:
-            raise SpecError.at(name, value, "is not known", f"Use {' or '.join(choices)}.")
-    case, run = _resolved(model, cluster, software), _training(training)
+            remedy = f"Use {' or '.join(filter(None, choices))}."
+            raise SpecError.at(name, value, "is not known", remedy)
+    run, hardware = _training(training), _cluster_spec(cluster)
     if run.task != "train":
         raise SpecError.at("task", run.task, "is not a training run, which a plan is for", "Leave it out.")
+    if solve is not None:
+        _check_asked(solve, objective, run, hardware)
+    case = _resolved(model, hardware.replace(gpu="T4") if solve == "gpu" else hardware, software)
     gpu = case.cluster.gpu
     if not isinstance(gpu, GPUSpec):
         raise SpecError.at("gpu", None, "is not known, and a plan is for a GPU", "Name it, as in --gpu A100-80GB.")
     if gpu.is_cpu:
         raise SpecError.at("gpu", gpu.name, "is none, and a plan is for a GPU", "Name one, as in --gpu A100-80GB.")
-    asked = case.with_nvme(_asked(case, _with_global_batch(run, case.cluster.gpus, global_batch_size), None))
-    planned = planner.plan(asked, case.timed, case.seconds, target, objective)
-    found = tuple(rung for _, rung in planned.tried)
-    best = None if planned.best is None else found[planned.best]
-    result = Plan(best=best, rungs=found, pareto=planned.pareto, searched=planned.searched)
-    if planned.best is None:
+    search = _Search(case, run, global_batch_size, target, objective, done)
+    if solve == "gpus":
+        return search.fewest_gpus(_counts(hardware))
+    if objective == "gpus":
+        return search.fewest_of(case.cluster)
+    if solve == "gpu":
+        return search.smallest_gpu()
+    return search.plan(case) if solve is None else search.largest(solve)
+
+
+def _check_asked(solve: Question, objective: Objective, run: TrainingSpec, hardware: ClusterSpec) -> None:
+    """Refuse a value for what is asked for."""
+    if objective != "throughput":
+        problem = f"is for a plan, and --solve {solve} has an objective of its own"
+        raise SpecError.at("objective", objective, problem, "Leave one of them out.")
+    asked: Mapping[Question, tuple[Spec, tuple[str, ...]]] = {
+        "micro-batch": (run, ("micro_batch_size",)),
+        "seq-len": (run, ("seq_len",)),
+        "gpus": (hardware, ("gpus",)),
+        "gpu": (hardware, ("gpu", "gpu_memory")),
+    }
+    spec, names = asked[solve]
+    for name in names:
+        if name in spec.model_fields_set and getattr(spec, name) is not None:
+            value = getattr(spec, name)
+            shown = value.name if isinstance(value, GPUSpec) else value
+            raise SpecError.at(name, shown, f"is given, and --solve {solve} asks for it", "Leave one of them out.")
+
+
+def _counts(cluster: ClusterSpec) -> list[tuple[int, int]]:
+    """Numbers of GPUs and nodes up to 64 GPUs: as many on each of the nodes that are given, or whole nodes of 8."""
+    if "nodes" in cluster.model_fields_set:
+        return [(gpus, cluster.nodes) for gpus in range(cluster.nodes, 65, cluster.nodes)]
+    return [*((gpus, 1) for gpus in range(1, 9)), *((8 * nodes, nodes) for nodes in range(2, 9))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """The plans of one call."""
+
+    case: _Case
+    run: TrainingSpec
+    global_batch_size: int | None
+    target: Target
+    objective: Objective
+    done: Done
+
+    def asked(self, case: _Case) -> Setup:
+        run = _with_global_batch(self.run, case.cluster.gpus, self.global_batch_size)
+        return case.with_nvme(_asked(case, run, None))
+
+    def plan(self, case: _Case, solved: Solved | None = None) -> Plan:
+        asked, objective = self.asked(case), self.objective
+        if objective == "gpus":
+            objective = "throughput"
+        found = planner.plan(asked, case.timed, case.seconds, self.target, objective, self.done)
+        return self.result(case, found, solved)
+
+    def largest(self, question: Question) -> Plan:
+        """The plan with the largest micro-batch, or the longest sequence."""
+        asked, case = self.asked(self.case), self.case
+        if question == "micro-batch":
+            scale = solving.micro_batches(asked, of_batch=self.global_batch_size is not None)
+        else:
+            scale = solving.seq_lens(_longest(case.model, self.run))
+        asked = scale.apply(asked, scale.values[0])
+        found, value = solving.solve(asked, scale, case.timed, case.seconds, self.target, self.done)
+        place = -1 if value is None else scale.values.index(value)
+        is_last = place == len(scale.values) - 1
+        following = None if is_last else scale.values[place + 1]
+        solved = Solved(question=question, value=value, next=following, limit=scale.limit if is_last else "")
+        return self.result(case, found, solved)
+
+    def fewest_gpus(self, counts: Sequence[tuple[int, int]]) -> Plan:
+        """The plan on the fewest GPUs on which something fits, of these numbers of GPUs and nodes."""
+        cases: list[_Case] = []
+        refused: SpecError | None = None
+        for gpus, nodes in counts:
+            case = replace(self.case, cluster=self.case.cluster.replace(gpus=gpus, nodes=nodes))
+            try:
+                self.asked(case)
+            except SpecError as error:
+                refused = refused or error
+            else:
+                cases.append(case)
+        if not cases and refused is not None:
+            raise refused  # no number of them shares the batch evenly
+        for number, case in enumerate(cases):
+            answers = planner.Answers(case.timed, case.seconds)
+            if planner.feasible(self.asked(case), answers, self.target):
+                fewer = cases[number - 1].cluster.gpus if number else None
+                limit = "" if number else f"{case.cluster.gpus} is the least"
+                return self.plan(case, Solved(question="gpus", value=case.cluster.gpus, next=fewer, limit=limit))
+        most = cases[-1]
+        limit = f"{most.cluster.gpus} is the most that was tried"
+        return self.plan(most, Solved(question="gpus", value=None, next=most.cluster.gpus, limit=limit))
+
+    def fewest_of(self, cluster: ClusterSpec) -> Plan:
+        """The plan on the fewest of a cluster's GPUs: of one node, or of whole nodes."""
+        run = _with_global_batch(self.run, cluster.gpus, self.global_batch_size)
+        size = run.micro_batch_size * run.grad_accum_steps * cluster.gpus
+        # As many sequences for each rank as there are ranks to share them.
+        given = {name: getattr(self.run, name) for name in self.run.model_fields_set - {"grad_accum_steps"}}
+        counts = [(gpus, 1) for gpus in range(1, cluster.gpus_per_node + 1)]
+        counts += [(cluster.gpus_per_node * nodes, nodes) for nodes in range(2, cluster.nodes + 1)]
+        return replace(self, run=TrainingSpec(**given), global_batch_size=size).fewest_gpus(counts)
+
+    def smallest_gpu(self) -> Plan:
+        """The plan on the GPU of the catalog with the least memory on which something fits, the slower of equals."""
+        gpus = sorted(all_gpus(), key=lambda gpu: (gpu.memory_bytes, gpu.bf16_tflops or gpu.fp16_tflops or 0.0))
+        asked = self.asked(self.case)
+        floors: dict[object, int] = {}
+        smaller: GPUSpec | None = None
+        for gpu in gpus:
+            on, kind = self.case.on(gpu), self.case.kind_of(gpu, asked)
+            if kind is None:
+                continue
+            if kind not in floors:
+                held = (on.floor(least) for least in planner.least_of(asked, self.target))
+                floors[kind] = min(filter(None, held), default=0)  # what is refused holds nothing
+            if gpu.memory_bytes >= floors[kind] and planner.feasible(
+                self.asked(on), planner.Answers(on.timed, on.seconds), self.target
+            ):
+                below, limit = smaller and smaller.name, "" if smaller else "it is the smallest"
+                return self.plan(on, Solved(question="gpu", value=gpu.name, next=below, limit=limit))
+            smaller = gpu
+        largest = self.case.on(gpus[-1])
+        limit = "it is the largest of the catalog"
+        return self.plan(largest, Solved(question="gpu", value=None, next=gpus[-1].name, limit=limit))
+
+    def result(self, case: _Case, found: planner.Planned, solved: Solved | None = None) -> Plan:
+        rungs = tuple(rung for _, rung in found.tried)
+        best = None if found.best is None else rungs[found.best]
+        result = Plan(best=best, rungs=rungs, pareto=found.pareto, searched=found.searched, solved=solved)
+        if found.best is not None:
+            result._recipe.files = partial(_files, case, found.tried[found.best][0])
         return result
-    result._recipe.files = partial(_files, case, planned.tried[planned.best][0])
-    return result
+
+
+def _longest(model: ModelSpec, run: TrainingSpec) -> int | None:
+    """Tokens that a model has positions for; None if it has no end of them."""
+    config = model.config
+    if (run.head or model.architecture).lower().replace("-", "").endswith("imageclassification"):
+        raise SpecError.at("solve", "seq-len", "has no answer: images have no length", "Use --solve micro-batch.")
+    if "relative_attention_num_buckets" in config:  # T5: n_positions is what it was trained on
+        return None
+    found = next((config[name] for name in _POSITIONS if isinstance(config.get(name), int)), None)
+    if found is not None and model.model_type in ("roberta", "xlm-roberta", "camembert"):
+        return int(found) - int(config.get("pad_token_id") or 1) - 1  # the padding's position, and those before it
+    return found
+
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+"""What configs call the number of positions."""
 
 
 def _files(case: _Case, setup: Setup) -> dict[str, str]:

@@ -140,7 +140,7 @@ _PATHS = {option.name: option.flag for option in OPTIONS} | {
     "lora.targets": "--lora-targets",
     "lora.dropout": "--lora-dropout",
     "quantization.kind": "--quantization",
-    **{name: f"--{name.replace('_', '-')}" for name in ("global_batch_size", "target", "objective", "out")},
+    **{name: f"--{name.replace('_', '-')}" for name in ("global_batch_size", "target", "objective", "solve", "out")},
 }
 """A field's path, as an error names it -> the option that sets it."""
 
@@ -285,15 +285,25 @@ def plan(
         str, typer.Option(metavar="deepspeed|fsdp|auto", help="Whose rungs the ladder has.")
     ] = "deepspeed",
     objective: Annotated[
-        str, typer.Option(metavar="throughput|memory", help="What is best: the least time, or the least memory.")
+        str,
+        typer.Option(
+            metavar="throughput|memory|gpus", help="What is best: the least time, the least memory, or the fewest GPUs."
+        ),
     ] = "throughput",
+    solve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="micro-batch|seq-len|gpus|gpu",
+            help="Ask for the largest, the longest, the fewest or the smallest with which a setup fits.",
+        ),
+    ] = None,
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write the files that run the best: bash DIR/launch.sh")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are in DIR already.")] = False,
     **options: Any,
 ) -> _Answer:
-    """Walk the ladder, and choose the fastest setup that fits.
+    """Look for the fastest setup that fits: on the ladder, and beside it.
 
     Exit codes: 0 a rung fits, 1 none is known to, 2 bad input, 3 only one that is tight.
     """
@@ -303,7 +313,8 @@ def plan(
     _only_estimated(given, _ONE_ESTIMATE)
     if global_batch_size is not None:
         given["global_batch_size"] = global_batch_size
-    wishes: dict[str, Any] = {"target": target, "objective": objective, "software": given.get("software")}
+    wishes: dict[str, Any] = {"target": target, "objective": objective, "solve": solve}
+    wishes["software"] = given.get("software")
     if global_batch_size is not None:
         wishes["global_batch_size"] = _value(given, "global_batch_size")
     result = api.plan(model, _training(given), _cluster(given), **wishes)

@@ -33,23 +33,38 @@ __all__ = [
     "RESOLUTION",
     "Answers",
     "Change",
+    "Done",
+    "Estimator",
+    "Found",
     "Objective",
     "Planned",
     "Setup",
     "Target",
+    "Timer",
     "changed",
+    "feasible",
+    "nothing",
+    "pace",
+    "passed_over",
     "plan",
+    "planned",
     "rungs",
 ]
 
 Objective: TypeAlias = Literal["throughput", "memory", "gpus"]
 Estimator: TypeAlias = Callable[[Setup, bool], Estimate]
 Timer: TypeAlias = Callable[[Setup], float]
+Done: TypeAlias = Callable[[int, int], None]
+"""Is told how much of how much has been looked at."""
 
 RESOLUTION = 0.02
 """Share of a step's time below which two setups count as equally fast. Between setups of one model on the same GPUs the
 model's constants are the same, so they differ by less than its interval says; but docs/throughput.md has no pair of
 measured runs that tells differences of a percent apart."""
+
+
+def nothing(number: int, of: int) -> None:
+    """Tell nobody."""
 
 
 def pace(seconds: float) -> int:
@@ -131,6 +146,11 @@ class Answers:
         except (SpecError, UnsupportedError):
             return None
 
+    def searched(self, setups: int) -> Searched:
+        """How much of ``setups`` was looked at."""
+        estimated = len({*self.quick, *self.exact, *self.times})
+        return Searched(setups=setups, estimated=estimated, replayed=len(self.exact))
+
 
 class Planned(NamedTuple):
     """What :func:`plan` comes to."""
@@ -149,7 +169,7 @@ def plan(
     seconds: Timer,
     target: Target = "deepspeed",
     objective: Objective = "throughput",
-    done: Callable[[int, int], None] = lambda number, of: None,
+    done: Done = nothing,
 ) -> Planned:
     """Walk the ladder from ``asked`` on, look beside it, and choose among what fits.
 
@@ -164,7 +184,7 @@ def plan(
     answers.exact[asked] = estimate(asked, True)
     every = families(asked, target)
     names: dict[Setup, str] = {}
-    tried: list[_Found] = []
+    tried: list[Found] = []
     choices: list[tuple[Setup, str]] = []
     for number, family in enumerate(every):
         own = _may_fit(family, answers) if objective != "memory" else [family.setup]
@@ -177,35 +197,53 @@ def plan(
             # Down the ladder the fastest batch may be that of a rung before.
             if setup is not None and found is not None and setup not in names:
                 names[setup] = family.name
-                tried.append(_Found(family.name, setup, found))
+                tried.append(Found(family.name, setup, found))
         done(number + 1, len(every))
     best = _best(tried, choices, answers, objective)
     if best is not None and best not in tried:
         tried.append(best)
-    return Planned(
-        None if best is None else tried.index(best),
-        tuple(
-            (
-                each.setup,
-                Rung(
-                    name=each.name,
-                    estimate=each.estimate,
-                    reason_passed_over=None if each == best else _reason(each.estimate, best, objective),
-                ),
-            )
-            for each in tried
-        ),
+    setups = sum(len(levels(each)) for family in every for each in family.micro_batches())
+    return planned(
+        tried,
+        best,
+        lambda each: passed_over(each, best, objective),
         _pareto(choices, answers),
-        Searched(
-            setups=sum(len(levels(each)) for family in every for each in family.micro_batches()),
-            estimated=len({*answers.quick, *answers.exact, *answers.times}),
-            replayed=len(answers.exact),
-        ),
+        answers.searched(setups),
     )
 
 
+def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed") -> bool:
+    """Whether :func:`plan` would find something that fits."""
+    may_fit = [
+        family.setup for family in families(asked, target) if any(map(answers.may_fit, levels(family.setup)[::-1]))
+    ]
+    # What gives most up needs least.
+    return any(answers.sized(setup) is not None for setup in reversed(may_fit))
+
+
+def least_of(asked: Setup, target: Target = "deepspeed") -> list[Setup]:
+    """Return the setups that need least of each engine: the smallest micro-batch and buffers."""
+    return [levels(family.setup)[-1] for family in families(asked, target)]
+
+
+def planned(
+    tried: Sequence[Found],
+    best: Found | None,
+    reason: Callable[[Found], str],
+    pareto: tuple[Point, ...],
+    searched: Searched,
+) -> Planned:
+    """Put an answer together; ``reason`` says why one was not chosen."""
+    rungs = (
+        Rung(name=each.name, estimate=each.estimate, reason_passed_over=None if each == best else reason(each))
+        for each in tried
+    )
+    place = None if best is None else tried.index(best)
+    return Planned(place, tuple((each.setup, rung) for each, rung in zip(tried, rungs, strict=True)), pareto, searched)
+
+
 @dataclass(frozen=True, slots=True)
-class _Found:
+class Found:
     """A family's best."""
 
     name: str
@@ -232,7 +270,7 @@ def _may_fit(family: Family, answers: Answers) -> list[Setup]:
     return sizes[: fitting + 1]
 
 
-def _is_faster(choices: Sequence[Setup], others: Sequence[_Found], answers: Answers) -> bool:
+def _is_faster(choices: Sequence[Setup], others: Sequence[Found], answers: Answers) -> bool:
     """Whether one of the setups may take less time than others that fit."""
     least = min((_pace(each.estimate) for each in others if each.estimate.verdict == "fits"), default=1 << 62)
     return any(pace(answers.time(each)) < least for each in choices)
@@ -267,8 +305,8 @@ def _least(choices: Sequence[Setup], answers: Answers) -> Setup | None:
 
 
 def _best(
-    tried: Sequence[_Found], choices: Sequence[tuple[Setup, str]], answers: Answers, objective: Objective
-) -> _Found | None:
+    tried: Sequence[Found], choices: Sequence[tuple[Setup, str]], answers: Answers, objective: Objective
+) -> Found | None:
     """The best of all that fits, or else of the rungs that may."""
     chosen = _chosen([setup for setup, _ in choices], answers, objective)
     if chosen is not None:
@@ -276,7 +314,7 @@ def _best(
         assert found is not None  # it fits
         told = next((each for each in tried if each.setup == chosen), None)
         alike = (name for setup, name in choices if chosen in levels(setup))
-        return told or _Found(next(alike), chosen, found)
+        return told or Found(next(alike), chosen, found)
     tight = [each for each in tried if each.estimate.verdict == "tight"]
     if objective == "memory":
         return min(tight, key=lambda each: (each.estimate.gpu.high, simplicity(each.setup)), default=None)
@@ -328,8 +366,9 @@ def _point(name: str, found: Estimate | None) -> Point | None:
     )
 
 
-def _reason(estimate: Estimate, best: _Found | None, objective: Objective) -> str:
+def passed_over(each: Found, best: Found | None, objective: Objective = "throughput") -> str:
     """Why a rung was not chosen."""
+    estimate = each.estimate
     gpu, host, nvme = estimate.gpu, estimate.host, estimate.nvme
     if estimate.verdict == "fits" and best is not None:
         other = best.estimate

@@ -42,8 +42,10 @@ __all__ = [
     "PhaseName",
     "Plan",
     "Point",
+    "Question",
     "Rung",
     "Searched",
+    "Solved",
     "StepTime",
     "Term",
     "Tool",
@@ -445,6 +447,22 @@ class Point(Result):
     """What it leaves of each GPU, at the least."""
 
 
+Question: TypeAlias = Literal["micro-batch", "seq-len", "gpus", "gpu"]
+"""What a plan may be asked for beside the fastest setup."""
+
+
+class Solved(Result):
+    """The answer to a question that has one value for an answer."""
+
+    question: Question
+    value: int | str | None
+    """Sequences, tokens, GPUs or a GPU's name, with which the best fits; None if it fits with none."""
+    next: int | str | None
+    """The next value, with which nothing fits: one more, or in GPUs one less. None if there is none."""
+    limit: str
+    """Why there is no next, in words; else empty."""
+
+
 class Searched(Result):
     """How much of the space of setups was looked at, and how closely."""
 
@@ -486,6 +504,8 @@ class Plan(Answer):
     pareto: tuple[Point, ...] = ()
     """The fastest setup, and then each that is the fastest of those that leave more of each GPU."""
     searched: Searched | None = None
+    solved: Solved | None = None
+    """The answer to ``solve``, and to ``objective="gpus"``."""
 
     @property
     def verdict(self) -> Verdict:

@@ -79,17 +79,18 @@ def estimates_text(
 def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None = None) -> str:
     """Return a row per rung, the page of the best, and how to run what was written into ``folder``."""
     console = console or _console()
-    first = plan.rungs[0].estimate
+    first = (plan.best or plan.rungs[0]).estimate
+    of_lengths = plan.solved is not None and plan.solved.question == "seq-len"
     table = _grid(header=True)
     table.add_column("rung")
-    for header in ("batch", "peak GiB", "host GiB", "s/step"):
+    for header in ("tokens" if of_lengths else "batch", "peak GiB", "host GiB", "s/step"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for rung in plan.rungs:
         found, chosen = rung.estimate, rung == plan.best
         table.add_row(
             rung.name,
-            words.micro_batches(found),
+            words.tokens(found) if of_lengths else words.micro_batches(found),
             words.gib(found.gpu.peak_device),
             words.gib(found.host.peak),
             "-" if found.step is None else f"{found.step.seconds:.3g}",
@@ -103,11 +104,16 @@ def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None 
         if plan.verdict == "unknown":
             next_step = words.next_steps(last.estimate)
             answer, why = "Whether anything fits is not known.", f"{why} {next_step[:1].upper()}{next_step[1:]}."
+        if plan.solved is not None and plan.verdict != "unknown":
+            answer = f"{words.solved(plan)}."
         unwritten = "" if folder is None else " No files are written."
         return _text(Group(_model(first), Text(), table, Text(), Text(f"{answer} {why}{unwritten}")), console)
     title = _line(best.name, style="bold")
     body = _body(best.estimate, console.width, words.next_steps(best.estimate))
-    page = _text(Group(_model(first), Text(), table, Text(), title, _setup(best.estimate), *body), console)
+    answers: list[RenderableType] = []
+    if plan.solved is not None:
+        answers = [Text(), Text(f"{words.solved(plan)}.", style="bold")]
+    page = _text(Group(_model(first), Text(), table, *answers, Text(), title, _setup(best.estimate), *body), console)
     return page if folder is None else f"{page}\n\n{_how_to_run(plan.files, folder, console.width)}"
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memplan.results import Assumption, Comparison, CountedModel, Estimate, StepTime, Verdict, verdict_by_place
+from memplan.results import (
+    Assumption,
+    Comparison,
+    CountedModel,
+    Estimate,
+    Plan,
+    StepTime,
+    Verdict,
+    verdict_by_place,
+)
 from memplan.units import GiB, KiB, gib
 
 __all__ = [
@@ -27,6 +36,8 @@ __all__ = [
     "precision_facts",
     "rungs",
     "setup_facts",
+    "solved",
+    "tokens",
     "verdict",
     "verdict_in_a_row",
 ]
@@ -182,6 +193,33 @@ def rungs(estimates: Sequence[Estimate]) -> list[str]:
 def micro_batches(estimate: Estimate) -> str:
     """Sequences of a micro-batch x micro-batches of a step."""
     return f"{option(estimate, 'micro_batch_size')} x {option(estimate, 'grad_accum_steps') or 1}"
+
+
+def tokens(estimate: Estimate) -> str:
+    """The sequence length."""
+    return f"{option(estimate, 'seq_len'):,}"
+
+
+_ASKED = {
+    "micro-batch": ("largest micro-batch", "sequence", "sequences"),
+    "seq-len": ("longest sequence", "token", "tokens"),
+    "gpus": ("fewest GPUs", "GPU", "GPUs"),
+    "gpu": ("smallest GPU", "", ""),
+}
+
+
+def solved(plan: Plan) -> str:
+    """The answer to what was asked for, in a line."""
+    found = plan.solved
+    assert found is not None
+    name, one, many = _ASKED[found.question]
+    if found.value is None or plan.best is None:
+        limit = f": {found.limit}" if found.limit else ""
+        return f"No {name.split(maxsplit=1)[1] if found.question != 'gpus' else 'number of GPUs'} fits{limit}"
+    value = found.value
+    shown = value if isinstance(value, str) else f"{value:,} {one if value == 1 else many}"
+    limit = f", {found.limit}" if found.limit else ""
+    return f"The {name} that fit{'' if found.question == 'gpus' else 's'}: {shown} ({plan.best.name}){limit}"
 
 
 def _batch_of_rung(estimate: Estimate) -> str:
