@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 from dataclasses import replace
 from functools import cache
@@ -275,6 +276,12 @@ def test_a_plan_that_fits_fits_by_an_estimate_of_its_own() -> None:
     assert again.gpu == found.best.estimate.gpu
     assert Plan.from_json(found.to_json()) == found
     assert {"best", "rungs", "files"} <= json.loads(found.to_json()).keys()
+
+
+def test_the_page_holds() -> None:
+    page = str(Path(__file__).parents[1] / "docs" / "planning.md")
+    found = doctest.testfile(page, module_relative=False)
+    assert (found.failed, found.attempted > 4) == (0, True)
 
 
 def test_targets() -> None:

@@ -31,6 +31,7 @@ from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
+from memplan.units import GiB
 
 if TYPE_CHECKING:
     from torch import nn
@@ -239,7 +240,7 @@ def _check_asked(solve: Question, objective: Objective, run: TrainingSpec, hardw
     asked: Mapping[Question, tuple[Spec, tuple[str, ...]]] = {
         "micro-batch": (run, ("micro_batch_size",)),
         "seq-len": (run, ("seq_len",)),
-        "gpus": (hardware, ("gpus",)),
+        "gpus": (hardware, ("gpus",) if hardware.nodes == 1 else ()),  # several nodes say what a node is
         "gpu": (hardware, ("gpu", "gpu_memory")),
     }
     spec, names = asked[solve]
@@ -251,9 +252,9 @@ def _check_asked(solve: Question, objective: Objective, run: TrainingSpec, hardw
 
 
 def _counts(cluster: ClusterSpec) -> list[tuple[int, int]]:
-    """Numbers of GPUs and nodes up to 64 GPUs: as many on each of the nodes that are given, or whole nodes of 8."""
-    if "nodes" in cluster.model_fields_set:
-        return [(gpus, cluster.nodes) for gpus in range(cluster.nodes, 65, cluster.nodes)]
+    """Numbers of GPUs and nodes up to 64 GPUs: of one node, then whole nodes of 8; or whole nodes as they are given."""
+    if cluster.nodes > 1:
+        return [(cluster.gpus_per_node * nodes, nodes) for nodes in range(1, max(64 // cluster.gpus_per_node, 1) + 1)]
     return [*((gpus, 1) for gpus in range(1, 9)), *((8 * nodes, nodes) for nodes in range(2, 9))]
 
 
@@ -312,10 +313,9 @@ class _Search:
             answers = planner.Answers(case.timed, case.seconds)
             if planner.feasible(self.asked(case), answers, self.target):
                 fewer = cases[number - 1].cluster.gpus if number else None
-                limit = "" if number else f"{case.cluster.gpus} is the least"
-                return self.plan(case, Solved(question="gpus", value=case.cluster.gpus, next=fewer, limit=limit))
+                return self.plan(case, Solved(question="gpus", value=case.cluster.gpus, next=fewer, limit=""))
         most = cases[-1]
-        limit = f"{most.cluster.gpus} is the most that was tried"
+        limit = f"{most.cluster.gpus} are the most that were tried"
         return self.plan(most, Solved(question="gpus", value=None, next=most.cluster.gpus, limit=limit))
 
     def fewest_of(self, cluster: ClusterSpec) -> Plan:
@@ -332,24 +332,33 @@ class _Search:
         """The plan on the GPU of the catalog with the least memory on which something fits, the slower of equals."""
         gpus = sorted(all_gpus(), key=lambda gpu: (gpu.memory_bytes, gpu.bf16_tflops or gpu.fp16_tflops or 0.0))
         asked = self.asked(self.case)
-        floors: dict[object, int] = {}
+        kinds: dict[object, list[GPUSpec]] = {}
+        for gpu in gpus:
+            kinds.setdefault(self.case.kind_of(gpu, asked), []).append(gpu)
+        kinds.pop(None, None)
+        floors = {kind: self.floor(self.case.on(alike[-1])) for kind, alike in kinds.items()}
+        # Where nothing fits on the largest of a kind, such as for want of host memory, it does not on smaller ones:
+        # their contexts differ by less than a GiB.
+        hopeless = {kind: 0 if self.fits(alike[-1]) else alike[-1].memory_bytes - GiB for kind, alike in kinds.items()}
         smaller: GPUSpec | None = None
         for gpu in gpus:
-            on, kind = self.case.on(gpu), self.case.kind_of(gpu, asked)
-            if kind is None:
-                continue
-            if kind not in floors:
-                held = (on.floor(least) for least in planner.least_of(asked, self.target))
-                floors[kind] = min(filter(None, held), default=0)  # what is refused holds nothing
-            if gpu.memory_bytes >= floors[kind] and planner.feasible(
-                self.asked(on), planner.Answers(on.timed, on.seconds), self.target
-            ):
-                below, limit = smaller and smaller.name, "" if smaller else "it is the smallest"
-                return self.plan(on, Solved(question="gpu", value=gpu.name, next=below, limit=limit))
+            kind = self.case.kind_of(gpu, asked)
+            if kind in kinds and gpu.memory_bytes >= max(floors[kind], hopeless[kind]) and self.fits(gpu):
+                below, limit = smaller and smaller.name, "" if smaller else "the smallest of the catalog"
+                return self.plan(self.case.on(gpu), Solved(question="gpu", value=gpu.name, next=below, limit=limit))
             smaller = gpu
-        largest = self.case.on(gpus[-1])
-        limit = "it is the largest of the catalog"
-        return self.plan(largest, Solved(question="gpu", value=None, next=gpus[-1].name, limit=limit))
+        limit = "the largest of the catalog is too small"
+        return self.plan(self.case.on(gpus[-1]), Solved(question="gpu", value=None, next=gpus[-1].name, limit=limit))
+
+    def fits(self, gpu: GPUSpec) -> bool:
+        """Whether something fits on a GPU."""
+        case = self.case.on(gpu)
+        return planner.feasible(self.asked(case), planner.Answers(case.timed, case.seconds), self.target)
+
+    def floor(self, case: _Case) -> int:
+        """What GPUs of a kind have allocated at the peak whatever is chosen."""
+        held = (case.floor(least) for least in planner.least_of(self.asked(case), self.target))
+        return min(filter(None, held), default=0)  # what is refused holds nothing
 
     def result(self, case: _Case, found: planner.Planned, solved: Solved | None = None) -> Plan:
         rungs = tuple(rung for _, rung in found.tried)

@@ -124,9 +124,19 @@ class Answers:
         found = self.replayed(setup)
         return found is not None and found.verdict == "fits"
 
+    def may_be_sized(self, setup: Setup) -> bool:
+        """Whether :meth:`sized` may find something."""
+        return self.may_fit(levels(setup)[-1])
+
     def sized(self, setup: Setup) -> Setup | None:
-        """The setup with the largest buffers with which it fits, DeepSpeed's own at the most."""
+        """The setup with the largest buffers with which it fits, DeepSpeed's own at the most.
+
+        Where the low end of the smallest does not fit, neither does the upper end of others: to be put into more
+        pieces takes a few MiB at the most.
+        """
         choices = levels(setup)
+        if not self.may_fit(choices[-1]):
+            return None
         if self.fits(choices[0]):
             return choices[0]
         return next(filter(self.fits, choices), None) if self.fits(choices[-1]) else None
@@ -214,9 +224,7 @@ def plan(
 
 def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed") -> bool:
     """Whether :func:`plan` would find something that fits."""
-    may_fit = [
-        family.setup for family in families(asked, target) if any(map(answers.may_fit, levels(family.setup)[::-1]))
-    ]
+    may_fit = [family.setup for family in families(asked, target) if answers.may_be_sized(family.setup)]
     # What gives most up needs least.
     return any(answers.sized(setup) is not None for setup in reversed(may_fit))
 
@@ -261,8 +269,7 @@ def _may_fit(family: Family, answers: Answers) -> list[Setup]:
     fitting, failing = -1, len(sizes)
     middle = 0  # most families that fail do so with the smallest
     while failing - fitting > 1:
-        choices = levels(sizes[middle])
-        if answers.may_fit(choices[0]) or answers.may_fit(choices[-1]):
+        if answers.may_be_sized(sizes[middle]):
             fitting = middle
         else:
             failing = middle

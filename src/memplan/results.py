@@ -460,7 +460,7 @@ class Solved(Result):
     next: int | str | None
     """The next value, with which nothing fits: one more, or in GPUs one less. None if there is none."""
     limit: str
-    """Why there is no next, in words; else empty."""
+    """What ends the search before something does not fit, in words; else empty."""
 
 
 class Searched(Result):

@@ -116,7 +116,7 @@ def _largest(setup: Setup, scale: Scale, answers: Answers) -> int:
 
     if not fits(0):
         return -1
-    failing = 1 + _boundary(0, len(scale.values), lambda place: any(map(answers.may_fit, choices(place)[::-1])))
+    failing = 1 + _boundary(0, len(scale.values), lambda place: answers.may_fit(choices(place)[-1]))
     fitting = 0
     # The smallest buffers need least, nearly: what is left is for the last line. A guess by a straight line through
     # what two values need lands within a few percent, and every second probe halves what is between.
