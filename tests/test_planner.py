@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.test_api import LLAMA, TINY
 
-from memplan import api, planner
+from memplan import api, cli, planner
 from memplan.configs import launch
 from memplan.errors import SpecError, UnsupportedError
 from memplan.planner import Setup
@@ -282,6 +282,56 @@ def test_the_page_holds() -> None:
     page = str(Path(__file__).parents[1] / "docs" / "planning.md")
     found = doctest.testfile(page, module_relative=False)
     assert (found.failed, found.attempted > 4) == (0, True)
+
+
+def test_a_small_gpu_gets_small_buffers_and_its_files_have_them(tmp_path: Path) -> None:
+    sizes = []
+    for memory in ("1200MiB", "8GiB"):
+        cluster = ClusterSpec(gpu="T4", gpus=2, gpu_memory=memory, host_memory="600MiB")
+        found = api.plan(MEDIUM, {"seq_len": 256}, cluster, global_batch_size=4)
+        assert found.best is not None
+        sharded = next(rung for rung in found.rungs if rung.name == "ZeRO-3").estimate
+        keys = sharded.setup["engine_config"]
+        sizes.append((sharded.verdict, keys["reduce_bucket_size"], keys["sub_group_size"]))
+        if memory == "1200MiB":
+            found.write(tmp_path / "run")
+            chosen = found.best.estimate.setup["engine_config"]
+    assert sizes[1] == ("fits", 500_000_000, 1_000_000_000)
+    assert sizes[0] < ("fits", 100_000_001, 200_000_001)
+    written = json.loads((tmp_path / "run" / "ds_config.json").read_text())["zero_optimization"]
+    assert written["reduce_bucket_size"] == chosen["reduce_bucket_size"] < 500_000_000
+    again = launch.read(tmp_path / "run")
+    cluster = ClusterSpec(gpu="T4", gpus=2, gpu_memory="1200MiB", host_memory="600MiB")
+    assert api.estimate(MEDIUM, again.training, cluster, again.strategy).verdict == "fits"
+
+
+def test_what_would_fit_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = MEDIUM | {
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "intermediate_size": 6000,
+        "num_hidden_layers": 16,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    command = ["plan", str(tmp_path), "--gpu", "T4", "--micro-batch-size", "2", "--host-memory"]
+    given = [*command, "4", "--seq-len", "3072"]
+    plan = api.plan(
+        model, {"seq_len": 3072, "micro_batch_size": 2}, ClusterSpec(gpu="T4", host_memory="4GiB"), advise=True
+    )
+    assert plan.best is None
+    found = [each.options for each in plan.remedies]
+    hosts = [int(option.split()[1]) for option in found if option.startswith("--host-memory")]
+    assert len(hosts) == 1
+    assert {option.split()[0] for option in found} >= {"--host-memory", "--gpu", "--lora-rank"}
+    for option in found:
+        assert cli.main([*given, *option.split(), "--json"]) == 0, option
+    assert cli.main([*command, str(hosts[0] - 1), "--seq-len", "3072", "--json"]) == 1
+    capsys.readouterr()
+    cli.main(given)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "What would fit" in shown
+    assert all(option in shown for option in found)
+    assert api.plan(model, {"seq_len": 3072}, ClusterSpec(gpu="T4", host_memory="4GiB"), advise=False).remedies == ()
 
 
 def test_targets() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +23,20 @@ from memplan.catalog.gpus import all_gpus, find_gpu, parse_cluster
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.parallel import shared_out
 from memplan.planner import Done, Objective, nothing
-from memplan.results import Assumption, Check, Comparison, Estimate, EstimateList, Plan, Question, Solved, StepTime
+from memplan.results import (
+    Assumption,
+    Check,
+    Comparison,
+    Estimate,
+    EstimateList,
+    Plan,
+    Question,
+    Remedy,
+    Rung,
+    Solved,
+    StepTime,
+    verdict_by_place,
+)
 from memplan.space import LADDER, Change, Setup, Target, changed, checkpointed, micro_batch_1, rungs
 from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
@@ -182,6 +195,7 @@ def plan(
     objective: Objective = "throughput",
     solve: Question | None = None,
     software: SoftwareLike = None,
+    advise: bool = True,
     done: Done = nothing,
 ) -> Plan:
     """Look for the best setup that fits: on the ladder, and beside it.
@@ -199,6 +213,7 @@ def plan(
             (``seq-len``), the fewest ``gpus``, or the smallest ``gpu`` of the catalog, with which a rung fits. What is
             asked for must not be given.
         software: as in :func:`estimate`.
+        advise: where nothing fits for certain, look for changes with which something does (``Plan.remedies``).
         done: is told how many of how many families of setups have been looked at.
 
     Raises SpecError for a setup that the libraries refuse, UnsupportedError for what memplan does not model.
@@ -222,7 +237,7 @@ def plan(
         raise SpecError.at("gpu", None, "is not known, and a plan is for a GPU", "Name it, as in --gpu A100-80GB.")
     if gpu.is_cpu:
         raise SpecError.at("gpu", gpu.name, "is none, and a plan is for a GPU", "Name one, as in --gpu A100-80GB.")
-    search = _Search(case, run, global_batch_size, target, objective, done)
+    search = _Search(case, run, global_batch_size, target, objective, done, advise)
     if solve == "gpus":
         return search.fewest_gpus(_counts(hardware))
     if objective == "gpus":
@@ -268,6 +283,7 @@ class _Search:
     target: Target
     objective: Objective
     done: Done
+    advises: bool
 
     def asked(self, case: _Case) -> Setup:
         run = _with_global_batch(self.run, case.cluster.gpus, self.global_batch_size)
@@ -355,18 +371,102 @@ class _Search:
         case = self.case.on(gpu)
         return planner.feasible(self.asked(case), planner.Answers(case.timed, case.seconds), self.target)
 
-    def floor(self, case: _Case) -> int:
+    def floor(self, case: _Case, *, on_ladder: bool = False) -> int:
         """What GPUs of a kind have allocated at the peak whatever is chosen."""
-        held = (case.floor(least) for least in planner.least_of(self.asked(case), self.target))
+        least_of = planner.least_of(self.asked(case), self.target, on_ladder=on_ladder)
+        held = (case.floor(least) for least in least_of)
         return min(filter(None, held), default=0)  # what is refused holds nothing
 
     def result(self, case: _Case, found: planner.Planned, solved: Solved | None = None) -> Plan:
         rungs = tuple(rung for _, rung in found.tried)
         best = None if found.best is None else rungs[found.best]
         result = Plan(best=best, rungs=rungs, pareto=found.pareto, searched=found.searched, solved=solved)
+        if self.advises and solved is None and result.verdict != "fits":
+            result = result.model_copy(update={"remedies": tuple(self.remedies(case, rungs))})
         if found.best is not None:
             result._recipe.files = partial(_files, case, found.tried[found.best][0])
         return result
+
+    # -- what would fit ------------------------------------------------------------------------------------------------
+
+    def remedies(self, case: _Case, rungs: Sequence[Rung]) -> Iterator[Remedy]:
+        """Changes with which a rung fits: more of the host, then what trains the same, more hardware, and less."""
+        asked = self.asked(case)
+        if any(_lacks_host(rung.estimate) for rung in rungs):
+            # More than all of them need: what fits then fits the GPU.
+            enough = 2 * max(rung.estimate.host.peak for rung in rungs)
+            hosted = replace(case, cluster=case.cluster.replace(host_memory=enough))
+            found = planner.least_host(asked, planner.Answers(hosted.timed, hosted.seconds), self.target)
+            if found is not None:
+                yield _remedy(f"--host-memory {-(-found.estimate.host.peak // GiB)}", found.name, found.estimate)
+        for change in (_with_liger, _with_8bit_adam):
+            less = change(asked)
+            if less is not None and less != asked:
+                yield from self.remedy(_options(asked, less), case, less)
+        yield from self.shorter(case, asked)
+        for gpus in (2, 4, 8, 16, 32, 64):
+            if gpus <= case.cluster.gpus or (gpus > 8 and gpus % 8) or case.cluster.nodes > 1:
+                continue
+            more = replace(case, cluster=case.cluster.replace(gpus=gpus, nodes=max(gpus // 8, 1)))
+            with suppress(SpecError):  # a batch that they cannot share
+                spread = list(self.remedy(_gpus_options(gpus), more, self.asked(more)))
+                yield from spread
+                if spread:
+                    break
+        yield from self.larger(case, asked)
+        for changes in ((_with_lora,), (_with_lora, _in_nf4)):
+            less = _allchanged(asked, changes)
+            adapted = [] if less is None else list(self.remedy(_options(asked, less), case, less))
+            yield from adapted
+            if adapted:
+                break
+
+    def remedy(self, options: str, case: _Case, asked: Setup) -> Iterator[Remedy]:
+        """The change, if a rung fits with it."""
+        found = planner.first_that_fits(asked, planner.Answers(case.timed, case.seconds), self.target)
+        if found is not None:
+            yield _remedy(options, found.name, found.estimate)
+
+    def shorter(self, case: _Case, asked: Setup) -> Iterator[Remedy]:
+        """The longest sequence below the one that was asked for."""
+        if case.model.architecture.endswith("ForImageClassification") or asked.training.seq_len <= solving.STEP:
+            return
+        scale = solving.seq_lens(asked.training.seq_len)
+        start = scale.apply(asked, scale.values[0])
+        found, value = solving.solve(start, scale, case.timed, case.seconds, self.target)
+        if value is not None and found.best is not None:
+            rung = found.tried[found.best][1]
+            yield _remedy(f"--seq-len {value}", rung.name, rung.estimate)
+
+    def larger(self, case: _Case, asked: Setup) -> Iterator[Remedy]:
+        """The smallest GPU of the catalog that is larger."""
+        own = case.cluster.gpu_memory or (case.cluster.gpu.memory_bytes if isinstance(case.cluster.gpu, GPUSpec) else 0)
+        floors: dict[object, int] = {}
+        for gpu in sorted(all_gpus(), key=lambda gpu: gpu.memory_bytes):
+            on, kind = case.on(gpu), case.kind_of(gpu, asked)
+            if gpu.memory_bytes <= own or kind is None:
+                continue
+            if kind not in floors:
+                floors[kind] = self.floor(on, on_ladder=True)
+            if gpu.memory_bytes >= floors[kind]:
+                found = list(self.remedy(f"--gpu {gpu.name}", on, self.asked(on)))
+                yield from found
+                if found:
+                    return
+
+
+def _lacks_host(found: Estimate) -> bool:
+    """Whether a setup wants for host memory."""
+    return verdict_by_place(found.gpu, found.host, found.nvme).get("host", "fits") != "fits"
+
+
+def _gpus_options(gpus: int) -> str:
+    return f"--gpus {gpus}" + (f" --nodes {gpus // 8}" if gpus > 8 else "")
+
+
+def _remedy(options: str, rung: str, found: Estimate) -> Remedy:
+    seconds = None if found.step is None else found.step.seconds
+    return Remedy(options=options, rung=rung, high=found.gpu.high, host=found.host.peak, seconds=seconds)
 
 
 def _longest(model: ModelSpec, run: TrainingSpec) -> int | None:

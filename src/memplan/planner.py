@@ -43,6 +43,9 @@ __all__ = [
     "Timer",
     "changed",
     "feasible",
+    "first_that_fits",
+    "least_host",
+    "least_of",
     "nothing",
     "pace",
     "passed_over",
@@ -229,9 +232,35 @@ def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed") -> bo
     return any(answers.sized(setup) is not None for setup in reversed(may_fit))
 
 
-def least_of(asked: Setup, target: Target = "deepspeed") -> list[Setup]:
-    """Return the setups that need least of each engine: the smallest micro-batch and buffers."""
-    return [levels(family.setup)[-1] for family in families(asked, target)]
+def first_that_fits(asked: Setup, answers: Answers, target: Target = "deepspeed") -> Found | None:
+    """Return the first rung of the ladder that fits, with its smallest micro-batch."""
+    for family in families(asked, target):
+        if family.told == "always" and (setup := answers.sized(family.setup)) is not None:
+            found = answers.replayed(setup)
+            assert found is not None  # it fits
+            return Found(family.name, setup, found)
+    return None
+
+
+def least_host(asked: Setup, answers: Answers, target: Target = "deepspeed") -> Found | None:
+    """Return what needs the least host memory of all that fits."""
+    hosts: list[tuple[int, tuple[int, ...], Family, Setup]] = []
+    for family in families(asked, target):
+        for setup in levels(family.setup):
+            found = answers.bounded(setup)
+            if found is not None and found.verdict != "does-not-fit":
+                hosts.append((found.host.peak, simplicity(setup), family, setup))
+    for _, _, family, setup in sorted(hosts, key=lambda each: each[:2]):
+        found = answers.replayed(setup) if answers.fits(setup) else None
+        if found is not None:
+            return Found(family.name, setup, found)
+    return None
+
+
+def least_of(asked: Setup, target: Target = "deepspeed", *, on_ladder: bool = False) -> list[Setup]:
+    """Return the setups that need least of each engine, or of each rung: the smallest micro-batch and buffers."""
+    every = families(asked, target)
+    return [levels(family.setup)[-1] for family in every if family.told == "always" or not on_ladder]
 
 
 def planned(

@@ -43,6 +43,7 @@ __all__ = [
     "Plan",
     "Point",
     "Question",
+    "Remedy",
     "Rung",
     "Searched",
     "Solved",
@@ -463,6 +464,21 @@ class Solved(Result):
     """What ends the search before something does not fit, in words; else empty."""
 
 
+class Remedy(Result):
+    """A change with which a setup fits, where none does without: estimated, as everything is."""
+
+    options: str
+    """On the command line."""
+    rung: str
+    """Of the ladder, the first that fits then."""
+    high: Bytes
+    """The most that it may take of each GPU."""
+    host: Bytes
+    """What it takes of a node's host memory."""
+    seconds: float | None = None
+    """Of a step."""
+
+
 class Searched(Result):
     """How much of the space of setups was looked at, and how closely."""
 
@@ -506,6 +522,8 @@ class Plan(Answer):
     searched: Searched | None = None
     solved: Solved | None = None
     """The answer to ``solve``, and to ``objective="gpus"``."""
+    remedies: tuple[Remedy, ...] = ()
+    """Where nothing fits for certain: changes with which something does, each by itself, the smaller ones first."""
 
     @property
     def verdict(self) -> Verdict:

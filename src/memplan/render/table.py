@@ -107,14 +107,31 @@ def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None 
         if plan.solved is not None and plan.verdict != "unknown":
             answer = f"{words.solved(plan)}."
         unwritten = "" if folder is None else " No files are written."
-        return _text(Group(_model(first), Text(), table, Text(), Text(f"{answer} {why}{unwritten}")), console)
+        said = Text(f"{answer} {why}{unwritten}")
+        return _text(Group(_model(first), Text(), table, Text(), said, *_remedies(plan)), console)
     title = _line(best.name, style="bold")
     body = _body(best.estimate, console.width, words.next_steps(best.estimate))
     answers: list[RenderableType] = []
     if plan.solved is not None:
         answers = [Text(), Text(f"{words.solved(plan)}.", style="bold")]
+    answers += _remedies(plan)
     page = _text(Group(_model(first), Text(), table, *answers, Text(), title, _setup(best.estimate), *body), console)
     return page if folder is None else f"{page}\n\n{_how_to_run(plan.files, folder, console.width)}"
+
+
+def _remedies(plan: Plan) -> list[RenderableType]:
+    """What would fit, and on which rung; nothing where something does."""
+    if not plan.remedies:
+        return []
+    table = _grid(header=True)
+    table.add_column("with", no_wrap=True)
+    table.add_column("rung")
+    for header in ("GPU GiB", "host GiB", "s/step"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for each in plan.remedies:
+        seconds = "-" if each.seconds is None else f"{each.seconds:.3g}"
+        table.add_row(each.options, each.rung, words.gib(each.high), words.gib(each.host), seconds)
+    return [Text(), Text("What would fit", style="bold"), _indented(table)]
 
 
 def _how_to_run(files: Sequence[str], folder: str, width: int) -> str:
