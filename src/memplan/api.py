@@ -196,6 +196,7 @@ def plan(
     solve: Question | None = None,
     software: SoftwareLike = None,
     advise: bool = True,
+    processes: int = 1,
     done: Done = nothing,
 ) -> Plan:
     """Look for the best setup that fits: on the ladder, and beside it.
@@ -214,6 +215,7 @@ def plan(
             asked for must not be given.
         software: as in :func:`estimate`.
         advise: where nothing fits for certain, look for changes with which something does (``Plan.remedies``).
+        processes: share the search: copies of this one, which a process with threads or a GPU should not make.
         done: is told how many of how many families of setups have been looked at.
 
     Raises SpecError for a setup that the libraries refuse, UnsupportedError for what memplan does not model.
@@ -237,7 +239,7 @@ def plan(
         raise SpecError.at("gpu", None, "is not known, and a plan is for a GPU", "Name it, as in --gpu A100-80GB.")
     if gpu.is_cpu:
         raise SpecError.at("gpu", gpu.name, "is none, and a plan is for a GPU", "Name one, as in --gpu A100-80GB.")
-    search = _Search(case, run, global_batch_size, target, objective, done, advise)
+    search = _Search(case, run, global_batch_size, target, objective, done, advise, processes)
     if solve == "gpus":
         return search.fewest_gpus(_counts(hardware))
     if objective == "gpus":
@@ -284,6 +286,7 @@ class _Search:
     objective: Objective
     done: Done
     advises: bool
+    processes: int
 
     def asked(self, case: _Case) -> Setup:
         run = _with_global_batch(self.run, case.cluster.gpus, self.global_batch_size)
@@ -293,7 +296,7 @@ class _Search:
         asked, objective = self.asked(case), self.objective
         if objective == "gpus":
             objective = "throughput"
-        found = planner.plan(asked, case.timed, case.seconds, self.target, objective, self.done)
+        found = planner.plan(asked, case.timed, case.seconds, self.target, objective, self.done, self.processes)
         return self.result(case, found, solved)
 
     def largest(self, question: Question) -> Plan:
@@ -304,7 +307,7 @@ class _Search:
         else:
             scale = solving.seq_lens(_longest(case.model, self.run))
         asked = scale.apply(asked, scale.values[0])
-        found, value = solving.solve(asked, scale, case.timed, case.seconds, self.target, self.done)
+        found, value = solving.solve(asked, scale, case.timed, case.seconds, self.target, self.done, self.processes)
         place = -1 if value is None else scale.values.index(value)
         is_last = place == len(scale.values) - 1
         following = None if is_last else scale.values[place + 1]
@@ -327,7 +330,7 @@ class _Search:
             raise refused  # no number of them shares the batch evenly
         for number, case in enumerate(cases):
             answers = planner.Answers(case.timed, case.seconds)
-            if planner.feasible(self.asked(case), answers, self.target):
+            if planner.feasible(self.asked(case), answers, self.target, self.processes):
                 fewer = cases[number - 1].cluster.gpus if number else None
                 return self.plan(case, Solved(question="gpus", value=case.cluster.gpus, next=fewer, limit=""))
         most = cases[-1]
@@ -369,7 +372,9 @@ class _Search:
     def fits(self, gpu: GPUSpec) -> bool:
         """Whether something fits on a GPU."""
         case = self.case.on(gpu)
-        return planner.feasible(self.asked(case), planner.Answers(case.timed, case.seconds), self.target)
+        return planner.feasible(
+            self.asked(case), planner.Answers(case.timed, case.seconds), self.target, self.processes
+        )
 
     def floor(self, case: _Case, *, on_ladder: bool = False) -> int:
         """What GPUs of a kind have allocated at the peak whatever is chosen."""
@@ -423,7 +428,8 @@ class _Search:
 
     def remedy(self, options: str, case: _Case, asked: Setup) -> Iterator[Remedy]:
         """The change, if a rung fits with it."""
-        found = planner.first_that_fits(asked, planner.Answers(case.timed, case.seconds), self.target)
+        answers = planner.Answers(case.timed, case.seconds)
+        found = planner.first_that_fits(asked, answers, self.target, self.processes)
         if found is not None:
             yield _remedy(options, found.name, found.estimate)
 
@@ -433,7 +439,7 @@ class _Search:
             return
         scale = solving.seq_lens(asked.training.seq_len)
         start = scale.apply(asked, scale.values[0])
-        found, value = solving.solve(start, scale, case.timed, case.seconds, self.target)
+        found, value = solving.solve(start, scale, case.timed, case.seconds, self.target, processes=self.processes)
         if value is not None and found.best is not None:
             rung = found.tried[found.best][1]
             yield _remedy(f"--seq-len {value}", rung.name, rung.estimate)

@@ -307,7 +307,8 @@ def plan(
 
     Exit codes: 0 a rung fits, 1 none is known to, 2 bad input, 3 only one that is tight.
     """
-    from memplan import api
+    from memplan import api, parallel
+    from memplan.render.progress import Bar
 
     given = {name: value for name, value in options.items() if value is not None}
     _only_estimated(given, _ONE_ESTIMATE)
@@ -317,7 +318,9 @@ def plan(
     wishes["software"] = given.get("software")
     if global_batch_size is not None:
         wishes["global_batch_size"] = _value(given, "global_batch_size")
-    result = api.plan(model, _training(given), _cluster(given), **wishes)
+    with Bar("searching") as bar:
+        wishes |= {"processes": min(parallel.cores(), 4), "done": bar}
+        result = api.plan(model, _training(given), _cluster(given), **wishes)
     if out is not None and result.best is not None:
         result = result.write(out, force=force)
     code = 1 if result.verdict == "unknown" else EXIT_CODES[result.verdict]  # nothing that is known to fit

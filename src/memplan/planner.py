@@ -5,12 +5,16 @@ What a setup needs and how long its step takes is asked of functions that are pa
 
 from __future__ import annotations
 
+import base64
 import math
+import os
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
 from memplan.errors import SpecError, UnsupportedError
+from memplan.parallel import shared_out
 from memplan.results import Estimate, Point, Rung, Searched, best_verdict, verdict_by_place
 from memplan.space import (
     FSDP_LADDER,
@@ -159,6 +163,27 @@ class Answers:
         except (SpecError, UnsupportedError):
             return None
 
+    def share(self, number: int, ask: Callable[[Answers, int], object], processes: int, done: Done) -> None:
+        """Ask ``ask(answers, place)`` for each of ``number`` places by several processes, so that answers are here.
+
+        ``done`` is told by this process alone.
+        """
+        here = os.getpid()
+
+        def asked(place: int) -> str:
+            own = Answers(self.estimate, self.seconds, dict(self.quick), dict(self.exact), dict(self.times))
+            ask(own, place)
+            if os.getpid() == here:
+                done(min(place + processes, number), number)
+            return base64.b64encode(pickle.dumps((own.quick, own.exact, own.times))).decode()
+
+        for text in shared_out(asked, range(number), processes):
+            # What this process, or a copy of it, has just written.
+            quick, exact, times = pickle.loads(base64.b64decode(text))
+            self.quick |= quick
+            self.exact |= exact
+            self.times |= times
+
     def searched(self, setups: int) -> Searched:
         """How much of ``setups`` was looked at."""
         estimated = len({*self.quick, *self.exact, *self.times})
@@ -183,6 +208,7 @@ def plan(
     target: Target = "deepspeed",
     objective: Objective = "throughput",
     done: Done = nothing,
+    processes: int = 1,
 ) -> Planned:
     """Walk the ladder from ``asked`` on, look beside it, and choose among what fits.
 
@@ -191,7 +217,8 @@ def plan(
     are the engines that the ladder passes by (:func:`memplan.space.families`). Of setups that are as fast as the
     fastest, but for ``RESOLUTION``, the one is chosen that gives up least. A rung that the libraries refuse for this
     run, or that is not modelled, is left out, and so is one that comes to a setup that is there already. ``done`` is
-    told how many families of how many are. Raises what ``estimate`` raises for ``asked`` itself.
+    told how many families of how many are, which ``processes`` share out. Raises what ``estimate`` raises for ``asked``
+    itself.
     """
     answers = Answers(estimate, seconds)
     answers.exact[asked] = estimate(asked, True)
@@ -199,6 +226,8 @@ def plan(
     names: dict[Setup, str] = {}
     tried: list[Found] = []
     choices: list[tuple[Setup, str]] = []
+    if processes > 1:
+        answers.share(len(every), lambda own, place: _explore(every[place], own, objective), processes, done)
     for number, family in enumerate(every):
         own = _may_fit(family, answers) if objective != "memory" else [family.setup]
         choices += [(setup, family.name) for setup in own]
@@ -211,7 +240,8 @@ def plan(
             if setup is not None and found is not None and setup not in names:
                 names[setup] = family.name
                 tried.append(Found(family.name, setup, found))
-        done(number + 1, len(every))
+        if processes == 1:
+            done(number + 1, len(every))
     best = _best(tried, choices, answers, objective)
     if best is not None and best not in tried:
         tried.append(best)
@@ -225,15 +255,21 @@ def plan(
     )
 
 
-def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed") -> bool:
+def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed", processes: int = 1) -> bool:
     """Whether :func:`plan` would find something that fits."""
+    least = least_of(asked, target)
+    if processes > 1:
+        answers.share(len(least), lambda own, place: own.may_fit(least[place]), processes, nothing)
     may_fit = [family.setup for family in families(asked, target) if answers.may_be_sized(family.setup)]
     # What gives most up needs least.
     return any(answers.sized(setup) is not None for setup in reversed(may_fit))
 
 
-def first_that_fits(asked: Setup, answers: Answers, target: Target = "deepspeed") -> Found | None:
+def first_that_fits(asked: Setup, answers: Answers, target: Target = "deepspeed", processes: int = 1) -> Found | None:
     """Return the first rung of the ladder that fits, with its smallest micro-batch."""
+    least = least_of(asked, target, on_ladder=True)
+    if processes > 1:
+        answers.share(len(least), lambda own, place: own.may_fit(least[place]), processes, nothing)
     for family in families(asked, target):
         if family.told == "always" and (setup := answers.sized(family.setup)) is not None:
             found = answers.replayed(setup)
@@ -286,6 +322,15 @@ class Found:
     name: str
     setup: Setup
     estimate: Estimate
+
+
+def _explore(family: Family, answers: Answers, objective: Objective) -> None:
+    """Ask for what :func:`plan` asks of a family, as far as it does not depend on others."""
+    own = _may_fit(family, answers) if objective != "memory" else [family.setup]
+    for setup in own:
+        answers.time(setup)
+    if family.told == "always":
+        answers.replayed(_chosen(own, answers, objective) or answers.nearest(family.setup))
 
 
 def _may_fit(family: Family, answers: Answers) -> list[Setup]:

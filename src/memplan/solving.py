@@ -67,6 +67,7 @@ def solve(
     seconds: Timer,
     target: Target = "deepspeed",
     done: Done = nothing,
+    processes: int = 1,
 ) -> tuple[Planned, int | None]:
     """Find the largest value with which a rung of the ladder fits; the plan has every rung at its own largest.
 
@@ -76,18 +77,19 @@ def solve(
     answers = Answers(estimate, seconds)
     answers.exact[asked] = estimate(asked, True)
     every = [family for family in families(asked, target) if family.told == "always"]
+    if processes > 1:
+        answers.share(len(every), lambda own, place: _farthest(every[place].setup, scale, own), processes, done)
     tried: list[Found] = []
     values: dict[Setup, int] = {}
     for number, family in enumerate(every):
-        place = _largest(family.setup, scale, answers)
-        setup = scale.apply(family.setup, scale.values[max(place, 0)])
-        sized = answers.nearest(setup) if place < 0 else answers.sized(setup)
+        place, sized = _farthest(family.setup, scale, answers)
         found = None if sized is None else answers.replayed(sized)
         if sized is not None and found is not None and all(sized != each.setup for each in tried):
             tried.append(Found(family.name, sized, found))
             if place >= 0:
                 values[sized] = scale.values[place]
-        done(number + 1, len(every))
+        if processes == 1:
+            done(number + 1, len(every))
     most = max(values.values(), default=None)
     farthest = [each for each in tried if values.get(each.setup) == most is not None]
     best = min(farthest, key=lambda each: (pace(answers.time(each.setup)), simplicity(each.setup)), default=None)
@@ -98,6 +100,16 @@ def solve(
 
     counted = sum(len(levels(each.setup)) for each in every) * len(scale.values)
     return planned(tried, best, reason, (), answers.searched(counted)), most
+
+
+def _farthest(setup: Setup, scale: Scale, answers: Answers) -> tuple[int, Setup | None]:
+    """The place of the largest value that fits, or -1, and the setup with it, or what comes nearest to fitting."""
+    place = _largest(setup, scale, answers)
+    least = scale.apply(setup, scale.values[max(place, 0)])
+    sized = answers.nearest(least) if place < 0 else answers.sized(least)
+    if sized is not None:
+        answers.replayed(sized)
+    return place, sized
 
 
 def _largest(setup: Setup, scale: Scale, answers: Answers) -> int:

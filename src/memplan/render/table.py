@@ -115,8 +115,30 @@ def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None 
     if plan.solved is not None:
         answers = [Text(), Text(f"{words.solved(plan)}.", style="bold")]
     answers += _remedies(plan)
-    page = _text(Group(_model(first), Text(), table, *answers, Text(), title, _setup(best.estimate), *body), console)
+    own = [_setup(best.estimate)]
+    if words.sizes(best.estimate.setup):
+        sizes = Table.grid(padding=(0, _PADDING, 0, 0))  # all of them: they are why it fits
+        sizes.add_column(min_width=_LABEL)
+        sizes.add_row(Text("buffers", style="dim"), Text(words.sizes(best.estimate.setup)))
+        own.append(_indented(sizes))
+    parts = (_model(first), Text(), table, *answers, Text(), title, *own, *body, *_front(plan))
+    page = _text(Group(*parts), console)
     return page if folder is None else f"{page}\n\n{_how_to_run(plan.files, folder, console.width)}"
+
+
+def _front(plan: Plan) -> list[RenderableType]:
+    """The setups that no other beats both in time and in memory."""
+    if len(plan.pareto) < 2:
+        return []
+    table = _grid(header=True)
+    table.add_column("setup")
+    for header in ("batch", "GPU GiB", "to spare", "s/step"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for each in plan.pareto:
+        batch = f"{each.setup['micro_batch_size']} x {each.setup['grad_accum_steps']}"
+        memory = (words.gib(each.high), words.gib(each.headroom))
+        table.add_row(words.point(each), batch, *memory, f"{each.seconds:.3g}")
+    return [Text(), Text("What no other setup beats both in time and in memory", style="bold"), table]
 
 
 def _remedies(plan: Plan) -> list[RenderableType]:

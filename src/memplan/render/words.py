@@ -11,10 +11,13 @@ from memplan.results import (
     CountedModel,
     Estimate,
     Plan,
+    Point,
     StepTime,
     Verdict,
     verdict_by_place,
 )
+from memplan.space import SIZES
+from memplan.specs.strategy import ZeroSpec
 from memplan.units import GiB, KiB, gib
 
 __all__ = [
@@ -33,9 +36,11 @@ __all__ = [
     "key_value",
     "model_facts",
     "next_steps",
+    "point",
     "precision_facts",
     "rungs",
     "setup_facts",
+    "sizes",
     "solved",
     "tokens",
     "verdict",
@@ -220,6 +225,20 @@ def solved(plan: Plan) -> str:
     shown = value if isinstance(value, str) else f"{value:,} {one if value == 1 else many}"
     limit = f", {found.limit}" if found.limit else ""
     return f"The {name} that fit{'' if found.question == 'gpus' else 's'}: {shown} ({plan.best.name}){limit}"
+
+
+def sizes(setup: Mapping[str, Any]) -> str:
+    """The sizes of DeepSpeed's buffers that a plan has chosen, where they are not DeepSpeed's own."""
+    found, own = setup.get("engine_config"), ZeroSpec()
+    if not isinstance(found, Mapping) or not str(setup.get("strategy")).startswith("zero"):
+        return ""
+    keys = [name for name in SIZES[-1] if found.get(name) != getattr(own, name)]
+    return ", ".join(f"{name} {key_value(found[name])}" for name in keys)
+
+
+def point(each: Point) -> str:
+    """A setup of the front: its rung, and whether its buffers are DeepSpeed's own."""
+    return f"{each.name}, small buffers" if sizes(each.setup) else each.name
 
 
 def _batch_of_rung(estimate: Estimate) -> str:
