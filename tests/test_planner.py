@@ -162,10 +162,11 @@ def test_buffers_are_as_large_as_fits() -> None:
     assert sizes == {32: 500_000_000, 22: 25_000_000, 21: 25_000_000}
 
 
-@given(st.integers(0, 200), st.integers(0, 60), st.randoms(use_true_random=False))
+@given(st.integers(0, 200), st.integers(0, 60), st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
-def test_more_memory_never_makes_the_plan_slower(capacity: int, more: int, random: Random) -> None:
+def test_more_memory_never_makes_the_plan_slower(capacity: int, more: int, seed: int) -> None:
     """Whatever setups need, and however long they take, as long as larger buffers do not cost time."""
+    random = Random(seed)
     memory: dict[Setup, int] = {}
     times: dict[Setup, float] = {}
 
@@ -177,8 +178,9 @@ def test_more_memory_never_makes_the_plan_slower(capacity: int, more: int, rando
         slower = 1 + 0.01 * (500_000_000 / setup.strategy.zero.reduce_bucket_size - 1)
         return slower * times.setdefault(level0, by_engine(setup) * random.uniform(0.8, 1.2))
 
-    before = plan(asked(sequences=24), Answers(capacity, needs, takes))
-    after = plan(asked(sequences=24), Answers(capacity + more, needs, takes))
+    start = replace(asked(sequences=24), nvme_buffer_size=1)  # with the rungs on NVMe
+    before = plan(start, Answers(capacity, needs, takes))
+    after = plan(start, Answers(capacity + more, needs, takes))
     if before.best is not None:
         assert planner.pace(seconds_of(after)) <= planner.pace(seconds_of(before))
 
@@ -237,6 +239,26 @@ def test_the_front_has_what_none_beats_in_time_and_in_memory() -> None:
             )
     assert found.searched.setups > 300
     assert found.searched.replayed <= found.searched.estimated < found.searched.setups
+
+
+def test_sides_are_taken_on_request() -> None:
+    def memory(setup: Setup) -> int:
+        return by_batch(setup) // (2 if setup.training.liger else 1)
+
+    def seconds(setup: Setup) -> float:
+        return by_engine(setup) * (0.8 if setup.training.liger else 1) * (0.7 if setup.training.lora else 1)
+
+    names = {}
+    for allow in ((), ("liger",), ("liger", "lora")):
+        found = plan(asked(sequences=1), Answers(55, memory, seconds), allow=allow)
+        assert found.best is not None
+        names[allow] = found.tried[found.best][1].name
+        assert [setup.training.liger for setup, _ in found.tried].count(True) == bool(allow)
+    assert names == {
+        (): "ZeRO-1, without checkpointing",
+        ("liger",): "as asked, liger",
+        ("liger", "lora"): "as asked, liger, lora",
+    }
 
 
 def test_no_setup_is_there_twice() -> None:
@@ -334,6 +356,27 @@ def test_what_would_fit_does(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert api.plan(model, {"seq_len": 3072}, ClusterSpec(gpu="T4", host_memory="4GiB"), advise=False).remedies == ()
 
 
+def test_processes_share_a_search_and_change_nothing() -> None:
+    cluster = ClusterSpec(gpu="T4", gpus=2, gpu_memory="1200MiB", host_memory="1GiB")
+    told: list[tuple[int, int]] = []
+    for solve, batch in ((None, 4), ("micro-batch", None)):
+        alone, shared = (
+            api.plan(
+                MEDIUM | {"num_hidden_layers": 2},
+                {"seq_len": 512},
+                cluster,
+                global_batch_size=batch,
+                solve=solve,  # type: ignore[arg-type]
+                processes=processes,
+                done=lambda number, of: told.append((number, of)),
+            )
+            for processes in (1, 2)
+        )
+        assert shared == alone
+        assert alone.best is not None
+    assert len([number for number, of in told if number == of]) == 4
+
+
 def test_targets() -> None:
     cluster = ClusterSpec(gpu="T4", gpus=2, host_memory="64GiB")
     kinds = {
@@ -374,6 +417,8 @@ def test_targets() -> None:
         ),
         ({}, "T4", {"target": "megatron"}, "target: 'megatron' is not known. Use deepspeed or fsdp or auto."),
         ({}, "T4", {"objective": "speed"}, "objective: 'speed' is not known"),
+        ({}, "T4", {"allow": ["ligr"]}, "allow: 'ligr' is nothing that a plan may change. Use liger or flash_at"),
+        ({"seq_len": 9}, "T4", {"allow": ["liger"], "solve": "micro-batch"}, "allow: 'liger' is for a plan, and"),
     ],
 )
 def test_bad_input(training: Any, cluster: Any, options: dict[str, Any], message: str) -> None:

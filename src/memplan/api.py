@@ -37,7 +37,21 @@ from memplan.results import (
     StepTime,
     verdict_by_place,
 )
-from memplan.space import LADDER, Change, Setup, Target, changed, checkpointed, micro_batch_1, rungs
+from memplan.space import (
+    LADDER,
+    SIDES,
+    Change,
+    Setup,
+    Target,
+    changed,
+    checkpointed,
+    in_nf4,
+    micro_batch_1,
+    rungs,
+    with_8bit_adam,
+    with_liger,
+    with_lora,
+)
 from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec
@@ -194,6 +208,7 @@ def plan(
     target: Target = "deepspeed",
     objective: Objective = "throughput",
     solve: Question | None = None,
+    allow: Sequence[str] = (),
     software: SoftwareLike = None,
     advise: bool = True,
     processes: int = 1,
@@ -213,6 +228,8 @@ def plan(
         solve: ask for a value, which ``Plan.solved`` has: the largest ``micro-batch``, the longest sequence
             (``seq-len``), the fewest ``gpus``, or the smallest ``gpu`` of the catalog, with which a rung fits. What is
             asked for must not be given.
+        allow: what else a plan may choose, of :data:`memplan.space.SIDES`: ``liger``, ``flash_attention_2``,
+            ``adamw_8bit``, ``lora``, ``qlora``. A question has no use for it.
         software: as in :func:`estimate`.
         advise: where nothing fits for certain, look for changes with which something does (``Plan.remedies``).
         processes: share the search: copies of this one, which a process with threads or a GPU should not make.
@@ -228,6 +245,13 @@ def plan(
         if value not in choices:
             remedy = f"Use {' or '.join(filter(None, choices))}."
             raise SpecError.at(name, value, "is not known", remedy)
+    allow = tuple(dict.fromkeys(allow))
+    unknown = next((name for name in allow if name not in SIDES), None)
+    if unknown is not None:
+        raise SpecError.at("allow", unknown, "is nothing that a plan may change", f"Use {' or '.join(SIDES)}.")
+    if allow and solve is not None:
+        problem = f"is for a plan, and --solve {solve} takes the setup as it is"
+        raise SpecError.at("allow", ",".join(allow), problem, "Leave one of them out.")
     run, hardware = _training(training), _cluster_spec(cluster)
     if run.task != "train":
         raise SpecError.at("task", run.task, "is not a training run, which a plan is for", "Leave it out.")
@@ -239,7 +263,7 @@ def plan(
         raise SpecError.at("gpu", None, "is not known, and a plan is for a GPU", "Name it, as in --gpu A100-80GB.")
     if gpu.is_cpu:
         raise SpecError.at("gpu", gpu.name, "is none, and a plan is for a GPU", "Name one, as in --gpu A100-80GB.")
-    search = _Search(case, run, global_batch_size, target, objective, done, advise, processes)
+    search = _Search(case, run, global_batch_size, target, objective, allow, done, advise, processes)
     if solve == "gpus":
         return search.fewest_gpus(_counts(hardware))
     if objective == "gpus":
@@ -284,6 +308,7 @@ class _Search:
     global_batch_size: int | None
     target: Target
     objective: Objective
+    allow: tuple[str, ...]
     done: Done
     advises: bool
     processes: int
@@ -296,7 +321,8 @@ class _Search:
         asked, objective = self.asked(case), self.objective
         if objective == "gpus":
             objective = "throughput"
-        found = planner.plan(asked, case.timed, case.seconds, self.target, objective, self.done, self.processes)
+        options = (self.target, objective, self.allow, self.done, self.processes)
+        found = planner.plan(asked, case.timed, case.seconds, *options)
         return self.result(case, found, solved)
 
     def largest(self, question: Question) -> Plan:
@@ -404,7 +430,7 @@ class _Search:
             found = planner.least_host(asked, planner.Answers(hosted.timed, hosted.seconds), self.target)
             if found is not None:
                 yield _remedy(f"--host-memory {-(-found.estimate.host.peak // GiB)}", found.name, found.estimate)
-        for change in (_with_liger, _with_8bit_adam):
+        for change in (with_liger, with_8bit_adam):
             less = change(asked)
             if less is not None and less != asked:
                 yield from self.remedy(_options(asked, less), case, less)
@@ -419,7 +445,7 @@ class _Search:
                 if spread:
                     break
         yield from self.larger(case, asked)
-        for changes in ((_with_lora,), (_with_lora, _in_nf4)):
+        for changes in ((with_lora,), (with_lora, in_nf4)):
             less = _allchanged(asked, changes)
             adapted = [] if less is None else list(self.remedy(_options(asked, less), case, less))
             yield from adapted
@@ -628,22 +654,6 @@ def _default_strategy(training: TrainingSpec, cluster: ClusterSpec) -> Strategy:
 # -- remedies --------------------------------------------------------------------------------------------------------
 
 
-def _with_liger(setup: Setup) -> Setup | None:
-    return changed(setup, liger=True) if setup.training.task == "train" else None
-
-
-def _with_8bit_adam(setup: Setup) -> Setup | None:
-    if setup.training.task != "train" or not setup.training.optim.startswith("adamw_torch"):
-        return None
-    return changed(setup, optim="adamw_8bit")
-
-
-def _with_lora(setup: Setup) -> Setup | None:
-    if setup.training.task != "train" or setup.training.lora is not None:
-        return None
-    return changed(setup, lora=LoraSpec(rank=16))
-
-
 def _in_bfloat16(setup: Setup) -> Setup | None:
     """Frozen weights in 16 bit; to train them so is another matter."""
     if setup.training.quantization is not None or (setup.training.task == "train" and setup.training.lora is None):
@@ -651,26 +661,20 @@ def _in_bfloat16(setup: Setup) -> Setup | None:
     return changed(setup, dtype="bfloat16")
 
 
-def _in_nf4(setup: Setup) -> Setup | None:
-    if setup.training.task == "train" and setup.training.lora is None:
-        return None
-    return changed(setup, quantization=QuantizationSpec(kind="nf4"))
-
-
 REMEDIES: tuple[tuple[Change, ...], ...] = (
     (micro_batch_1,),
     (checkpointed,),
     (micro_batch_1, checkpointed),
-    (checkpointed, _with_liger),
-    (checkpointed, _with_liger, _with_8bit_adam),
-    (_with_lora,),
-    (_with_lora, checkpointed),
-    (_with_lora, _in_bfloat16),
-    (_with_lora, _in_bfloat16, checkpointed),
-    (_with_lora, _in_nf4),
-    (_with_lora, _in_nf4, checkpointed),
+    (checkpointed, with_liger),
+    (checkpointed, with_liger, with_8bit_adam),
+    (with_lora,),
+    (with_lora, checkpointed),
+    (with_lora, _in_bfloat16),
+    (with_lora, _in_bfloat16, checkpointed),
+    (with_lora, in_nf4),
+    (with_lora, in_nf4, checkpointed),
     (_in_bfloat16,),
-    (_in_nf4,),
+    (in_nf4,),
 )
 """What may make a setup fit; of several changes all are made. The later change what is trained, so they are offered,
 never taken."""

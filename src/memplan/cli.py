@@ -140,7 +140,10 @@ _PATHS = {option.name: option.flag for option in OPTIONS} | {
     "lora.targets": "--lora-targets",
     "lora.dropout": "--lora-dropout",
     "quantization.kind": "--quantization",
-    **{name: f"--{name.replace('_', '-')}" for name in ("global_batch_size", "target", "objective", "solve", "out")},
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in ("global_batch_size", "target", "objective", "solve", "allow", "out")
+    },
 }
 """A field's path, as an error names it -> the option that sets it."""
 
@@ -297,6 +300,13 @@ def plan(
             help="Ask for the largest, the longest, the fewest or the smallest with which a setup fits.",
         ),
     ] = None,
+    allow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="What else may be chosen, of liger,flash_attention_2,adamw_8bit,lora,qlora (default: none).",
+        ),
+    ] = None,
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write the files that run the best: bash DIR/launch.sh")
     ] = None,
@@ -315,7 +325,7 @@ def plan(
     if global_batch_size is not None:
         given["global_batch_size"] = global_batch_size
     wishes: dict[str, Any] = {"target": target, "objective": objective, "solve": solve}
-    wishes["software"] = given.get("software")
+    wishes |= {"allow": allow.split(",") if allow else (), "software": given.get("software")}
     if global_batch_size is not None:
         wishes["global_batch_size"] = _value(given, "global_batch_size")
     with Bar("searching") as bar:

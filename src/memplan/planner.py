@@ -142,7 +142,7 @@ class Answers:
         pieces takes a few MiB at the most.
         """
         choices = levels(setup)
-        if not self.may_fit(choices[-1]):
+        if choices[-1] in self.quick and not self.may_fit(choices[-1]):
             return None
         if self.fits(choices[0]):
             return choices[0]
@@ -207,6 +207,7 @@ def plan(
     seconds: Timer,
     target: Target = "deepspeed",
     objective: Objective = "throughput",
+    allow: Sequence[str] = (),
     done: Done = nothing,
     processes: int = 1,
 ) -> Planned:
@@ -214,15 +215,15 @@ def plan(
 
     Every rung that fits has the fastest micro-batch with which it does, for the same global batch, unless memory is the
     objective, and the largest sizes of DeepSpeed's buffers. What was given up on the way down is tried without, and so
-    are the engines that the ladder passes by (:func:`memplan.space.families`). Of setups that are as fast as the
-    fastest, but for ``RESOLUTION``, the one is chosen that gives up least. A rung that the libraries refuse for this
-    run, or that is not modelled, is left out, and so is one that comes to a setup that is there already. ``done`` is
-    told how many families of how many are, which ``processes`` share out. Raises what ``estimate`` raises for ``asked``
-    itself.
+    are the engines that the ladder passes by, and the sides that ``allow`` names (:func:`memplan.space.families`). Of
+    setups that are as fast as the fastest, but for ``RESOLUTION``, the one is chosen that gives up least. A rung that
+    the libraries refuse for this run, or that is not modelled, is left out, and so is one that comes to a setup that is
+    there already. ``done`` is told how many families of how many are, which ``processes`` share out. Raises what
+    ``estimate`` raises for ``asked`` itself.
     """
     answers = Answers(estimate, seconds)
     answers.exact[asked] = estimate(asked, True)
-    every = families(asked, target)
+    every = families(asked, target, allow)
     names: dict[Setup, str] = {}
     tried: list[Found] = []
     choices: list[tuple[Setup, str]] = []
@@ -245,7 +246,7 @@ def plan(
     best = _best(tried, choices, answers, objective)
     if best is not None and best not in tried:
         tried.append(best)
-    setups = sum(len(levels(each)) for family in every for each in family.micro_batches())
+    setups = sum(family.setups for family in every)
     return planned(
         tried,
         best,
@@ -340,14 +341,16 @@ def _may_fit(family: Family, answers: Answers) -> list[Setup]:
     be the largest, and more memory never makes a plan slower.
     """
     sizes = family.micro_batches()
-    fitting, failing = -1, len(sizes)
-    middle = 0  # most families that fail do so with the smallest
+    if not answers.may_be_sized(sizes[0]):
+        return []
+    fitting, failing = 0, len(sizes)
     while failing - fitting > 1:
-        if answers.may_be_sized(sizes[middle]):
+        middle = (fitting + failing) // 2
+        # DeepSpeed's own buffers first: the time of a step is asked with them too.
+        if answers.may_fit(sizes[middle]) or answers.may_be_sized(sizes[middle]):
             fitting = middle
         else:
             failing = middle
-        middle = (fitting + failing) // 2
     return sizes[: fitting + 1]
 
 

@@ -115,7 +115,7 @@ def _farthest(setup: Setup, scale: Scale, answers: Answers) -> tuple[int, Setup 
 def _largest(setup: Setup, scale: Scale, answers: Answers) -> int:
     """The place of the largest value that fits with any sizes of buffers; -1 if not even the first does."""
 
-    def choices(place: int) -> list[Setup]:
+    def choices(place: int) -> tuple[Setup, ...]:
         return levels(scale.apply(setup, scale.values[place]))
 
     def fits(place: int) -> bool:

@@ -7,17 +7,20 @@ micro-batch that divides a rank's batch and each of :data:`SIZES`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import combinations
 from typing import Any, Literal, TypeAlias
 
 from memplan.results import Assumption
 from memplan.specs.strategy import Kind, Offload, OffloadParamSpec, Strategy, ZeroSpec
-from memplan.specs.training import TrainingSpec
+from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
 
 __all__ = [
     "FSDP_LADDER",
     "LADDER",
+    "SIDES",
     "SIZES",
     "Change",
     "Family",
@@ -27,11 +30,17 @@ __all__ = [
     "checkpointed",
     "divisors",
     "families",
+    "in_nf4",
+    "levels",
     "micro_batch_1",
     "rungs",
     "sequences",
     "simplicity",
     "sized",
+    "with_8bit_adam",
+    "with_flash_attention",
+    "with_liger",
+    "with_lora",
     "with_micro_batch",
 ]
 
@@ -180,14 +189,23 @@ class Family:
     told: Literal["always", "faster", "chosen"] = "always"
     """When a plan tells of it: a rung of the ladder always, without checkpointing if that is faster."""
 
+    @property
+    def setups(self) -> int:
+        """How many there are."""
+        smallest = self.setup.training.micro_batch_size
+        return len(levels(self.setup)) * sum(size >= smallest for size in divisors(sequences(self.setup)))
+
     def micro_batches(self) -> list[Setup]:
         """Those of the same global batch, from ``setup`` on, the smallest first."""
         smallest = self.setup.training.micro_batch_size
         return [with_micro_batch(self.setup, size) for size in divisors(sequences(self.setup)) if size >= smallest]
 
 
-def families(asked: Setup, target: Target) -> list[Family]:
-    """Return all of the space: the rungs in order, each without checkpointing too, then the engines beside them."""
+def families(asked: Setup, target: Target, allow: Sequence[str] = ()) -> list[Family]:
+    """Return all of the space: the rungs in order, each without checkpointing too, then the engines beside them.
+
+    Then all of them again with each choice of the ``SIDES`` that ``allow`` names.
+    """
     found = [Family(name, setup) for name, setup in _of_target(asked, target)]
     checkpoints = not asked.training.gradient_checkpointing and any(
         each.setup.training.gradient_checkpointing for each in found
@@ -211,10 +229,68 @@ def families(asked: Setup, target: Target) -> list[Family]:
             found.append(Family(name, setup, "chosen"))
             if checkpoints:
                 found.append(Family(f"{name}, without checkpointing", _unchecked(setup), "chosen"))
+    chosen = [names for size in range(1, len(allow) + 1) for names in combinations(allow, size)]
+    with_sides = [_with_sides(each, names) for names in chosen for each in found]
     first: dict[Setup, Family] = {}
-    for each in found:
+    for each in (*found, *filter(None, with_sides)):
         first.setdefault(each.setup, each)
     return list(first.values())
+
+
+def with_liger(setup: Setup) -> Setup | None:
+    """Liger's fused loss."""
+    return changed(setup, liger=True) if setup.training.task == "train" else None
+
+
+def with_8bit_adam(setup: Setup) -> Setup | None:
+    """bitsandbytes' AdamW in place of torch's."""
+    if setup.training.task != "train" or not setup.training.optim.startswith("adamw_torch"):
+        return None
+    return changed(setup, optim="adamw_8bit")
+
+
+def with_flash_attention(setup: Setup) -> Setup | None:
+    """The flash-attn package in place of what the model has."""
+    return changed(setup, attn="flash_attention_2") if setup.training.task == "train" else None
+
+
+def with_lora(setup: Setup) -> Setup | None:
+    """Adapters of rank 16 are trained, and no other weights."""
+    if setup.training.task != "train" or setup.training.lora is not None:
+        return None
+    return changed(setup, lora=LoraSpec(rank=16))
+
+
+def in_nf4(setup: Setup) -> Setup | None:
+    """Frozen weights in 4 bits."""
+    if setup.training.task == "train" and setup.training.lora is None:
+        return None
+    return changed(setup, quantization=QuantizationSpec(kind="nf4"))
+
+
+def _with_qlora(setup: Setup) -> Setup | None:
+    adapted = with_lora(setup) or setup
+    return in_nf4(adapted)
+
+
+SIDES: Mapping[str, Change] = {
+    "liger": with_liger,
+    "flash_attention_2": with_flash_attention,
+    "adamw_8bit": with_8bit_adam,
+    "lora": with_lora,
+    "qlora": _with_qlora,
+}
+"""What needs a further package, or changes what is trained: taken on request only."""
+
+
+def _with_sides(family: Family, names: Sequence[str]) -> Family | None:
+    setup = family.setup
+    for name in names:
+        less = SIDES[name](setup)
+        if less is None or less == setup:
+            return None
+        setup = less
+    return Family(f"{family.name}, {', '.join(names)}", setup, "chosen")
 
 
 def _of_target(asked: Setup, target: Target) -> Iterator[tuple[str, Setup]]:
@@ -234,10 +310,16 @@ _KINDS: tuple[Kind, ...] = ("single", "ddp", "zero0", "zero1", "zero2", "fsdp", 
 
 
 def simplicity(setup: Setup) -> tuple[int, ...]:
-    """What a setup gives up: the smaller is taken of two that are as fast. Disks, then the host, then stages."""
+    """What a setup gives up: the smaller is taken of two that are as fast.
+
+    What is trained and what needs a package, then disks, the host and stages.
+    """
     strategy = setup.strategy
     places = (strategy.offload_optimizer, strategy.offload_param)
+    training = setup.training
     return (
+        (training.lora is not None) + (training.quantization is not None),
+        training.liger + (training.optim == "adamw_8bit") + (training.attn == "flash_attention_2"),
         places.count("nvme"),
         places.count("cpu"),
         _KINDS.index(strategy.kind),
@@ -313,6 +395,7 @@ def sized(setup: Setup, level: int) -> Setup:
     return replace(setup, strategy=strategy.replace(zero=strategy.zero.replace(**chosen))) if chosen else setup
 
 
-def levels(setup: Setup) -> list[Setup]:
+@lru_cache(maxsize=8192)
+def levels(setup: Setup) -> tuple[Setup, ...]:
     """The setup with each of :data:`SIZES` that differs, DeepSpeed's own first."""
-    return list(dict.fromkeys(sized(setup, level) for level in range(len(SIZES))))
+    return tuple(dict.fromkeys(sized(setup, level) for level in range(len(SIZES))))

@@ -83,7 +83,10 @@ def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None 
     of_lengths = plan.solved is not None and plan.solved.question == "seq-len"
     table = _grid(header=True)
     table.add_column("rung")
-    for header in ("tokens" if of_lengths else "batch", "peak GiB", "host GiB", "s/step"):
+    # Rungs with steps of different sizes are compared by what they get through.
+    by_tokens = plan.solved is not None and plan.solved.question in ("micro-batch", "seq-len")
+    speed = "tokens/s" if by_tokens else "s/step"
+    for header in ("tokens" if of_lengths else "batch", "peak GiB", "host GiB", speed):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for rung in plan.rungs:
@@ -93,7 +96,7 @@ def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None 
             words.tokens(found) if of_lengths else words.micro_batches(found),
             words.gib(found.gpu.peak_device),
             words.gib(found.host.peak),
-            "-" if found.step is None else f"{found.step.seconds:.3g}",
+            words.speed_in_a_row(found, by_tokens=by_tokens),
             Text(words.verdict_in_a_row(found), style=_STYLES[found.verdict]),
             style="bold" if chosen else "",
         )

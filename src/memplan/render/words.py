@@ -42,6 +42,7 @@ __all__ = [
     "setup_facts",
     "sizes",
     "solved",
+    "speed_in_a_row",
     "tokens",
     "verdict",
     "verdict_in_a_row",
@@ -198,6 +199,13 @@ def rungs(estimates: Sequence[Estimate]) -> list[str]:
 def micro_batches(estimate: Estimate) -> str:
     """Sequences of a micro-batch x micro-batches of a step."""
     return f"{option(estimate, 'micro_batch_size')} x {option(estimate, 'grad_accum_steps') or 1}"
+
+
+def speed_in_a_row(estimate: Estimate, *, by_tokens: bool) -> str:
+    """Seconds of a step, or tokens in a second."""
+    if estimate.step is None:
+        return "-"
+    return f"{estimate.step.tokens_per_second:,.0f}" if by_tokens else f"{estimate.step.seconds:.3g}"
 
 
 def tokens(estimate: Estimate) -> str:
