@@ -325,7 +325,7 @@ def plan(
     if global_batch_size is not None:
         given["global_batch_size"] = global_batch_size
     wishes: dict[str, Any] = {"target": target, "objective": objective, "solve": solve}
-    wishes |= {"allow": allow.split(",") if allow else (), "software": given.get("software")}
+    wishes |= {"allow": [name.strip() for name in allow.split(",")] if allow else (), "software": given.get("software")}
     if global_batch_size is not None:
         wishes["global_batch_size"] = _value(given, "global_batch_size")
     with Bar("searching") as bar:
