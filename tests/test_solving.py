@@ -141,7 +141,7 @@ def test_a_micro_batch_of_a_global_batch_divides_it() -> None:
 def test_the_fewest_gpus_are_enough_and_one_less_is_not() -> None:
     training = {"seq_len": 512}
     cluster = ClusterSpec(gpu="T4", gpu_memory="1700MiB")
-    model = MEDIUM | {"num_hidden_layers": 6, "hidden_size": 1024, "num_attention_heads": 8}
+    model = MEDIUM | {"num_hidden_layers": 3, "hidden_size": 1536, "num_attention_heads": 12}
     found = api.plan(model, training, cluster, solve="gpus")
     assert found.solved is not None
     assert found.best is not None
@@ -150,14 +150,17 @@ def test_the_fewest_gpus_are_enough_and_one_less_is_not() -> None:
     assert (found.best.estimate.setup["gpus"], found.solved.next) == (gpus, gpus - 1)
     assert gpus > 2
     assert api.plan(model, training, cluster.replace(gpus=gpus)).verdict == "fits"
-    assert api.plan(model, training, cluster.replace(gpus=gpus - 1)).verdict != "fits"
-    # The same as an objective, of GPUs that are there; the batch of all stays.
-    of_eight = api.plan(model, training, cluster.replace(gpus=8), global_batch_size=gpus * 8, objective="gpus")
+    assert api.plan(model, training, cluster.replace(gpus=gpus - 1), advise=False).verdict != "fits"
+    # As an objective of GPUs that are there the batch of all stays, in as many shares as there are ranks.
+    of_eight = api.plan(model, training, cluster.replace(gpus=8), global_batch_size=16, objective="gpus")
     assert of_eight.best is not None
     assert of_eight.solved is not None
-    setup = of_eight.best.estimate.setup
-    assert (of_eight.solved.value, setup["gpus"]) == (gpus, gpus)
-    assert setup["micro_batch_size"] * setup["grad_accum_steps"] == 8
+    setup, fewest = of_eight.best.estimate.setup, of_eight.solved.value
+    assert fewest in (4, 8)
+    assert (setup["gpus"], of_eight.solved.next) == (fewest, int(fewest) // 2)
+    assert setup["micro_batch_size"] * setup["grad_accum_steps"] * setup["gpus"] == 16
+    fewer = cluster.replace(gpus=int(fewest) // 2)
+    assert api.plan(model, training, fewer, global_batch_size=16, advise=False).verdict != "fits"
 
 
 def test_nodes_that_are_given_are_whole() -> None:
