@@ -698,9 +698,9 @@ def test_a_plan_that_may_fit_says_what_it_lacks_to_know(run, tmp_path: Path) -> 
     shown = " ".join(found.out.split())
     assert (found.code, found.err) == (1, "")
     assert "Whether anything fits is not known. ZeRO-3, all offloaded: needs" in shown
-    assert shown.endswith("Give its size with --host-memory. No files are written.")
+    assert "Give its size with --host-memory. No files are written. What would fit" in shown
     assert not (tmp_path / "run").exists()
-    assert run(*arguments, "--host-memory", "1").out.endswith("No files are written.\n")
+    assert found.out.count("  --host-memory ") == 1
 
 
 @pytest.mark.parametrize(
@@ -711,10 +711,27 @@ def test_a_plan_that_may_fit_says_what_it_lacks_to_know(run, tmp_path: Path) -> 
         (["--gpu", "T4", "--global-batch-size", "some"], "--global-batch-size: 'some' is no number of sequences."),
         (["--gpu", "T4", "--target", "ddp"], "--target: 'ddp' is not known. Use deepspeed or fsdp or auto."),
         (["--gpu", "cpu"], "--gpu: "),
+        (["--gpu", "T4", "--solve", "all"], "--solve: 'all' is not known. Use micro-batch or seq-len or gpus or gpu."),
+        (["--gpu", "T4", "--solve", "gpu"], "--gpu: 'T4' is given, and --solve gpu asks for it."),
+        (["--gpu", "T4", "--seq-len", "64", "--solve", "seq-len"], "--seq-len: 64 is given"),
+        (["--gpu", "T4", "--objective", "gpus", "--solve", "gpus"], "--objective: 'gpus' is for a plan"),
     ],
 )
 def test_a_plan_that_cannot_be_made(run, arguments: list[str], message: str) -> None:
     assert refused(run("plan", "tiny", *arguments)).startswith(message)
+
+
+def test_a_plan_answers_a_question_in_a_line(run) -> None:
+    arguments = ["plan", "tiny", "--gpu", "T4", "--gpu-memory", "0.6", "--host-memory", "4", "--solve"]
+    shown = run(*arguments, "seq-len")
+    found = run(*arguments, "seq-len", "--json").json
+    value, name = found["solved"]["value"], found["best"]["name"]
+    assert shown.code == 0
+    assert f"The longest sequence that fits: {value:,} tokens ({name})" in " ".join(shown.out.split())
+    assert "  tokens " in shown.out
+    assert all(len(line) <= 80 for line in shown.out.splitlines())
+    none = run("plan", "tiny", "--gpu", "T4", "--gpu-memory", "0.02", "--host-memory", "4", "--solve", "micro-batch")
+    assert (none.code, "No micro-batch fits." in none.out) == (1, True)
 
 
 def test_check_reads_files(run, tmp_path: Path) -> None:

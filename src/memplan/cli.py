@@ -143,7 +143,7 @@ _PATHS = {option.name: option.flag for option in OPTIONS} | {
     "quantization.kind": "--quantization",
     **{
         name: f"--{name.replace('_', '-')}"
-        for name in ("global_batch_size", "target", "objective", "out", "cap", "boundary", "steps")
+        for name in ("global_batch_size", "target", "objective", "solve", "allow", "out", "cap", "boundary", "steps")
     },
 }
 """A field's path, as an error names it -> the option that sets it."""
@@ -299,32 +299,53 @@ def plan(
         str, typer.Option(metavar="deepspeed|fsdp|auto", help="Whose rungs the ladder has.")
     ] = "deepspeed",
     objective: Annotated[
-        str, typer.Option(metavar="throughput|memory", help="What is best: the least time, or the least memory.")
+        str,
+        typer.Option(
+            metavar="throughput|memory|gpus", help="What is best: the least time, the least memory, or the fewest GPUs."
+        ),
     ] = "throughput",
+    solve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="micro-batch|seq-len|gpus|gpu",
+            help="Ask for the largest, the longest, the fewest or the smallest with which a setup fits.",
+        ),
+    ] = None,
+    allow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="What else may be chosen, of liger,flash_attention_2,adamw_8bit,lora,qlora (default: none).",
+        ),
+    ] = None,
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write the files that run the best: bash DIR/launch.sh")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are in DIR already.")] = False,
     **options: Any,
 ) -> _Answer:
-    """Walk the ladder, and choose the fastest setup that fits.
+    """Look for the fastest setup that fits: on the ladder, and beside it.
 
     Exit codes: 0 a rung fits, 1 none is known to, 2 bad input, 3 only one that is tight.
     """
-    from memplan import api
+    from memplan import api, parallel
+    from memplan.render.progress import Bar
 
     given = {name: value for name, value in options.items() if value is not None}
     _only_estimated(given, _ONE_ESTIMATE)
     if global_batch_size is not None:
         given["global_batch_size"] = global_batch_size
-    wishes: dict[str, Any] = {"target": target, "objective": objective, "software": given.get("software")}
+    wishes: dict[str, Any] = {"target": target, "objective": objective, "solve": solve}
+    wishes |= {"allow": [name.strip() for name in allow.split(",")] if allow else (), "software": given.get("software")}
     if global_batch_size is not None:
         wishes["global_batch_size"] = _value(given, "global_batch_size")
     if out is not None:
         from memplan.configs.launch import check_folder
 
         check_folder(out, force=force)  # before anything is computed
-    result = api.plan(model, _training(given), _cluster(given), **wishes)
+    with Bar("searching") as bar:
+        wishes |= {"processes": min(parallel.cores(), 4), "done": bar}
+        result = api.plan(model, _training(given), _cluster(given), **wishes)
     if out is not None and result.best is not None:
         result = result.write(out, force=force)
     code = 1 if result.verdict == "unknown" else EXIT_CODES[result.verdict]  # nothing that is known to fit

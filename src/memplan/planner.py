@@ -1,140 +1,193 @@
-"""The ladder of setups that need less and less, and the fastest one that fits.
+"""The ladder of setups that need less and less, what lies beside it, and the fastest of all that fits.
 
 What a setup needs and how long its step takes is asked of functions that are passed in: nothing here knows a model.
 """
 
 from __future__ import annotations
 
+import base64
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeAlias
 
 from memplan.errors import SpecError, UnsupportedError
-from memplan.results import Assumption, Estimate, Rung, verdict_by_place
-from memplan.specs.strategy import Kind, Offload, OffloadParamSpec, Strategy, ZeroSpec
-from memplan.specs.training import TrainingSpec
+from memplan.parallel import shared_out
+from memplan.results import Estimate, Point, Rung, Searched, best_verdict, verdict_by_place
+from memplan.space import (
+    FSDP_LADDER,
+    LADDER,
+    Change,
+    Family,
+    Setup,
+    Target,
+    changed,
+    families,
+    levels,
+    rungs,
+    simplicity,
+)
 from memplan.units import gib
 
-__all__ = ["FSDP_LADDER", "LADDER", "Change", "Objective", "Planned", "Setup", "Target", "changed", "plan", "rungs"]
+__all__ = [
+    "FSDP_LADDER",
+    "LADDER",
+    "RESOLUTION",
+    "Answers",
+    "Change",
+    "Done",
+    "Estimator",
+    "Found",
+    "Objective",
+    "Planned",
+    "Setup",
+    "Target",
+    "Timer",
+    "changed",
+    "feasible",
+    "first_that_fits",
+    "least_host",
+    "least_of",
+    "nothing",
+    "pace",
+    "passed_over",
+    "plan",
+    "planned",
+    "rungs",
+]
 
-Target: TypeAlias = Literal["deepspeed", "fsdp", "auto"]
-Objective: TypeAlias = Literal["throughput", "memory"]
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What the ladder may change, and on how many GPUs; model, hardware and software stay as they are."""
-
-    training: TrainingSpec
-    strategy: Strategy
-    gpus: int = 1
-    is_gpu_known: bool = True
-    nvme_buffer_size: int | None = None
-    """Elements of the largest partition of a weight, which a buffer must hold if weights are offloaded to NVMe; None
-    where there is no NVMe."""
-    notes: tuple[Assumption, ...] = ()
-    """Where an option has won over a config, and what else the config's engine does."""
-
-
+Objective: TypeAlias = Literal["throughput", "memory", "gpus"]
 Estimator: TypeAlias = Callable[[Setup, bool], Estimate]
 Timer: TypeAlias = Callable[[Setup], float]
-Change: TypeAlias = Callable[[Setup], "Setup | None"]
-"""A setup that needs less memory, or None where the change does not apply."""
+Done: TypeAlias = Callable[[int, int], None]
+"""Is told how much of how much has been looked at."""
+
+RESOLUTION = 0.02
+"""Share of a step's time below which two setups count as equally fast. Between setups of one model on the same GPUs the
+model's constants are the same, so they differ by less than its interval says; but docs/throughput.md has no pair of
+measured runs that tells differences of a percent apart."""
 
 
-def changed(setup: Setup, **fields: Any) -> Setup:
-    """The setup with other fields of its TrainingSpec."""
-    return replace(setup, training=setup.training.replace(**fields))
+def nothing(number: int, of: int) -> None:
+    """Tell nobody."""
 
 
-def _as_asked(setup: Setup) -> Setup:
-    return setup
+def pace(seconds: float) -> int:
+    """Return the class of times that count as equal to ``seconds``: the larger, the slower."""
+    return math.floor(math.log(seconds) / math.log1p(RESOLUTION)) if math.isfinite(seconds) else 1 << 32
 
 
-def micro_batch_1(setup: Setup) -> Setup | None:
-    """The same global batch, one sequence at a time."""
-    training = setup.training
-    if training.task != "train" or training.micro_batch_size == 1:
-        return None
-    steps = training.grad_accum_steps * training.micro_batch_size
-    return changed(setup, micro_batch_size=1, grad_accum_steps=steps)
+@dataclass
+class Answers:
+    """What has been asked of an estimator, once each.
 
+    ``estimate(setup, exact)`` answers for a setup, with the time of its step; if not ``exact`` a verdict of tight may
+    mean anything but does-not-fit. ``seconds(setup)`` is the time alone.
+    """
 
-def checkpointed(setup: Setup) -> Setup | None:
-    # Switched off by hand, it stays off.
-    if setup.training.task != "train" or "gradient_checkpointing" in setup.training.model_fields_set:
-        return None
-    return changed(setup, gradient_checkpointing=True)
+    estimate: Estimator
+    seconds: Timer
+    quick: dict[Setup, Estimate | None] = field(default_factory=dict)
+    exact: dict[Setup, Estimate | None] = field(default_factory=dict)
+    times: dict[Setup, float] = field(default_factory=dict)
 
+    def bounded(self, setup: Setup) -> Estimate | None:
+        """Without the allocator's replay: ``gpu.low`` is exact, ``gpu.high`` a bound. None if the setup is refused."""
+        if self.exact.get(setup) is not None:
+            return self.exact[setup]
+        if setup not in self.quick:
+            self.quick[setup] = self._asked(setup, False)
+        return self.quick[setup]
 
-def _under(kind: Kind, offload_optimizer: Offload = "none", offload_param: Offload = "none") -> Change:
-    """The change to an engine that shards. One GPU has nobody to share with, and may offload if it is too small."""
-    offloads = (offload_optimizer, offload_param)
+    def replayed(self, setup: Setup) -> Estimate | None:
+        """In full; None if the libraries refuse the setup, or it is not modelled."""
+        if setup not in self.exact:
+            self.exact[setup] = self._asked(setup, True)
+        return self.exact[setup]
 
-    def change(setup: Setup) -> Setup | None:
-        if setup.training.task != "train":
+    def time(self, setup: Setup) -> float:
+        """Seconds of a step; infinite if the setup is refused."""
+        found = self.exact.get(setup)
+        if found is not None and found.step is not None:
+            return found.step.seconds
+        if setup not in self.times:
+            try:
+                self.times[setup] = self.seconds(setup)
+            except (SpecError, UnsupportedError):
+                self.times[setup] = math.inf
+        return self.times[setup]
+
+    def may_fit(self, setup: Setup) -> bool:
+        """Whether it is worth a closer look: without it the low end is already exact."""
+        found = self.bounded(setup)
+        return found is not None and found.verdict != "does-not-fit"
+
+    def fits(self, setup: Setup) -> bool:
+        """Whether the setup fits for certain."""
+        if not self.may_fit(setup):
+            return False
+        found = self.replayed(setup)
+        return found is not None and found.verdict == "fits"
+
+    def may_be_sized(self, setup: Setup) -> bool:
+        """Whether :meth:`sized` may find something."""
+        return self.may_fit(levels(setup)[-1])
+
+    def sized(self, setup: Setup) -> Setup | None:
+        """The setup with the largest buffers with which it fits, DeepSpeed's own at the most.
+
+        Where the low end of the smallest does not fit, neither does the upper end of others: to be put into more
+        pieces takes a few MiB at the most.
+        """
+        choices = levels(setup)
+        if choices[-1] in self.quick and not self.may_fit(choices[-1]):
             return None
-        if setup.gpus == 1 and (offload_optimizer == "none" or not setup.is_gpu_known):
+        if self.fits(choices[0]):
+            return choices[0]
+        return next(filter(self.fits, choices), None) if self.fits(choices[-1]) else None
+
+    def nearest(self, setup: Setup) -> Setup:
+        """The setup with the largest buffers with which it comes as near to fitting as with any."""
+        smallest = levels(setup)[-1]
+        if not self.may_fit(smallest):
+            return setup
+        own, other = self.replayed(setup), self.replayed(smallest)
+        is_nearer = own is None or (other is not None and best_verdict((own.verdict, other.verdict)) != own.verdict)
+        return smallest if is_nearer else setup
+
+    def _asked(self, setup: Setup, exact: bool) -> Estimate | None:
+        try:
+            return self.estimate(setup, exact)
+        except (SpecError, UnsupportedError):
             return None
-        if "nvme" in offloads and setup.nvme_buffer_size is None:
-            return None
-        strategy = Strategy(kind=kind, offload_optimizer=offload_optimizer, offload_param=offload_param)
-        return replace(setup, strategy=strategy)
 
-    return change
+    def share(self, number: int, ask: Callable[[Answers, int], object], processes: int, done: Done) -> None:
+        """Ask ``ask(answers, place)`` for each of ``number`` places by several processes, so that answers are here.
 
+        ``done`` is told by this process alone.
+        """
+        here = os.getpid()
 
-def _all_on_nvme(setup: Setup) -> Setup | None:
-    """With keys under which host memory holds little: buffers that all weights fit into, and none in their place."""
-    less = _under("zero3", "nvme", "nvme")(setup)
-    if less is None or setup.nvme_buffer_size is None:
-        return None
-    param = OffloadParamSpec(max_in_cpu=0, buffer_size=max(setup.nvme_buffer_size, OffloadParamSpec().buffer_size))
-    # Weights that stay gathered keep a buffer each, of which there are five; prefetching can ask for one twice.
-    unkept = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-    zero = ZeroSpec(offload_param=param, sub_group_size=100_000_000, **unkept)
-    return replace(less, strategy=less.strategy.replace(zero=zero))
+        def asked(place: int) -> str:
+            own = Answers(self.estimate, self.seconds, dict(self.quick), dict(self.exact), dict(self.times))
+            ask(own, place)
+            if os.getpid() == here:
+                done(min(place + processes, number), number)
+            return base64.b64encode(pickle.dumps((own.quick, own.exact, own.times))).decode()
 
+        for text in shared_out(asked, range(number), processes):
+            # What this process, or a copy of it, has just written.
+            quick, exact, times = pickle.loads(base64.b64decode(text))
+            self.quick |= quick
+            self.exact |= exact
+            self.times |= times
 
-LADDER: tuple[tuple[str, Change], ...] = (
-    ("as asked", _as_asked),
-    ("micro-batch 1", micro_batch_1),
-    ("gradient checkpointing", checkpointed),
-    ("ZeRO-1", _under("zero1")),
-    ("ZeRO-2", _under("zero2")),
-    ("ZeRO-2, optimizer offloaded", _under("zero2", "cpu")),
-    ("ZeRO-3", _under("zero3")),
-    ("ZeRO-3, parameters offloaded", _under("zero3", "none", "cpu")),
-    ("ZeRO-3, all offloaded", _under("zero3", "cpu", "cpu")),
-    ("ZeRO-3, optimizer on NVMe", _under("zero3", "nvme", "cpu")),
-    ("ZeRO-3, all on NVMe", _all_on_nvme),
-)
-"""The rungs, each a change to the one before it; the faster comes first."""
-
-
-FSDP_LADDER: tuple[tuple[str, Change], ...] = (
-    *LADDER[:3],
-    ("FSDP", _under("fsdp")),
-    ("FSDP, parameters offloaded", _under("fsdp", "none", "cpu")),
-)
-"""The rungs for who would rather have FSDP."""
-
-
-def rungs(setup: Setup) -> tuple[Setup, ...]:
-    """Return the setups of the ladder that apply to a run, from ``setup`` on."""
-    return tuple(rung for _, rung in _climbed(setup, LADDER))
-
-
-def _climbed(setup: Setup, ladder: Iterable[tuple[str, Change]]) -> Iterator[tuple[str, Setup]]:
-    for name, change in ladder:
-        less = change(setup)
-        if less is not None:
-            yield name, less
-            setup = less
-
-
-# -- the plan --------------------------------------------------------------------------------------------------------
+    def searched(self, setups: int) -> Searched:
+        """How much of ``setups`` was looked at."""
+        estimated = len({*self.quick, *self.exact, *self.times})
+        return Searched(setups=setups, estimated=estimated, replayed=len(self.exact))
 
 
 class Planned(NamedTuple):
@@ -143,6 +196,9 @@ class Planned(NamedTuple):
     best: int | None
     """The place of the chosen one; None if nothing fits."""
     tried: tuple[tuple[Setup, Rung], ...]
+    pareto: tuple[Point, ...]
+    """The fastest setups for the memory they leave, from the fastest on."""
+    searched: Searched
 
 
 def plan(
@@ -151,149 +207,261 @@ def plan(
     seconds: Timer,
     target: Target = "deepspeed",
     objective: Objective = "throughput",
+    allow: Sequence[str] = (),
+    done: Done = nothing,
+    processes: int = 1,
 ) -> Planned:
-    """Walk the ladder from ``asked`` on, and choose among what fits.
+    """Walk the ladder from ``asked`` on, look beside it, and choose among what fits.
 
-    ``estimate(setup, exact)`` answers for a setup, with the time of its step; if not ``exact`` a verdict of tight may
-    mean anything but does-not-fit. ``seconds(setup)`` is the time alone. Every rung that fits has the fastest
-    micro-batch with which it does, for the same global batch, unless memory is the objective; then what was given up on
-    the way down is tried without. A rung that the libraries refuse for this run, or that is not modelled, is left out,
-    and so is one that comes to a setup that is there already. Raises what ``estimate`` raises for ``asked`` itself.
+    Every rung that fits has the fastest micro-batch with which it does, for the same global batch, unless memory is the
+    objective, and the largest sizes of DeepSpeed's buffers. What was given up on the way down is tried without, and so
+    are the engines that the ladder passes by, and the sides that ``allow`` names (:func:`memplan.space.families`). Of
+    setups that are as fast as the fastest, but for ``RESOLUTION``, the one is chosen that gives up least. A rung that
+    the libraries refuse for this run, or that is not modelled, is left out, and so is one that comes to a setup that is
+    there already. ``done`` is told how many families of how many are, which ``processes`` share out. Raises what
+    ``estimate`` raises for ``asked`` itself.
     """
-    tried: list[tuple[str, Setup, Estimate]] = []
-    for name, setup in _of_target(asked, target):
-        try:
-            found = estimate(setup, True)
-        except (SpecError, UnsupportedError):
-            if setup == asked:
-                raise
-            continue
-        if objective == "throughput":
-            setup, found = _with_fastest_batch(setup, found, estimate, seconds)
-        # Down the ladder the fastest batch may be that of a rung before.
-        if not _is_tried(setup, tried):
-            tried.append((name, setup, found))
-    for name, setup, found in list(tried):
-        if found.verdict == "fits" and setup.training.gradient_checkpointing and not _is_given(asked, setup):
-            less = changed(setup, gradient_checkpointing=asked.training.gradient_checkpointing, micro_batch_size=1)
-            less = changed(less, grad_accum_steps=_sequences(setup))
-            if not _may_fit(less, estimate):
-                continue
-            again = estimate(less, True)
-            if again.verdict == "fits" and objective == "throughput":
-                less, again = _with_fastest_batch(less, again, estimate, seconds)
-            if again.verdict == "fits" and not _is_tried(less, tried):
-                tried.append((f"{name}, without checkpointing", less, again))
-    best = _best([found for _, _, found in tried], objective)
-    reasons = [_reason(found, None if best is None else tried[best][2], objective) for _, _, found in tried]
-    return Planned(
+    answers = Answers(estimate, seconds)
+    answers.exact[asked] = estimate(asked, True)
+    every = families(asked, target, allow)
+    names: dict[Setup, str] = {}
+    tried: list[Found] = []
+    choices: list[tuple[Setup, str]] = []
+    if processes > 1:
+        answers.share(len(every), lambda own, place: _explore(every[place], own, objective), processes, done)
+    for number, family in enumerate(every):
+        own = _may_fit(family, answers) if objective != "memory" else [family.setup]
+        choices += [(setup, family.name) for setup in own]
+        if family.told == "always" or (family.told == "faster" and _is_faster(own, tried[-1:], answers)):
+            setup = _chosen(own, answers, objective)
+            if setup is None and family.told == "always":
+                setup = answers.nearest(family.setup)
+            found = None if setup is None else answers.replayed(setup)
+            # Down the ladder the fastest batch may be that of a rung before.
+            if setup is not None and found is not None and setup not in names:
+                names[setup] = family.name
+                tried.append(Found(family.name, setup, found))
+        if processes == 1:
+            done(number + 1, len(every))
+    best = _best(tried, choices, answers, objective)
+    if best is not None and best not in tried:
+        tried.append(best)
+    setups = sum(family.setups for family in every)
+    return planned(
+        tried,
         best,
-        tuple(
-            (setup, Rung(name=name, estimate=found, reason_passed_over=None if number == best else reason))
-            for number, ((name, setup, found), reason) in enumerate(zip(tried, reasons, strict=True))
-        ),
+        lambda each: passed_over(each, best, objective),
+        _pareto(choices, answers),
+        answers.searched(setups),
     )
 
 
-def _of_target(asked: Setup, target: Target) -> Iterator[tuple[str, Setup]]:
-    yield from _climbed(asked, FSDP_LADDER if target == "fsdp" else LADDER)
-    if target == "auto":
-        for name, setup in _climbed(asked, FSDP_LADDER):
-            if setup.strategy.kind == "fsdp":
-                yield name, setup
+def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed", processes: int = 1) -> bool:
+    """Whether :func:`plan` would find something that fits."""
+    least = least_of(asked, target)
+    if processes > 1:
+        answers.share(len(least), lambda own, place: own.may_fit(least[place]), processes, nothing)
+    may_fit = [family.setup for family in families(asked, target) if answers.may_be_sized(family.setup)]
+    # What gives most up needs least.
+    return any(answers.sized(setup) is not None for setup in reversed(may_fit))
 
 
-def _sequences(setup: Setup) -> int:
-    """That a rank trains on in one step."""
-    return setup.training.micro_batch_size * setup.training.grad_accum_steps
+def first_that_fits(asked: Setup, answers: Answers, target: Target = "deepspeed", processes: int = 1) -> Found | None:
+    """Return the first rung of the ladder that fits, with its smallest micro-batch."""
+    least = least_of(asked, target, on_ladder=True)
+    if processes > 1:
+        answers.share(len(least), lambda own, place: own.may_fit(least[place]), processes, nothing)
+    for family in families(asked, target):
+        if family.told == "always" and (setup := answers.sized(family.setup)) is not None:
+            found = answers.replayed(setup)
+            assert found is not None  # it fits
+            return Found(family.name, setup, found)
+    return None
 
 
-def _with_fastest_batch(setup: Setup, found: Estimate, estimate: Estimator, seconds: Timer) -> tuple[Setup, Estimate]:
-    """The setup with the micro-batch that is fastest of those that fit, if it does; memory grows with it.
+def least_host(asked: Setup, answers: Answers, target: Target = "deepspeed") -> Found | None:
+    """Return what needs the least host memory of all that fits."""
+    hosts: list[tuple[int, tuple[int, ...], Family, Setup]] = []
+    for family in families(asked, target):
+        for setup in levels(family.setup):
+            found = answers.bounded(setup)
+            if found is not None and found.verdict != "does-not-fit":
+                hosts.append((found.host.peak, simplicity(setup), family, setup))
+    for _, _, family, setup in sorted(hosts, key=lambda each: each[:2]):
+        found = answers.replayed(setup) if answers.fits(setup) else None
+        if found is not None:
+            return Found(family.name, setup, found)
+    return None
 
-    A step can take longer with a larger one, so those below the largest are timed too: with less memory one of them
-    would be the largest, and more memory never makes a plan slower.
+
+def least_of(asked: Setup, target: Target = "deepspeed", *, on_ladder: bool = False) -> list[Setup]:
+    """Return the setups that need least of each engine, or of each rung: the smallest micro-batch and buffers."""
+    every = families(asked, target)
+    return [levels(family.setup)[-1] for family in every if family.told == "always" or not on_ladder]
+
+
+def planned(
+    tried: Sequence[Found],
+    best: Found | None,
+    reason: Callable[[Found], str],
+    pareto: tuple[Point, ...],
+    searched: Searched,
+) -> Planned:
+    """Put an answer together; ``reason`` says why one was not chosen."""
+    rungs = (
+        Rung(name=each.name, estimate=each.estimate, reason_passed_over=None if each == best else reason(each))
+        for each in tried
+    )
+    place = None if best is None else tried.index(best)
+    return Planned(place, tuple((each.setup, rung) for each, rung in zip(tried, rungs, strict=True)), pareto, searched)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A family's best."""
+
+    name: str
+    setup: Setup
+    estimate: Estimate
+
+
+def _explore(family: Family, answers: Answers, objective: Objective) -> None:
+    """Ask for what :func:`plan` asks of a family, as far as it does not depend on others."""
+    own = _may_fit(family, answers) if objective != "memory" else [family.setup]
+    for setup in own:
+        answers.time(setup)
+    if family.told == "always":
+        answers.replayed(_chosen(own, answers, objective) or answers.nearest(family.setup))
+
+
+def _may_fit(family: Family, answers: Answers) -> list[Setup]:
+    """The micro-batches up to the largest that may fit, the smallest first; what is allocated grows with them.
+
+    A step can take longer with a larger one, so those below the largest count too: with less memory one of them would
+    be the largest, and more memory never makes a plan slower.
     """
-    if found.verdict != "fits":
-        return setup, found
-    sequences, now = _sequences(setup), setup.training.micro_batch_size
-    larger = [
-        changed(setup, micro_batch_size=size, grad_accum_steps=sequences // size)
-        for size in _divisors(sequences)
-        if size > now
-    ]
-    answers = {-1: found}
-
-    def fits(place: int) -> bool:
-        if not _may_fit(larger[place], estimate) or (again := estimate(larger[place], True)).verdict != "fits":
-            return False
-        answers[place] = again
-        return True
-
-    fitting, failing = -1, len(larger)
+    sizes = family.micro_batches()
+    if not answers.may_be_sized(sizes[0]):
+        return []
+    fitting, failing = 0, len(sizes)
     while failing - fitting > 1:
         middle = (fitting + failing) // 2
-        if fits(middle):
+        # DeepSpeed's own buffers first: the time of a step is asked with them too.
+        if answers.may_fit(sizes[middle]) or answers.may_be_sized(sizes[middle]):
             fitting = middle
         else:
             failing = middle
-    best = min(sorted(answers, reverse=True), key=lambda place: _seconds(answers[place]))  # the larger of equals
-    untried = [(seconds(larger[place]), place) for place in range(fitting) if place not in answers]
-    for needed, place in sorted(untried):
-        if needed >= _seconds(answers[best]):
+    return sizes[: fitting + 1]
+
+
+def _is_faster(choices: Sequence[Setup], others: Sequence[Found], answers: Answers) -> bool:
+    """Whether one of the setups may take less time than others that fit."""
+    least = min((_pace(each.estimate) for each in others if each.estimate.verdict == "fits"), default=1 << 62)
+    return any(pace(answers.time(each)) < least for each in choices)
+
+
+def _chosen(choices: Sequence[Setup], answers: Answers, objective: Objective) -> Setup | None:
+    """The best that fits: of the least memory, or the fastest, and of equals the one that gives up least."""
+    if objective == "memory":
+        return _least([each for setup in choices for each in levels(setup)], answers)
+    best: Setup | None = None
+    least = 1 << 62
+    for setup in sorted(choices, key=lambda each: (pace(answers.time(each)), simplicity(each))):
+        if pace(answers.time(setup)) >= least:
+            break  # and smaller buffers take no less time
+        sized = answers.sized(setup)
+        if sized is not None and pace(answers.time(sized)) < least:
+            best, least = sized, pace(answers.time(sized))
+    return best
+
+
+def _least(choices: Sequence[Setup], answers: Answers) -> Setup | None:
+    """The one that needs the least of each GPU, of those that fit."""
+    lows = [(found.gpu.low, simplicity(each), each) for each in choices if (found := answers.bounded(each)) is not None]
+    best: tuple[int, Setup] | None = None
+    for low, _, setup in sorted(lows, key=lambda each: each[:2]):
+        if best is not None and low >= best[0]:
             break
-        if fits(place):
-            best = place
-            break
-    return (setup if best < 0 else larger[best]), answers[best]
+        found = answers.replayed(setup) if answers.fits(setup) else None
+        if found is not None and (best is None or found.gpu.high < best[0]):
+            best = found.gpu.high, setup
+    return None if best is None else best[1]
 
 
-def _divisors(number: int) -> list[int]:
-    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
-    return sorted({*small, *(number // size for size in small)})
+def _best(
+    tried: Sequence[Found], choices: Sequence[tuple[Setup, str]], answers: Answers, objective: Objective
+) -> Found | None:
+    """The best of all that fits, or else of the rungs that may."""
+    chosen = _chosen([setup for setup, _ in choices], answers, objective)
+    if chosen is not None:
+        found = answers.replayed(chosen)
+        assert found is not None  # it fits
+        told = next((each for each in tried if each.setup == chosen), None)
+        alike = (name for setup, name in choices if chosen in levels(setup))
+        return told or Found(next(alike), chosen, found)
+    tight = [each for each in tried if each.estimate.verdict == "tight"]
+    if objective == "memory":
+        return min(tight, key=lambda each: (each.estimate.gpu.high, simplicity(each.setup)), default=None)
+    return min(tight, key=lambda each: (_pace(each.estimate), simplicity(each.setup)), default=None)
 
 
-def _may_fit(setup: Setup, estimate: Estimator) -> bool:
-    """Whether it is worth a closer look: without it the low end is already exact."""
-    try:
-        return estimate(setup, False).verdict != "does-not-fit"
-    except (SpecError, UnsupportedError):
-        return False
-
-
-def _is_given(asked: Setup, setup: Setup) -> bool:
-    return asked.training.gradient_checkpointing == setup.training.gradient_checkpointing
-
-
-def _is_tried(setup: Setup, tried: Sequence[tuple[str, Setup, Estimate]]) -> bool:
-    return any(setup == each for _, each, _ in tried)
+def _pace(estimate: Estimate) -> int:
+    return pace(_seconds(estimate))
 
 
 def _seconds(estimate: Estimate) -> float:
     return math.inf if estimate.step is None else estimate.step.seconds
 
 
-def _best(estimates: Sequence[Estimate], objective: Objective) -> int | None:
-    """The place of the best of those that fit, or else of those that may; the earlier of equals."""
+def _pareto(choices: Sequence[tuple[Setup, str]], answers: Answers) -> tuple[Point, ...]:
+    """The fastest setup that fits, and then each that is the fastest of those that leave more memory.
 
-    def cost(place: int) -> float:
-        return _seconds(estimates[place]) if objective == "throughput" else estimates[place].gpu.high
+    What a setup leaves is told by what it has allocated, which needs no replay; the ones taken are replayed.
+    """
+    smallest = [(levels(setup)[-1], name) for setup, name in choices if setup.training.micro_batch_size == 1]
+    lows = [
+        (pace(answers.time(setup)), found.gpu.low, setup, name)
+        for setup, name in dict.fromkeys((*choices, *smallest))
+        if (found := answers.bounded(setup)) is not None and found.verdict != "does-not-fit"
+    ]
+    taken: list[tuple[Point, int]] = []
+    for _, low, setup, name in sorted(lows, key=lambda each: (*each[:2], simplicity(each[2]))):
+        if taken and low > taken[-1][1] - RESOLUTION * (taken[-1][0].high + taken[-1][0].headroom):
+            continue
+        if answers.fits(setup) and (point := _point(name, answers.replayed(setup))) is not None:
+            taken.append((point, low))
+    front: list[Point] = []
+    for point, _ in taken:
+        if all(point.headroom > each.headroom for each in front):
+            front.append(point)
+    return tuple(front)
 
-    for verdict in ("fits", "tight"):
-        places = [place for place, each in enumerate(estimates) if each.verdict == verdict]
-        if places:
-            return min(places, key=cost)
-    return None
+
+def _point(name: str, found: Estimate | None) -> Point | None:
+    if found is None or found.step is None or found.gpu.capacity is None:
+        return None
+    return Point(
+        name=name,
+        setup=dict(found.setup),
+        seconds=found.step.seconds,
+        tokens_per_second=found.step.tokens_per_second,
+        high=found.gpu.high,
+        headroom=found.gpu.capacity - found.gpu.high,
+    )
 
 
-def _reason(estimate: Estimate, best: Estimate | None, objective: Objective) -> str:
+def passed_over(each: Found, best: Found | None, objective: Objective = "throughput") -> str:
     """Why a rung was not chosen."""
+    estimate = each.estimate
     gpu, host, nvme = estimate.gpu, estimate.host, estimate.nvme
     if estimate.verdict == "fits" and best is not None:
+        other = best.estimate
         if objective == "memory":
-            return f"needs {gib(gpu.high)} GiB of each GPU, the chosen one {gib(best.gpu.high)} GiB"
-        mine, other = _seconds(estimate), _seconds(best)
-        return f"slower: {mine:.3g} s a step, the chosen one {other:.3g} s"
+            return f"needs {gib(gpu.high)} GiB of each GPU, the chosen one {gib(other.gpu.high)} GiB"
+        seconds = f"{_seconds(estimate):.3g} s a step, the chosen one {_seconds(other):.3g} s"
+        if pace(_seconds(estimate)) > pace(_seconds(other)):
+            return f"slower: {seconds}"
+        return f"as fast, and gives up more: {seconds}"
     places = verdict_by_place(gpu, host, nvme)
     place = next((place for place, found in places.items() if found == estimate.verdict), None)
     what = {"host": "host memory", "nvme": "NVMe"}.get(place or "", "GPU memory")

@@ -41,8 +41,13 @@ __all__ = [
     "Phase",
     "PhaseName",
     "Plan",
+    "Point",
     "Preflight",
+    "Question",
+    "Remedy",
     "Rung",
+    "Searched",
+    "Solved",
     "StepTime",
     "Term",
     "Tool",
@@ -459,6 +464,64 @@ class Rung(Result):
     """Why another one was chosen; None for the chosen one."""
 
 
+class Point(Result):
+    """A setup that fits, and that none beats both in time and in the memory it leaves."""
+
+    name: str
+    """What the ladder calls it."""
+    setup: JsonObject
+    """Every option, resolved."""
+    seconds: float = Field(gt=0, allow_inf_nan=False)
+    """Of a step."""
+    tokens_per_second: float = Field(ge=0, allow_inf_nan=False)
+    high: Bytes
+    """The most that it may take of each GPU."""
+    headroom: Bytes
+    """What it leaves of each GPU, at the least."""
+
+
+Question: TypeAlias = Literal["micro-batch", "seq-len", "gpus", "gpu"]
+"""What a plan may be asked for beside the fastest setup."""
+
+
+class Solved(Result):
+    """The answer to a question that has one value for an answer."""
+
+    question: Question
+    value: int | str | None
+    """Sequences, tokens, GPUs or a GPU's name, with which the best fits; None if it fits with none."""
+    next: int | str | None
+    """The next value, with which nothing fits: one more, or in GPUs one less. None if there is none."""
+    limit: str
+    """What ends the search before something does not fit, in words; else empty."""
+
+
+class Remedy(Result):
+    """A change with which a setup fits, where none does without: estimated, as everything is."""
+
+    options: str
+    """On the command line."""
+    rung: str
+    """Of the ladder, the first that fits then."""
+    high: Bytes
+    """The most that it may take of each GPU."""
+    host: Bytes
+    """What it takes of a node's host memory."""
+    seconds: float | None = None
+    """Of a step."""
+
+
+class Searched(Result):
+    """How much of the space of setups was looked at, and how closely."""
+
+    setups: int = Field(ge=0)
+    """That there are: engines x checkpointing x micro-batches x sizes of buffers."""
+    estimated: int = Field(ge=0)
+    """For the others memory that grows with the batch, or time, told that they cannot be chosen."""
+    replayed: int = Field(ge=0)
+    """Estimates with the caching allocator's replay: what is chosen, and what only it could rule out."""
+
+
 class Recipe:
     """Makes the files of a plan's best, as text by name. No part of what the plan says: all are equal."""
 
@@ -486,6 +549,13 @@ class Plan(Answer):
     """All of them, in the order in which they give more up."""
     files: tuple[str, ...] = ()
     """Names of the files that run the best, as they were written."""
+    pareto: tuple[Point, ...] = ()
+    """The fastest setup, and then each that is the fastest of those that leave more of each GPU."""
+    searched: Searched | None = None
+    solved: Solved | None = None
+    """The answer to ``solve``, and to ``objective="gpus"``."""
+    remedies: tuple[Remedy, ...] = ()
+    """Where nothing fits for certain: changes with which something does, each by itself, the smaller ones first."""
 
     @property
     def verdict(self) -> Verdict:

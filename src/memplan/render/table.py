@@ -101,20 +101,24 @@ def check_text(check: Check, *, console: Console | None = None) -> str:
 def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None = None) -> str:
     """Return a row per rung, the page of the best, and how to run what was written into ``folder``."""
     console = console or _console()
-    first = plan.rungs[0].estimate
+    first = (plan.best or plan.rungs[0]).estimate
+    of_lengths = plan.solved is not None and plan.solved.question == "seq-len"
     table = _grid(header=True)
     table.add_column("rung")
-    for header in ("batch", "peak GiB", "host GiB", "s/step"):
+    # Rungs with steps of different sizes are compared by what they get through.
+    by_tokens = plan.solved is not None and plan.solved.question in ("micro-batch", "seq-len")
+    speed = "tokens/s" if by_tokens else "s/step"
+    for header in ("tokens" if of_lengths else "batch", "peak GiB", "host GiB", speed):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for rung in plan.rungs:
         found, chosen = rung.estimate, rung == plan.best
         table.add_row(
             rung.name,
-            words.micro_batches(found),
+            words.tokens(found) if of_lengths else words.micro_batches(found),
             words.gib(found.gpu.peak_device),
             words.gib(found.host.peak),
-            "-" if found.step is None else f"{found.step.seconds:.3g}",
+            words.speed_in_a_row(found, by_tokens=by_tokens),
             Text(words.verdict_in_a_row(found), style=_STYLES[found.verdict]),
             style="bold" if chosen else "",
         )
@@ -125,12 +129,56 @@ def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None 
         if plan.verdict == "unknown":
             next_step = words.next_steps(last.estimate)
             answer, why = "Whether anything fits is not known.", f"{why} {next_step[:1].upper()}{next_step[1:]}."
+        if plan.solved is not None and plan.verdict != "unknown":
+            answer = f"{words.solved(plan)}."
         unwritten = "" if folder is None else " No files are written."
-        return _text(Group(_model(first), Text(), table, Text(), Text(f"{answer} {why}{unwritten}")), console)
+        said = Text(f"{answer} {why}{unwritten}")
+        return _text(Group(_model(first), Text(), table, Text(), said, *_remedies(plan)), console)
     title = _line(best.name, style="bold")
     body = _body(best.estimate, console.width, words.next_steps(best.estimate))
-    page = _text(Group(_model(first), Text(), table, Text(), title, _setup(best.estimate), *body), console)
+    answers: list[RenderableType] = []
+    if plan.solved is not None:
+        answers = [Text(), Text(f"{words.solved(plan)}.", style="bold")]
+    answers += _remedies(plan)
+    own = [_setup(best.estimate)]
+    if words.sizes(best.estimate.setup):
+        sizes = Table.grid(padding=(0, _PADDING, 0, 0))  # all of them: they are why it fits
+        sizes.add_column(min_width=_LABEL)
+        sizes.add_row(Text("buffers", style="dim"), Text(words.sizes(best.estimate.setup)))
+        own.append(_indented(sizes))
+    parts = (_model(first), Text(), table, *answers, Text(), title, *own, *body, *_front(plan))
+    page = _text(Group(*parts), console)
     return page if folder is None else f"{page}\n\n{_how_to_run(plan.files, folder, console.width)}"
+
+
+def _front(plan: Plan) -> list[RenderableType]:
+    """The setups that no other beats both in time and in memory."""
+    if len(plan.pareto) < 2:
+        return []
+    table = _grid(header=True)
+    table.add_column("setup")
+    for header in ("batch", "GPU GiB", "to spare", "s/step"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for each in plan.pareto:
+        batch = f"{each.setup['micro_batch_size']} x {each.setup['grad_accum_steps']}"
+        memory = (words.gib(each.high), words.gib(each.headroom))
+        table.add_row(words.point(each), batch, *memory, f"{each.seconds:.3g}")
+    return [Text(), Text("What no other setup beats both in time and in memory", style="bold"), table]
+
+
+def _remedies(plan: Plan) -> list[RenderableType]:
+    """What would fit, and on which rung; nothing where something does."""
+    if not plan.remedies:
+        return []
+    table = _grid(header=True)
+    table.add_column("with", no_wrap=True)
+    table.add_column("rung")
+    for header in ("GPU GiB", "host GiB", "s/step"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for each in plan.remedies:
+        seconds = "-" if each.seconds is None else f"{each.seconds:.3g}"
+        table.add_row(each.options, each.rung, words.gib(each.high), words.gib(each.host), seconds)
+    return [Text(), Text("What would fit", style="bold"), _indented(table)]
 
 
 def _how_to_run(files: Sequence[str], folder: str, width: int) -> str:

@@ -11,10 +11,14 @@ from memplan.results import (
     CountedModel,
     Estimate,
     Finding,
+    Plan,
+    Point,
     StepTime,
     Verdict,
     verdict_by_place,
 )
+from memplan.space import SIZES
+from memplan.specs.strategy import ZeroSpec
 from memplan.units import GiB, KiB, gib
 
 __all__ = [
@@ -34,9 +38,14 @@ __all__ = [
     "key_value",
     "model_facts",
     "next_steps",
+    "point",
     "precision_facts",
     "rungs",
     "setup_facts",
+    "sizes",
+    "solved",
+    "speed_in_a_row",
+    "tokens",
     "verdict",
     "verdict_in_a_row",
 ]
@@ -205,6 +214,54 @@ def rungs(estimates: Sequence[Estimate]) -> list[str]:
 def micro_batches(estimate: Estimate) -> str:
     """Sequences of a micro-batch x micro-batches of a step."""
     return f"{option(estimate, 'micro_batch_size')} x {option(estimate, 'grad_accum_steps') or 1}"
+
+
+def speed_in_a_row(estimate: Estimate, *, by_tokens: bool) -> str:
+    """Seconds of a step, or tokens in a second."""
+    if estimate.step is None:
+        return "-"
+    return f"{estimate.step.tokens_per_second:,.0f}" if by_tokens else f"{estimate.step.seconds:.3g}"
+
+
+def tokens(estimate: Estimate) -> str:
+    """The sequence length."""
+    return f"{option(estimate, 'seq_len'):,}"
+
+
+_ASKED = {
+    "micro-batch": ("largest micro-batch", "sequence", "sequences"),
+    "seq-len": ("longest sequence", "token", "tokens"),
+    "gpus": ("fewest GPUs", "GPU", "GPUs"),
+    "gpu": ("smallest GPU", "", ""),
+}
+
+
+def solved(plan: Plan) -> str:
+    """The answer to what was asked for, in a line."""
+    found = plan.solved
+    assert found is not None
+    name, one, many = _ASKED[found.question]
+    if found.value is None or plan.best is None:
+        limit = f": {found.limit}" if found.limit else ""
+        return f"No {name.split(maxsplit=1)[1] if found.question != 'gpus' else 'number of GPUs'} fits{limit}"
+    value = found.value
+    shown = value if isinstance(value, str) else f"{value:,} {one if value == 1 else many}"
+    limit = f", {found.limit}" if found.limit else ""
+    return f"The {name} that fit{'' if found.question == 'gpus' else 's'}: {shown} ({plan.best.name}){limit}"
+
+
+def sizes(setup: Mapping[str, Any]) -> str:
+    """The sizes of DeepSpeed's buffers that a plan has chosen, where they are not DeepSpeed's own."""
+    found, own = setup.get("engine_config"), ZeroSpec()
+    if not isinstance(found, Mapping) or not str(setup.get("strategy")).startswith("zero"):
+        return ""
+    keys = [name for name in SIZES[-1] if found.get(name) != getattr(own, name)]
+    return ", ".join(f"{name} {key_value(found[name])}" for name in keys)
+
+
+def point(each: Point) -> str:
+    """A setup of the front: its rung, and whether its buffers are DeepSpeed's own."""
+    return f"{each.name}, small buffers" if sizes(each.setup) else each.name
 
 
 def _batch_of_rung(estimate: Estimate) -> str:
