@@ -89,9 +89,10 @@ class StepTiming:
 
     @property
     def interval(self) -> Constant:
-        """The seconds as an assumption: the fast and the slow ends of all rates together."""
-        span, source = self.seconds, "the fast and the slow ends of the rates in docs/throughput.md, all at once"
-        return Constant("step", span.expected, span.low, span.high, "s", source)
+        """The seconds as an assumption, to three digits: the fast and the slow ends of all rates together."""
+        value, low, high = (float(f"{x:.3g}") for x in (self.seconds.expected, self.seconds.low, self.seconds.high))
+        source = "the fast and the slow ends of the rates in docs/throughput.md, all at once"
+        return Constant("step", value, low, high, "s", source)
 
     def result(self) -> StepTime:
         """The expected values, as an estimate's JSON has them."""
