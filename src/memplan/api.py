@@ -604,7 +604,7 @@ def _checked(
     merged, spread, said = runs.setup_of(run, asked, {}, case.cluster.gpus, found)
     notes = [*notes, *said, *(_noted(note) for note in run.notes)]
     setup = Setup(merged, spread, case.cluster.gpus)
-    estimated = case.estimate(setup)
+    estimated = case.with_time(setup, case.estimate(setup))
     estimated = estimated.model_copy(update={"assumptions": (*estimated.assumptions, *notes)})
     checked = findings.Checked(run, merged, spread, case.cluster, case.model, case.software, estimated)
     found += findings.find(checked)

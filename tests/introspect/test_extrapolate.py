@@ -600,7 +600,7 @@ def test_a_head_without_loss_is_refused() -> None:
 
 
 def test_other_versions_than_the_installed_ones_are_refused() -> None:
-    with pytest.raises(SpecError, match=r"transformers=4\.40.*is not what a trace runs"):
+    with pytest.raises(SpecError, match=r"transformers=4\.40.*is not what runs here"):
         api.estimate(deep("llama", 2), SHORT, GPU, trace=True, software="transformers=4.40")
     version = torch.__version__.partition("+")[0]
     result = api.estimate(deep("llama", 2), SHORT, GPU, trace=True, software=f"torch={version}")

@@ -35,10 +35,10 @@ class Device:
     """Bytes of the board."""
     reserved: int | None
     """Bytes of them that the driver keeps, so that no program sees them; None before driver R510."""
-    free: int = 0
-    """Bytes of them that nobody uses now."""
     mig: bool = False
     """Whether the GPU is split into MIG instances, of which a process uses one."""
+    free: int = 0
+    """Bytes of them that nobody uses now."""
 
 
 def detect_cluster(
