@@ -174,7 +174,7 @@ def ladder(
             return case.with_time(setup, case.estimate(setup, replay=replay, explain=explain))
         return None
 
-    if processes > 1 and len(others) > 1 and not trace:
+    if processes > 1 and others and not trace:
         # What is asked for comes last, and so falls to this process or another: its refusal is raised here.
         texts = shared_out(lambda setup: _as_text(answered(setup)), [*others, first], processes)
         found = [None if not text else Estimate.model_validate_json(text) for text in texts]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from memplan.adapters.liger import apply_liger_kernel
 from memplan.adapters.lora import apply_lora, sees_sharded_adapters, tells_layers_apart
@@ -322,8 +322,7 @@ class Recordings:
         return result
 
 
-@dataclass(frozen=True, slots=True)
-class Recording:
+class Recording(NamedTuple):
     """What a micro-batch does on a batch of any size, as long as the code goes the same way."""
 
     record: Record

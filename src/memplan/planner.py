@@ -316,8 +316,7 @@ def planned(
     return Planned(place, tuple((each.setup, rung) for each, rung in zip(tried, rungs, strict=True)), pareto, searched)
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """A family's best."""
 
     name: str

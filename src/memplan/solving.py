@@ -6,7 +6,7 @@ As in :mod:`memplan.planner`, what a setup needs and how long its step takes is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from memplan.planner import (
     Answers,
@@ -34,8 +34,7 @@ MOST = 4_096
 """Sequences up to which micro-batches are tried."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scale:
+class Scale(NamedTuple):
     """The values that a question may have for an answer."""
 
     values: Sequence[int]

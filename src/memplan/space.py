@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from memplan.results import Assumption
 from memplan.specs.strategy import Kind, Offload, OffloadParamSpec, Strategy, ZeroSpec
@@ -179,8 +179,7 @@ FSDP_BESIDE: tuple[tuple[str, Change], ...] = (("FSDP, gathered until the backwa
 """The same of FSDP: ``reshard_after_forward`` off."""
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(NamedTuple):
     """Setups that differ in the micro-batch and the sizes of buffers."""
 
     name: str

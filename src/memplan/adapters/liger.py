@@ -11,8 +11,8 @@ and liger_kernel/transformers/model/, liger-kernel 0.8.5.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from memplan.adapters.lora import LoraLinear, ModulesToSave
 from memplan.architectures.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
@@ -25,8 +25,7 @@ from memplan.tape import liger, ops
 from memplan.tape.tensor import Parameter, Tensor, int32, int64
 
 
-@dataclass(frozen=True, slots=True)
-class Kernels:
+class Kernels(NamedTuple):
     """What ``apply_liger_kernel_to_<family>`` patches by default; every family's MLPs and experts are."""
 
     norms: Mapping[str, bool]

@@ -9,8 +9,8 @@ import ctypes
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from memplan.catalog.gpus import match_device
 from memplan.errors import SpecError, UnsupportedError
@@ -23,8 +23,7 @@ __all__ = ["Device", "detect_cluster", "free_disk", "host_memory", "read_nvml", 
 _NAME_IT = "Name the nearest GPU of the catalog with gpu, and its size with gpu_memory."
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(NamedTuple):
     """One NVIDIA GPU as its driver reports it."""
 
     name: str

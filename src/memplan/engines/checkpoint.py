@@ -12,8 +12,7 @@ memory is short. They are in a container's page cache, and not counted here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from memplan.memory.course import Block, Ledger
 from memplan.tape import tensor as dtypes
@@ -25,8 +24,7 @@ MAX_SHARD_SIZE = 50 * 10**9
 """Bytes: save_pretrained starts another file before it gets larger (``max_shard_size="50GB"``)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(NamedTuple):
     """A weight of the model that a script hands to the Trainer, on the host; of one that is quantized, on the GPU."""
 
     nbytes: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from memplan.architectures.nn import Layers, Module
 from memplan.engines import checkpoint
@@ -79,8 +79,7 @@ def layout(root: Module, one_group: bool = False) -> Layout:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class StateDict:
+class StateDict(NamedTuple):
     """``model.state_dict()``, and what writing it in the checkpoint's format takes."""
 
     weights: Sequence[tuple[Key, int]]
@@ -153,8 +152,7 @@ class WholeWeights:
         self.ledger.free(*clones)
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluationLoop:
+class EvaluationLoop(NamedTuple):
     """Evaluation after the last step."""
 
     course: Course
@@ -168,8 +166,7 @@ class EvaluationLoop:
     """Bytes that CUDA has to give, if that is known."""
 
 
-@dataclass(frozen=True, slots=True)
-class Played:
+class Played(NamedTuple):
     """What is there beside the engine, and the micro-batches of each step."""
 
     loaded: Sequence[checkpoint.Loaded]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from memplan.memory.evaluation import Kept
 from memplan.memory.optimizers import Optimizer, clip_grad_norm, rounded
@@ -20,8 +21,7 @@ Parts = dict[str, int]
 """Component -> bytes alive."""
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """What one batch of evaluation needs, and what is kept of it."""
 
     fullest: Moment
@@ -68,8 +68,7 @@ class Run:
         return (self.grad_accum_steps - 1) * self.inputs
 
 
-@dataclass(frozen=True, slots=True)
-class States:
+class States(NamedTuple):
     """What lives from one step to the next, in bytes."""
 
     weights: int

@@ -20,7 +20,6 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import NamedTuple
 
@@ -585,8 +584,7 @@ def segment_size(size: int, large_segment_size: int = LARGE_SEGMENT) -> int:
     return -(-size // ROUND_LARGE) * ROUND_LARGE
 
 
-@dataclass(frozen=True, slots=True)
-class ReplayResult:
+class ReplayResult(NamedTuple):
     """What the counters say after a trace, in bytes."""
 
     peak_allocated: int
@@ -693,8 +691,7 @@ class SizeClass(NamedTuple):
     """How often one is allocated."""
 
 
-@dataclass(frozen=True, slots=True)
-class TraceSummary:
+class TraceSummary(NamedTuple):
     """What :func:`reserved_upper_bound` needs to know of a trace on one stream; a caller may know it in closed form."""
 
     prefix: Mapping[int, int]

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, groupby, pairwise
+from typing import NamedTuple
 
 from memplan.memory.timeline import Segment, Stacks, Unrolled
 from memplan.tape.tape import BEFORE, Handed, LayerKey, Tape
@@ -144,8 +145,7 @@ def _goes(tape: Tape, layer: LayerKey, in_backward: bool) -> Sequence[Handed]:
     return (tape.handed_back if in_backward else tape.handed_on).get(layer, ())
 
 
-@dataclass(frozen=True, slots=True)
-class _Ran:
+class _Ran(NamedTuple):
     """The first storage that a segment has made in the same layer, or in another one."""
 
     segment: int
@@ -153,8 +153,7 @@ class _Ran:
     """None: in the one that runs."""
 
 
-@dataclass(frozen=True, slots=True)
-class _HandedOver:
+class _HandedOver(NamedTuple):
     """A storage that has been handed from layer to layer of a stack, to the one that runs or to what comes after."""
 
     stack: int

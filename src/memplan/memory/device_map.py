@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from memplan.errors import UnsupportedError
 
@@ -46,8 +46,7 @@ class Place:
             yield from child.walk(_join(path, name))
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
+class Model(NamedTuple):
     """A module tree and the groups of names that share one weight."""
 
     root: Place

@@ -7,7 +7,6 @@ gather in accelerate/utils/operations.py, 1.15.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from memplan.memory.course import Ledger
@@ -24,8 +23,7 @@ class Prediction(NamedTuple):
     """NumPy has no bfloat16: on the host it is copied to float32."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(NamedTuple):
     """What is kept of evaluation's batches."""
 
     predictions: Sequence[Prediction]

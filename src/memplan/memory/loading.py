@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from memplan.adapters.quantization import Linear4bit, Linear8bitLt, is_packed
 from memplan.architectures.nn import Layers, Module
@@ -22,8 +22,7 @@ WARMUP_MARGIN = int(1.2 * 1024**3)
 """Bytes of the device that the allocator's warm-up leaves alone (caching_allocator_warmup)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """One tensor of the whole model."""
 
     name: str
@@ -139,8 +138,7 @@ def device_of(name: str, device_map: Mapping[str, Device]) -> Device:
 # -- on the way --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(NamedTuple):
     """What the allocator of one GPU has seen once the model is there, in bytes."""
 
     allocated: int

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from memplan.memory.allocator import (
     CachingAllocator,
@@ -71,8 +71,7 @@ class _Replay:
         self.allocator.run([~i for i in range(len(addresses))], (), addresses)
 
 
-@dataclass(frozen=True, slots=True)
-class Replayed:
+class Replayed(NamedTuple):
     """What the allocator's counters reach, in bytes."""
 
     peak_allocated: dict[str, int]
@@ -131,8 +130,7 @@ def _upper_bound(
     return reserved_upper_bound(TraceSummary(prefix, classes))
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """What a micro-batch, or a batch of evaluation, allocates and frees in all layers."""
 
     every: EveryLayer
@@ -142,8 +140,7 @@ class Batch:
     """How many of the first storages are the batch itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluationLoop:
+class EvaluationLoop(NamedTuple):
     """Evaluation after the last step."""
 
     batch: Batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from memplan.errors import SpecError
 from memplan.specs.hardware import GPUSpec
@@ -14,8 +14,7 @@ __all__ = ["Precision", "resolve_precision"]
 _DTYPE_OF: dict[MixedPrecision, Dtype] = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-@dataclass(frozen=True, slots=True)
-class Precision:
+class Precision(NamedTuple):
     """A resolved pair: what ``from_pretrained`` loads, and what ``TrainingArguments`` switches on."""
 
     dtype: Dtype

@@ -13,8 +13,7 @@ on CPU allocation by allocation (benchmarks/measurements/bitsandbytes). For CUDA
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from memplan.tape import ops
 from memplan.tape.ops import Grads
@@ -29,8 +28,7 @@ FUSED_ROWS = 4
 """Rows up to which CUDA's fused 4-bit kernel is taken for every shape (_GEMM_4BIT_CUSTOM_FLOOR_M)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Weight4bit:
+class Weight4bit(NamedTuple):
     """The shape of a packed weight and what dequantizing it makes."""
 
     n_out: int
