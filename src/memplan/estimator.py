@@ -16,7 +16,6 @@ from memplan.constants import Constant
 from memplan.engines import checkpoint, ddp, plain
 from memplan.engines.plain import Parts, Run
 from memplan.errors import SpecError, UnsupportedError
-from memplan.memory import loading
 from memplan.memory.course import Ledger
 from memplan.memory.evaluation import to_host
 from memplan.memory.optimizers import clip_grad_norm
@@ -454,6 +453,8 @@ def _limit(cluster: ClusterSpec, gpu: GPUSpec | None, outside: tuple[Constant, C
 
 def _loading(setup: Setup, gpu: GPUSpec | None, cluster: ClusterSpec, weights: int) -> Parts:
     """The fullest moment while a quantized model is loaded and prepared on one GPU, ``weights`` being the result."""
+    from memplan.memory import loading  # here, because only quantizing takes more than the weights do
+
     root = build(setup, Tape(setup.rules), full_depth=False, as_loaded=True)
     loaded = loading.load(
         loading.tensors(root),
@@ -476,6 +477,7 @@ def _infer(
 ) -> Estimate:
     """Tasks load and generate: one copy of the model, in one process."""
     from memplan.inference import Machine, infer  # here, because training needs neither
+    from memplan.memory import loading
 
     if strategy.kind != "single":
         remedy = "Leave it out, or use --task train; --device-map spreads one copy over several GPUs."

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
-from memplan.adapters.liger import apply_liger_kernel
 from memplan.adapters.lora import apply_lora, sees_sharded_adapters, tells_layers_apart
 from memplan.adapters.quantization import cast, prepare_for_kbit_training, quantize
 from memplan.architectures.cache import DynamicCache
@@ -422,6 +421,8 @@ def build(
     if prepares_for_kbit_training(training):
         prepare_for_kbit_training(root)
     if training.liger:
+        from memplan.adapters.liger import apply_liger_kernel  # here, because most runs have none of it
+
         apply_liger_kernel(b, root, model.model_type, fsdp1=setup.engine == "fsdp1")
     if training.lora is not None:
         apply_lora(b, root, training.lora, model.model_type)
