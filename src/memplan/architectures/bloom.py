@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from memplan.architectures.nn import (
+    AS_THEY_ARE,
     Activation,
     Build,
     CheckpointLayer,
@@ -176,4 +177,6 @@ class BloomModel(Module):
         return self.ln_f(hidden_states)
 
 
-HEADS = language_model_heads(BloomConfig, BloomModel, prefix="transformer", embedding="word_embeddings")
+HEADS = language_model_heads(
+    BloomConfig, BloomModel, prefix="transformer", embedding="word_embeddings", own_loss=AS_THEY_ARE
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memplan.architectures.nn import (
+    AS_THEY_ARE,
     Build,
     CheckpointLayer,
     Dropout,
@@ -260,4 +261,6 @@ class FalconModel(Module):
         return self.ln_f(hidden_states)
 
 
-HEADS = language_model_heads(FalconConfig, FalconModel, prefix="transformer", embedding="word_embeddings")
+HEADS = language_model_heads(
+    FalconConfig, FalconModel, prefix="transformer", embedding="word_embeddings", own_loss=AS_THEY_ARE
+)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from memplan.architectures.nn import (
+    AS_THEY_ARE,
     Build,
     CheckpointLayer,
     Conv1D,
@@ -170,4 +171,4 @@ class GPT2Model(Module):
         return self.ln_f(hidden_states)
 
 
-HEADS = language_model_heads(GPT2Config, GPT2Model, prefix="transformer", embedding="wte")
+HEADS = language_model_heads(GPT2Config, GPT2Model, prefix="transformer", embedding="wte", own_loss=AS_THEY_ARE)

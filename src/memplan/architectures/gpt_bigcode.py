@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from memplan.architectures.gpt2 import GPT2MLP, GPT2Block, GPT2Config, GPT2Model
 from memplan.architectures.nn import (
+    AS_THEY_ARE,
     Build,
     Dropout,
     Linear,
@@ -77,4 +78,6 @@ class GPTBigCodeModel(GPT2Model):
         self.bias = b.tape.buffer((c.max_position_embeddings, c.max_position_embeddings), bool_)
 
 
-HEADS = language_model_heads(GPTBigCodeConfig, GPTBigCodeModel, prefix="transformer", embedding="wte")
+HEADS = language_model_heads(
+    GPTBigCodeConfig, GPTBigCodeModel, prefix="transformer", embedding="wte", own_loss=AS_THEY_ARE
+)

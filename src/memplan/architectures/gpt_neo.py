@@ -12,6 +12,7 @@ from memplan.architectures.nn import (
     Layers,
     Linear,
     Module,
+    OwnLoss,
     activation,
     cached,
     causal_mask,
@@ -162,4 +163,6 @@ class GPTNeoModel(Module):
         return self.ln_f(hidden_states)
 
 
-HEADS = language_model_heads(GPTNeoConfig, GPTNeoModel, prefix="transformer", embedding="wte")
+HEADS = language_model_heads(
+    GPTNeoConfig, GPTNeoModel, prefix="transformer", embedding="wte", own_loss=OwnLoss("4.48.3", and_back=True)
+)

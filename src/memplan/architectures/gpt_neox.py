@@ -11,6 +11,7 @@ from memplan.architectures.nn import (
     Layers,
     Linear,
     Module,
+    OwnLoss,
     RotaryEmbedding,
     activation,
     attention,
@@ -146,4 +147,6 @@ class GPTNeoXModel(Module):
         return self.final_layer_norm(hidden_states)
 
 
-HEADS = language_model_heads(GPTNeoXConfig, GPTNeoXModel, prefix="gpt_neox", embedding="embed_in")
+HEADS = language_model_heads(
+    GPTNeoXConfig, GPTNeoXModel, prefix="gpt_neox", embedding="embed_in", own_loss=OwnLoss("4.49", in_float32=False)
+)

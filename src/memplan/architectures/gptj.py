@@ -11,6 +11,7 @@ from memplan.architectures.nn import (
     Layers,
     Linear,
     Module,
+    OwnLoss,
     activation,
     cached,
     causal_mask,
@@ -184,4 +185,6 @@ class GPTJModel(Module):
         return self.ln_f(hidden_states)
 
 
-HEADS = language_model_heads(GPTJConfig, GPTJModel, prefix="transformer", embedding="wte", bias=True)
+HEADS = language_model_heads(
+    GPTJConfig, GPTJModel, prefix="transformer", embedding="wte", bias=True, own_loss=OwnLoss("4.48.3")
+)

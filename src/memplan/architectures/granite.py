@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from memplan.architectures.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel, decoder_heads
-from memplan.architectures.nn import position_ids
+from memplan.architectures.nn import OwnLoss, causal_lm_output, position_ids
 from memplan.tape.tensor import Tensor
 
 
@@ -40,6 +41,7 @@ class GraniteModel(LlamaModel):
 
 class GraniteForCausalLM(LlamaForCausalLM):
     model_class: ClassVar[Callable[..., Any]] = GraniteModel
+    output: Callable[..., Any] = staticmethod(partial(causal_lm_output, own_loss=OwnLoss("4.48")))
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden_states = self.model(input_ids)

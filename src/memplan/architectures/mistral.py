@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from memplan.architectures.llama import LlamaConfig, LlamaForCausalLM, decoder_heads
+from memplan.architectures.nn import OwnLoss, causal_lm_output
 from memplan.specs.fields import Fields
 
 
@@ -22,6 +24,7 @@ class MistralConfig(LlamaConfig):
 
 class MistralForCausalLM(LlamaForCausalLM):
     config_class: ClassVar[Callable[..., Any]] = MistralConfig
+    output: Callable[..., Any] = staticmethod(partial(causal_lm_output, own_loss=OwnLoss("4.48")))
 
 
 HEADS = decoder_heads(MistralForCausalLM)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 from memplan.architectures.cache import DynamicCache
@@ -647,6 +647,23 @@ class Model(Module):
         return head
 
 
+class OwnLoss(NamedTuple):
+    """How a model computed its loss itself, in transformers before it called ForCausalLMLoss."""
+
+    until: str = "4.46"
+    """The version that calls it first."""
+    in_float32: bool = True
+    """Whether the logits are made float32 before; or else the loss takes them as they are."""
+    and_back: bool = False
+    """Whether they are given back in their own dtype."""
+
+
+IN_FLOAT32 = OwnLoss()
+"""modeling_llama.py at 4.45.2 and 4.46.0."""
+AS_THEY_ARE = OwnLoss("4.48.3", in_float32=False)
+"""gpt2 and others of its time: modeling_gpt2.py at 4.48.2 and 4.48.3."""
+
+
 def causal_lm_output(
     b: Build,
     lm_head: Module,
@@ -655,6 +672,7 @@ def causal_lm_output(
     softcap: bool = False,
     scale: bool = False,
     cross_entropy: Callable[[Tensor, Tensor], Tensor] = ops.cross_entropy,
+    own_loss: OwnLoss = IN_FLOAT32,
 ) -> tuple[Any, Tensor | None]:
     """The head and the loss of a ...ForCausalLM: (loss, logits); in generation the last position's logits alone."""
     t = b.tape
@@ -668,12 +686,17 @@ def causal_lm_output(
             logits = logits * 0.5
             logits = ops.tanh(logits)
             logits = logits * 0.5
-        if not b.software.at_least("transformers", "4.46"):
-            logits = logits.float()  # the model itself did, before the loss functions were shared
+        shares = b.software.at_least("transformers", own_loss.until)
+        dtype = logits.dtype
+        if not shares and own_loss.in_float32:
+            logits = logits.float()
         if b.cache is not None:
             return None, logits
         t.mark("loss")
-        return causal_lm_loss(b, logits, labels, cross_entropy), logits
+        if shares:
+            return causal_lm_loss(b, logits, labels, cross_entropy), logits
+        loss, _shift_logits = _shifted_loss(logits, labels, cross_entropy)  # a local of forward, until it returns
+        return loss, logits.to(dtype) if own_loss.and_back else logits
 
 
 def num_labels(fields: Fields) -> int:
@@ -723,6 +746,8 @@ class SequenceClassification(Classifier):
 class CausalLM(Model):
     """A decoder under the name ``prefix``, with a projection to the vocabulary that may be its embedding's weight."""
 
+    own_loss = IN_FLOAT32
+
     def __init__(self, b: Build, prefix: str, model: Module, embedding: Embedding, tied: bool, bias: bool) -> None:
         self.b = b
         self._prefix = prefix
@@ -734,7 +759,7 @@ class CausalLM(Model):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden_states = getattr(self, self._prefix)(input_ids)
-        return causal_lm_output(self.b, self.lm_head, hidden_states, labels)
+        return causal_lm_output(self.b, self.lm_head, hidden_states, labels, own_loss=self.own_loss)
 
 
 def language_model_heads(
@@ -743,6 +768,7 @@ def language_model_heads(
     prefix: str,
     embedding: str,
     bias: bool = False,
+    own_loss: OwnLoss = IN_FLOAT32,
 ) -> dict[str, Callable[[Build, Fields], Any]]:
     """The models that transformers makes of a decoder, which it holds as ``prefix`` and whose token embedding is
     ``embedding``: with a language model's head (with ``bias``), without, and as a classifier.
@@ -754,7 +780,9 @@ def language_model_heads(
     def causal_lm(b: Build, fields: Fields) -> Model:
         c = config_class(fields)
         model = model_class(b, c)
-        return CausalLM(b, prefix, model, getattr(model, embedding), c.tie_word_embeddings, bias)
+        whole = CausalLM(b, prefix, model, getattr(model, embedding), c.tie_word_embeddings, bias)
+        whole.own_loss = own_loss
+        return whole
 
     def sequence_classification(b: Build, fields: Fields) -> Model:
         model = base(b, fields)
@@ -774,12 +802,18 @@ def causal_lm_loss(
     Since 4.49 the labels are padded and all positions count; before, the logits were copied without the last one.
     """
     logits = logits.float()
-    if b.software.at_least("transformers", "4.49"):
-        labels = ops.pad_last(labels, 1)
-        shift_labels = labels.tape.new((labels.shape[0], labels.shape[1] - 1), int64, "shift_labels")
-        logits = logits.view(-1, logits.shape[-1])
-    else:
-        shift_logits = logits.narrow(1, 0, logits.shape[1] - 1).contiguous()
-        shift_labels = labels.tape.new((labels.shape[0], labels.shape[1] - 1), int64, "shift_labels")
-        return cross_entropy(shift_logits.view(-1, logits.shape[-1]), shift_labels.view(-1)) / 2.0
-    return cross_entropy(logits, shift_labels.view(-1)) / 2.0
+    if not b.software.at_least("transformers", "4.49"):
+        return _shifted_loss(logits, labels, cross_entropy)[0]
+    labels = ops.pad_last(labels, 1)
+    shift_labels = labels.tape.new((labels.shape[0], labels.shape[1] - 1), int64, "shift_labels")
+    return cross_entropy(logits.view(-1, logits.shape[-1]), shift_labels.view(-1)) / 2.0
+
+
+def _shifted_loss(
+    logits: Tensor, labels: Tensor, cross_entropy: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of a copy of the logits that lacks the last position, and the copy."""
+    shift_logits = logits.narrow(1, 0, logits.shape[1] - 1).contiguous()
+    shift_labels = labels.tape.new((labels.shape[0], labels.shape[1] - 1), int64, "shift_labels")
+    loss = cross_entropy(shift_logits.view(-1, logits.shape[-1]), shift_labels.view(-1)) / 2.0
+    return loss, shift_logits

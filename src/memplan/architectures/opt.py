@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memplan.architectures.nn import (
+    AS_THEY_ARE,
     Build,
     CausalLM,
     CheckpointLayer,
@@ -186,7 +187,7 @@ class OPTForCausalLM(CausalLM):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden_states = self.model.decoder(input_ids)
-        return causal_lm_output(self.b, self.lm_head, hidden_states, labels)
+        return causal_lm_output(self.b, self.lm_head, hidden_states, labels, own_loss=AS_THEY_ARE)
 
 
 HEADS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from memplan.architectures.llama import (
@@ -14,6 +15,7 @@ from memplan.architectures.llama import (
     decoder_heads,
 )
 from memplan.architectures.nn import (
+    AS_THEY_ARE,
     Build,
     Dropout,
     LayerNorm,
@@ -22,6 +24,7 @@ from memplan.architectures.nn import (
     apply_rotary_pos_emb,
     attention,
     cached,
+    causal_lm_output,
     rotary_dim,
 )
 from memplan.specs.fields import Fields
@@ -123,6 +126,7 @@ class StableLmModel(LlamaModel):
 class StableLmForCausalLM(LlamaForCausalLM):
     config_class: ClassVar[Callable[..., Any]] = StableLmConfig
     model_class: ClassVar[Callable[..., Any]] = StableLmModel
+    output: Callable[..., Any] = staticmethod(partial(causal_lm_output, own_loss=AS_THEY_ARE))
 
 
 HEADS = decoder_heads(StableLmForCausalLM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from memplan.architectures.llama import (
@@ -13,7 +14,16 @@ from memplan.architectures.llama import (
     LlamaModel,
     decoder_heads,
 )
-from memplan.architectures.nn import Build, LayerNorm, Linear, Module, activation, position_ids
+from memplan.architectures.nn import (
+    Build,
+    LayerNorm,
+    Linear,
+    Module,
+    OwnLoss,
+    activation,
+    causal_lm_output,
+    position_ids,
+)
 from memplan.specs.fields import Fields
 from memplan.tape import ops
 from memplan.tape.tensor import Tensor
@@ -91,6 +101,7 @@ class Starcoder2Model(LlamaModel):
 class Starcoder2ForCausalLM(LlamaForCausalLM):
     config_class: ClassVar[Callable[..., Any]] = Starcoder2Config
     model_class: ClassVar[Callable[..., Any]] = Starcoder2Model
+    output: Callable[..., Any] = staticmethod(partial(causal_lm_output, own_loss=OwnLoss("4.47")))
 
 
 HEADS = decoder_heads(Starcoder2ForCausalLM)
