@@ -439,7 +439,9 @@ def _found_before(run: Live, training: TrainingSpec, cluster: ClusterSpec, softw
         memory = findings.memory_finding(check.estimate, cures)
         if memory is not None and not (run.on_cpu and memory.severity == "info"):
             found.insert(0, memory)
-    return Preflight(findings.sorted_by_severity(found), check)
+    of_model = {"id": case.model.id, "config": case.model.config}
+    asked = {} if setup is None else _as_asked(case, setup)
+    return Preflight(findings.sorted_by_severity(found), check, of_model, asked)
 
 
 def _as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec]:
@@ -721,10 +723,17 @@ def measure(
         case.model.replace(source="random"), written.training, cluster, written.strategy, case.software
     )
     estimated = case.estimate(written)
-    given_specs = {"training": asked.training, "cluster": case.cluster, "strategy": written.strategy}
-    fields = {name: spec.model_dump(mode="json", exclude_unset=True) for name, spec in given_specs.items()}
-    fields["cluster"]["gpu"] = gpu.name if isinstance(gpu, GPUSpec) else None
+    fields = _as_asked(case, written)
     return beside(estimated, instrument.measure(job, files, estimated, fields, timeout, start))
+
+
+def _as_asked(case: _Case, setup: Setup) -> dict[str, Any]:
+    """Fields of a setup, with which :func:`estimate_again` makes it again."""
+    gpu = case.cluster.gpu
+    specs = {"training": setup.training, "cluster": case.cluster, "strategy": setup.strategy}
+    fields = {name: spec.model_dump(mode="json", exclude_unset=True) for name, spec in specs.items()}
+    fields["cluster"]["gpu"] = gpu.name if isinstance(gpu, GPUSpec) else None
+    return fields
 
 
 def estimate_again(measurement: Measurement) -> Measured:
