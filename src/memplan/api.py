@@ -331,8 +331,8 @@ def preflight(
     Args:
         model: an ``nn.Module``, a config of transformers, what :func:`estimate` takes, or a Trainer, which has args.
         args: TrainingArguments; a DeepSpeed config as a mapping, a path or an HfDeepSpeedConfig; an Accelerator or one
-            of its plugins; or any file of a run that :func:`check` takes. None is plain training, or what the launcher
-            has set.
+            of its plugins; or any file of a run that :func:`check` takes, or its values. None is plain training, or
+            what the launcher has set.
         training: what the others do not say, ``seq_len`` above all; it wins over them.
         cluster: as for :func:`estimate`; without one, the GPUs that are visible, with the memory that is free on them
             now, the ranks that the launcher has started, and this machine's memory.
@@ -431,7 +431,7 @@ def _found_before(run: Live, training: TrainingSpec, cluster: ClusterSpec, softw
                 case, setup, check = _checked(*_as_files(live.as_module(run), training), hardware, software)
             except MemplanError as error:
                 beside.append(_other_model(model.parameters, model.trainable_parameters, weights, trained, error))
-    found = [*beside, *(each for each in check.findings if each.code not in _LEGAL or not run.of_a_trainer)]
+    found = [*beside, *(each for each in check.findings if each.code not in _LEGAL or run.as_written)]
     if check.estimate is not None and setup is not None:
         if "seq_len" not in setup.training.model_fields_set - run.assumed.keys() and _has_tokens(case):
             found.append(_unknown_length(setup.training.seq_len))
@@ -461,6 +461,9 @@ def _as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec
         known |= {name: value for name, value in said.items() if name not in of_a_trainer}
     if run.engine is not None:
         engine = read_run(run.engine, "config")
+        if engine.arguments is not None:  # a file with TrainingArguments, or a folder
+            known = {name: value for name, value in known.items() if name not in engine.arguments.training}
+            files = replace(files, arguments=engine.arguments, cluster=engine.cluster, alloc_conf=engine.alloc_conf)
         raw = {**engine.raw, **files.raw}
         files = replace(files, engine=engine.engine, raw=raw, launcher=files.launcher or engine.launcher)
         files = replace(files, findings=(*files.findings, *engine.findings))

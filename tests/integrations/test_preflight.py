@@ -142,6 +142,38 @@ def test_arguments_are_what_their_file_is(fields: dict[str, Any], tmp_path: Path
     assert codes(found) - {"seq-len-unknown"} == {each.code for each in of_files.findings}
 
 
+@pytest.mark.parametrize(
+    ("strategy", "how"),
+    [
+        *[("zero3", "values"), ("zero3", "file"), ("zero3", "folder"), ("ddp", "values"), ("ddp", "file")],
+        *[("fsdp", "values"), ("fsdp", "folder")],  # the file alone does not know what launches it
+    ],
+)
+def test_what_a_plan_has_written_is_what_check_reads(
+    strategy: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memplan.configs import launch
+
+    model = api._model("meta-llama/Llama-2-7b")
+    spec = memplan.TrainingSpec(seq_len=512, lora={"rank": 4}, micro_batch_size=2)
+    cluster = api._cluster(memplan.ClusterSpec(gpu="A100-80GB", gpus=2))
+    files = launch.files(model, spec, cluster, memplan.Strategy(kind=strategy), api._installed())
+    launch.write(files, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    of_files = memplan.check(".", cluster=cluster, software=api._installed())
+    if strategy == "fsdp" and how != "folder":  # as accelerate launch says what is in accelerate.yaml
+        words = ["--config_file", "accelerate.yaml"]
+        for name, value in launched(*words).items():
+            if name.startswith(("ACCELERATE_", "FSDP_")):
+                monkeypatch.setenv(name, value)
+    values = json.loads(Path("training_args.json").read_text())
+    args = {"values": values, "file": "training_args.json", "folder": "."}[how]
+    found = memplan.preflight(values["model_name_or_path"], args, cluster=cluster)
+    assert setup_of(found) == of_files.estimate.setup
+    assert found.check.estimate.gpu == of_files.estimate.gpu
+    assert not found.errors
+
+
 def test_a_deepspeed_file_is_what_its_values_are(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(ZERO_3))
     by_path = memplan.preflight(
@@ -659,7 +691,7 @@ def test_a_large_model_takes_no_time(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-import os, sys, warnings
+import sys
 import memplan
 from transformers import LlamaConfig, TrainingArguments
 args = TrainingArguments(output_dir=sys.argv[1], use_cpu=True, report_to=[])
@@ -671,15 +703,78 @@ torch.distributed.init_process_group("gloo")  # waits for all ranks
 
 
 def test_under_torchrun_one_rank_speaks_and_all_end(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
+    ended = on_two_ranks(SCRIPT, tmp_path)
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.count("This run is stopped before it starts") == 1
+
+
+def on_two_ranks(script: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    ended = subprocess.run(
-        [*command, "script.py", str(tmp_path)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        [*command, "script.py", str(folder), *words],
+        cwd=folder,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert ended.returncode == 1, ended.stderr
-    assert ended.stderr.count("This run is stopped before it starts") == 1
+
+
+TRAINING = """
+import json, sys
+import torch
+import transformers
+import memplan
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+    def __getitem__(self, index):
+        tokens = torch.arange(24) + index
+        return {"input_ids": tokens, "labels": tokens}
+
+folder, fields = sys.argv[1:]
+args = transformers.TrainingArguments(
+    output_dir=folder, use_cpu=True, report_to=[], max_steps=3, per_device_train_batch_size=2, disable_tqdm=True,
+    save_strategy="no", **json.loads(fields),
+)
+config = transformers.LlamaConfig(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=256, max_position_embeddings=64,
+)
+before = memplan.preflight(config, args, training={"seq_len": 24, "packed": True})
+trainer = transformers.Trainer(
+    model=transformers.LlamaForCausalLM(config), args=args, train_dataset=Rows(), callbacks=[memplan.MemoryCallback()]
+)
+assert not memplan.preflight(trainer, training={"seq_len": 24, "packed": True}).errors
+trainer.train()
+if trainer.is_world_process_zero():
+    print("SETUP", json.dumps({"before": before.check.estimate.setup, "gpus": before.check.estimate.cluster["gpus"]}))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("ddp", {}),
+        ("zero2", {"deepspeed": {**ZERO_3, "zero_optimization": {"stage": 2}, "zero_force_ds_cpu_optimizer": False}}),
+        ("fsdp", {"fsdp": True, "fsdp_config": FSDP}),
+    ],
+    ids=["ddp", "zero2", "fsdp"],
+)
+def test_a_script_is_checked_trains_and_is_recorded(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    from memplan.integrations.watch import RECORD
+    from memplan.introspect.measurement import Measured
+
+    ended = on_two_ranks(TRAINING, tmp_path, json.dumps(fields))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    said = json.loads(next(line for line in ended.stdout.split("\n") if line.startswith("SETUP"))[6:])
+    assert (said["before"]["strategy"], said["gpus"]) == (kind, 2)
+    assert ended.stdout.count("memplan, after step 2:") == 1
+    measured = Measured.from_json((tmp_path / RECORD).read_text())
+    assert measured.to_dict()["estimate"]["setup"] == said["before"]
+    assert measured.measurement.phases["run"]["host"] > 100 * MiB
+    assert measured.measurement.ran["steps"] == 3

@@ -15,6 +15,7 @@ from typing import Any
 
 from memplan.architectures.registry import ALL_ATTENTION
 from memplan.catalog.detect import Device
+from memplan.configs.run import is_arguments
 from memplan.errors import UnsupportedError
 
 __all__ = ["Live", "as_module", "counted", "free_memory", "rank", "read", "slice_memory", "world"]
@@ -56,6 +57,8 @@ class Live:
     on_cpu: bool = False
     """Whether it is to be trained on the CPU."""
     of_a_trainer: bool = False
+    as_written: bool = False
+    """Whether its arguments are values of a file, which may be wrong, and no object of transformers."""
 
 
 def read(model: Any, args: Any = None) -> Live:
@@ -87,12 +90,13 @@ def as_module(live: Live) -> Live:
 def _trained_by(values: Any, said: dict[str, Any], args: Any) -> Live:
     if args is None:
         return Live(values, said, _of_environment(), _precision_of_environment())
-    if hasattr(args, "per_device_train_batch_size"):
-        arguments = {**said, **_arguments(args)}
+    written = isinstance(args, Mapping) and is_arguments(args)
+    if written or hasattr(args, "per_device_train_batch_size"):
+        arguments = {**said, **(args if written else _arguments(args))}
         on_cpu = bool(arguments.pop("use_cpu", False))
         training = {} if arguments.get("bf16") or arguments.get("fp16") else _precision_of_environment()
         engine = None if arguments.get("deepspeed") or arguments.get("fsdp") else _of_environment()
-        return Live(values, arguments, engine, training, on_cpu=on_cpu, of_a_trainer=True)
+        return Live(values, arguments, engine, training, on_cpu=on_cpu, of_a_trainer=True, as_written=written)
     if hasattr(args, "state") and hasattr(args, "gradient_accumulation_steps"):
         return _accelerator(values, said, args)
     if getattr(args, "deepspeed_config", None) is not None:  # accelerate's DeepSpeedPlugin
