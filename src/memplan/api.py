@@ -423,7 +423,9 @@ def _found_before(run: Live, training: TrainingSpec, cluster: ClusterSpec, softw
     from memplan.integrations import live
 
     hardware, beside = _here(cluster, run)
-    case, setup, check = _checked(*_as_files(run, training), hardware, software)
+    case, setup, check = _of_objects(run, training, hardware, software)
+    if run.unread is not None:
+        beside.append(_not_read(run.unread))
     if run.module is not None and run.model is not run.module and check.estimate is not None:
         model, (weights, trained) = check.estimate.model, live.counted(run.module)
         if (model.parameters, model.trainable_parameters) != (weights, trained):
@@ -442,6 +444,38 @@ def _found_before(run: Live, training: TrainingSpec, cluster: ClusterSpec, softw
     of_model = {"id": case.model.id, "config": case.model.config}
     asked = {} if setup is None else _as_asked(case, setup)
     return Preflight(findings.sorted_by_severity(found), check, of_model, asked)
+
+
+def _of_objects(
+    run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec
+) -> tuple[_Case, Setup | None, Check]:
+    """What is checked. A model that is there is legal: if memplan has no words for it, it is traced.
+
+    Raises SpecError for what is wrong whatever the model is, UnsupportedError for the rest.
+    """
+    from memplan.integrations import live
+
+    try:
+        return _checked(*_as_files(run, training), cluster, software)
+    except MemplanError as error:
+        if run.module is None or run.model is run.module:
+            raise
+        try:
+            return _checked(*_as_files(live.as_module(run), training), cluster, software)
+        except MemplanError as other:
+            if str(other) == str(error):
+                raise error from None
+            raise UnsupportedError(str(error)) from None
+
+
+def _not_read(optimizer: str) -> Finding:
+    return Finding(
+        code="not-read",
+        severity="warning",
+        path="optimizer",
+        message=f"The Trainer was given a {optimizer}, of whose states memplan knows nothing: optim was estimated.",
+        remedy="Take the estimate with care.",
+    )
 
 
 def _as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec]:

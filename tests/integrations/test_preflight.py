@@ -305,6 +305,57 @@ def test_another_head_than_the_config_says_is_traced(tmp_path: Path) -> None:
     assert found.check.estimate.model.parameters == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("options", "codes_of_it"),
+    [
+        (peft.LoraConfig(r=4, target_modules=r".*\.q_proj"), set()),
+        (peft.LoraConfig(r=4, use_dora=True), set()),
+        (peft.LoraConfig(r=4, layers_to_transform=[0], target_modules=["q_proj"]), set()),
+        (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), set()),
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8), None),
+    ],
+    ids=["regex", "dora", "some layers", "ia3", "prompt tuning"],
+)
+def test_what_peft_can_and_memplan_has_no_words_for(options: Any, codes_of_it: set[str] | None, tmp_path: Path) -> None:
+    model = peft.get_peft_model(llama(), options)
+    found = memplan.preflight(model, arguments(tmp_path), training={"seq_len": 32}, cluster="1xA100-80GB")
+    if codes_of_it is None and found.check is None:
+        assert codes(found) == {"not-modelled"}
+        return
+    assert found.check.estimate.model.source == "module"
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert found.check.estimate.model.trainable_parameters == trained
+    sharded = arguments(tmp_path, bf16=True, deepspeed=ZERO_3)
+    assert not memplan.preflight(model, sharded, training={"seq_len": 32}, cluster=TWO).errors
+
+
+def test_a_model_without_a_loss_is_no_error(tmp_path: Path) -> None:
+    model = transformers.LlamaModel(transformers.LlamaConfig(**TINY))  # of a Trainer with a compute_loss
+    assert codes(memplan.preflight(model, arguments(tmp_path), cluster=TWO)) == {"not-modelled"}
+
+
+def test_a_head_that_memplan_does_not_have_is_traced(tmp_path: Path) -> None:
+    config = transformers.BertConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    model = transformers.BertForTokenClassification(config)
+    found = memplan.preflight(model, arguments(tmp_path), training={"seq_len": 32}, cluster="1xA100-80GB")
+    assert found.check is None or found.check.estimate.model.source == "module"
+    assert not found.errors
+
+
+def test_an_optimizer_that_the_trainer_is_given(tmp_path: Path) -> None:
+    model = llama()
+    for optimizer, optim in (
+        (torch.optim.AdamW(model.parameters(), fused=False), "adamw_torch"),
+        (torch.optim.SGD(model.parameters()), "sgd"),
+    ):
+        given = trainer(arguments(tmp_path), model, optimizers=(optimizer, None))
+        found = memplan.preflight(given, cluster=TWO)
+        assert (setup_of(found)["optim"], "not-read" in codes(found)) == (optim, False)
+    rprop = torch.optim.Rprop(model.parameters())
+    found = memplan.preflight(trainer(arguments(tmp_path), model, optimizers=(rprop, None)), cluster=TWO)
+    assert "not-read" in codes(found)
+
+
 def test_where_it_cannot_be_traced_the_difference_is_said(tmp_path: Path) -> None:
     model = llama()
     model.lm_head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 256))

@@ -57,6 +57,8 @@ class Live:
     on_cpu: bool = False
     """Whether it is to be trained on the CPU."""
     of_a_trainer: bool = False
+    unread: str | None = None
+    """Class of an optimizer that nothing is known of."""
     as_written: bool = False
     """Whether its arguments are values of a file, which may be wrong, and no object of transformers."""
 
@@ -133,7 +135,23 @@ def _beside(live: Live, trainer: Any) -> Live:
         arguments.pop("eval_strategy", None)
     elif trainer.compute_metrics is None:
         arguments.pop("eval_accumulation_steps", None)  # losses alone are kept
-    return dataclasses.replace(live, said=arguments)
+    optimizer = getattr(trainer, "optimizer", None)  # one that was given: the Trainer makes its own as it trains
+    unread = None
+    if optimizer is not None:
+        known = _optim(optimizer)
+        unread = type(optimizer).__name__ if known is None else None
+        arguments["optim"] = known or arguments["optim"]
+    return dataclasses.replace(live, said=arguments, unread=unread)
+
+
+def _optim(optimizer: Any) -> str | None:
+    """What TrainingArguments call a torch optimizer."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # AcceleratedOptimizer
+    groups = getattr(inner, "param_groups", None) or [{}]
+    name = type(inner).__name__ if type(inner).__module__.startswith("torch.") else ""
+    if name == "AdamW" and not groups[0].get("amsgrad"):
+        return "adamw_torch_fused" if groups[0].get("fused") else "adamw_torch"
+    return "sgd" if name == "SGD" and not groups[0].get("momentum") else None
 
 
 def _arguments(args: Any) -> dict[str, Any]:
