@@ -562,7 +562,11 @@ def test_the_process_group_knows_best(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.distributed.destroy_process_group()
 
 
-A100 = Device("NVIDIA A100-SXM4-80GB", "GPU-1", 81920 * MiB, 600 * MiB, 81920 * MiB - 600 * MiB)
+def device(uuid: str = "GPU-1", free: int = (81920 - 600) * MiB, *, mig: bool = False) -> Device:
+    return Device("NVIDIA A100-SXM4-80GB", uuid, 81920 * MiB, 600 * MiB, free=free, mig=mig)
+
+
+A100 = device()
 
 
 def seen(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
@@ -572,7 +576,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
 
 
 def test_only_what_is_free_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    busy = dataclasses.replace(A100, uuid="GPU-2", free=10 * GiB)
+    busy = device("GPU-2", 10 * GiB)
     seen(monkeypatch, A100, busy)
     monkeypatch.setenv("WORLD_SIZE", "2")
     found = memplan.preflight(llama(), training={"seq_len": 64})
@@ -588,14 +592,14 @@ def test_what_the_process_has_itself_is_its_own(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 5 * GiB)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
-    busy = dataclasses.replace(A100, free=10 * GiB)
+    busy = device(free=10 * GiB)
     assert live.free_memory(busy, 400 * MiB) == 15 * GiB + 400 * MiB
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 0.1)
     assert live.free_memory(busy, 400 * MiB) == int((81920 - 600) * MiB * 0.1) + 400 * MiB
 
 
 def test_a_mig_instance_has_its_own_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen(monkeypatch, dataclasses.replace(A100, mig=True))
+    seen(monkeypatch, device(mig=True))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1a2b")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
@@ -623,7 +627,7 @@ def test_a_containers_limit_is_the_hosts_memory(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_without_a_launcher_several_gpus_are_no_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen(monkeypatch, A100, dataclasses.replace(A100, uuid="GPU-2"))
+    seen(monkeypatch, A100, device("GPU-2"))
     args = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[])
     with pytest.warns(UserWarning, match=r"nn\.DataParallel"):
         found = memplan.preflight(llama(), args, training={"seq_len": 64})
