@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memplan.api import check, compare, estimate, ladder, measure, plan, preflight
     from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
+    from memplan.integrations.callback import MemoryCallback
+    from memplan.integrations.watch import watch
     from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Rung
     from memplan.specs import (
         ClusterSpec,
@@ -33,6 +35,8 @@ _HOME = {
     "measure": "api",
     "plan": "api",
     "preflight": "api",
+    "MemoryCallback": "integrations.callback",
+    "watch": "integrations.watch",
     "MemplanError": "errors",
     "PreflightError": "errors",
     "ResolutionError": "errors",
@@ -65,6 +69,7 @@ __all__ = [
     "Finding",
     "GPUSpec",
     "LoraSpec",
+    "MemoryCallback",
     "MemplanError",
     "ModelSpec",
     "Plan",
@@ -84,6 +89,7 @@ __all__ = [
     "measure",
     "plan",
     "preflight",
+    "watch",
 ]
 
 

@@ -6,12 +6,15 @@ estimator. What it adds of its own is data: the rungs of the ladder, and the rem
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+import traceback
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard, TypeVar, Union, get_args
 
 from memplan import estimator, micro_batch, planner, solving
@@ -626,8 +629,8 @@ def preflight(
     Args:
         model: an ``nn.Module``, a config of transformers, what :func:`estimate` takes, or a Trainer, which has args.
         args: TrainingArguments; a DeepSpeed config as a mapping, a path or an HfDeepSpeedConfig; an Accelerator or one
-            of its plugins; or any file of a run that :func:`check` takes. None is plain training, or what the launcher
-            has set.
+            of its plugins; or any file of a run that :func:`check` takes, or its values. None is plain training, or
+            what the launcher has set.
         training: what the others do not say, ``seq_len`` above all; it wins over them.
         cluster: as for :func:`estimate`; without one, the GPUs that are visible, with the memory that is free on them
             now, the ranks that the launcher has started, and this machine's memory.
@@ -642,18 +645,22 @@ def preflight(
 
     if on_failure not in get_args(OnFailure):
         raise SpecError.at("on_failure", on_failure, "is not known", f"Use {' or '.join(get_args(OnFailure))}.")
-    hardware = _cluster_spec(cluster)
-    versions = _installed() if software is None else _software(software)
-    try:
-        found = _found_before(
-            live.read(model, args, on_cpu=cluster is None), _training(training), _here(hardware), versions
-        )
-    except UnsupportedError as error:
-        found = Preflight([_excused("not-modelled", "warning", error)])
-    except ResolutionError as error:
-        found = Preflight([_excused("unknown-model", "warning", error)])
-    except SpecError as error:
-        found = Preflight([_excused("refused", "error", error)])
+    asked, hardware = _training(training), _cluster_spec(cluster)
+    if isinstance(hardware.gpu, str):
+        hardware = _cluster(hardware)
+    versions = None if software is None else _software(software)
+    with _uncollected():
+        try:
+            found = _found_before(live.read(model, args), asked, hardware, versions or _installed())
+        except UnsupportedError as error:
+            found = Preflight([_excused("not-modelled", "warning", error)])
+        except ResolutionError as error:
+            found = Preflight([_excused("unknown-model", "warning", error)])
+        except SpecError as error:
+            found = Preflight([_excused("refused", "error", error)])
+        except Exception as error:
+            # Whatever is wrong with memplan, a training script must not end of it.
+            found = Preflight([_of_memplan(error)])
     if live.rank() == 0:
         _act_on(found, on_failure)
     return found
@@ -662,9 +669,32 @@ def preflight(
 OnFailure: TypeAlias = Literal["raise", "warn", "exit"]
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collections, each of which walks the million objects of torch and transformers: 0.3 s."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _excused(code: str, severity: Literal["error", "warning"], error: MemplanError) -> Finding:
     path, _, rest = str(error).partition(": ")
     return Finding(code=code, severity=severity, path=path, message=rest or str(error), remedy="")
+
+
+def _of_memplan(error: Exception) -> Finding:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Finding(
+        code="memplan-error",
+        severity="warning",
+        path="memplan",
+        message=f"The run was not checked: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}).",
+        remedy="Please report it. The run itself is not touched.",
+    )
 
 
 def _act_on(found: Preflight, on_failure: OnFailure) -> None:
@@ -682,47 +712,180 @@ def _act_on(found: Preflight, on_failure: OnFailure) -> None:
         raise SystemExit(1)
 
 
+_LEGAL = frozenset({"removed-argument", "misspelt-argument"})
+"""Findings on names that an object of transformers has, so that they exist."""
+
+
 def _found_before(run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec) -> Preflight:
     from memplan import findings
+    from memplan.integrations import live
+
+    hardware, beside = _here(cluster, run)
+    case, setup, check = _of_objects(run, training, hardware, software)
+    if run.unread is not None:
+        beside.append(_not_read(run.unread))
+    if run.module is not None and run.model is not run.module and check.estimate is not None:
+        model, (weights, trained) = check.estimate.model, live.counted(run.module)
+        if (model.parameters, model.trainable_parameters) != (weights, trained):
+            try:
+                case, setup, check = _checked(*_as_files(live.as_module(run), training), hardware, software)
+            except MemplanError as error:
+                beside.append(_other_model(model.parameters, model.trainable_parameters, weights, trained, error))
+    found = [*beside, *(each for each in check.findings if each.code not in _LEGAL or run.as_written)]
+    if check.estimate is not None and setup is not None:
+        if "seq_len" not in setup.training.model_fields_set - run.assumed.keys() and _has_tokens(case):
+            found.append(_unknown_length(setup.training.seq_len))
+        cures = _cures(case, setup) if check.verdict in ("does-not-fit", "tight") else ()
+        memory = findings.memory_finding(check.estimate, cures)
+        if memory is not None and not (run.on_cpu and memory.severity == "info"):
+            found.insert(0, memory)
+    of_model = {"id": case.model.id, "config": case.model.config}
+    asked = {} if setup is None else _as_asked(case, setup)
+    return Preflight(findings.sorted_by_severity(found), check, of_model, asked)
+
+
+def _of_objects(
+    run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec
+) -> tuple[_Case, Setup | None, Check]:
+    """What is checked. A model that is there is legal: if memplan has no words for it, it is traced.
+
+    Raises SpecError for what is wrong whatever the model is, UnsupportedError for the rest.
+    """
+    from memplan.integrations import live
+
+    try:
+        return _checked(*_as_files(run, training), cluster, software)
+    except MemplanError as error:
+        if run.module is None or run.model is run.module:
+            raise
+        try:
+            return _checked(*_as_files(live.as_module(run), training), cluster, software)
+        except MemplanError as other:
+            if str(other) == str(error):
+                raise error from None
+            raise UnsupportedError(str(error)) from None
+
+
+def _not_read(optimizer: str) -> Finding:
+    return Finding(
+        code="not-read",
+        severity="warning",
+        path="optimizer",
+        message=f"The Trainer was given a {optimizer}, of whose states memplan knows nothing: optim was estimated.",
+        remedy="Take the estimate with care.",
+    )
+
+
+def _as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec]:
+    """What the files of a run would say, its model, and what is known beside: what is asked for wins."""
+    from memplan.configs.arguments import parse_arguments
     from memplan.configs.run import Run, read_run
 
-    files = Run("") if run.arguments is None else read_run(run.arguments, "TrainingArguments")
+    known = dict(run.assumed)
+    if run.of_a_trainer:
+        files = read_run(run.said, "TrainingArguments")
+        if files.arguments is not None:
+            known = {name: value for name, value in known.items() if name not in files.arguments.training}
+    else:
+        files = Run("the script")
+        of_a_trainer = parse_arguments({}, "model").training
+        said = parse_arguments(run.said, "model").training
+        known |= {name: value for name, value in said.items() if name not in of_a_trainer}
     if run.engine is not None:
         engine = read_run(run.engine, "config")
+        if engine.arguments is not None:  # a file with TrainingArguments, or a folder
+            known = {name: value for name, value in known.items() if name not in engine.arguments.training}
+            files = replace(files, arguments=engine.arguments, cluster=engine.cluster, alloc_conf=engine.alloc_conf)
         raw = {**engine.raw, **files.raw}
         files = replace(files, engine=engine.engine, raw=raw, launcher=files.launcher or engine.launcher)
         files = replace(files, findings=(*files.findings, *engine.findings))
-    known = {name: value for name, value in run.training.items() if name not in training.model_fields_set}
-    case, setup, check = _checked(files, run.model, training.replace(**known), cluster, software)
-    found = list(check.findings)
-    if check.estimate is not None and setup is not None:
-        cures = _cures(case, setup) if check.verdict in ("does-not-fit", "tight") else ()
-        memory = findings.memory_finding(check.estimate, cures)
-        found = [memory, *found] if memory is not None else found
-    return Preflight(findings.sorted_by_severity(found), check)
+    known |= run.training
+    known = {name: value for name, value in known.items() if name not in training.model_fields_set}
+    return files, run.model, training.replace(**known)
 
 
-def _here(spec: ClusterSpec) -> ClusterSpec:
-    """The cluster that is given, or this machine with what is free now, and the launcher's ranks."""
-    from memplan.catalog.detect import read_nvml, visible_devices
+def _other_model(weights: int, trained: int, real: int, really_trained: int, error: MemplanError) -> Finding:
+    return Finding(
+        code="other-model",
+        severity="warning",
+        path="model",
+        message=f"It has {real:,} weights, {really_trained:,} of them trained; what was estimated has {weights:,} and "
+        f"{trained:,}, and the model itself could not be traced ({error})",
+        remedy="Take the estimate with care.",
+    )
+
+
+def _has_tokens(case: _Case) -> bool:
+    return "vocab_size" in case.model.config
+
+
+def _unknown_length(taken: int) -> Finding:
+    return Finding(
+        code="seq-len-unknown",
+        severity="info",
+        path="seq_len",
+        message=f"Nothing says how many tokens a sequence has: {taken} are taken.",
+        remedy='Say it by training={"seq_len": ...}.',
+    )
+
+
+def _here(spec: ClusterSpec, run: Live) -> tuple[ClusterSpec, list[Finding]]:
+    """The cluster that is given, or this machine with what is free now, and the launcher's ranks; and what is to be
+    said of it.
+    """
     from memplan.integrations import live
-    from memplan.memory.runtime import cuda_context
 
     fields: dict[str, Any] = {}
+    found: list[Finding] = []
     launched = live.world()
     if launched is not None and "gpus" not in spec.model_fields_set:
         fields |= {"gpus": launched[0], "nodes": max(1, launched[0] // launched[1])}
     if spec.gpu is None and spec.gpu_memory is None:
-        devices = visible_devices(read_nvml())
-        if devices:
-            gpu = detect_cluster().gpu
-            context = int(cuda_context(gpu, SoftwareSpec()).value) if isinstance(gpu, GPUSpec) else 0
-            fields |= {"gpu": gpu, "gpu_memory": min(live.free_memory(device, context) for device in devices)}
-            if launched is None and "gpus" not in spec.model_fields_set:
-                fields["gpus"] = len(devices)
-            if spec.host_memory is None:
-                fields["host_memory"] = host_memory()
-    return spec.replace(**fields)
+        fields |= {"gpu": find_gpu("cpu")} if run.on_cpu else _free_gpus()
+        if spec.host_memory is None and "gpu" in fields:
+            fields["host_memory"] = host_memory()
+    count = fields.pop("devices", 1)
+    if launched is None and "gpus" not in spec.model_fields_set:
+        fields["gpus"] = 1
+        if count > 1 and run.of_a_trainer:
+            found.append(_data_parallel(count))
+    return spec.replace(**fields), found
+
+
+def _free_gpus() -> dict[str, Any]:
+    """Fields of ClusterSpec, and how many ``devices`` there are: the fullest of those that are visible decides."""
+    from memplan.catalog.detect import read_nvml, visible_devices
+    from memplan.catalog.gpus import match_device
+    from memplan.integrations import live
+    from memplan.memory.runtime import cuda_context
+
+    devices = read_nvml()
+    sliced = any(device.mig for device in devices) or "MIG-" in os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not devices:
+        return {}
+    gpu = match_device(devices[0].name, devices[0].memory) if sliced else detect_cluster().gpu
+    if not isinstance(gpu, GPUSpec):
+        if not sliced:
+            return {}
+        remedy = "Say which one is near to it, by cluster=memplan.ClusterSpec(gpu=..., gpu_memory=...)."
+        raise UnsupportedError.at("gpu", devices[0].name, "is not in the catalog", remedy)
+    context = int(cuda_context(gpu, SoftwareSpec()).value)
+    if sliced:
+        return {"gpu": gpu, "gpu_memory": live.slice_memory(context), "devices": 1}
+    visible = visible_devices(devices)
+    free = min(live.free_memory(device, context) for device in visible)
+    return {"gpu": gpu, "gpu_memory": free, "devices": len(visible)}
+
+
+def _data_parallel(count: int) -> Finding:
+    return Finding(
+        code="data-parallel",
+        severity="warning",
+        path="launcher",
+        message=f"{count} GPUs are visible and no launcher has started ranks: the Trainer takes nn.DataParallel, whose "
+        "first GPU holds more than the others. What one GPU needs by itself was estimated.",
+        remedy="Start the script by torchrun or accelerate launch, or leave one GPU by CUDA_VISIBLE_DEVICES.",
+    )
 
 
 def _installed() -> SoftwareSpec:
@@ -744,20 +907,50 @@ def _cures(case: _Case, asked: Setup) -> tuple[str, ...]:
     changed_in_place = [_allchanged(asked, changes) for changes in REMEDIES]
     others = [less for less in changed_in_place if less is not None and case.computes_in(less)]
     alike = [less for less in others if _trains_alike(asked, less)]
-    alike += [less for less in rungs(case.with_nvme(asked))[1:] if less not in alike]
+    alike += [less for less in rungs(case.with_nvme(asked))[1:] if less not in alike and not _is_back(asked, less)]
     others = [less for less in others if less not in alike]
-    before = case.seconds(asked)
+    before: list[float] = []
 
     def fitting(setups: Sequence[Setup], limit: int) -> list[str]:
         found: list[tuple[float, str]] = []
         for less in setups:
-            if len(found) < limit and case.fits(less):
-                needs, seconds = case.estimate(less).gpu.high, case.seconds(less)
-                cost = f"about {abs(seconds / before - 1):.0%} {'slower' if seconds > before else 'faster'}"
+            if len(found) < limit and (needs := _needs(case, less)) is not None:
+                before[:] = before or [case.seconds(asked)]
+                seconds = case.seconds(less)
+                cost = f"about {abs(seconds / before[0] - 1):.0%} {'slower' if seconds > before[0] else 'faster'}"
                 found.append((seconds, f"{_in_arguments(asked, less)}: {gib(needs)} GiB, fits, {cost}"))
         return [said for _, said in sorted(found)]
 
     return (*fitting(alike, 2), *fitting(others, 1))
+
+
+def _needs(case: _Case, setup: Setup) -> int | None:
+    """Bytes of each GPU if the setup fits for certain; None if it does not, or is refused."""
+    try:
+        roughly = case.estimate(setup, replay=False)
+        places = verdict_by_place(roughly.gpu, roughly.host, roughly.nvme)
+        # The replay can only tell what is between the two ends on the GPU.
+        if places["gpu"] == "does-not-fit" or any(places[name] != "fits" for name in places if name != "gpu"):
+            return None
+        found = case.estimate(setup)
+    except MemplanError:
+        return None
+    return found.gpu.high if found.verdict == "fits" else None
+
+
+def _is_back(asked: Setup, less: Setup) -> bool:
+    """Whether a rung is one that the run has left behind: it shards less, and offloads no more."""
+    kinds = [strategy.kind for strategy in (asked.strategy, less.strategy)]
+    if not all(kind in _SHARDING for kind in kinds):
+        return False
+    now, then = (_SHARDING.index(kind) for kind in kinds)
+    offloads = [getattr(less.strategy, name) for name in _OFFLOADS]
+    return then < now and all(
+        each in ("none", getattr(asked.strategy, name)) for name, each in zip(_OFFLOADS, offloads)
+    )
+
+
+_SHARDING = ("ddp", "zero0", "zero1", "zero2", "zero3")
 
 
 def _trains_alike(asked: Setup, less: Setup) -> bool:
@@ -865,10 +1058,17 @@ def measure(
         case.model.replace(source="random"), written.training, cluster, written.strategy, case.software
     )
     estimated = case.estimate(written)
-    given_specs = {"training": asked.training, "cluster": case.cluster, "strategy": written.strategy}
-    fields = {name: spec.model_dump(mode="json", exclude_unset=True) for name, spec in given_specs.items()}
-    fields["cluster"]["gpu"] = gpu.name if isinstance(gpu, GPUSpec) else None
+    fields = _as_asked(case, written)
     return beside(estimated, instrument.measure(job, files, estimated, fields, timeout, start))
+
+
+def _as_asked(case: _Case, setup: Setup) -> dict[str, Any]:
+    """Fields of a setup, with which :func:`estimate_again` makes it again."""
+    gpu = case.cluster.gpu
+    specs = {"training": setup.training, "cluster": case.cluster, "strategy": setup.strategy}
+    fields = {name: spec.model_dump(mode="json", exclude_unset=True) for name, spec in specs.items()}
+    fields["cluster"]["gpu"] = gpu.name if isinstance(gpu, GPUSpec) else None
+    return fields
 
 
 def estimate_again(measurement: Measurement) -> Measured:

@@ -7,7 +7,7 @@ cannot be made.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
@@ -438,10 +438,20 @@ class Preflight(tuple[Finding, ...]):
 
     check: Check | None
     """The estimate that they were made from; None for a run that could not be estimated."""
+    model: Mapping[str, Any]
+    """``id`` and the values of its ``config``; empty without an estimate."""
+    asked: Mapping[str, Any]
+    """Fields of ``training``, ``cluster`` and ``strategy``, with which it can be estimated again."""
 
-    def __new__(cls, findings: Iterable[Finding] = (), check: Check | None = None) -> Self:
+    def __new__(
+        cls,
+        findings: Iterable[Finding] = (),
+        check: Check | None = None,
+        model: Mapping[str, Any] | None = None,
+        asked: Mapping[str, Any] | None = None,
+    ) -> Self:
         self = super().__new__(cls, findings)
-        self.check = check
+        self.check, self.model, self.asked = check, model or {}, asked or {}
         return self
 
     @property

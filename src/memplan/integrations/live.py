@@ -6,15 +6,19 @@ Nothing is imported that the script has not imported: objects are known by what 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from memplan.architectures.registry import ALL_ATTENTION
 from memplan.catalog.detect import Device
+from memplan.configs.run import is_arguments
+from memplan.errors import UnsupportedError
 
-__all__ = ["Live", "free_memory", "rank", "read", "world"]
+__all__ = ["Live", "as_module", "counted", "free_memory", "rank", "read", "slice_memory", "world"]
 
 _ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps", "optim")
 """Of TrainingArguments, what is read even where it is the default."""
@@ -40,50 +44,125 @@ class Live:
 
     model: Any
     """Values of a config, a name, or a module that has to be traced."""
-    arguments: dict[str, Any] | None
-    """TrainingArguments and what a script adds to them, by the names that files have; None without a Trainer."""
+    said: dict[str, Any]
+    """TrainingArguments and what the model adds to them, by the names that files have."""
     engine: Any = None
     """A DeepSpeed or accelerate config, as values or as a path; None is what the arguments say."""
     training: dict[str, Any] = field(default_factory=dict)
     """Fields of TrainingSpec that the objects know beside."""
+    assumed: dict[str, Any] = field(default_factory=dict)
+    """Fields that hold unless anything else says otherwise."""
+    module: Any = None
+    """The model itself, where there is one."""
+    on_cpu: bool = False
+    """Whether it is to be trained on the CPU."""
+    of_a_trainer: bool = False
+    unread: str | None = None
+    """Class of an optimizer that nothing is known of."""
+    as_written: bool = False
+    """Whether its arguments are values of a file, which may be wrong, and no object of transformers."""
 
 
-def read(model: Any, args: Any = None, *, on_cpu: bool = True) -> Live:
-    """Read a model (or a Trainer, which has both) and what it is trained by; unless ``on_cpu``, for a GPU anyway."""
+def read(model: Any, args: Any = None) -> Live:
+    """Read a model (or a Trainer, which has both) and what it is trained by.
+
+    Raises UnsupportedError for what memplan does not model.
+    """
     if args is None and hasattr(model, "args") and hasattr(model, "model"):
-        return _beside(read(model.model, model.args, on_cpu=on_cpu), model)
+        return _beside(read(model.model, model.args), model)
+    model = _unwrapped(model)
     values, said = _model(model)
+    found = _trained_by(values, said, args)
+    module = model if hasattr(model, "named_parameters") else None
+    assumed = _longest(values, model) | ({"packed": False} if found.of_a_trainer else {})  # its collators pad
+    return dataclasses.replace(found, module=module, assumed=assumed)
+
+
+_OF_THE_MODEL = frozenset(
+    {"attn_implementation", "dtype", "lora", "autocast_adapter_dtype", "quantization", "prepare_for_kbit_training"}
+)
+
+
+def as_module(live: Live) -> Live:
+    """The same run, whose model is to be traced as it is."""
+    said = {name: value for name, value in live.said.items() if name not in _OF_THE_MODEL}
+    return dataclasses.replace(live, model=live.module, said=said)
+
+
+def _trained_by(values: Any, said: dict[str, Any], args: Any) -> Live:
     if args is None:
-        return Live(values, said or None, _of_environment(), {})
-    if hasattr(args, "per_device_train_batch_size"):
-        arguments = {**said, **_arguments(args)}
-        if not on_cpu:
-            arguments.pop("use_cpu", None)
-        return Live(values, arguments, None if arguments.get("deepspeed") else _of_environment())
+        return Live(values, said, _of_environment(), _precision_of_environment())
+    written = isinstance(args, Mapping) and is_arguments(args)
+    if written or hasattr(args, "per_device_train_batch_size"):
+        arguments = {**said, **(args if written else _arguments(args))}
+        on_cpu = bool(arguments.pop("use_cpu", False))
+        training = {} if arguments.get("bf16") or arguments.get("fp16") else _precision_of_environment()
+        engine = None if arguments.get("deepspeed") or arguments.get("fsdp") else _of_environment()
+        return Live(values, arguments, engine, training, on_cpu=on_cpu, of_a_trainer=True, as_written=written)
     if hasattr(args, "state") and hasattr(args, "gradient_accumulation_steps"):
         return _accelerator(values, said, args)
     if getattr(args, "deepspeed_config", None) is not None:  # accelerate's DeepSpeedPlugin
-        return Live(values, said or None, args.deepspeed_config)
+        return Live(values, said, args.deepspeed_config)
     if hasattr(args, "fsdp_version"):
-        return Live(values, said or None, _fsdp(args))
-    config = getattr(args, "config", args)  # HfDeepSpeedConfig has one
-    return Live(values, said or None, config)
+        return Live(values, said, _fsdp(args))
+    return Live(values, said, getattr(args, "config", args))  # HfDeepSpeedConfig has one
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model within DistributedDataParallel, a DeepSpeedEngine or what torch.compile made."""
+    for name in ("_orig_mod", "module"):
+        inner = getattr(model, name, None)
+        if hasattr(model, "named_parameters") and hasattr(inner, "named_parameters"):
+            return _unwrapped(inner)
+    return model
+
+
+_DEFAULT_LENGTH = 2048  # TrainingSpec's
+
+
+def _longest(values: Any, model: Any) -> dict[str, Any]:
+    """The length that is taken where none is known: as long as the model can, if that is less than the default."""
+    config = values if isinstance(values, Mapping) else getattr(model, "config", None)
+    known = config if isinstance(config, Mapping) else vars(config) if hasattr(config, "model_type") else {}
+    longest = next((known[name] for name in ("max_position_embeddings", "n_positions") if known.get(name)), None)
+    return {"seq_len": longest} if isinstance(longest, int) and 0 < longest < _DEFAULT_LENGTH else {}
 
 
 def _beside(live: Live, trainer: Any) -> Live:
     """What a Trainer knows beside its model and arguments: whether it will evaluate, and keep what that gives."""
-    arguments = dict(live.arguments or {})
+    arguments = dict(live.said)
     if trainer.eval_dataset is None:
         arguments.pop("eval_strategy", None)
     elif trainer.compute_metrics is None:
         arguments.pop("eval_accumulation_steps", None)  # losses alone are kept
-    return dataclasses.replace(live, arguments=arguments)
+    optimizer = getattr(trainer, "optimizer", None)  # one that was given: the Trainer makes its own as it trains
+    unread = None
+    if optimizer is not None:
+        known = _optim(optimizer)
+        unread = type(optimizer).__name__ if known is None else None
+        arguments["optim"] = known or arguments["optim"]
+    return dataclasses.replace(live, said=arguments, unread=unread)
+
+
+def _optim(optimizer: Any) -> str | None:
+    """What TrainingArguments call a torch optimizer."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # AcceleratedOptimizer
+    groups = getattr(inner, "param_groups", None) or [{}]
+    name = type(inner).__name__ if type(inner).__module__.startswith("torch.") else ""
+    if name == "AdamW" and not groups[0].get("amsgrad"):
+        return "adamw_torch_fused" if groups[0].get("fused") else "adamw_torch"
+    return "sgd" if name == "SGD" and not groups[0].get("momentum") else None
 
 
 def _arguments(args: Any) -> dict[str, Any]:
-    """The fields that are not at their defaults, as JSON has them."""
+    """The fields that are not at the defaults of TrainingArguments, as JSON has them.
+
+    A trl config has defaults of its own, which are asked for as much as what is written.
+    """
     values = args.to_dict() if hasattr(args, "to_dict") else dataclasses.asdict(args)
-    defaults = {each.name: each.default for each in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
+    own = _defaults(type(args))
+    base = next((each for each in type(args).__mro__ if each.__name__ == "TrainingArguments"), type(args))
+    defaults = {**own, **_defaults(base)}
     found: dict[str, Any] = {}
     for name, value in values.items():
         default = defaults.get(name, dataclasses.MISSING)
@@ -101,18 +180,23 @@ def _arguments(args: Any) -> dict[str, Any]:
     return found
 
 
+def _defaults(cls: type) -> dict[str, Any]:
+    return {each.name: each.default for each in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+
+
 def _accelerator(model: Any, said: dict[str, Any], accelerator: Any) -> Live:
     state = accelerator.state
     training = {
         "mixed_precision": accelerator.mixed_precision,
         "grad_accum_steps": accelerator.gradient_accumulation_steps,
     }
+    on_cpu = getattr(getattr(accelerator, "device", None), "type", "") == "cpu"
     plugin = getattr(state, "deepspeed_plugin", None)
     if plugin is not None:
-        return Live(model, said or None, plugin.deepspeed_config, training)
+        return Live(model, said, plugin.deepspeed_config, training, on_cpu=on_cpu)
     plugin = getattr(state, "fsdp_plugin", None)
     engine = None if plugin is None else _fsdp(plugin)
-    return Live(model, said or None, engine, training)
+    return Live(model, said, engine, training, on_cpu=on_cpu)
 
 
 def _fsdp(plugin: Any) -> dict[str, Any]:
@@ -152,7 +236,7 @@ def _of_environment(environ: Mapping[str, str] = os.environ) -> Any:
     mixed = environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if on("ACCELERATE_USE_FSDP"):
         keys = {
-            name.lower(): _plain(value)
+            _RENAMED.get(name, name.lower()): _plain(value)
             for name, value in environ.items()
             if name.startswith("FSDP_") and value not in ("", "None")
         }
@@ -163,18 +247,42 @@ def _of_environment(environ: Mapping[str, str] = os.environ) -> Any:
             return path
         prefix = "ACCELERATE_DEEPSPEED_"
         keys = {
-            name.removeprefix(prefix).lower(): _plain(value)
+            _RENAMED.get(name, name.removeprefix(prefix).removeprefix("ACCELERATE_").lower()): _plain(value)
             for name, value in environ.items()
-            if name.startswith(prefix) and value not in ("", "None", "none")
+            if (name.startswith(prefix) or name in _RENAMED) and value not in ("", "None", "none")
         }
         return {"distributed_type": "DEEPSPEED", "mixed_precision": mixed, "deepspeed_config": keys}
     return None
 
 
+_RENAMED = {
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "fsdp_transformer_layer_cls_to_wrap",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
+    "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "zero3_init_flag",
+    "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "deepspeed_moe_layer_cls_names",
+}
+"""Variables that are not called as the key of accelerate's config file, from which ``accelerate launch`` sets them
+(accelerate 1.15, ``utils/launch.py``)."""
+
+
+def _precision_of_environment(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """What ``accelerate launch`` was told; TrainingArguments that ask for none take it."""
+    asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    return {"mixed_precision": asked} if asked in ("bf16", "fp16") else {}
+
+
 def _plain(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    return int(text) if text.isdigit() else text
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -189,24 +297,85 @@ def _model(model: Any) -> tuple[Any, dict[str, Any]]:
     config = getattr(base, "config", None)
     if config is None or not getattr(config, "model_type", ""):
         return model, {}
-    adapters, frozen = _adapters(model), _is_frozen_in_part(model)
-    if frozen and adapters is None:
-        return model, {}  # which weights are trained is known by a trace alone
-    said: dict[str, Any] = {"attn_implementation": getattr(config, "_attn_implementation", None)}
+    _refuse_spread(base)
+    adapters, quantization = _adapters(model), _quantization(config)
+    if adapters is None and quantization is None and (_is_frozen_in_part(model) or len(_dtypes(base)) > 1):
+        return model, _checkpointing(base)  # which weights are trained, and in what, is known by a trace alone
+    said: dict[str, Any] = {"attn_implementation": _attention(config)} | _checkpointing(base)
     dtype = str(getattr(base, "dtype", "")).removeprefix("torch.")
-    quantization = _quantization(config)
     if dtype and quantization is None:
         said["dtype"] = dtype
     if adapters is not None:
         said["lora"] = adapters
+        if dtype != "float32" and quantization is None and _trained_in(model) == {dtype}:
+            said["autocast_adapter_dtype"] = False
     if quantization is not None:
         said["quantization"] = quantization
-    if getattr(base, "is_gradient_checkpointing", False):
-        said["gradient_checkpointing"] = True
+        said["prepare_for_kbit_training"] = _dtypes(base) == {"float32"}
     values = _values(config.to_dict(), config)
     values["architectures"] = [type(base).__name__.removeprefix("FSDP")]
     values.pop("quantization_config", None)
     return values, {name: value for name, value in said.items() if value is not None}
+
+
+def _refuse_spread(model: Any) -> None:
+    """A model that ``device_map`` has put on several devices is trained by all of them in turn."""
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(places) > 1:
+        listed = ", ".join(sorted(places))
+        remedy = "Leave device_map out: every rank puts the model on its own GPU."
+        raise UnsupportedError.at(
+            "device_map", listed, "are several devices, on which training is not modelled", remedy
+        )
+
+
+def _attention(config: Any) -> str | None:
+    name = getattr(config, "_attn_implementation", None)
+    if name is not None and name not in ALL_ATTENTION:  # the model has it, so transformers does
+        raise UnsupportedError.at("attn_implementation", name, "is not modelled", f"Known: {', '.join(ALL_ATTENTION)}.")
+    return name
+
+
+def _checkpointing(model: Any) -> dict[str, bool]:
+    """What ``gradient_checkpointing_enable`` has left; a Trainer is asked by its arguments."""
+    on = any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+    return {"gradient_checkpointing": True} if on else {}
+
+
+def _dtypes(model: Any) -> set[str]:
+    """Of the weights that nobody has adapted or quantized, nor transformers keeps in float32 by itself."""
+    kept = [
+        name
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        for name in getattr(model, attribute, None) or ()
+    ]
+    return {
+        str(parameter.dtype).removeprefix("torch.")
+        for name, parameter in model.named_parameters()
+        if parameter.dtype.is_floating_point
+        and not hasattr(parameter, "quant_state")
+        and "lora_" not in name
+        and not any(part in name for part in kept)
+    }
+
+
+def _trained_in(model: Any) -> set[str]:
+    return {str(each.dtype).removeprefix("torch.") for each in model.parameters() if each.requires_grad}
+
+
+def counted(model: Any) -> tuple[int, int]:
+    """Elements of all parameters and of those that are trained, whoever has packed or sharded them."""
+
+    def elements(parameter: Any) -> int:
+        for whole in (getattr(parameter, "ds_numel", None), getattr(parameter, "quant_state", None)):
+            if isinstance(whole, int):  # ZeRO-3
+                return whole
+            if whole is not None:  # bitsandbytes
+                return math.prod(whole.shape)
+        return int(parameter.numel())
+
+    sizes = [(elements(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def _values(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
@@ -280,18 +449,28 @@ def _quantization(config: Any) -> dict[str, Any] | None:
 
 
 def world(environ: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
-    """Ranks in all and on each node, as the launcher says; None without one."""
-    total = environ.get("WORLD_SIZE", "")
+    """Ranks in all and on each node, as the process group or the launcher says; None without one."""
+    group = _process_group()
+    total = str(group.get_world_size()) if group is not None else environ.get("WORLD_SIZE", "")
     if not total.isdigit() or int(total) < 1:
         return None
     local = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or total
-    return int(total), int(local) if local.isdigit() and int(local) else int(total)
+    ranks, on_node = int(total), int(local) if local.isdigit() and int(local) else int(total)
+    return ranks, min(on_node, ranks)
 
 
 def rank(environ: Mapping[str, str] = os.environ) -> int:
     """This process's, 0 without a launcher."""
-    number = environ.get("RANK", "0")
+    group = _process_group()
+    number = str(group.get_rank()) if group is not None else environ.get("RANK", "0")
     return int(number) if number.isdigit() else 0
+
+
+def _process_group() -> Any:
+    distributed = sys.modules.get("torch.distributed")
+    return (
+        distributed if distributed is not None and distributed.is_available() and distributed.is_initialized() else None
+    )
 
 
 def free_memory(device: Device, context: int) -> int:
@@ -300,10 +479,28 @@ def free_memory(device: Device, context: int) -> int:
     ``context`` is what a CUDA context takes, of which the process has one if torch has been put to use.
     """
     seen = device.memory - (device.reserved or 0)
+    return _of_this_process(seen, device.free, context)
+
+
+def slice_memory(context: int, environ: Mapping[str, str] = os.environ) -> int:
+    """Bytes that this process may have of its MIG instance, as in :func:`free_memory`; it has one, which torch knows.
+
+    NVML names instances only to who asks for each by its UUID. Starts torch's CUDA context, as the run will.
+    Raises UnsupportedError without torch.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        remedy = "Say what the instance has, by cluster=memplan.ClusterSpec(gpu=..., gpu_memory=...)."
+        raise UnsupportedError(f"gpu: is split by MIG, and torch is not there to ask. {remedy}")
+    free, total = torch.cuda.mem_get_info()
+    return _of_this_process(total, free, context)
+
+
+def _of_this_process(seen: int, free: int, context: int) -> int:
     torch = sys.modules.get("torch")
     own, fraction = 0, 1.0
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         own = torch.cuda.memory_reserved() + context
         fraction = torch.cuda.get_per_process_memory_fraction()
-    free = min(seen, device.free + own)
+    free = min(seen, free + own)
     return min(free, int(seen * fraction) + (context if fraction < 1 else 0))

@@ -57,6 +57,7 @@ def main(values: dict[str, Any]) -> transformers.Trainer:
     parser = transformers.HfArgumentParser((ScriptArguments, transformers.TrainingArguments))
     # Before the model: under ZeRO-3 from_pretrained shards each weight as it loads it, which it must know by then.
     script, args = parser.parse_dict(values)
+    check(values)
     transformers.set_seed(args.seed)
     model = load_model(script, args)
     with args.main_process_first():  # the others find what it has downloaded and tokenized
@@ -66,7 +67,6 @@ def main(values: dict[str, Any]) -> transformers.Trainer:
         held_out = max(len(data) // 100, 1)
         eval_data = torch.utils.data.Subset(data, range(held_out))
         train_data = torch.utils.data.Subset(data, range(held_out, len(data)))
-    check(model, args)
     trainer = transformers.Trainer(
         model=model,
         args=args,
@@ -193,14 +193,14 @@ def accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((guesses == labels)[labels != -100].mean())}
 
 
-def check(model: Any, args: transformers.TrainingArguments) -> None:
-    """Ask memplan, where it is installed, whether this fits on this machine's GPUs."""
+def check(values: dict[str, Any]) -> None:
+    """Ask memplan, where it is installed, whether this fits on this machine's GPUs, before a weight is loaded."""
     try:
         import memplan
     except ImportError:
         return
     if torch.cuda.is_available() and hasattr(memplan, "preflight"):
-        memplan.preflight(model, args)
+        memplan.preflight(values["model_name_or_path"], values)
 
 
 if __name__ == "__main__":
