@@ -132,3 +132,12 @@ def test_what_an_earlier_version_has_is_not_removed_there() -> None:
 def test_only_training_has_files() -> None:
     with pytest.raises(SpecError, match="task: 'generate' is not a training run, which files are of"):
         api.check(ARGUMENTS, None, {"task": "generate", "max_new_tokens": 8}, CLUSTER)
+
+
+def test_a_total_that_no_micro_batch_makes_up_is_a_finding_too(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": 7}))
+    found = api.check(path, "facebook/opt-1.3b", {"seq_len": 512}, "2xA100-80GB")
+    assert [each.code for each in found.findings] == ["batch-product"]
+    assert found.estimate is not None
+    assert found.estimate.setup["micro_batch_size"] == 3

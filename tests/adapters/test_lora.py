@@ -192,7 +192,7 @@ def test_a_name_that_matches_nothing_is_refused(lora: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"bias": "all"}, "lora bias: 'all' is not modelled"),
+        ({"bias": "all"}, "lora.bias: 'all' is not modelled"),
         ({"targets": ("embed_tokens",)}, "only linear layers are modelled"),
         ({"targets": ("lm_head",), "modules_to_save": ("layers",)}, "a Layers, which is not copied"),
         (

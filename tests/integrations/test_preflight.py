@@ -717,7 +717,9 @@ class Hostile:
         raise RuntimeError(name)
 
 
-@pytest.mark.parametrize("thing", [Hostile, object(), 3, None, b"x", [], argparse.Namespace()], ids=lambda thing: type(thing).__name__)
+@pytest.mark.parametrize(
+    "thing", [Hostile, object(), 3, None, b"x", [], argparse.Namespace()], ids=lambda thing: type(thing).__name__
+)
 def test_no_object_ends_a_training(thing: Any) -> None:
     thing = thing() if thing is Hostile else thing
     for model, args in ((thing, None), (llama(), thing)):

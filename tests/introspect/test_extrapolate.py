@@ -650,3 +650,9 @@ def test_importing_the_tracer_imports_no_torch() -> None:
     code = f"import memplan.introspect.extrapolate, sys; print([n for n in {names} if n in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_trace_does_not_run_past_the_position_table() -> None:
+    """Tensors without data raise no index error; the run would."""
+    with pytest.raises(SpecError, match=r"seq_len: 1500 is longer than the model's table of 1024 positions"):
+        api.estimate("openai-community/gpt2", {"seq_len": 1500}, "1xT4", "single", trace=True)

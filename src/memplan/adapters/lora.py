@@ -152,7 +152,7 @@ def apply_lora(b: Build, root: Module, lora: LoraSpec, model_type: str) -> None:
     and for an option that is not modelled.
     """
     if lora.bias != "none":
-        raise UnsupportedError(f"lora bias: {lora.bias!r} is not modelled. Use none.")
+        raise UnsupportedError.at("lora.bias", lora.bias, "is not modelled", "Use none.")
     targets = _targets(root, lora, model_type)
     freeze(root)
     places = list(root.places())

@@ -424,11 +424,18 @@ def setup_of(
         found = batch_finding(engine, training, gpus)
         if found is not None:
             findings.append(found)
-            batch = dataclasses.replace(engine.batch or Batch(), train=None)
-            engine = dataclasses.replace(engine, batch=batch)
+            engine = dataclasses.replace(engine, batch=_without_total(engine.batch or Batch(), gpus))
     merged_training, merged_strategy, said = with_training(engine, training, strategy, gpus)
     parts = (run.arguments, engine) if run.arguments is not None else (engine,)
     return merged_training, merged_strategy, (*notes, *(each for part in parts for each in part.assumptions), *said)
+
+
+def _without_total(batch: Batch, gpus: int) -> Batch:
+    """The batch as DeepSpeed would share its total out, rounded down, where it is no product of its parts."""
+    micro = batch.micro
+    if micro is None and "micro_batch_size" not in batch.automatic and batch.train is not None:
+        micro = max(1, batch.train // gpus // (batch.steps or 1))
+    return dataclasses.replace(batch, train=None, micro=micro)
 
 
 def _asked_of_the_trainer(batch: Batch | None, training: TrainingSpec) -> Batch | None:
