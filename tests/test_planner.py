@@ -20,6 +20,7 @@ from memplan.configs import launch
 from memplan.errors import SpecError, UnsupportedError
 from memplan.planner import Setup
 from memplan.results import Estimate, Plan, StepTime, verdict_by_place, worst_verdict
+from memplan.space import SIDES, families
 from memplan.specs import ClusterSpec, Strategy, TrainingSpec
 from memplan.specs.strategy import ZeroSpec
 from memplan.units import MiB
@@ -464,3 +465,16 @@ def test_a_folder_that_is_replaced_is_read_as_what_runs_now(tmp_path: Path) -> N
     api.plan(TINY, {"seq_len": 64}, "A100-80GB").write(folder, force=True)
     found = launch.read(folder)
     assert (found.gpus, found.strategy.kind) == (1, "single")
+
+
+def test_what_is_shared_out_comes_home_as_it_was() -> None:
+    """Setups are keys: one that is read from JSON is the one that was written."""
+    asked = Setup(
+        TrainingSpec(seq_len=64, lora={"rank": 4}, grad_accum_steps=8), Strategy(kind="ddp"), 4, nvme_buffer_size=1000
+    )
+    for family in families(asked, "auto", SIDES):
+        for setup in family.micro_batches():
+            again = Setup.from_dict(json.loads(json.dumps(setup.to_dict())))
+            assert again == setup
+            assert hash(again) == hash(setup)
+            assert again.training.model_fields_set == setup.training.model_fields_set

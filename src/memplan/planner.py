@@ -5,13 +5,12 @@ What a setup needs and how long its step takes is asked of functions that are pa
 
 from __future__ import annotations
 
-import base64
+import json
 import math
 import os
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from memplan.errors import SpecError, UnsupportedError
 from memplan.parallel import shared_out
@@ -175,14 +174,35 @@ class Answers:
             ask(own, place)
             if os.getpid() == here:
                 done(min(place + processes, number), number)
-            return base64.b64encode(pickle.dumps((own.quick, own.exact, own.times))).decode()
+            return own.to_json(than=self)
 
         for text in shared_out(asked, range(number), processes):
-            # What this process, or a copy of it, has just written.
-            quick, exact, times = pickle.loads(base64.b64decode(text))
-            self.quick |= quick
-            self.exact |= exact
-            self.times |= times
+            self.add_json(text)
+
+    def to_json(self, than: Answers) -> str:
+        """Return the answers that ``than`` has not, as text for :meth:`add_json`."""
+        rows: dict[Setup, dict[str, Any]] = {}
+        for name in ("quick", "exact"):
+            known, found = getattr(than, name), getattr(self, name)
+            for setup, estimate in found.items():
+                if setup not in known:
+                    text = None if estimate is None else estimate.model_dump_json()
+                    rows.setdefault(setup, {})[name] = text
+        for setup, seconds in self.times.items():
+            if setup not in than.times:
+                rows.setdefault(setup, {})["times"] = seconds
+        return json.dumps([{"setup": setup.to_dict(), **row} for setup, row in rows.items()])
+
+    def add_json(self, text: str) -> None:
+        """Add what :meth:`to_json` returned."""
+        for row in json.loads(text):
+            setup = Setup.from_dict(row["setup"])
+            for name in ("quick", "exact"):
+                if name in row:
+                    found = None if row[name] is None else Estimate.model_validate_json(row[name])
+                    getattr(self, name)[setup] = found
+            if "times" in row:
+                self.times[setup] = row["times"]
 
     def searched(self, setups: int) -> Searched:
         """How much of ``setups`` was looked at."""

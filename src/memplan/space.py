@@ -61,6 +61,23 @@ class Setup:
     notes: tuple[Assumption, ...] = ()
     """Where an option has won over a config, and what else the config's engine does."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, of specs the fields that were given."""
+        return {
+            "training": self.training.model_dump(mode="json", exclude_unset=True),
+            "strategy": self.strategy.model_dump(mode="json", exclude_unset=True),
+            "gpus": self.gpus,
+            "is_gpu_known": self.is_gpu_known,
+            "nvme_buffer_size": self.nvme_buffer_size,
+            "notes": [note.model_dump(mode="json") for note in self.notes],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Setup:
+        """Build from :meth:`to_dict`."""
+        specs = {"training": TrainingSpec(**data["training"]), "strategy": Strategy(**data["strategy"])}
+        return cls(**{**data, **specs, "notes": tuple(Assumption(**note) for note in data["notes"])})
+
 
 Change: TypeAlias = Callable[[Setup], "Setup | None"]
 """A setup that needs less memory, or None where the change does not apply."""
