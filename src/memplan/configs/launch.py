@@ -258,7 +258,7 @@ _SLURM = """\
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export MASTER_ADDR MASTER_PORT="${{MASTER_PORT:-29500}}"
 {hostfile}srun --ntasks-per-node=1 bash -c 'NODE_RANK=$SLURM_NODEID bash launch.sh'
 """
