@@ -131,7 +131,8 @@ def estimate(
         engine_config: a DeepSpeed JSON or accelerate YAML, as a path or as its values. What the other arguments say
             wins over it, and ``Estimate.assumptions`` name it.
         software: versions, as text (``"transformers=4.46"``), a SoftwareSpec or its fields.
-        replay: simulate the caching allocator; without it ``peak_reserved`` is an upper bound.
+        replay: simulate the caching allocator, and time a step; without it ``peak_reserved`` is an upper bound, and
+            ``step`` is None.
         explain: fill ``Estimate.explanation``.
         trace: trace the real model, with the ``train`` extra, instead of running its architecture file. An
             ``nn.Module`` is always traced, and left as it is.
@@ -147,7 +148,7 @@ def estimate(
     config = None if engine_config is None else _engine_config(engine_config)
     case = _resolved(model, cluster, software, config, trace=trace, inputs=inputs)
     asked = _asked(case, case.decided(_training(training)), strategy, config)
-    result = case.with_time(asked, case.estimate(asked, replay=replay, explain=explain))
+    result = case.answer(asked, replay=replay, explain=explain)
     return result.model_copy(update={"assumptions": (*result.assumptions, *asked.notes)}) if asked.notes else result
 
 
@@ -174,7 +175,7 @@ def ladder(
 
     def answered(setup: Setup) -> Estimate | None:
         with suppress(SpecError, UnsupportedError):
-            return case.with_time(setup, case.estimate(setup, replay=replay, explain=explain))
+            return case.answer(setup, replay=replay, explain=explain)
         return None
 
     if processes > 1 and others and not trace:
@@ -183,7 +184,7 @@ def ladder(
         found = [None if not text else Estimate.model_validate_json(text) for text in texts]
         asked = found.pop() or case.estimate(first, replay=replay, explain=explain)  # raises
     else:
-        asked = case.with_time(first, case.estimate(first, replay=replay, explain=explain))
+        asked = case.answer(first, replay=replay, explain=explain)
         found = [answered(setup) for setup in others]
     return EstimateList(estimates=(asked, *(each for each in found if each is not None)))
 
@@ -1361,6 +1362,11 @@ class _Case:
         traced = self.tracer.trace(estimator.resolve(*specs))
         result = estimator.estimate(*specs, replay=replay, explain=explain, traced=traced)
         return self.tracer.beside_the_written(result, *specs) if replay else result
+
+    def answer(self, setup: Setup, *, replay: bool, explain: bool) -> Estimate:
+        """The estimate, with its step's time; but not where haste is asked for: the time takes longer than the rest."""
+        found = self.estimate(setup, replay=replay, explain=explain)
+        return self.with_time(setup, found) if replay else found
 
     def with_time(self, setup: Setup, found: Estimate) -> Estimate:
         """The estimate with its step's time, of a training run on a GPU that is known, and the time's interval."""

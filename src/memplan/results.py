@@ -335,7 +335,7 @@ class Estimate(Result):
     host: HostMemory
     nvme: NvmeMemory
     step: StepTime | None = None
-    """None where the time is not known: no GPU, or a task without steps."""
+    """None where the time is not known: no GPU, a task without steps, or an estimate without replay."""
     verdict: Verdict
     """The worst of GPU, host and NVMe."""
     assumptions: tuple[Assumption, ...] = ()

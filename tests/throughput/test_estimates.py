@@ -10,12 +10,18 @@ LLAMA = "meta-llama/Llama-2-7b"
 
 
 def test_a_training_run_on_a_known_gpu_has_a_time() -> None:
-    found = memplan.estimate(LLAMA, {"seq_len": 512}, "2xA100-80GB", "zero3", replay=False)
+    found = memplan.estimate(LLAMA, {"seq_len": 512}, "2xA100-80GB", "zero3")
     assert found.step is not None
     assert found.step.tokens_per_second == pytest.approx(2 * 512 / found.step.seconds)
     (interval,) = [each for each in found.assumptions if each.name == "step (s)"]
     assert interval.low < interval.value < interval.high
     assert interval.value == pytest.approx(found.step.seconds, rel=0.005)
+
+
+def test_without_replay_there_is_none() -> None:
+    """It would take four times as long as the rest, which is to be there within a millisecond."""
+    assert memplan.estimate(LLAMA, {"seq_len": 512}, "2xA100-80GB", "zero3", replay=False).step is None
+    assert all(each.step is None for each in memplan.ladder(LLAMA, {"seq_len": 512}, "2xT4", replay=False).estimates)
 
 
 def test_every_rung_has_one() -> None:

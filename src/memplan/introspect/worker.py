@@ -24,6 +24,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -524,10 +525,8 @@ def resident() -> int:
 def blocks_at_peak(snapshot: dict[str, Any]) -> list[list[Any]]:
     """The blocks alive when most was allocated: [bytes, how many, where], the largest sums first."""
     alive: dict[int, tuple[int, str]] = {}
-    level = peak = 0
-    at_peak: dict[int, tuple[int, str]] = {}
+    level = peak = moment = 0
     events = [event for event in snapshot["device_traces"][0] if event["action"] in ("alloc", "free_completed")]
-    moment = 0
     for number, event in enumerate(events):
         sign = 1 if event["action"] == "alloc" else -1
         level += sign * event["size"]
@@ -538,11 +537,7 @@ def blocks_at_peak(snapshot: dict[str, Any]) -> list[list[Any]]:
             alive[event["addr"]] = (event["size"], _site(event.get("frames", ())))
         else:
             alive.pop(event["addr"], None)
-    at_peak = alive
-    counted: dict[tuple[int, str], int] = {}
-    for block in at_peak.values():
-        counted[block] = counted.get(block, 0) + 1
-    rows = [[size, count, site] for (size, site), count in counted.items()]
+    rows = [[size, count, site] for (size, site), count in Counter(alive.values()).items()]
     return sorted(rows, key=lambda row: -row[0] * row[1])
 
 
