@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.scripts import script
 
 from memplan import api
 from memplan.introspect.measurement import Measurement
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
 def campaign() -> Any:
-    spec = importlib.util.spec_from_file_location("campaign", ROOT / "benchmarks" / "campaign.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/campaign.py")
 
 
 def test_the_list_covers_what_it_should(campaign: Any) -> None:

@@ -1,22 +1,11 @@
 """What others have measured of memory beside the estimates (benchmarks/published/memory.csv): O5."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+from tests.scripts import script
 
 ROOT = Path(__file__).parents[1]
-
-
-def script(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 published = script("benchmarks/published/memory.py")

@@ -1,23 +1,12 @@
 """The step-time model beside what others have published (benchmarks/published/throughput.csv)."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from statistics import median
 
 import pytest
+from tests.scripts import script
 
 ROOT = Path(__file__).parents[2]
-
-
-def script(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 published = script("benchmarks/published/compare.py")
