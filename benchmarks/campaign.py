@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from memplan import api
+from memplan import measuring
 from memplan.errors import MemplanError
 from memplan.introspect import worker
 from memplan.units import GiB
@@ -250,8 +250,8 @@ def measured(row: dict[str, Any], timeout: float, gpu: str | None = None) -> dic
     specs = (row["model"], row["training"], cluster, row.get("strategy"))
     try:
         if "boundary" in row:
-            return {"boundary": api.measure_boundary(*specs, boundary=row["boundary"], **options).to_dict()}
-        return {"measurement": api.measure(*specs, **options).measurement.to_dict()}
+            return {"boundary": measuring.measure_boundary(*specs, boundary=row["boundary"], **options).to_dict()}
+        return {"measurement": measuring.measure(*specs, **options).measurement.to_dict()}
     except MemplanError as error:
         return {"refused": str(error)}
 

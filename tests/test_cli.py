@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 
 import memplan
-from memplan import api, cli
+from memplan import api, cli, planning
 from memplan.catalog import detect
 from memplan.catalog.gpus import all_gpus
 from memplan.catalog.models import all_models
@@ -754,7 +754,7 @@ def test_a_plan_is_not_computed_for_a_folder_that_is_full(
     def computed(*args: object, **options: object) -> None:
         raise AssertionError("it was computed")
 
-    monkeypatch.setattr(api, "plan", computed)
+    monkeypatch.setattr(planning, "plan", computed)
     assert cli.main(["plan", "gpt2", "--gpu", "T4", "--out", str(tmp_path)]) == 2
     assert "exists. Use another folder, or --force to replace it." in capsys.readouterr().err  # a long path is cut
     monkeypatch.setenv("MEMPLAN_DEBUG", "1")

@@ -9,10 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memplan.api import check, compare, estimate, ladder, measure, plan, preflight
+    from memplan.api import compare, estimate, ladder
+    from memplan.checks import check, preflight
     from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
     from memplan.integrations.callback import MemoryCallback
     from memplan.integrations.watch import watch
+    from memplan.measuring import measure
+    from memplan.planning import plan
     from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Rung
     from memplan.specs import (
         ClusterSpec,
@@ -28,13 +31,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "check": "api",
+    "check": "checks",
     "compare": "api",
     "estimate": "api",
     "ladder": "api",
-    "measure": "api",
-    "plan": "api",
-    "preflight": "api",
+    "measure": "measuring",
+    "plan": "planning",
+    "preflight": "checks",
     "MemoryCallback": "integrations.callback",
     "watch": "integrations.watch",
     "MemplanError": "errors",

@@ -271,14 +271,15 @@ def estimate(
     code = EXIT_CODES[result.verdict]
     if given.get("json"):
         return _Answer(result.to_json(indent=2, explain=mode["explain"]), code)
+    from memplan.advice import Advice, advise
     from memplan.render import table
     from memplan.results import EstimateList
 
     # Advice estimates dozens of setups: too many to trace.
     traced = mode["trace"]
-    advice = api.Advice()
+    advice = Advice()
     if not traced:
-        advice = api.advise(result, model, training, cluster, strategy, engine_config=config, software=software)
+        advice = advise(result, model, training, cluster, strategy, engine_config=config, software=software)
     if isinstance(result, EstimateList):
         return _Answer(table.estimates_text(result, gpus=advice.gpus, options=advice.options), code)
     gpus = next(iter(advice.gpus), ())
@@ -325,7 +326,7 @@ def plan(
 
     Exit codes: 0 a rung fits, 1 none is known to, 2 bad input, 3 only one that is tight.
     """
-    from memplan import api, parallel
+    from memplan import parallel, planning
     from memplan.render.progress import Bar
 
     given = {name: value for name, value in options.items() if value is not None}
@@ -342,7 +343,7 @@ def plan(
         check_folder(out, force=force)  # before anything is computed
     with Bar("searching") as bar:
         wishes |= {"processes": min(parallel.cores(), 4), "done": bar}
-        result = api.plan(model, _training(given), _cluster(given), **wishes)
+        result = planning.plan(model, _training(given), _cluster(given), **wishes)
     if out is not None and result.best is not None:
         result = result.write(out, force=force)
     code = 1 if result.verdict == "unknown" else EXIT_CODES[result.verdict]  # nothing that is known to fit
@@ -371,11 +372,11 @@ def check(
 
     Exit codes: 0 fits (or unknown, without a GPU), 1 does not fit or a finding is an error, 2 bad input, 3 tight.
     """
-    from memplan import api
+    from memplan import checks
 
     given = {name: value for name, value in options.items() if value is not None}
     _only_estimated(given, _ONE_ESTIMATE)
-    result = api.check(path, model, _training(given), _cluster(given), software=given.get("software"))
+    result = checks.check(path, model, _training(given), _cluster(given), software=given.get("software"))
     code = 1 if result.has_errors else EXIT_CODES[result.verdict]
     if given.get("json"):
         return _Answer(result.to_json(indent=2), code)
@@ -433,14 +434,14 @@ def measure(
 
     Exit codes: 0 it ran, 1 it died, 2 bad input, or no GPU.
     """
-    from memplan import api
+    from memplan import measuring
     from memplan.errors import SpecError
     from memplan.units import parse_gib
 
     given = {name: value for name, value in options.items() if value is not None}
     _only_estimated(given, ("trace", "explain", "no_replay"))
-    if boundary is not None and boundary not in api.BOUNDARIES:
-        raise SpecError.at("boundary", boundary, "is not known", f"Use {' or '.join(api.BOUNDARIES)}.")
+    if boundary is not None and boundary not in measuring.BOUNDARIES:
+        raise SpecError.at("boundary", boundary, "is not known", f"Use {' or '.join(measuring.BOUNDARIES)}.")
     wishes: dict[str, Any] = {
         "engine_config": given.get("engine_config"),
         "software": given.get("software"),
@@ -452,9 +453,9 @@ def measure(
     from memplan.render import measured as render
 
     if boundary is not None:
-        found = api.measure_boundary(*specs, boundary=boundary, **wishes)
+        found = measuring.measure_boundary(*specs, boundary=boundary, **wishes)
         return _Answer(found.to_json(indent=2) if given.get("json") else render.boundary_text(found))
-    result = api.measure(*specs, save=save, snapshot=diff, **wishes)
+    result = measuring.measure(*specs, save=save, snapshot=diff, **wishes)
     code = 0 if result.measurement.status == "ok" else 1
     return _Answer(result.to_json(indent=2) if given.get("json") else render.measured_text(result), code)
 
