@@ -1046,6 +1046,7 @@ def measure(
         config=case.model.config,
         steps=steps,
         cap=cap,
+        alloc_conf=estimator.alloc_conf(asked.training),
         pretrained=pretrained or quantized,  # quantizing is a part of loading
         evaluates=asked.training.eval_batch_size is not None,
         save=save,

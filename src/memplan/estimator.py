@@ -801,7 +801,7 @@ def _setup_dict(
         "quantization": quantization.kind if quantization is not None else "none",
         "eval_batch_size": training.eval_batch_size,
         "eval_accumulation_steps": training.eval_accumulation_steps,
-        "alloc_conf": _alloc_conf(training),
+        "alloc_conf": alloc_conf(training),
         "peft_type": "lora" if lora is not None else None,
         "task": training.task,
         "device_map": training.device_map,
@@ -839,7 +839,7 @@ def declared_head(model: ModelSpec) -> str | None:
         return None
 
 
-def _alloc_conf(training: TrainingSpec) -> str | None:
+def alloc_conf(training: TrainingSpec) -> str | None:
     """As the environment variable has it."""
     if training.alloc_conf is None:
         return None

@@ -292,9 +292,14 @@ class Listener:
         """A storage was freed."""
 
 
-def real_tracker() -> Any:
-    """Return a TorchDispatchMode that keeps the same ledger of tensors with data, on CPU, and runs what they run."""
-    return _make_tracker(record_events=False, real=True)
+def real_tracker(record_events: bool = False) -> Any:
+    """Return a TorchDispatchMode that keeps the same ledger of tensors with data, on CPU, and runs what they run.
+
+    With ``record_events`` it lists what is allocated and freed from the start.
+    """
+    tracker = _make_tracker(record_events=record_events, real=True)
+    tracker.recording = record_events
+    return tracker
 
 
 def _make_tracker(
