@@ -203,6 +203,8 @@ def main(folder: str) -> int:
     """Run the job of a folder; return 0 if there is a record, whatever it says."""
     os.chdir(folder)
     job = json.loads(Path("job.json").read_text(encoding="utf-8"))
+    if job["device"] == "cuda":
+        _be_alone_on_one_gpu()
     record: dict[str, Any] = {"status": "ok", "message": "", "versions": versions(), "machine": machine()}
     recorders: list[Recorder] = []
     started = time.perf_counter()
@@ -241,7 +243,7 @@ def _run(job: dict[str, Any], record: dict[str, Any], recorders: list[Recorder])
         become_rank_zero(job)
     import torch
 
-    train = importlib.import_module("train")
+    train: Any = importlib.import_module("train")
     train.check = lambda _: None  # what does not fit is to be seen
     transformers = train.transformers  # which need not be what an import finds here: it puts itself in its own place
     arguments = json.loads(Path("training_args.json").read_text(encoding="utf-8"))
@@ -258,7 +260,7 @@ def _run(job: dict[str, Any], record: dict[str, Any], recorders: list[Recorder])
     if on_gpu and job["cap"] is not None:
         be_smaller(job["cap"], record)
     transformers.Trainer = _watched(transformers.Trainer, recorder)
-    tracked = getattr(meter, "tracker", None) or contextlib.nullcontext()
+    tracked: Any = getattr(meter, "tracker", None) or contextlib.nullcontext()
     gc.collect()
     if job["snapshot"] and on_gpu:
         torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
@@ -514,7 +516,6 @@ def _cpu_meter(events: bool) -> CpuMeter:
 
 def _cuda_meter(job: dict[str, Any], record: dict[str, Any]) -> CudaMeter:
     """Make the context, one piece after the other, and note what each takes outside of torch's allocator."""
-    _be_alone_on_one_gpu()
     import torch
 
     from memplan.introspect.nvml import Driver
@@ -574,7 +575,7 @@ def use_allocator(settings: str) -> None:
     if hasattr(torch._C, "_accelerator_setAllocatorSettings"):
         torch._C._accelerator_setAllocatorSettings(settings)
     else:
-        torch.cuda.memory._set_allocator_settings(settings)  # type: ignore[no-untyped-call]
+        torch.cuda.memory._set_allocator_settings(settings)
 
 
 def be_smaller(cap: int, record: dict[str, Any]) -> None:
@@ -600,12 +601,13 @@ def cuda_versions() -> dict[str, str]:
     import torch
 
     found = {"cuda": str(torch.version.cuda)}
-    number = torch.backends.cudnn.version()
+    number = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     if number:
         major, rest = divmod(number, 10_000) if number >= 90_000 else divmod(number, 1_000)  # as in cudnn_version.h
         found["cudnn"] = f"{major}.{rest // 100}.{rest % 100}"
     with contextlib.suppress(Exception):
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        numbers: Any = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        found["nccl"] = ".".join(map(str, numbers))
     return found
 
 
