@@ -47,8 +47,11 @@ class Meter(Protocol):
     def start(self) -> None:
         """Begin to watch, or begin anew."""
 
-    def adopt(self, model: Any) -> None:
-        """Count weights that it may not have seen."""
+    def adopt(self, tensors: Any) -> None:
+        """Count tensors that it may not have seen made."""
+
+    def on_host(self) -> contextlib.AbstractContextManager[Any]:
+        """What is made within is of the host."""
 
     def read(self) -> dict[str, int]:
         """Return the peaks since the last call, in bytes, and start them anew."""
@@ -76,8 +79,11 @@ class CudaMeter:
         if hasattr(torch.cuda, "reset_peak_host_memory_stats"):
             torch.cuda.reset_peak_host_memory_stats()
 
-    def adopt(self, model: Any) -> None:
+    def adopt(self, tensors: Any) -> None:
         pass
+
+    def on_host(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
 
     def read(self) -> dict[str, int]:
         found = self._found("peak")
@@ -127,8 +133,14 @@ class CpuMeter:
         self.tracker.phases = {}
         self.tracker.enter("now")
 
-    def adopt(self, model: Any) -> None:
-        self.tracker.adopt([*model.parameters(), *model.buffers()])  # those of a file are mapped, not made
+    def adopt(self, tensors: Any) -> None:
+        self.tracker.adopt(tensors)
+
+    def on_host(self) -> contextlib.AbstractContextManager[Any]:
+        """The data loader has the next batch ready, which on a GPU's machine is not on the GPU yet."""
+        from torch.utils._python_dispatch import _disable_current_modes
+
+        return _disable_current_modes()
 
     def read(self) -> dict[str, int]:
         peak = max(self.tracker.phases.values(), default=self.tracker.live)
@@ -367,6 +379,8 @@ def random_model(model_class: Any, job: dict[str, Any], meter: Meter, _: str, **
     import torch
     import transformers
 
+    from memplan.introspect.trace import untie_head
+
     config = transformers.AutoConfig.for_model(**job["config"])
     dtype = options.pop("dtype")
     if dtype == "auto":
@@ -375,6 +389,7 @@ def random_model(model_class: Any, job: dict[str, Any], meter: Meter, _: str, **
     on_gpu = job["device"] == "cuda"
     with _not_initialized() if on_gpu else contextlib.nullcontext():
         model = model_class.from_config(config, dtype=getattr(torch, dtype), **options)
+    untie_head(model, job["config"])
     if on_gpu:
         drawn = list(model.parameters())
         if job["engine"] in ("single", "ddp"):
@@ -404,9 +419,12 @@ def save_checkpoint(model_class: Any, job: dict[str, Any]) -> None:
     import torch
     import transformers
 
+    from memplan.introspect.trace import untie_head
+
     config = transformers.AutoConfig.for_model(**job["config"])
     with torch.device(job["device"]):
         model = model_class.from_config(config, dtype=getattr(torch, job["dtype"]))
+    untie_head(model, job["config"])
     model.save_pretrained("checkpoint")
     del model
     gc.collect()
@@ -445,12 +463,20 @@ def _watched(trainer_class: Any, recorder: Recorder) -> Any:
 
     class Watched(trainer_class):  # type: ignore[misc]
         def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
-            recorder.meter.adopt(model)
+            recorder.meter.adopt([*model.parameters(), *model.buffers()])  # those of a file are mapped, not made
             _mark_loss(model, recorder)
             super().__init__(*args, model=model, **kwargs)
             _draw(model)
             trainer.append(self)
             self.add_callback(Steps())
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            if recorder.phase == "load":  # inputs are of the step
+                recorder.within_step("forward")
+            with recorder.meter.on_host():
+                found = super().get_batch_samples(*args, **kwargs)
+            recorder.meter.adopt([tensor for batch in found[0] for tensor in batch.values()])
+            return found
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             if self.is_deepspeed_enabled and "step" not in vars(self.deepspeed):
@@ -637,10 +663,7 @@ def blocks_at_peak(snapshot: dict[str, Any]) -> list[list[Any]]:
 def tracked_blocks(events: list[Any]) -> list[list[Any]]:
     """As :func:`blocks_at_peak`, of the events of :func:`~memplan.introspect.trace.real_tracker`."""
     return alive_at_peak(
-        [
-            Event(each.kind == "alloc", each.serial, each.nbytes, " ".join(filter(None, (each.where or each.op,))))
-            for each in events
-        ]
+        [Event(each.kind == "alloc", each.storage, each.bytes, each.where or each.op) for each in events]
     )
 
 
