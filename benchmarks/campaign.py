@@ -1,31 +1,51 @@
-"""The measurement campaign: the setups of campaign.json, on the GPU that is there, one after the other.
+"""The measurement campaign: the setups of campaign.json, on the GPU that is there.
 
-    python benchmarks/campaign.py --out benchmarks/measurements/h200-2026-11 --seconds 540
+    python benchmarks/campaign.py --out benchmarks/measurements/h200-2026-11 --seconds 560 --workers 6
 
-Every run is a line of rows.jsonl as soon as it is done; what is there is not run again, so that the campaign may be cut
+Every row is a line of rows.jsonl as soon as it is done; what is there is not run again, so that the campaign may be cut
 at any time and taken up later. The list has the cheapest information first. A third of it, drawn by chance when a row
 came in, is marked ``holdout`` and stays so: rules are not made from those.
 
+Every run has a process of its own, forked from this one, which has imported all that takes long. Rows marked ``alone``
+come first, one after the other: their times are of a GPU that nobody shares. The others run beside each other, as many
+as ``--workers`` and the GPU's memory allow; a line says how many there were at once (``alongside``).
+
     python benchmarks/campaign.py --extend    adds to campaign.json what rows() has and the list has not
+    python benchmarks/campaign.py --plan      says what there is to be run, and in which order
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import hashlib
 import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from memplan import measuring
+=======
+from memplan import api, measuring
+from memplan.catalog.detect import detect_cluster, host_memory
+>>>>>>> w/measure
 from memplan.errors import MemplanError
 from memplan.introspect import worker
+from memplan.introspect.measure import Start
+from memplan.introspect.measurement import Measured
+from memplan.specs.hardware import GPUSpec
 from memplan.units import GiB
 
 LIST = Path(__file__).with_name("campaign.json")
@@ -79,20 +99,26 @@ def _row(model: str, gpus: int = 1, strategy: dict[str, Any] | None = None, **tr
     return row if strategy is None else row | {"strategy": strategy}
 
 
+ALONE = {"alone": True}
+"""Rows whose step times and device memory are to be of a GPU that nobody shares."""
+
+
 def _families() -> Iterator[dict[str, Any]]:
-    for variant in (
-        {**PRECISIONS["autocast"], "micro_batch_size": 2},
-        {**PRECISIONS["bf16"], "micro_batch_size": 4, **CHECKPOINTED},
-        {**PRECISIONS["fp32"], "micro_batch_size": 1, "attn": "eager"},
-        {**PRECISIONS["fp16"], "micro_batch_size": 2, "packed": False},
-        {**PRECISIONS["autocast"], "micro_batch_size": 8, **CHECKPOINTED, "grad_accum_steps": 2},
+    for number, variant in enumerate(
+        (
+            {**PRECISIONS["autocast"], "micro_batch_size": 2},
+            {**PRECISIONS["bf16"], "micro_batch_size": 4, **CHECKPOINTED},
+            {**PRECISIONS["fp32"], "micro_batch_size": 1, "attn": "eager"},
+            {**PRECISIONS["fp16"], "micro_batch_size": 2, "packed": False},
+            {**PRECISIONS["autocast"], "micro_batch_size": 8, **CHECKPOINTED, "grad_accum_steps": 2},
+        )
     ):
         for model, length in FAMILIES.items():
             images = "vit" in model
             kept = {name: value for name, value in variant.items() if not (images and name == "packed")}
             if images:
                 kept["micro_batch_size"] *= 16
-            yield _row(model, seq_len=length, **kept)
+            yield _row(model, seq_len=length, **kept) | (ALONE if number == 0 else {})
 
 
 def _options() -> Iterator[dict[str, Any]]:
@@ -126,7 +152,7 @@ def _engines() -> Iterator[dict[str, Any]]:
             ("fsdp", {"offload_param": "cpu"}),
         ):  # fmt: skip
             strategy = {"kind": kind, **offloads}
-            yield _row(MIDDLE, ranks, strategy, seq_len=1024, micro_batch_size=2)
+            yield _row(MIDDLE, ranks, strategy, seq_len=1024, micro_batch_size=2) | (ALONE if ranks == 8 else {})
             if ranks in (8, 2):
                 yield _row(SMALL, ranks, strategy, seq_len=2048, **CHECKPOINTED, grad_accum_steps=2)
     for model in (SMALL, MIDDLE):
@@ -174,7 +200,7 @@ def _large() -> Iterator[dict[str, Any]]:
 
 def key(row: dict[str, Any]) -> str:
     """A text that equal rows share."""
-    return json.dumps({name: value for name, value in row.items() if name != "holdout"}, sort_keys=True)
+    return json.dumps({name: value for name, value in row.items() if name not in ("holdout", "alone")}, sort_keys=True)
 
 
 def load() -> list[dict[str, Any]]:
@@ -196,6 +222,12 @@ def extend() -> None:
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
+def with_its_parent() -> None:
+    """Have the kernel kill this process when its parent dies, so that nothing is left of a campaign that is killed."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 class Forked:
     """A copy of this process, which has imported what takes long: it runs the worker."""
 
@@ -204,6 +236,7 @@ class Forked:
         self.pid = os.fork()
         if self.pid == 0:
             try:
+                with_its_parent()
                 os.setsid()
                 output = os.open(log, os.O_WRONLY | os.O_CREAT)
                 os.dup2(output, 1)
@@ -234,72 +267,279 @@ class Forked:
 def preload() -> None:
     """Import what runs need, without a CUDA context, which a copy of this process could not use."""
     os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for name in worker.ALLOCATOR_VARIABLES:
+        os.environ.pop(name, None)
     for name in ("torch", "transformers", "transformers.trainer", "accelerate", "peft", "deepspeed"):
         try:
             __import__(name)
-        except ImportError as error:
-            sys.stderr.write(f"{name}: {error}\n")
+        except Exception as error:  # a library that is broken on this machine fails its own rows only
+            sys.stderr.write(f"{name}: {type(error).__name__}: {error}\n")
 
 
-def measured(row: dict[str, Any], timeout: float, gpu: str | None = None) -> dict[str, Any]:
-    """Run a row, and return what is archived of it."""
+def copies_reach_the_gpu() -> bool:
+    """Whether a copy of this process can use the GPU: not where an import has made a context, or as much as asked."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            import torch
+
+            torch.zeros(1, device="cuda")
+            os._exit(0)
+        except BaseException as error:
+            sys.stderr.write(f"copies of this process do not reach the GPU, so that runs are slower: {error}\n")
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@dataclass(frozen=True)
+class How:
+    """How rows are run."""
+
+    timeout: float = 120
+    """Seconds of one run."""
+    gpu: str | None = None
+    """``cpu``, or None for this machine's."""
+    start: Start | None = Forked
+    workers: int = 1
+    """How many rows run at once."""
+    grace: float = 25
+    """Seconds after the time is up, in which what has begun may end."""
+
+
+def specs(row: dict[str, Any], gpu: str | None) -> tuple[Any, ...]:
+    """Model, training, cluster and strategy of a row."""
     cluster: dict[str, Any] = {"gpus": row.get("gpus", 1)} | ({"gpu": gpu} if gpu else {})
-    options: dict[str, Any] = {"timeout": timeout, "start": Forked}
+    return row["model"], row["training"], cluster, row.get("strategy")
+
+
+def measured(row: dict[str, Any], how: How) -> dict[str, Any]:
+    """Run a row, and return what is archived of it, with a word on it."""
+    options: dict[str, Any] = {"timeout": how.timeout, "start": how.start}
     if "cap" in row:
         options["cap"] = row["cap"] * GiB
-    specs = (row["model"], row["training"], cluster, row.get("strategy"))
     try:
         if "boundary" in row:
+<<<<<<< HEAD
             return {"boundary": measuring.measure_boundary(*specs, boundary=row["boundary"], **options).to_dict()}
         return {"measurement": measuring.measure(*specs, **options).measurement.to_dict()}
+=======
+            options["steps"] = 2
+            found = measuring.measure_boundary(*specs(row, how.gpu), boundary=row["boundary"], **options)
+            said = f"{found.option} {found.measured} lives, {found.predicted} was predicted, {len(found.tried)} runs"
+            return {"boundary": found.to_dict(), "said": said}
+        result = measuring.measure(*specs(row, how.gpu), **options, **row.get("run", {}))
+        return {"measurement": result.measurement.to_dict(), "said": in_words(result)}
+>>>>>>> w/measure
     except MemplanError as error:
-        return {"refused": str(error)}
+        return {"refused": str(error), "said": f"refused: {error}"}
 
 
-def run(out: Path, seconds: float, timeout: float, gpu: str | None, only: str) -> int:
-    """Run what ``out`` lacks, until the time is up; return how many rows were run."""
+def in_words(result: Measured) -> str:
+    """How far off the estimate is."""
+    if result.measurement.status != "ok":
+        return f"{result.measurement.status}: {result.measurement.message}"
+    told = ("steady_allocated", "peak_allocated", "peak_reserved", "peak_device")
+    return ", ".join(f"{row.name} {row.relative or 0:+.2%}" for row in result.differences if row.name in told)
+
+
+@dataclass
+class Running:
+    """A row that a process of its own is at."""
+
+    row: dict[str, Any]
+    pid: int
+    result: Path
+    began: float
+    gpu: int
+    """Bytes that it is expected to need."""
+    host: int
+    alongside: int = 0
+    """The most others that ran while it did."""
+
+    @classmethod
+    def begin(cls, row: dict[str, Any], how: How, folder: Path, need: tuple[int, int]) -> Running:
+        result = folder / f"{hashlib.sha256(key(row).encode()).hexdigest()[:16]}.json"
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with_its_parent()
+                found = measured(row, how)
+                result.with_suffix(".partial").write_text(json.dumps(found), encoding="utf-8")
+                result.with_suffix(".partial").replace(result)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(0)
+        return cls(row, pid, result, time.monotonic(), *need)
+
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return os.waitpid(self.pid, os.WNOHANG)[0] != 0
+
+    def stop(self) -> None:
+        """End it; what it has started ends with it."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+    def found(self) -> dict[str, Any] | None:
+        """What it has written; None if it died before."""
+        if not self.result.exists():
+            return None
+        found: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
+        self.result.unlink()
+        return found
+
+
+def needs(row: dict[str, Any], gpu: str | None) -> tuple[int, int]:
+    """Bytes that a row may take of the GPU and of the host: generous, for it is not to disturb another."""
+    model, training, cluster, strategy = specs(row, gpu)
+    if "boundary" in row:
+        return row["cap"] * GiB, 24 * GiB
+    try:
+        found = api.estimate(model, training, cluster, strategy, replay=False)
+    except MemplanError:
+        return 0, 0  # it will be refused
+    # The model is made on the host, one copy whatever the engine, before anything moves.
+    weights = 4 * found.model.parameters
+    host = weights + found.host.peak // max(1, found.host.ranks) + 4 * GiB
+    return int(found.gpu.peak_allocated * 1.25) + 2 * GiB, int(host)
+
+
+def archive(path: Path) -> list[dict[str, Any]]:
+    """Lines of an archive. The last one is taken away if a cut has left a part of it."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def is_done(line: dict[str, Any], again: bool) -> bool:
+    """Whether a row needs no other run; with ``again`` those that failed do."""
+    failed = "refused" in line or line.get("measurement", {}).get("status") == "failed"
+    return not (again and failed)
+
+
+def pending(path: Path, only: str, again: bool) -> list[dict[str, Any]]:
+    """Rows of the list that an archive lacks, those first that want the GPU for themselves."""
+    done = {key(line["row"]) for line in archive(path) if is_done(line, again)}
+    left = [row for row in load() if key(row) not in done and only in key(row)]
+    return sorted(left, key=lambda row: not row.get("alone", False))
+
+
+def run(out: Path, seconds: float, how: How, only: str = "", limit: int | None = None, again: bool = False) -> int:
+    """Run what ``out`` lacks, until the time is up; return how many rows were archived."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "rows.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    done = {key(json.loads(line)["row"]) for line in lines}
-    started, number = time.monotonic(), 0
-    with path.open("a", encoding="utf-8") as file:
-        for row in load():
-            if key(row) in done or only not in key(row):
-                continue
-            left = seconds - (time.monotonic() - started)
-            if left <= 0:
+    waiting = pending(path, only, again)[:limit]
+    room = (_gpu_memory(how.gpu), int((host_memory() or 8 * GiB) * 0.85))
+    until, running, archived = time.monotonic() + seconds, list[Running](), 0
+    retried: set[str] = set()
+    with tempfile.TemporaryDirectory(prefix="memplan-campaign-") as folder, path.open("a", encoding="utf-8") as file:
+        while waiting or running:
+            now = time.monotonic()
+            if now < until:
+                _admit(waiting, running, how, Path(folder), room)
+            for each in [each for each in running if each.ended()]:
+                running.remove(each)
+                found = each.found() or {"refused": "its process died", "said": "its process died"}
+                if _disturbed(found, each) and key(each.row) not in retried:
+                    retried.add(key(each.row))
+                    waiting.insert(0, {**each.row, "alone": True})
+                    continue
+                said = str(found.pop("said"))
+                line = {"row": each.row, "alongside": each.alongside, **found}
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                archived += 1
+                sys.stdout.write(f"{time.monotonic() - each.began:5.1f} s {_short(each.row)}: {said[:200]}\n")
+                sys.stdout.flush()
+            if now > until + how.grace or (now > until and not running):
                 break
-            began = time.monotonic()
-            found = measured(row, min(timeout, left), gpu)
-            if time.monotonic() - started >= seconds and found.get("measurement", {}).get("status") == "failed":
-                break  # it was cut short
-            file.write(json.dumps({"row": row, **found}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            number += 1
-            said = found.get("refused") or found.get("measurement", {}).get("message") or "measured"
-            sys.stdout.write(f"{time.monotonic() - began:5.1f} s {key(row)}: {str(said)[:300]}\n")
-            sys.stdout.flush()
-    return number
+            time.sleep(0.05)
+        for each in running:  # they will be run again
+            each.stop()
+    left = len(pending(path, only, again))
+    sys.stdout.write(f"{archived} rows archived, {left} left\n")
+    return archived
+
+
+def _gpu_memory(gpu: str | None) -> int:
+    if gpu == "cpu":
+        return 1 << 60
+    here = detect_cluster()
+    memory = here.gpu_memory or (here.gpu.memory_bytes if isinstance(here.gpu, GPUSpec) else 0)
+    return int(memory * 0.93)
+
+
+def _admit(
+    waiting: list[dict[str, Any]], running: list[Running], how: How, folder: Path, room: tuple[int, int]
+) -> None:
+    """Begin rows for which there is room, in their order; one that runs alone waits for the others to end."""
+    while waiting and len(running) < how.workers:
+        row = waiting[0]
+        if running and (row.get("alone") or running[0].row.get("alone")):
+            return
+        need = needs(row, how.gpu)
+        used = [sum(each.gpu for each in running), sum(each.host for each in running)]
+        if running and any(have + asked > most for have, asked, most in zip(used, need, room, strict=True)):
+            return
+        running.append(Running.begin(waiting.pop(0), how, folder, need))
+        for each in running:
+            each.alongside = max(each.alongside, len(running) - 1)
+
+
+def _disturbed(found: dict[str, Any], ran: Running) -> bool:
+    """Whether a run may have died of those beside it: it is repeated alone."""
+    died = found.get("measurement", {}).get("status") == "out-of-memory"
+    return ran.alongside > 0 and died and "cap" not in ran.row
+
+
+def _short(row: dict[str, Any]) -> str:
+    """A row in a few words."""
+    model = row["model"] if isinstance(row["model"], str) else row["model"].get("model_type", "?")
+    words = [str(model).split("/")[-1], *(f"{name}={value}" for name, value in row.items() if name in ("cap", "gpus"))]
+    words += [str(value) for value in row.get("strategy", {}).values() if isinstance(value, str)]
+    training = {name: value for name, value in row["training"].items() if name not in ("dtype", "head")}
+    words += [f"{name}={value}" for name, value in training.items()]
+    return " ".join(words)[:110] + (" *" if row.get("holdout") else "")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the archive")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so long")
+    parser.add_argument("--list", type=Path, default=LIST, help="the setups")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so long")
     parser.add_argument("--timeout", type=float, default=120, help="of one run, in seconds")
+    parser.add_argument("--workers", type=int, default=1, help="rows that run at once")
+    parser.add_argument("--limit", type=int, help="rows to be run at most")
     parser.add_argument("--gpu", help="as in memplan measure: this machine's, unless it is cpu")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose key contains it")
+    parser.add_argument("--again", action="store_true", help="run again what has failed")
     parser.add_argument("--extend", action="store_true", help="add rows to the list")
+    parser.add_argument("--plan", action="store_true", help="say what there is to be run")
     options = parser.parse_args()
+    globals()["LIST"] = options.list
     if options.extend:
         extend()
         return 0
+    if options.plan:
+        for row in pending(Path(options.out or "") / "rows.jsonl", options.only, options.again)[: options.limit]:
+            sys.stdout.write(f"{'alone ' if row.get('alone') else ''}{_short(row)}\n")
+        return 0
     if options.out is None:
-        parser.error("give --out or --extend")
+        parser.error("give --out, --plan or --extend")
     preload()
-    run(options.out, options.seconds, options.timeout, options.gpu, options.only)
+    start = Forked if options.gpu == "cpu" or copies_reach_the_gpu() else None
+    how = How(options.timeout, options.gpu, start, options.workers)
+    run(options.out, options.seconds, how, options.only, options.limit, options.again)
     return 0
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +66,9 @@ def test_a_run_is_archived_once_and_replayed(campaign: Any, tmp_path: Path, monk
         {"model": str(model), "training": {"seq_len": 64, "task": "load"}, "holdout": True},
     ]
     monkeypatch.setattr(campaign, "load", lambda: rows)
-    assert campaign.run(tmp_path / "out", 600, 300, "cpu", "") == 2
-    assert campaign.run(tmp_path / "out", 600, 300, "cpu", "") == 0
+    how = campaign.How(timeout=300, gpu="cpu")
+    assert campaign.run(tmp_path / "out", 600, how) == 2
+    assert campaign.run(tmp_path / "out", 600, how) == 0
     found, refused = (json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines())
     assert "task" in refused["refused"]
     measurement = Measurement.from_dict(found["measurement"])
@@ -71,3 +76,89 @@ def test_a_run_is_archived_once_and_replayed(campaign: Any, tmp_path: Path, monk
     steady = {row.name: row.relative for row in measuring.estimate_again(measurement).differences}["steady_allocated"]
     assert steady is not None
     assert abs(steady) < 0.01
+
+
+def test_alone_rows_come_first_and_marks_do_not_change_a_row(campaign: Any, tmp_path: Path) -> None:
+    rows = campaign.pending(tmp_path / "rows.jsonl", "", again=False)
+    alone = [row.get("alone", False) for row in rows]
+    assert alone == sorted(alone, reverse=True)
+    assert 20 <= sum(alone) <= 40
+    assert {campaign.key(row) for row in rows} == {campaign.key(row | {"alone": True}) for row in rows}
+
+
+def test_a_campaign_that_is_killed_again_and_again_ends_with_every_row_once(
+    campaign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs are stood in for by what takes as long as it likes, and starts a process of its own as they do."""
+    rows = [{"model": "gpt2", "training": {"seq_len": n}, "holdout": False} for n in range(1, 25)]
+
+    def measured(row: dict[str, Any], how: Any) -> dict[str, Any]:
+        def work(folder: str) -> None:
+            (tmp_path / f"pid-{os.getpid()}").touch()
+            time.sleep(0.1 * (row["training"]["seq_len"] % 4))
+            os._exit(0)
+
+        monkeypatch.setattr(campaign.worker, "main", work)
+        assert campaign.Forked(tmp_path, tmp_path / "log").wait(10) == 0
+        return {"measurement": {"status": "ok", "n": row["training"]["seq_len"]}, "said": "measured " * 20}
+
+    monkeypatch.setattr(campaign, "load", lambda: rows)
+    monkeypatch.setattr(campaign, "measured", measured)
+    monkeypatch.setattr(campaign, "needs", lambda row, gpu: (1, 1))
+    chance, out = random.Random(5), tmp_path / "out"
+    kills = 0
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            campaign.run(out, 60, campaign.How(gpu="cpu", workers=3))
+            os._exit(0)
+        time.sleep(chance.uniform(0.1, 0.9))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        kills += 1
+        with (out / "rows.jsonl").open("a") as file:  # as if the cut had come within a line
+            file.write('{"row": {"mo')
+        if not campaign.pending(out / "rows.jsonl", "", again=False):
+            break
+        assert kills < 60
+    assert kills > 2
+    lines = campaign.archive(out / "rows.jsonl")
+    assert sorted(line["measurement"]["n"] for line in lines) == list(range(1, 25))
+    assert max(line["alongside"] for line in lines) == 2
+    time.sleep(0.3)
+    left = [path.name for path in tmp_path.glob("pid-*") if Path("/proc", path.name[4:]).exists()]
+    assert not left
+
+
+def test_a_row_that_dies_beside_others_is_run_again_alone(
+    campaign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"model": "gpt2", "training": {"seq_len": n}, "holdout": False} for n in (1, 2)]
+
+    def measured(row: dict[str, Any], how: Any) -> dict[str, Any]:
+        time.sleep(0.5)
+        died = row["training"]["seq_len"] == 2
+        return {"measurement": {"status": "out-of-memory" if died else "ok"}, "said": ""}
+
+    monkeypatch.setattr(campaign, "load", lambda: rows)
+    monkeypatch.setattr(campaign, "measured", measured)
+    monkeypatch.setattr(campaign, "needs", lambda row, gpu: (1, 1))
+    campaign.run(tmp_path, 60, campaign.How(gpu="cpu", workers=2))
+    first, second = campaign.archive(tmp_path / "rows.jsonl")
+    assert (first["alongside"], second["alongside"]) == (1, 0)
+    assert second["row"]["alone"]
+
+
+def test_rows_wait_for_room(campaign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(row: dict[str, Any], how: Any) -> dict[str, Any]:
+        time.sleep(0.2)
+        return {"refused": "no", "said": "no"}
+
+    rows = [{"model": "gpt2", "training": {"seq_len": n}, "holdout": False} for n in (1, 2, 3)]
+    monkeypatch.setattr(campaign, "load", lambda: rows)
+    monkeypatch.setattr(campaign, "measured", refused)
+    monkeypatch.setattr(campaign, "needs", lambda row, gpu: (1 << 60, 1))
+    campaign.run(tmp_path, 60, campaign.How(gpu="cpu", workers=3))
+    assert [line["alongside"] for line in campaign.archive(tmp_path / "rows.jsonl")] == [0, 0, 0]
+    assert campaign.run(tmp_path, 60, campaign.How(gpu="cpu", workers=3)) == 0
+    assert campaign.run(tmp_path, 60, campaign.How(gpu="cpu", workers=3), again=True) == 3

@@ -427,7 +427,7 @@ def measure(
     steps: Annotated[str, typer.Option(metavar="N", help="Optimizer steps.")] = "3",
     save: Annotated[bool, typer.Option("--save", help="Write a checkpoint at the end.")] = False,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Load weights by from_pretrained.")] = False,
-    diff: Annotated[bool, typer.Option("--diff", help="List the largest blocks at the peak.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="List blocks at the peak that only one side has.")] = False,
     **options: Any,
 ) -> _Answer:
     """Run real steps on this machine's GPU, and compare what they take with the estimate.

@@ -60,6 +60,7 @@ from memplan.tape.tensor import Parameter, dtype_named
 from memplan.units import MiB
 
 if TYPE_CHECKING:
+    from memplan.explanation import AliveBlock
     from memplan.inference import Inference
 
 
@@ -327,6 +328,35 @@ def _explanation(
     accumulated = run.grad_accum_steps > 1
     tape = all_layers(setup, accumulated).tape
     return explain(run, tape, memory.peak_phase, placed[memory.peak_phase], memory)
+
+
+def alive_blocks(
+    model: ModelSpec,
+    training: TrainingSpec,
+    cluster: ClusterSpec,
+    strategy: Strategy,
+    software: SoftwareSpec,
+    phase: str,
+) -> list[AliveBlock]:
+    """What :func:`estimate` says is alive on the GPU at the fullest moment of a phase, block by block: they sum to its
+    bytes, but for what the allocator does not split off. Raises as that does.
+    """
+    from memplan.explanation import blocks, blocks_sharded
+
+    gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
+    setup = _checked(model, training, cluster, strategy, software, None)
+    run, micro = run_of(setup, gpu)
+    if strategy.shards:
+        from memplan import sharded
+
+        played = sharded.play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
+        ranks = (cluster.gpus, cluster.gpus_per_node, played.rank)
+        return blocks_sharded(sharded.explained(setup, gpu, strategy, *ranks, phase), dict(played.gpu[phase]))
+    placed = _placed(setup, training, run, micro, gpu, strategy, cluster)
+    every = all_layers(setup, run.grad_accum_steps > 1)
+    trainable = [(p, 1) for p in every.layout().parameters.values() if p.node is not None]
+    buckets = ddp.bucket_bytes(trainable, strategy.ddp) if strategy.kind == "ddp" else ()
+    return blocks(run, every.tape, every.inventory.buffer_blocks, buckets, phase, placed[phase])
 
 
 def _levers(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, cluster: ClusterSpec) -> tuple[Lever, ...]:
@@ -801,7 +831,7 @@ def _setup_dict(
         "quantization": quantization.kind if quantization is not None else "none",
         "eval_batch_size": training.eval_batch_size,
         "eval_accumulation_steps": training.eval_accumulation_steps,
-        "alloc_conf": _alloc_conf(training),
+        "alloc_conf": alloc_conf(training),
         "peft_type": "lora" if lora is not None else None,
         "task": training.task,
         "device_map": training.device_map,
@@ -839,7 +869,7 @@ def declared_head(model: ModelSpec) -> str | None:
         return None
 
 
-def _alloc_conf(training: TrainingSpec) -> str | None:
+def alloc_conf(training: TrainingSpec) -> str | None:
     """As the environment variable has it."""
     if training.alloc_conf is None:
         return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from memplan.engines.plain import Parts, Run
 from memplan.inference import Inference
@@ -13,7 +14,7 @@ from memplan.memory.optimizers import rounded
 from memplan.memory.timeline import COMPONENTS
 from memplan.results import GpuMemory, Term
 from memplan.tape.tape import Tape
-from memplan.tape.tensor import Buffer
+from memplan.tape.tensor import Buffer, Parameter
 
 SHOWN = 4
 """Sizes of blocks that a term shows."""
@@ -88,6 +89,78 @@ def explain_sharded(kind: str, found: ExplainingLedger, memory: GpuMemory) -> tu
     if found.tape is not None:
         terms += _tensors(found.tape, set(found.tensors))
     return (*terms, *_remaining(terms, memory, "what a block is larger than its tensor", SOURCES["blocks"]))
+
+
+class AliveBlock(NamedTuple):
+    """Blocks of the GPU's memory that are alike."""
+
+    bytes: int
+    """Of one."""
+    number: int
+    name: str
+    """Component and what it is: ``optimizer: state of AdamW``."""
+
+
+def blocks(
+    run: Run, tape: Tape, buffers: Iterable[int], buckets: Iterable[int], phase: str, parts: Parts
+) -> list[AliveBlock]:
+    """What is alive at the fullest moment of ``phase``, of which the parts are ``parts``, block by block.
+
+    ``buffers`` are the model's, ``buckets`` DDP's, in bytes. The blocks sum to the parts: what has none of its own on
+    the tape, as of clipping and stepping, is one.
+    """
+    found: Counter[tuple[int, str]] = Counter()
+    for p, count in run.parameters:
+        found[rounded(p.nbytes), f"weights: {_shape(p)}"] += count
+    for nbytes in buffers:
+        found[nbytes, "weights: buffer"] += 1
+    for nbytes in buckets:
+        found[rounded(nbytes), "communication: bucket of DDP"] += 1
+    alive = _alive_at_peak(tape, phase) if phase in ("forward", "loss", "backward") else set[int]()
+    for i in alive:
+        name, shape, dtype = tape.births[i]
+        text = f"{COMPONENTS[tape.components[i]]}: {name} {' x '.join(map(str, shape)) or 1} {dtype.name}"
+        found[tape.sizes[i], text] += 1
+    of_tape = sum(tape.sizes[i] for i in alive if COMPONENTS[tape.components[i]] == "gradients")
+    for p, count in run.trainable:
+        if parts.get("gradients", 0) > of_tape:
+            found[rounded(p.nbytes), f"gradients: of {_shape(p)}"] += count
+        if parts.get("optimizer"):
+            for nbytes in run.optimizer.state_bytes(p):
+                found[nbytes, f"optimizer: state of {type(run.optimizer).__name__}"] += count
+    if parts.get("optimizer"):
+        for nbytes in run.optimizer.shared_bytes(run.trainable):
+            found[nbytes, "optimizer: shared state"] += 1
+    for nbytes in run.workspaces if parts.get("workspace") else ():
+        found[rounded(nbytes), "workspace: cuBLAS"] += 1
+    return _with_the_rest(found, parts)
+
+
+def blocks_sharded(found: ExplainingLedger, parts: Parts) -> list[AliveBlock]:
+    """As :func:`blocks`, under an engine that shards."""
+    alive: Counter[tuple[int, str]] = Counter()
+    for (component, name, nbytes), count in found.blocks.items():
+        alive[nbytes, f"{component}: {name}" if name else component] += count
+    if found.tape is not None:
+        for i in found.tensors:
+            name, shape, dtype = found.tape.births[i]
+            component = COMPONENTS[found.tape.components[i]]
+            alive[found.tape.sizes[i], f"{component}: {name} {' x '.join(map(str, shape)) or 1} {dtype.name}"] += 1
+    return _with_the_rest(alive, parts)
+
+
+def _with_the_rest(found: Counter[tuple[int, str]], parts: Parts) -> list[AliveBlock]:
+    told: Counter[str] = Counter()
+    for (nbytes, name), count in found.items():
+        told[name.split(":")[0]] += nbytes * count
+    for component, nbytes in parts.items():
+        if nbytes > told[component]:
+            found[nbytes - told[component], f"{component}: not told apart"] += 1
+    return [AliveBlock(nbytes, count, name) for (nbytes, name), count in found.items() if nbytes]
+
+
+def _shape(p: Parameter) -> str:
+    return f"{' x '.join(map(str, p.shape)) or 1} {p.dtype.name}"
 
 
 def _largest(sizes: Counter[int]) -> str:

@@ -62,7 +62,7 @@ def measure(
     from memplan.configs import launch
     from memplan.introspect import measure as instrument
     from memplan.introspect.extrapolate import installed
-    from memplan.introspect.measurement import beside
+    from memplan.introspect.measurement import align, beside, fullest_phase
 
     for option, value, smallest in (("steps", steps, 2), ("cap", cap, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
@@ -90,6 +90,7 @@ def measure(
         config=case.model.config,
         steps=steps,
         cap=cap,
+        alloc_conf=estimator.alloc_conf(asked.training),
         pretrained=pretrained or quantized,  # quantizing is a part of loading
         evaluates=asked.training.eval_batch_size is not None,
         save=save,
@@ -104,7 +105,15 @@ def measure(
     )
     estimated = case.estimate(written)
     fields = as_asked(case, written)
-    return beside(estimated, instrument.measure(job, files, estimated, fields, timeout, start))
+    result = beside(estimated, instrument.measure(job, files, estimated, fields, timeout, start))
+    taken = result.measurement.blocks
+    if taken is None:
+        return result
+    named = {phase.name for phase in estimated.gpu.phases}
+    fullest = fullest_phase(result.measurement)
+    phase = fullest if fullest in named - {"first_step"} else estimated.gpu.peak_phase
+    specs = (case.model, written.training, case.cluster, written.strategy, case.software)
+    return result.model_copy(update={"blocks": align(estimator.alive_blocks(*specs, phase), taken)})
 
 
 def estimate_again(measurement: Measurement) -> Measured:

@@ -61,6 +61,8 @@ class Job:
     steps: int = 3
     cap: int | None = None
     """Bytes of a smaller GPU to be."""
+    alloc_conf: str | None = None
+    """Settings of torch's allocator, as PYTORCH_ALLOC_CONF has them; None is the defaults."""
     pretrained: bool = False
     """Whether weights come from a checkpoint by from_pretrained."""
     evaluates: bool = False

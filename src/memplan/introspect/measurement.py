@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field
@@ -10,7 +11,17 @@ from pydantic import AfterValidator, Field
 from memplan.results import PHASES, SCHEMA_VERSION, STEADY_PHASES, Answer, Estimate, Result
 from memplan.specs._base import freeze
 
-__all__ = ["Boundary", "Difference", "Measured", "Measurement", "Tried", "beside"]
+__all__ = [
+    "BlockDifference",
+    "Boundary",
+    "Difference",
+    "Measured",
+    "Measurement",
+    "Tried",
+    "align",
+    "beside",
+    "fullest_phase",
+]
 
 Status: TypeAlias = Literal["ok", "out-of-memory", "failed"]
 Values: TypeAlias = Annotated[dict[str, Any], AfterValidator(freeze)]
@@ -85,12 +96,33 @@ class Difference(Result):
     """Of the measured one; None if that is 0."""
 
 
+class BlockDifference(Result):
+    """Blocks of one size, of which one side has more."""
+
+    bytes: int
+    """Of one block, a multiple of 512."""
+    estimated: int
+    """How many there are."""
+    measured: int
+    names: tuple[str, ...]
+    """What the estimated ones are: ``3 x optimizer: state of AdamW``."""
+    sites: tuple[str, ...]
+    """Which lines allocated the measured ones."""
+
+    @property
+    def difference(self) -> int:
+        """Estimated less measured, in bytes."""
+        return self.bytes * (self.estimated - self.measured)
+
+
 class Measured(Answer):
     """A run beside its estimate."""
 
     estimate: Estimate
     measurement: Measurement
     differences: tuple[Difference, ...]
+    blocks: tuple[BlockDifference, ...] | None = None
+    """At the fullest moment, what only one side has; None if no snapshot was taken."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON contract as plain values."""
@@ -147,6 +179,43 @@ def beside(estimate: Estimate, measurement: Measurement) -> Measured:
             rows.append((f"peak_{counter}", getattr(gpu, f"peak_{counter}"), measurement.peak(counter)))
     found = [_difference(name, ours, theirs) for name, ours, theirs in rows if theirs is not None]
     return Measured(estimate=estimate, measurement=measurement, differences=tuple(found))
+
+
+def fullest_phase(measurement: Measurement) -> str:
+    """The phase in which most was allocated; of equal ones that which every step repeats."""
+    found = {phase: counters.get("allocated", 0) for phase, counters in measurement.phases.items()}
+    return max(found, key=lambda phase: (found[phase], phase in STEADY_PHASES))
+
+
+def align(ours: Iterable[tuple[int, int, str]], theirs: Iterable[tuple[int, int, str]]) -> tuple[BlockDifference, ...]:
+    """Compare blocks alive at one moment, estimated and measured: (bytes of one, how many, what it is).
+
+    A block of one side is that of the other if both have as many bytes, for names tell nothing across the sides. What
+    is returned are the sizes of which one side has more, the largest sums first: their differences add up to that of
+    the totals.
+    """
+    sides: list[dict[int, Counter[str]]] = []
+    for blocks in (ours, theirs):
+        by_size: dict[int, Counter[str]] = {}
+        for nbytes, count, label in blocks:
+            by_size.setdefault(nbytes, Counter())[label] += count
+        sides.append(by_size)
+    estimated, measured = sides
+    rows = (
+        BlockDifference(
+            bytes=nbytes,
+            estimated=sum(estimated.get(nbytes, {}).values()),
+            measured=sum(measured.get(nbytes, {}).values()),
+            names=_counted(estimated.get(nbytes)),
+            sites=_counted(measured.get(nbytes)),
+        )
+        for nbytes in estimated.keys() | measured.keys()
+    )
+    return tuple(sorted((row for row in rows if row.difference), key=lambda row: (-abs(row.difference), row.bytes)))
+
+
+def _counted(labels: Counter[str] | None) -> tuple[str, ...]:
+    return tuple(f"{count} x {label}" for label, count in (labels or Counter()).most_common())
 
 
 def _difference(name: str, estimated: int, measured: int) -> Difference:

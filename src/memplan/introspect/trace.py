@@ -292,9 +292,14 @@ class Listener:
         """A storage was freed."""
 
 
-def real_tracker() -> Any:
-    """Return a TorchDispatchMode that keeps the same ledger of tensors with data, on CPU, and runs what they run."""
-    return _make_tracker(record_events=False, real=True)
+def real_tracker(record_events: bool = False) -> Any:
+    """Return a TorchDispatchMode that keeps the same ledger of tensors with data, on CPU, and runs what they run.
+
+    With ``record_events`` it lists what is allocated and freed from the start.
+    """
+    tracker = _make_tracker(record_events=record_events, real=True)
+    tracker.recording = record_events
+    return tracker
 
 
 def _make_tracker(
@@ -784,18 +789,18 @@ def _build_model(
     except (ValueError, ImportError) as error:
         raise UnsupportedError(f"trace: transformers cannot build this model: {error}") from error
     _keep_float32_modules(model, torch_dtype)
-    _untie_head(model, values)
+    untie_head(model, values)
     return model
 
 
-def _untie_head(model: Any, values: Mapping[str, Any]) -> None:
+def untie_head(model: Any, values: Mapping[str, Any]) -> None:
     """T5 and mT5 tie the head whatever the config says, but ``from_pretrained`` keeps one that is in the checkpoint."""
     import torch
 
     if values.get("model_type") in ("t5", "mt5") and values.get("tie_word_embeddings") is False:
         head = getattr(model, "lm_head", None)
         if head is not None:
-            head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
+            head.weight = torch.nn.Parameter(torch.empty_like(head.weight).normal_(std=0.02))
 
 
 def _make_config(values: Mapping[str, Any], num_layers: int | None) -> Any:

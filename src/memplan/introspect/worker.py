@@ -25,13 +25,18 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 __all__ = ["main"]
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "liger-kernel", "flash-attn")
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+DECIDING_VARIABLES = ("CUBLAS_", "CUBLASLT_", "CUDA_", "NCCL_", "NVIDIA_TF32", "OMP_NUM_THREADS", "PYTORCH_", "TORCH_")
+"""How variables of the environment begin that change what is allocated."""
+OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+"""In the message of a library that found none: torch's allocator, the driver, cuBLAS, cuDNN."""
 WEIGHT_SCALE = 0.02
 """Standard deviation of the random weights: ``initializer_range`` of most configs."""
 
@@ -42,8 +47,11 @@ class Meter(Protocol):
     def start(self) -> None:
         """Begin to watch, or begin anew."""
 
-    def adopt(self, model: Any) -> None:
-        """Count weights that it may not have seen."""
+    def adopt(self, tensors: Any) -> None:
+        """Count tensors that it may not have seen made."""
+
+    def on_host(self) -> contextlib.AbstractContextManager[Any]:
+        """What is made within is of the host."""
 
     def read(self) -> dict[str, int]:
         """Return the peaks since the last call, in bytes, and start them anew."""
@@ -58,10 +66,11 @@ class Meter(Protocol):
 class CudaMeter:
     """torch.cuda's counters, the driver's, and those of pinned host memory."""
 
-    def __init__(self, outside: dict[str, int], before: int) -> None:
-        self.outside = outside
-        self._before = before
-        """Bytes of the device that were used before this process had a context."""
+    def __init__(self, elsewhere: int, driver: Any = None) -> None:
+        self._elsewhere = elsewhere
+        """Bytes that CUDA counts as in use and that are not this process's, as it began."""
+        self._driver = driver
+        """Tells what each process has; None where it does not, and what is in use is taken for this one's."""
 
     def start(self) -> None:
         import torch
@@ -70,16 +79,21 @@ class CudaMeter:
         if hasattr(torch.cuda, "reset_peak_host_memory_stats"):
             torch.cuda.reset_peak_host_memory_stats()
 
-    def adopt(self, model: Any) -> None:
+    def adopt(self, tensors: Any) -> None:
         pass
+
+    def on_host(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
 
     def read(self) -> dict[str, int]:
         found = self._found("peak")
+        if self._driver is None:
+            found["device"] = self._on_device()
         self.start()
         return found
 
     def level(self) -> dict[str, int]:
-        return self._found("current")
+        return self._found("current") | {"device": self._on_device()}
 
     def synchronize(self) -> None:
         import torch
@@ -100,8 +114,13 @@ class CudaMeter:
         }
         found = {name: int(stats.get(f"{key}.all.{which}", 0)) for name, key in names.items()}
         found["pinned"] = int(host.get(f"allocated_bytes.{which}", 0))
-        found["device"] = used_of_device() - self._before  # now: the driver keeps no peak
         return found | {"retries": int(stats.get("num_alloc_retries", 0)), "host": resident()}
+
+    def _on_device(self) -> int:
+        """Of this process, now: neither keeps a peak. Only NVML can tell it from others; it is too slow for a step."""
+        if self._driver is not None:
+            return int((self._driver.processes() or {}).get(os.getpid(), 0))
+        return used_by_cuda() - self._elsewhere
 
 
 class CpuMeter:
@@ -114,8 +133,14 @@ class CpuMeter:
         self.tracker.phases = {}
         self.tracker.enter("now")
 
-    def adopt(self, model: Any) -> None:
-        self.tracker.adopt([*model.parameters(), *model.buffers()])  # those of a file are mapped, not made
+    def adopt(self, tensors: Any) -> None:
+        self.tracker.adopt(tensors)
+
+    def on_host(self) -> contextlib.AbstractContextManager[Any]:
+        """The data loader has the next batch ready, which on a GPU's machine is not on the GPU yet."""
+        from torch.utils._python_dispatch import _disable_current_modes
+
+        return _disable_current_modes()
 
     def read(self) -> dict[str, int]:
         peak = max(self.tracker.phases.values(), default=self.tracker.live)
@@ -141,7 +166,10 @@ class Recorder:
         self.phase = "load"
         self.peaks: dict[str, dict[str, int]] = {}
         self.seconds: list[float] = []
+        self.skipped = 0
+        """Steps that the optimizer did not make, since a gradient of float16 was not finite."""
         self._started = 0.0
+        self._closed = False
 
     def enter(self, phase: str) -> None:
         """Begin a phase; what was since the last one belongs to that."""
@@ -168,8 +196,11 @@ class Recorder:
         self.step += 1
 
     def close(self) -> None:
-        """The run is over."""
-        self._note(self.phase, self.meter.read())
+        """The run is over; what comes after it is not noted."""
+        if not self._closed:
+            self._note(self.phase, self.meter.read())
+            self._note(self.phase, self.meter.level())
+        self._closed = True
 
     def _note(self, phase: str, found: dict[str, int]) -> None:
         known = self.peaks.setdefault(phase, {})
@@ -184,6 +215,8 @@ def main(folder: str) -> int:
     """Run the job of a folder; return 0 if there is a record, whatever it says."""
     os.chdir(folder)
     job = json.loads(Path("job.json").read_text(encoding="utf-8"))
+    if job["device"] == "cuda":
+        _be_alone_on_one_gpu()
     record: dict[str, Any] = {"status": "ok", "message": "", "versions": versions(), "machine": machine()}
     recorders: list[Recorder] = []
     started = time.perf_counter()
@@ -205,7 +238,8 @@ def main(folder: str) -> int:
 
 def _failure(error: BaseException) -> dict[str, Any]:
     name = type(error).__name__
-    died = name in ("OutOfMemoryError", "MemoryError") or "out of memory" in str(error).lower()
+    text = str(error).lower()
+    died = name in ("OutOfMemoryError", "MemoryError") or any(words in text for words in OUT_OF_MEMORY)
     places = [f"{Path(each.filename).name}:{each.lineno}" for each in traceback.extract_tb(error.__traceback__)[-4:]]
     message = f"{name}: {str(error).strip()[:2000]}"
     return {"status": "out-of-memory" if died else "failed", "message": message, "where": places}
@@ -214,12 +248,15 @@ def _failure(error: BaseException) -> dict[str, Any]:
 def _run(job: dict[str, Any], record: dict[str, Any], recorders: list[Recorder]) -> None:
     warnings.simplefilter("ignore")
     sys.path.insert(0, str(Path.cwd()))
+    on_gpu = job["device"] == "cuda"
+    # The context comes before all else, or a library that makes it would hide what it takes.
+    meter: Meter = _cuda_meter(job, record) if on_gpu else _cpu_meter(job["snapshot"])
     if job["ranks"] > 1 or job["engine"] != "single":
         become_rank_zero(job)
-    meter = _cuda_meter(job, record) if job["device"] == "cuda" else _cpu_meter()
     import torch
 
-    train = importlib.import_module("train")
+    train: Any = importlib.import_module("train")
+    train.check = lambda _: None  # what does not fit is to be seen
     transformers = train.transformers  # which need not be what an import finds here: it puts itself in its own place
     arguments = json.loads(Path("training_args.json").read_text(encoding="utf-8"))
     arguments |= _arguments(job)
@@ -232,17 +269,20 @@ def _run(job: dict[str, Any], record: dict[str, Any], recorders: list[Recorder])
         arguments["model_name_or_path"] = "checkpoint"
     else:
         model_class.from_pretrained = functools.partial(random_model, model_class, job, meter)
+    if on_gpu and job["cap"] is not None:
+        be_smaller(job["cap"], record)
     transformers.Trainer = _watched(transformers.Trainer, recorder)
-    tracked = getattr(meter, "tracker", None) or contextlib.nullcontext()
+    tracked: Any = getattr(meter, "tracker", None) or contextlib.nullcontext()
     gc.collect()
-    if job["snapshot"]:
+    if job["snapshot"] and on_gpu:
         torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
     with tracked:
         meter.start()
         trainer = train.main(arguments)
+        recorder.close()
     if job["snapshot"]:
-        record["blocks"] = blocks_at_peak(torch.cuda.memory._snapshot())
-    record["ran"] = _facts(trainer)
+        record["blocks"] = blocks_at_peak(torch.cuda.memory._snapshot()) if on_gpu else tracked_blocks(tracked.events)
+    record["ran"] = _facts(trainer) | {"skipped_steps": recorder.skipped}
     record["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -338,7 +378,8 @@ def random_model(model_class: Any, job: dict[str, Any], meter: Meter, _: str, **
     """What ``from_pretrained`` would return, with random weights; what making them took is forgotten."""
     import torch
     import transformers
-    from transformers.initialization import no_init_weights
+
+    from memplan.introspect.trace import untie_head
 
     config = transformers.AutoConfig.for_model(**job["config"])
     dtype = options.pop("dtype")
@@ -346,14 +387,31 @@ def random_model(model_class: Any, job: dict[str, Any], meter: Meter, _: str, **
         dtype = job["dtype"]
     # On a CPU billions of weights take minutes; what is not touched here takes no memory either.
     on_gpu = job["device"] == "cuda"
-    with no_init_weights() if on_gpu else contextlib.nullcontext():
+    with _not_initialized() if on_gpu else contextlib.nullcontext():
         model = model_class.from_config(config, dtype=getattr(torch, dtype), **options)
+    untie_head(model, job["config"])
     if on_gpu:
-        for parameter in model.parameters():
-            _fill(parameter)
+        drawn = list(model.parameters())
+        if job["engine"] in ("single", "ddp"):
+            model.memplan_draws = functools.partial(_fill_all, drawn)  # once the Trainer has moved them
+        else:
+            _fill_all(drawn)
         torch.cuda.empty_cache()
     meter.start()
     return model
+
+
+def _not_initialized() -> Any:
+    """Models are made without drawing their weights; where transformers had that before version 5, from there."""
+    for module in ("transformers.initialization", "transformers.modeling_utils"):
+        with contextlib.suppress(ImportError, AttributeError):
+            return importlib.import_module(module).no_init_weights()
+    return contextlib.nullcontext()
+
+
+def _fill_all(parameters: Sequence[Any]) -> None:
+    for parameter in parameters:
+        _fill(parameter)
 
 
 def save_checkpoint(model_class: Any, job: dict[str, Any]) -> None:
@@ -361,9 +419,12 @@ def save_checkpoint(model_class: Any, job: dict[str, Any]) -> None:
     import torch
     import transformers
 
+    from memplan.introspect.trace import untie_head
+
     config = transformers.AutoConfig.for_model(**job["config"])
     with torch.device(job["device"]):
         model = model_class.from_config(config, dtype=getattr(torch, job["dtype"]))
+    untie_head(model, job["config"])
     model.save_pretrained("checkpoint")
     del model
     gc.collect()
@@ -376,31 +437,46 @@ def _fill(parameter: Any) -> None:
     import torch
 
     target = getattr(parameter, "ds_tensor", parameter).data
-    on_gpu = torch.empty(target.shape, dtype=target.dtype, device="cuda")
-    if parameter.ndim == 1 and target is parameter.data:
-        on_gpu.fill_(1)
+    drawn = target if target.is_cuda else torch.empty(target.shape, dtype=target.dtype, device="cuda")
+    if parameter.ndim == 1 and not hasattr(parameter, "ds_tensor"):
+        drawn.fill_(1)
     else:
-        on_gpu.normal_(std=WEIGHT_SCALE)
-    target.copy_(on_gpu)
+        drawn.normal_(std=WEIGHT_SCALE)
+    if drawn is not target:
+        target.copy_(drawn)
 
 
 def _watched(trainer_class: Any, recorder: Recorder) -> Any:
     """The Trainer, which tells the recorder what it does."""
     import transformers
 
+    trainer: list[Any] = []
+
     class Steps(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             recorder.begin_step()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            with contextlib.suppress(AttributeError):  # not every optimizer of DeepSpeed has an overflow
+                recorder.skipped += trainer[0].accelerator.optimizer_step_was_skipped
             recorder.end_step()
 
     class Watched(trainer_class):  # type: ignore[misc]
         def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
-            recorder.meter.adopt(model)
+            recorder.meter.adopt([*model.parameters(), *model.buffers()])  # those of a file are mapped, not made
             _mark_loss(model, recorder)
             super().__init__(*args, model=model, **kwargs)
+            _draw(model)
+            trainer.append(self)
             self.add_callback(Steps())
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            if recorder.phase == "load":  # inputs are of the step
+                recorder.within_step("forward")
+            with recorder.meter.on_host():
+                found = super().get_batch_samples(*args, **kwargs)
+            recorder.meter.adopt([tensor for batch in found[0] for tensor in batch.values()])
+            return found
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             if self.is_deepspeed_enabled and "step" not in vars(self.deepspeed):
@@ -429,6 +505,14 @@ def _watched(trainer_class: Any, recorder: Recorder) -> Any:
     return Watched
 
 
+def _draw(model: Any) -> None:
+    """Draw the weights that :func:`random_model` has left, of the model itself or of what peft has wrapped."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    draws = vars(base).pop("memplan_draws", None)
+    if draws is not None:
+        draws()
+
+
 def _mark_loss(model: Any, recorder: Recorder) -> None:
     """Tell when the loss begins, of models that have transformers' loss functions."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -450,33 +534,45 @@ def _before(function: Callable[..., Any], act: Callable[[], None]) -> Callable[.
 # -- the device --------------------------------------------------------------------------------------------------------
 
 
-def _cpu_meter() -> CpuMeter:
+def _cpu_meter(events: bool) -> CpuMeter:
     from memplan.introspect.trace import real_tracker
 
-    return CpuMeter(real_tracker())
+    return CpuMeter(real_tracker(events))
 
 
 def _cuda_meter(job: dict[str, Any], record: dict[str, Any]) -> CudaMeter:
     """Make the context, one piece after the other, and note what each takes outside of torch's allocator."""
     import torch
 
-    before = used_of_device()
+    from memplan.introspect.nvml import Driver
+
+    driver = Driver()
+    before, others = driver.used(), driver.processes()
+    if job["alloc_conf"] is not None:
+        use_allocator(job["alloc_conf"])
     torch.cuda.init()  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
-    outside = {"context": used_of_device() - before}
+    processes = driver.processes() or {}
+    told = os.getpid() in processes
+    outside = {"context": processes[os.getpid()] if told else driver.used() - before}
+    elsewhere = used_by_cuda() - outside["context"]
     properties = torch.cuda.get_device_properties(0)
     record["device"] = {
         "name": properties.name,
         "total_memory": properties.total_memory,
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
-        "driver": _driver(),
+        "driver": driver.version(),
         "used_before": before,
+        "other_processes": None if others is None else len(others),
+        "counted": "process" if told else "difference",
     }
+    record["versions"] |= cuda_versions()
+    meter = CudaMeter(elsewhere, driver if told else None)
 
     def beside() -> int:
         torch.cuda.synchronize()
-        return used_of_device() - before - torch.cuda.memory_reserved()
+        return meter.level()["device"] - torch.cuda.memory_reserved()
 
     one = torch.ones((64, 64), device="cuda", dtype=torch.bfloat16)
     one + one
@@ -487,30 +583,58 @@ def _cuda_meter(job: dict[str, Any], record: dict[str, Any]) -> CudaMeter:
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     record["outside"] = outside
-    if job["cap"] is not None:
-        # A smaller GPU has as much less for torch's allocator; what is outside of it stays.
-        torch.cuda.set_per_process_memory_fraction(max(0, job["cap"] - beside()) / properties.total_memory)
-        record["cap"] = job["cap"]
-    return CudaMeter(outside, before)
+    return meter
 
 
-def used_of_device() -> int:
-    """Bytes of the first visible GPU that are in use, by whomever; the driver tells without a context."""
-    from memplan.catalog.detect import read_nvml, visible_devices
+def _be_alone_on_one_gpu() -> None:
+    """Of several GPUs the first is seen, or the Trainer would use them all; and torch's allocator has its defaults."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    for name in ALLOCATOR_VARIABLES:
+        os.environ.pop(name, None)
 
-    device = visible_devices(read_nvml())[0]
-    return device.memory - device.free
 
-
-def _driver() -> str:
+def use_allocator(settings: str) -> None:
+    """What PYTORCH_ALLOC_CONF would do, also where torch has been imported before."""
     import torch
 
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = settings
+    if hasattr(torch._C, "_accelerator_setAllocatorSettings"):
+        torch._C._accelerator_setAllocatorSettings(settings)
+    else:
+        torch.cuda.memory._set_allocator_settings(settings)
+
+
+def be_smaller(cap: int, record: dict[str, Any]) -> None:
+    """Leave torch's allocator what a smaller GPU would: it has as much less; what is outside of it stays."""
+    import torch
+
+    outside = sum(record["outside"].values())
+    fraction = max(0, cap - outside) / record["device"]["total_memory"]
+    torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0))
+    record["cap"] = cap
+
+
+def used_by_cuda() -> int:
+    """Bytes of the GPU that are in use, by whomever, as CUDA tells within a context."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
+
+
+def cuda_versions() -> dict[str, str]:
+    """What torch was built with and has loaded, by the names of :class:`~memplan.specs.software.SoftwareSpec`."""
+    import torch
+
+    found = {"cuda": str(torch.version.cuda)}
+    number = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    if number:
+        major, rest = divmod(number, 10_000) if number >= 90_000 else divmod(number, 1_000)  # as in cudnn_version.h
+        found["cudnn"] = f"{major}.{rest // 100}.{rest % 100}"
     with contextlib.suppress(Exception):
-        return str(importlib.import_module("pynvml").nvmlSystemGetDriverVersion())
-    path = Path("/proc/driver/nvidia/version")
-    if path.exists():
-        return path.read_text(encoding="utf-8").split("\n")[0]
-    return f"CUDA {torch.version.cuda}"
+        numbers: Any = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        found["nccl"] = ".".join(map(str, numbers))
+    return found
 
 
 def resident() -> int:
@@ -523,20 +647,53 @@ def resident() -> int:
 
 
 def blocks_at_peak(snapshot: dict[str, Any]) -> list[list[Any]]:
-    """The blocks alive when most was allocated: [bytes, how many, where], the largest sums first."""
-    alive: dict[int, tuple[int, str]] = {}
+    """The blocks alive when most was allocated: [bytes, how many, where], the largest sums first.
+
+    ``snapshot`` is torch.cuda.memory._snapshot()'s; its trace has what was asked for, of which blocks are multiples of
+    512 bytes (CUDACachingAllocator.cpp, ``record_trace`` and ``kMinBlockSize``).
+    """
+    events = [
+        Event(event["action"] == "alloc", event["addr"], (event["size"] + 511) & -512, _site(event.get("frames", ())))
+        for event in snapshot["device_traces"][0]
+        if event["action"] in ("alloc", "free_completed")
+    ]
+    return alive_at_peak(events)
+
+
+def tracked_blocks(events: list[Any]) -> list[list[Any]]:
+    """As :func:`blocks_at_peak`, of the events of :func:`~memplan.introspect.trace.real_tracker`."""
+    return alive_at_peak(
+        [Event(each.kind == "alloc", each.storage, each.bytes, each.where or each.op) for each in events]
+    )
+
+
+class Event(NamedTuple):
+    """A block is taken or given back."""
+
+    is_taken: bool
+    block: int
+    nbytes: int
+    site: str
+
+
+def alive_at_peak(events: Sequence[Event]) -> list[list[Any]]:
+    """What is alive after the event that leaves the most: [bytes, how many, where], the largest sums first."""
     level = peak = moment = 0
-    events = [event for event in snapshot["device_traces"][0] if event["action"] in ("alloc", "free_completed")]
+    sizes: dict[int, int] = {}  # what was there before the first event is not known
     for number, event in enumerate(events):
-        sign = 1 if event["action"] == "alloc" else -1
-        level += sign * event["size"]
+        if event.is_taken:
+            sizes[event.block] = event.nbytes
+            level += event.nbytes
+        else:
+            level -= sizes.pop(event.block, 0)
         if level > peak:
             peak, moment = level, number
+    alive: dict[int, tuple[int, str]] = {}
     for event in events[: moment + 1]:
-        if event["action"] == "alloc":
-            alive[event["addr"]] = (event["size"], _site(event.get("frames", ())))
+        if event.is_taken:
+            alive[event.block] = (event.nbytes, event.site)
         else:
-            alive.pop(event["addr"], None)
+            alive.pop(event.block, None)
     rows = [[size, count, site] for (size, site), count in Counter(alive.values()).items()]
     return sorted(rows, key=lambda row: -row[0] * row[1])
 
@@ -577,7 +734,8 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """The host."""
-    return {"system": platform.platform(), "processors": os.cpu_count()}
+    deciding = {name: value for name, value in os.environ.items() if name.startswith(DECIDING_VARIABLES)}
+    return {"system": platform.platform(), "processors": os.cpu_count(), "environment": deciding}
 
 
 if __name__ == "__main__":

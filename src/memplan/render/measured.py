@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console, Group
 from rich.text import Text
 
-from memplan.introspect.measurement import Boundary, Measured, Measurement
+from memplan.introspect.measurement import BlockDifference, Boundary, Measured, Measurement
 from memplan.render.table import _console, _grid, _line, _model, _setup, _text
 from memplan.render.words import gib
 
 __all__ = ["boundary_text", "measured_text"]
 
 _LARGEST = 12
-"""Blocks that are listed."""
+"""Sizes of blocks that are listed."""
+_TOLD = 2
+"""Kinds of blocks of a size and side that are told."""
 
 
 def measured_text(result: Measured, console: Console | None = None) -> str:
@@ -32,11 +36,29 @@ def measured_text(result: Measured, console: Console | None = None) -> str:
     if measurement.step_seconds:
         times = ", ".join(f"{seconds:.3g}" for seconds in measurement.step_seconds)
         parts.append(_line(f"seconds a step: {times}"))
-    for nbytes, count, site in (measurement.blocks or ())[:_LARGEST]:
-        parts.append(_line(f"{gib(nbytes * count)} GiB  {count} x {nbytes}  {site}"))
+    if result.blocks is not None:
+        parts += [Text(), _blocks(result.blocks)]
     if measurement.status != "ok":
         parts.append(Text(f"{measurement.status}: {measurement.message}"))
     return _text(Group(*parts), console)
+
+
+def _blocks(found: Sequence[BlockDifference]) -> Group:
+    """What only one side has."""
+    if not found:
+        return Group(_line("at the fullest moment both have the same blocks"))
+    table = _grid(header=True)
+    for header in ("bytes of a block", "estimated", "measured", "MiB apart"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("what and where")
+    for row in found[:_LARGEST]:
+        what = "; ".join((*row.names[:_TOLD], *row.sites[:_TOLD]))
+        numbers = (f"{row.bytes:,}", str(row.estimated), str(row.measured), f"{row.difference / 2**20:+,.2f}")
+        table.add_row(*numbers, what)
+    others = found[_LARGEST:]
+    rest = sum(row.difference for row in others)
+    last = [_line(f"{len(others)} more sizes: {rest / 2**20:+,.2f} MiB")] if others else []
+    return Group(_line("at the fullest moment, blocks of which one side has more:"), table, *last)
 
 
 def boundary_text(found: Boundary, console: Console | None = None) -> str:
