@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from memplan.configs.setup import EngineConfig
     from memplan.introspect.extrapolate import Inputs
+    from memplan.planner import Bounder
 
 ModelLike: TypeAlias = Union[str, os.PathLike[str], ModelSpec, Mapping[str, Any], "nn.Module"]
 """A hub id, a path, a ModelSpec, the values of a config.json, or a module of torch."""
@@ -125,6 +126,19 @@ class Case:
         setup = replace(setup, strategy=launch.as_written(setup.strategy))
         found = self.estimate(setup, replay=exact)
         return found.model_copy(update={"step": self._step(setup)}) if exact else found
+
+    @property
+    def bound(self) -> Bounder | None:
+        """What a setup of :meth:`timed` cannot do without; of a trace only the estimate tells."""
+        if self.tracer is not None:
+            return None
+        from memplan.configs import launch
+
+        def least(setup: Setup, played: bool) -> estimator.Least:
+            strategy = launch.as_written(setup.strategy)
+            return estimator.least(self.model, setup.training, self.cluster, strategy, self.software, played=played)
+
+        return least
 
     def seconds(self, setup: Setup) -> float:
         """The time of a step, as in :meth:`timed`."""

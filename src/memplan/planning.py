@@ -156,7 +156,7 @@ class _Search:
         if objective == "gpus":
             objective = "throughput"
         options = (self.target, objective, self.allow, self.done, self.processes)
-        found = planner.plan(asked, case.timed, case.seconds, *options)
+        found = planner.plan(asked, case.timed, case.seconds, *options, bound=case.bound)
         return self.result(case, found, solved)
 
     def largest(self, question: Question) -> Plan:
@@ -167,7 +167,9 @@ class _Search:
         else:
             scale = solving.seq_lens(_longest(case.model, self.run))
         asked = scale.apply(asked, scale.values[0])
-        found, value = solving.solve(asked, scale, case.timed, case.seconds, self.target, self.done, self.processes)
+        found, value = solving.solve(
+            asked, scale, case.timed, case.seconds, self.target, self.done, self.processes, case.bound
+        )
         place = -1 if value is None else scale.values.index(value)
         is_last = place == len(scale.values) - 1
         following = None if is_last else scale.values[place + 1]
@@ -189,7 +191,7 @@ class _Search:
         if not cases and refused is not None:
             raise refused  # no number of them shares the batch evenly
         for number, case in enumerate(cases):
-            answers = planner.Answers(case.timed, case.seconds)
+            answers = planner.Answers(case.timed, case.seconds, case.bound)
             if planner.feasible(self.asked(case), answers, self.target, self.processes):
                 fewer = cases[number - 1].cluster.gpus if number else None
                 return self.plan(case, Solved(question="gpus", value=case.cluster.gpus, next=fewer, limit=""))
@@ -233,7 +235,7 @@ class _Search:
         """Whether something fits on a GPU."""
         case = self.case.on(gpu)
         return planner.feasible(
-            self.asked(case), planner.Answers(case.timed, case.seconds), self.target, self.processes
+            self.asked(case), planner.Answers(case.timed, case.seconds, case.bound), self.target, self.processes
         )
 
     def floor(self, case: Case, *, on_ladder: bool = False) -> int:
@@ -261,7 +263,7 @@ class _Search:
             # More than all of them need: what fits then fits the GPU.
             enough = 2 * max(rung.estimate.host.peak for rung in rungs)
             hosted = replace(case, cluster=case.cluster.replace(host_memory=enough))
-            found = planner.least_host(asked, planner.Answers(hosted.timed, hosted.seconds), self.target)
+            found = planner.least_host(asked, planner.Answers(hosted.timed, hosted.seconds, hosted.bound), self.target)
             if found is not None:
                 yield _remedy(f"--host-memory {-(-found.estimate.host.peak // GiB)}", found.name, found.estimate)
         for change in (with_liger, with_8bit_adam):
@@ -288,7 +290,7 @@ class _Search:
 
     def remedy(self, options: str, case: Case, asked: Setup) -> Iterator[Remedy]:
         """The change, if a rung fits with it."""
-        answers = planner.Answers(case.timed, case.seconds)
+        answers = planner.Answers(case.timed, case.seconds, case.bound)
         found = planner.first_that_fits(asked, answers, self.target, self.processes)
         if found is not None:
             yield _remedy(options, found.name, found.estimate)
@@ -299,7 +301,9 @@ class _Search:
             return
         scale = solving.seq_lens(asked.training.seq_len)
         start = scale.apply(asked, scale.values[0])
-        found, value = solving.solve(start, scale, case.timed, case.seconds, self.target, processes=self.processes)
+        found, value = solving.solve(
+            start, scale, case.timed, case.seconds, self.target, processes=self.processes, bound=case.bound
+        )
         if value is not None and found.best is not None:
             rung = found.tried[found.best][1]
             yield _remedy(f"--seq-len {value}", rung.name, rung.estimate)

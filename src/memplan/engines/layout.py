@@ -201,8 +201,8 @@ MICRO_BATCHES = 3
 """The third is like all that follow."""
 
 
-def play(engine: Engine, ledger: Ledger, run: Played) -> None:
-    """Load, run the steps, evaluate, and save."""
+def load(engine: Engine, ledger: Ledger, run: Played) -> None:
+    """What is there before the first step: the model is loaded, and the engine set up."""
     ledger.begin("load")
     if run.quantizing:
         ledger.briefly("weights", run.quantizing, name="weights on their way to being quantized")
@@ -219,6 +219,11 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
         loaded = []
     engine.initialize()
     ledger.free(*loaded)
+
+
+def play(engine: Engine, ledger: Ledger, run: Played) -> None:
+    """Load, run the steps, evaluate, and save."""
+    load(engine, ledger, run)
     ledger.begin("first_step")
     for nbytes in run.workspaces:
         ledger.allocate("workspace", nbytes, name="cuBLAS, one per thread that runs GEMMs")
