@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
     from memplan.integrations.callback import MemoryCallback
     from memplan.integrations.watch import watch
+    from memplan.interactive import what_if
     from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Rung
     from memplan.specs import (
         ClusterSpec,
@@ -37,6 +38,7 @@ _HOME = {
     "preflight": "api",
     "MemoryCallback": "integrations.callback",
     "watch": "integrations.watch",
+    "what_if": "interactive",
     "MemplanError": "errors",
     "PreflightError": "errors",
     "ResolutionError": "errors",
@@ -90,6 +92,7 @@ __all__ = [
     "plan",
     "preflight",
     "watch",
+    "what_if",
 ]
 
 
