@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from memplan.integrations.callback import MemoryCallback
     from memplan.integrations.watch import watch
     from memplan.interactive import what_if
-    from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Rung
+    from memplan.reporting import report
+    from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Report, Rung
     from memplan.specs import (
         ClusterSpec,
         GPUSpec,
@@ -38,6 +39,7 @@ _HOME = {
     "preflight": "api",
     "MemoryCallback": "integrations.callback",
     "watch": "integrations.watch",
+    "report": "reporting",
     "what_if": "interactive",
     "MemplanError": "errors",
     "PreflightError": "errors",
@@ -50,6 +52,7 @@ _HOME = {
     "EstimateList": "results",
     "Finding": "results",
     "Plan": "results",
+    "Report": "results",
     "Rung": "results",
     "ClusterSpec": "specs",
     "GPUSpec": "specs",
@@ -77,6 +80,7 @@ __all__ = [
     "Plan",
     "PreflightError",
     "QuantizationSpec",
+    "Report",
     "ResolutionError",
     "Rung",
     "SoftwareSpec",
@@ -91,6 +95,7 @@ __all__ = [
     "measure",
     "plan",
     "preflight",
+    "report",
     "watch",
     "what_if",
 ]

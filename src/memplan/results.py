@@ -45,6 +45,7 @@ __all__ = [
     "Preflight",
     "Question",
     "Remedy",
+    "Report",
     "Rung",
     "Searched",
     "Solved",
@@ -693,6 +694,36 @@ class EstimateList(Result):
 
         page: str = html.estimates_html(self)
         return page
+
+
+class Report(Answer):
+    """An estimate, and what stands beside it on a page: a plan, or where no GPU is known the ladder."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    version: str
+    """memplan's."""
+    estimate: Estimate
+    plan: Plan | None = None
+    ladder: EstimateList | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON contract as plain values."""
+        parts = {name: getattr(self, name) for name in ("estimate", "plan", "ladder")}
+        found = {name: None if part is None else part.to_dict() for name, part in parts.items()}
+        return {"schema_version": self.schema_version, "version": self.version, **found}
+
+    def to_html(self) -> str:
+        """Return one page that needs nothing but itself."""
+        from memplan.render import page
+
+        text: str = page.report_page(self)
+        return text
+
+    def write(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write the page into a file, whole or not at all. Raises SpecError if it is there, unless ``force``."""
+        from memplan.render import page
+
+        page.write(self, path, force=force)
 
 
 class CountedModel(Result):
