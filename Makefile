@@ -28,7 +28,7 @@ demo: $(VENV)/.base ## estimate a 7B model on two GPUs, offline, with the base d
 	@cd $(ROOT) && HF_HUB_OFFLINE=1 $(BIN)/memplan estimate meta-llama/Llama-2-7b --gpus 2 2>$(VENV)/.errors; \
 	status=$$?; cat $(VENV)/.errors >&2; [ $$status -eq 0 ] || { [ $$status -ne 2 ] && [ ! -s $(VENV)/.errors ]; }
 
-test: $(VENV)/.test $(VENV)/.libaio ## all tests, the doctests among them
+test: $(VENV)/.test $(VENV)/.libaio $(VENV)/.chromium ## all tests, the doctests among them
 	cd $(ROOT) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
 
 lint: $(VENV)/.test ## ruff and mypy
@@ -60,12 +60,16 @@ $(VENV)/.base: $(INPUTS)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) -e '$(ROOT)[test]'
+	$(PIP) -e '$(ROOT)[test,notebook,docs]'
 	@touch $@
 
 $(VENV)/.libaio: | $(VENV)/.base
 	@mkdir -p $@
 	-@$(ROOT)/tests/oracles/libaio.sh $@
+
+$(VENV)/.chromium: | $(VENV)/.base
+	-@$(ROOT)/tests/chromium.sh
+	@touch $@
 
 $(VENV)/.docs: $(VENV)/.base
 	$(PIP) -e '$(ROOT)[docs]'

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
     from memplan.integrations.callback import MemoryCallback
     from memplan.integrations.watch import watch
+    from memplan.interactive import what_if
     from memplan.measuring import measure
     from memplan.planning import plan
-    from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Rung
+    from memplan.reporting import report
+    from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Report, Rung
     from memplan.specs import (
         ClusterSpec,
         GPUSpec,
@@ -40,6 +42,8 @@ _HOME = {
     "preflight": "checks",
     "MemoryCallback": "integrations.callback",
     "watch": "integrations.watch",
+    "report": "reporting",
+    "what_if": "interactive",
     "MemplanError": "errors",
     "PreflightError": "errors",
     "ResolutionError": "errors",
@@ -51,6 +55,7 @@ _HOME = {
     "EstimateList": "results",
     "Finding": "results",
     "Plan": "results",
+    "Report": "results",
     "Rung": "results",
     "ClusterSpec": "specs",
     "GPUSpec": "specs",
@@ -78,6 +83,7 @@ __all__ = [
     "Plan",
     "PreflightError",
     "QuantizationSpec",
+    "Report",
     "ResolutionError",
     "Rung",
     "SoftwareSpec",
@@ -92,7 +98,9 @@ __all__ = [
     "measure",
     "plan",
     "preflight",
+    "report",
     "watch",
+    "what_if",
 ]
 
 

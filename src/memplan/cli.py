@@ -141,7 +141,18 @@ _PATHS = {option.name: option.flag for option in OPTIONS} | {
     "quantization.kind": "--quantization",
     **{
         name: f"--{name.replace('_', '-')}"
-        for name in ("global_batch_size", "target", "objective", "solve", "allow", "out", "cap", "boundary", "steps")
+        for name in (
+            "global_batch_size",
+            "target",
+            "objective",
+            "solve",
+            "allow",
+            "out",
+            "html",
+            "cap",
+            "boundary",
+            "steps",
+        )
     },
 }
 """A field's path, as an error names it -> the option that sets it."""
@@ -356,6 +367,49 @@ def plan(
 
 @app.command(cls=_Command)
 @_with_options
+def report(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder or a config.json.")],
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Where to write the page.")] = None,
+    global_batch_size: Annotated[
+        str | None, typer.Option(metavar="G", help="Sequences of one step, over all ranks; it stays as it is.")
+    ] = None,
+    target: Annotated[
+        str, typer.Option(metavar="deepspeed|fsdp|auto", help="Whose rungs the ladder has.")
+    ] = "deepspeed",
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    **options: Any,
+) -> _Answer:
+    """Write one page with the estimate, the ladder, the timeline and the Pareto front: HTML that stands alone.
+
+    Exit codes are those of memplan estimate; without a strategy the estimate is that of the plan's best.
+    """
+    from memplan import parallel
+    from memplan.errors import SpecError
+    from memplan.render.page import check_path
+    from memplan.render.progress import Bar
+    from memplan.reporting import report as answer
+
+    given = {name: value for name, value in options.items() if value is not None}
+    _only_estimated(given, ("trace", "explain", "no_replay"))
+    if html is None and not given.get("json"):
+        raise SpecError.at("html", None, "is not given, and a page is a file", "Name it, as in --html report.html.")
+    if html is not None:
+        check_path(html, force=force)  # before anything is computed
+    wishes: dict[str, Any] = {"engine_config": given.get("engine_config"), "software": given.get("software")}
+    wishes |= {"target": target, "processes": min(parallel.cores(), 4)}
+    if global_batch_size is not None:
+        wishes["global_batch_size"] = _value({"global_batch_size": global_batch_size}, "global_batch_size")
+    specs = (model, _training(given), _cluster(given), _strategy(given))
+    with Bar("searching") as bar:
+        result = answer(*specs, done=bar, **wishes)
+    if html is not None:
+        result.write(html, force=force)
+    code = EXIT_CODES[result.estimate.verdict]
+    return _Answer(result.to_json(indent=2) if given.get("json") else f"written: {html}", code)
+
+
+@app.command(cls=_Command)
+@_with_options
 def check(
     path: Annotated[
         str,
@@ -503,7 +557,7 @@ def schema() -> _Answer:
     from memplan.introspect import measurement
 
     answers = (
-        *(results.Estimate, results.EstimateList, results.Plan, results.Check, results.Comparison),
+        *(results.Estimate, results.EstimateList, results.Plan, results.Check, results.Comparison, results.Report),
         *(measurement.Measured, measurement.Boundary),
     )
     _, definitions = models_json_schema([(root, "validation") for root in (*inputs, *answers)])
