@@ -35,12 +35,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from memplan import measuring
-=======
 from memplan import api, measuring
 from memplan.catalog.detect import detect_cluster, host_memory
->>>>>>> w/measure
 from memplan.errors import MemplanError
 from memplan.introspect import worker
 from memplan.introspect.measure import Start
@@ -320,17 +316,12 @@ def measured(row: dict[str, Any], how: How) -> dict[str, Any]:
         options["cap"] = row["cap"] * GiB
     try:
         if "boundary" in row:
-<<<<<<< HEAD
-            return {"boundary": measuring.measure_boundary(*specs, boundary=row["boundary"], **options).to_dict()}
-        return {"measurement": measuring.measure(*specs, **options).measurement.to_dict()}
-=======
             options["steps"] = 2
             found = measuring.measure_boundary(*specs(row, how.gpu), boundary=row["boundary"], **options)
             said = f"{found.option} {found.measured} lives, {found.predicted} was predicted, {len(found.tried)} runs"
             return {"boundary": found.to_dict(), "said": said}
         result = measuring.measure(*specs(row, how.gpu), **options, **row.get("run", {}))
         return {"measurement": result.measurement.to_dict(), "said": in_words(result)}
->>>>>>> w/measure
     except MemplanError as error:
         return {"refused": str(error), "said": f"refused: {error}"}
 
