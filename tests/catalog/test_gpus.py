@@ -169,6 +169,7 @@ def test_known_figures() -> None:
     seen = {"T4": 15102, "RTX3090": 24260, "RTX4090": 24217, "RTX5090": 32120, "A100-40GB": 40514, "A100-80GB": 81251}
     seen |= {"H100-80GB": 81089, "H200": 143156, "B200": 182642, "MI300X": 196592, "L4": 22563, "A10G": 22587}
     seen |= {"H20": 97362, "RTX5060Ti-16GB": 15848, "RTX5070Ti": 15842, "GB200": 188733, "MI355X": 294892}
+    seen |= {"RTX4090D": 24210, "L20": 45599, "A40": 48688}
     for name, mib in seen.items():
         memory = find_gpu(name).memory
         assert memory.low <= mib * MiB <= memory.high, name
@@ -216,7 +217,9 @@ def test_parse_cluster_refuses(text: str) -> None:
         ("NVIDIA RTX A6000", 46068, "A6000"),
         ("NVIDIA RTX A6000", 49140, "A6000"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", 16376, None),
-        ("NVIDIA GeForce RTX 4090 D", 24564, None),
+        ("NVIDIA GeForce RTX 4090 D", 24564, "RTX4090D"),
+        ("NVIDIA GeForce RTX 5090 D", 32607, None),
+        ("NVIDIA A40", 49140, "A40"),
         ("NVIDIA H100", 81559, None),
         ("NVIDIA GeForce GTX 1080 Ti", 11264, None),
     ],
