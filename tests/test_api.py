@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from memplan import advice, api, case, space
+from memplan.catalog.gpus import all_gpus
 from memplan.catalog import detect
 from memplan.catalog.detect import Device
 from memplan.catalog.gpus import find_gpu
@@ -322,7 +323,7 @@ def test_no_smaller_gpu_than_the_smallest_advised_fits() -> None:
     found = advised(unknown, LONG, None)
     assert len(found.gpus) == len(unknown.estimates)
     smallest = find_gpu(found.gpus[0][0])
-    smaller = [gpu for gpu in api.all_gpus() if gpu.memory_bytes < smallest.memory_bytes]
+    smaller = [gpu for gpu in all_gpus() if gpu.memory_bytes < smallest.memory_bytes]
     assert smaller
     assert not any(api.estimate(LLAMA, LONG, ClusterSpec(gpu=gpu)).verdict == "fits" for gpu in smaller[-6:])
 
@@ -338,7 +339,7 @@ def test_gpus_of_a_kind_that_cannot_fit_are_not_tried_one_by_one(monkeypatch: py
     monkeypatch.setattr(case.Case, "fits", lambda case, setup: tried.append(case.cluster.gpu.name) or fits(case, setup))
     found = advice.advise(result, LLAMA, training, cluster, strategy)
     monkeypatch.undo()
-    gpus = sorted(api.all_gpus(), key=lambda gpu: gpu.memory_bytes)
+    gpus = sorted(all_gpus(), key=lambda gpu: gpu.memory_bytes)
     names = [gpu.name for gpu in gpus if gpu.memory_bytes < find_gpu(found.gpus[0][0]).memory_bytes]
     assert len(set(tried) & set(names)) < 0.5 * len(names)
     for name in names[-4:]:
