@@ -258,12 +258,17 @@ class CheckpointLayer(Module):
     no_split = True
     held = False
     """Whether the model holds every layer's output until the last has run (output_hidden_states)."""
+    presents: list[Tensor] | None = None
+    """Where a layer that gives its keys and values beside its output leaves them, for the model to give out."""
     _build: Build
 
     def __call__(self, *args: Any) -> Any:
         b = self._build
         made_before = len(b.tape.sizes)
         out = b.tape.checkpoint(self.forward, *args) if b.gradient_checkpointing else self.forward(*args)
+        if self.presents is not None:
+            out, present = out
+            self.presents.append(present)
         for x in out if isinstance(out, tuple) else (out,):
             if x is not None:
                 b.tape.flow(x, made_before, self.held)
@@ -757,7 +762,7 @@ class CausalLM(Model):
         if tied:
             self.lm_head.weight = embedding.weight
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
         hidden_states = getattr(self, self._prefix)(input_ids)
         return causal_lm_output(self.b, self.lm_head, hidden_states, labels, own_loss=self.own_loss)
 
@@ -769,6 +774,7 @@ def language_model_heads(
     embedding: str,
     bias: bool = False,
     own_loss: OwnLoss = IN_FLOAT32,
+    causal_lm_class: type[CausalLM] = CausalLM,
 ) -> dict[str, Callable[[Build, Fields], Any]]:
     """The models that transformers makes of a decoder, which it holds as ``prefix`` and whose token embedding is
     ``embedding``: with a language model's head (with ``bias``), without, and as a classifier.
@@ -780,7 +786,7 @@ def language_model_heads(
     def causal_lm(b: Build, fields: Fields) -> Model:
         c = config_class(fields)
         model = model_class(b, c)
-        whole = CausalLM(b, prefix, model, getattr(model, embedding), c.tie_word_embeddings, bias)
+        whole = causal_lm_class(b, prefix, model, getattr(model, embedding), c.tie_word_embeddings, bias)
         whole.own_loss = own_loss
         return whole
 
