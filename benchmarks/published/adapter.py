@@ -167,6 +167,9 @@ def setup(row: Mapping[str, str]) -> Setup:
         "seq_len": _within_positions(model, reading.length(row["seq_len"], notes), notes),
         "head": head,
     }
+    if fields["liger"] and not software.at_least("transformers", "5.0"):
+        notes.append("software: Liger before 0.8 is not modelled, the first transformers of 0.8 taken, 5.0")
+        software = software.replace(transformers="5.0")
     if method.kind == "lora":
         fields["lora"] = _lora(method, model, head, stand_in, precision, software, notes)
     if precision.quantization:

@@ -386,7 +386,7 @@ def _lora(text: str, low: str, notes: Notes) -> Method:
     dropout = re.search(r"\bdrop(?:out)?\s*[=:]?\s*(0?\.\d+|0|1)\b", low)
     named = re.search(
         r"(?:targets?|target_modules)\s*[=:]?\s*\[?([\w.,+/\- ']+?)\]?"
-        r"(?=\s*(?:\(|$|\+ ?modules|\bmodules_to|\balpha|\bdrop|;))",
+        r"(?=\s*(?:[()]|$|\+ ?modules|\bmodules_to|\balpha|\bdrop|;))",
         low,
     )
     saved = re.search(r"modules_to_save\s*[=:]?\s*([\w.,+/ ]+)", low)
@@ -448,6 +448,8 @@ def engine(text: str, gpus: int, framework: str, notes: Notes) -> Engine:
     if found := re.search(r"(?:\bzero|deepspeed|\bstage|\bz)[-_ ]*(?:stage|zero)?[-_ ]*([0-3])\b", bare):
         hedged("zero_stage_or_fsdp", text, notes)
         return Engine(f"zero{found[1]}")
+    if "infinity" in bare:
+        return Engine("zero3")
     if "zero" in bare or "deepspeed" in bare:
         not_stated("zero_stage_or_fsdp", text, "does not state the stage")
     if "fsdp" in bare or "fully_shard" in bare or "fullyshard" in bare:
@@ -489,6 +491,7 @@ def offload(text: str, kind: str, notes: Notes) -> tuple[str, str]:
     low = plain(text)
     if low in BLANK or low in ("none", "no", "n", "false", "off", "paged optimizer"):
         return "none", "none"
+    low = " ".join(text.lower().split())
     if "activation" in low:
         raise RefusedError("offload", text, "moves activations, which is not modelled")
     if re.search(r"\bor\b|/", low):

@@ -88,3 +88,28 @@ def test_without_checkpointing_that_cache_needs_nothing() -> None:
         memplan.estimate(BIGCODE, asked, "1xH200", software=f"transformers={v}") for v in ("4.52.4", "4.53")
     )
     assert before.gpu == since.gpu
+
+
+@pytest.mark.parametrize(
+    ("model_type", "version", "size"),
+    [
+        # In 16 bit and in float32; then of the last position alone.
+        ("llama", "4.44.2", 6), ("llama", "4.45", 0), ("gpt_neox", "4.48", 2), ("gpt_neox", "4.49", 0),
+        ("gpt2", "4.48", 2), ("gpt2", "4.53", 0), ("gpt_bigcode", "4.57", 2), ("gpt_bigcode", "5.0", 0),
+    ],
+)  # fmt: skip
+def test_a_prompts_logits_in_generation(model_type: str, version: str, size: int) -> None:
+    config = {"model_type": model_type, "vocab_size": VOCABULARY, "tie_word_embeddings": False} | CONFIGS[model_type]
+    asked = {
+        "task": "generate",
+        "seq_len": LENGTH - 8,
+        "max_new_tokens": 4,
+        "micro_batch_size": BATCH,
+        "dtype": "bfloat16",
+    }
+    levels = {
+        phase.name: phase.allocated
+        for phase in memplan.estimate(config, asked, "1xH200", software=f"transformers={version}").gpu.phases
+    }
+    logits = BATCH * (LENGTH - 8) * VOCABULARY
+    assert (levels["forward"] - levels["idle"]) / logits == pytest.approx(size, abs=0.1)

@@ -132,6 +132,6 @@ HEADS = language_model_heads(
     GPTBigCodeModel,
     prefix="transformer",
     embedding="wte",
-    own_loss=AS_THEY_ARE,
+    own_loss=AS_THEY_ARE._replace(last_only="5.0"),
     causal_lm_class=GPTBigCodeForCausalLM,
 )

@@ -661,10 +661,12 @@ class OwnLoss(NamedTuple):
     """Whether the logits are made float32 before; or else the loss takes them as they are."""
     and_back: bool = False
     """Whether they are given back in their own dtype."""
+    last_only: str = "4.45"
+    """The version from which generation computes the last position's logits alone (``logits_to_keep``)."""
 
 
 IN_FLOAT32 = OwnLoss()
-"""modeling_llama.py at 4.45.2 and 4.46.0."""
+"""modeling_llama.py at 4.44.2, 4.45.2 and 4.46.0."""
 AS_THEY_ARE = OwnLoss("4.48.3", in_float32=False)
 """gpt2 and others of its time: modeling_gpt2.py at 4.48.2 and 4.48.3."""
 
@@ -682,7 +684,7 @@ def causal_lm_output(
     """The head and the loss of a ...ForCausalLM: (loss, logits); in generation the last position's logits alone."""
     t = b.tape
     with t.tagged(LOGITS):
-        if b.cache is not None:  # logits_to_keep=1
+        if b.cache is not None and b.software.at_least("transformers", own_loss.last_only):
             hidden_states = hidden_states.narrow(1, hidden_states.shape[1] - 1, 1)
         logits = lm_head(hidden_states)
         if scale:
