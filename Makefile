@@ -15,13 +15,15 @@ export DS_BUILD_OPS := 0
 # What a test compiles of it, its aio, stays for the next time, and is linked to this libaio if the system has none.
 export TORCH_EXTENSIONS_DIR ?= $(VENV)/.torch_extensions
 export MEMPLAN_LIBAIO ?= $(VENV)/.libaio
+# Other estimators, which want other versions of libraries.
+PEERS   := $(VENV)/.peers
 INPUTS  := $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench oracles campaign docs clean
+.PHONY: help demo test lint format bench bench-peers oracles campaign docs clean
 
 help: ## what there is to make
-	@grep -hE '^[a-z]+:.*## ' $(ROOT)/Makefile | sed 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*## ' $(ROOT)/Makefile | sed 's/:.*## /\t/'
 
 demo: $(VENV)/.base ## estimate a 7B model on two GPUs, offline, with the base dependencies only
 	@# Exit codes 1 and 3 are answers too (does not fit, tight), unless an error was written.
@@ -39,6 +41,9 @@ format: $(VENV)/.test ## let ruff mend what it can
 
 bench: $(VENV)/.test ## speed, beside accelerate, DeepSpeed's estimator and the trace
 	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py
+
+bench-peers: $(VENV)/.test $(PEERS)/.installed ## other estimators on the published rows, side by side; archived
+	cd $(ROOT) && OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python benchmarks/peers.py --python $(PEERS)/bin/python
 
 oracles: $(VENV)/.test $(VENV)/.libaio ## run the full grids against the real libraries and archive the truth: hours
 	cd $(ROOT) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.oracles
@@ -69,6 +74,14 @@ $(VENV)/.libaio: | $(VENV)/.base
 
 $(VENV)/.chromium: | $(VENV)/.base
 	-@$(ROOT)/tests/chromium.sh
+	@touch $@
+
+# llm-analysis asks for old versions of what the others need new ones of; it runs with those.
+$(PEERS)/.installed: | $(VENV)/.base
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+		fitcheck-llm==0.3.1 ftuneai==0.4.1 fire transformers
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps llm-analysis==0.2.2
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.base

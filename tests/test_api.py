@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from memplan import advice, api, case, space
-from memplan.catalog.gpus import all_gpus
 from memplan.catalog import detect
 from memplan.catalog.detect import Device
-from memplan.catalog.gpus import find_gpu
+from memplan.catalog.gpus import all_gpus, find_gpu
 from memplan.errors import ResolutionError, SpecError, UnsupportedError
 from memplan.results import Estimate
 from memplan.specs import ClusterSpec, LoraSpec, ModelSpec, SoftwareSpec, Strategy, TrainingSpec
