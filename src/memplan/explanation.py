@@ -251,9 +251,8 @@ def _states(run: Run, parts: Parts) -> list[Term]:
 
 
 def _plain_term(name: str, parts: Parts) -> Term:
-    return Term(
-        name=name, formula="alive in this phase", filled=f"{parts[name]:,}", bytes=parts[name], source=SOURCES[name]
-    )
+    source, size = SOURCES[name].format(name="each operation"), parts[name]
+    return Term(name=name, formula="alive in this phase", filled=f"{size:,}", bytes=size, source=source)
 
 
 def _tensors(tape: Tape, alive: set[int], source: str = "") -> list[Term]:
