@@ -23,15 +23,19 @@ LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 1024, "intermediate_size": 2816,
     "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000,
 }  # fmt: skip
-SHARDED: tuple[dict[str, str], ...] = (
+CLUSTER = {"gpu": "A100-80GB", "gpus": 4, "host_memory": "512GiB", "nvme": "1TiB", "nvme_path": "/nvme"}
+SHARDED: tuple[dict[str, Any], ...] = (
     {"kind": "ddp"}, {"kind": "zero0"}, {"kind": "zero1"}, {"kind": "zero2"},
     {"kind": "zero2", "offload_optimizer": "cpu"}, {"kind": "zero3"},
-    {"kind": "zero3", "offload_optimizer": "cpu", "offload_param": "cpu"}, {"kind": "fsdp"},
+    {"kind": "zero3", "offload_optimizer": "cpu", "offload_param": "cpu"},
+    {"kind": "zero3", "offload_optimizer": "nvme", "offload_param": "nvme"},
+    {"kind": "fsdp"}, {"kind": "fsdp", "fsdp": {"version": 1}}, {"kind": "fsdp", "offload_param": "cpu"},
 )  # fmt: skip
 ALONE: tuple[dict[str, Any], ...] = (
     {}, {"gradient_checkpointing": True, "micro_batch_size": 4}, {"attn": "eager"}, {"optim": "sgd"},
     {"optim": "adafactor"}, {"optim": "adamw_8bit"}, {"grad_accum_steps": 4},
-    {"quantization": "nf4", "lora": {"rank": 16}}, {"task": "load"}, {"task": "generate", "max_new_tokens": 64},
+    {"quantization": "nf4", "lora": {"rank": 16}}, {"eval_batch_size": 8}, {"liger": True}, {"task": "load"},
+    {"task": "generate", "max_new_tokens": 64},
 )  # fmt: skip
 
 
@@ -41,16 +45,16 @@ def block(page: str) -> str:
 
 
 def terms() -> Iterator[Term]:
-    """The terms of the setups above, where the libraries allow them."""
+    """The terms of the setups above."""
     for setup in ALONE:
         yield from memplan.estimate(LLAMA, {"seq_len": 512, **setup}, "1xA100-80GB", explain=True).explanation
     for strategy in SHARDED:
         for checkpointing in (False, True):
             run = {"seq_len": 512, "gradient_checkpointing": checkpointing}
             try:
-                found = memplan.estimate(LLAMA, run, "4xA100-80GB", strategy, explain=True)
-            except MemplanError:
-                continue
+                found = memplan.estimate(LLAMA, run, CLUSTER, strategy, explain=True)
+            except MemplanError as error:
+                raise SystemExit(f"{strategy}: {error}") from None
             yield from found.explanation
 
 
