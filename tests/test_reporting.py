@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.browser import CHROMIUM, Browser
+from tests.browser import CHROMIUM, CONTRAST, Browser
 
 import memplan
 from memplan import cli
@@ -220,31 +220,6 @@ def browser() -> Iterator[Browser]:
 
 
 NUMBERS = """[...document.querySelectorAll("data")].map(e => [e.dataset.path, e.value, e.textContent])"""
-CONTRAST = """
-(() => {
-  const parts = c => c.match(/[\\d.]+/g).map(Number);
-  const light = c => parts(c).slice(0, 3).map(v => v / 255)
-    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = e => {
-    for (; e; e = e.parentElement) {
-      const c = getComputedStyle(e).backgroundColor;
-      if ((parts(c)[3] ?? 1) > 0) return c;
-    }
-    return "rgb(255, 255, 255)";
-  };
-  const poor = [];
-  for (const e of document.querySelectorAll("body *")) {
-    if (e.closest("script") || ![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
-    if (e.matches(".on, title")) continue;  // on an area of its own
-    const style = getComputedStyle(e), svg = e instanceof SVGElement;
-    const [a, b] = [light(svg ? style.fill : style.color), light(behind(svg ? e.closest("figure") : e))];
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) poor.push([e.outerHTML.slice(0, 80), ratio]);
-  }
-  return poor;
-})()
-"""
 WIDER = """[...document.querySelectorAll("table, figure")].filter(e => e.scrollWidth > e.parentElement.clientWidth + 1)
 .map(e => e.outerHTML.slice(0, 80))"""
 

@@ -346,7 +346,7 @@ def _explanation(
 
         rank = sharded.play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node).rank
         found = sharded.explained(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node, rank, memory.peak_phase)
-        return explain_sharded(strategy.kind, found, memory)
+        return explain_sharded(strategy, found, memory)
 
     accumulated = run.grad_accum_steps > 1
     tape = all_layers(setup, accumulated).tape

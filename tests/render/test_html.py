@@ -1,6 +1,8 @@
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from tests.browser import CHROMIUM, CONTRAST, Browser
 from tests.render.samples import estimate, several
 
 import memplan
@@ -108,3 +110,24 @@ def test_a_comparison_has_a_row_per_figure() -> None:
     comparison = memplan.compare("gpt2", {"seq_len": 128}, "2xT4")
     page = Page(comparison._repr_html_())
     assert [row[:2] for row in page.rows[1:]] == [[row.tool, row.option] for row in comparison.rows]
+
+
+THEMES = {"light": ("#ffffff", "#000000"), "dark": ("#111111", "#e0e0e0")}
+"""Behind and in front, as JupyterLab's two themes have it."""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_tables_are_read_on_light_and_dark_pages(tmp_path: Path) -> None:
+    plan = memplan.plan("gpt2", {"seq_len": 512}, "2xT4", global_batch_size=32)
+    check = Check(estimate=estimate(), verdict="fits", findings=(WRONG,))
+    comparison = memplan.compare("gpt2", {"seq_len": 128}, "2xT4")
+    parts = "".join(each._repr_html_() for each in (estimate(), several(), plan, check, comparison))
+    with Browser() as browser:
+        for name, (back, ink) in THEMES.items():
+            path = tmp_path / f"{name}.html"
+            path.write_text(
+                f'<meta charset="utf-8"><body style="background:{back};color:{ink}">{parts}', encoding="utf-8"
+            )
+            browser.open(path)
+            assert browser.run(CONTRAST) == []
+            assert browser.said() == []

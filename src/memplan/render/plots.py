@@ -59,7 +59,7 @@ def plot_ladder(plan: Plan, *, ax: Axes | None = None) -> Axes:
 
 def plot_phases(estimate: Estimate, *, ax: Axes | None = None) -> Axes:
     """Draw the most that is allocated within each phase of a run, with the capacity."""
-    axes = _new_axes(4.2) if ax is None else ax
+    axes: Any = _new_axes(4.2) if ax is None else ax
     names = [phase.name for phase in estimate.gpu.phases]
     sizes = [phase.allocated / GiB for phase in estimate.gpu.phases]
     places = range(len(names))
@@ -89,7 +89,7 @@ def plot_peaks(estimates: EstimateList | Iterable[Estimate], *, by: str, ax: Axe
         if not isinstance(value, int | float):
             raise SpecError.at("by", by, "is no number of every estimate", f"Use {' or '.join(_OPTIONS)}.")
         lines.setdefault(_line_name(estimate, by), []).append((value, estimate))
-    axes = _new_axes(4.8) if ax is None else ax
+    axes: Any = _new_axes(4.8) if ax is None else ax
     for (name, points), (color, marker) in zip(lines.items(), _repeated(SERIES, len(lines))):
         points.sort(key=lambda point: point[0])
         at = [value for value, _ in points]
@@ -108,16 +108,18 @@ def plot_peaks(estimates: EstimateList | Iterable[Estimate], *, by: str, ax: Axe
 
 def plot_pareto(plan: Plan, *, ax: Axes | None = None) -> Axes:
     """Draw the setups that no other beats in time and memory, with the other rungs that fit, or may."""
-    axes = _new_axes(4.8) if ax is None else ax
+    axes: Any = _new_axes(4.8) if ax is None else ax
     rungs = [rung.estimate for rung in plan.rungs]
     groups = (("other rung that fits", ("fits",), "o"), ("rung that may fit", ("tight", "unknown"), "x"))
     for name, verdicts, marker in groups:
         found = [(each.step.seconds, each.gpu.high / GiB) for each in rungs if each.step and each.verdict in verdicts]
         if found:
-            axes.scatter(*zip(*found), color="#767676", marker=marker, label=name)
-    seconds, highs = [each.seconds for each in plan.pareto], [each.high / GiB for each in plan.pareto]
-    axes.plot(seconds, highs, color=BLUE, marker="o", markersize=11, drawstyle="steps-post", label="not beaten by any")
-    for number, (x, y) in enumerate(zip(seconds, highs), start=1):
+            seconds, highs = zip(*found)
+            axes.scatter(seconds, highs, color="#767676", marker=marker, label=name)
+    front = [(each.seconds, each.high / GiB) for each in plan.pareto]
+    look = {"color": BLUE, "marker": "o", "markersize": 11, "drawstyle": "steps-post"}
+    axes.plot([x for x, _ in front], [y for _, y in front], label="not beaten by any", **look)
+    for number, (x, y) in enumerate(front, start=1):
         axes.annotate(str(number), (x, y), color="white", fontsize=8, ha="center", va="center", fontweight="bold")
     _mark_capacities(axes.axhline, rungs)
     axes.set_xlabel("seconds per step")
@@ -140,11 +142,12 @@ def plot_errors(rows: Iterable[tuple[str, float, float]], *, unit: str = "GiB", 
     groups: dict[str, list[tuple[float, float]]] = {}
     for group, measured, ratio in rows:
         groups.setdefault(group, []).append((measured, ratio))
-    axes = _new_axes(4.8) if ax is None else ax
+    axes: Any = _new_axes(4.8) if ax is None else ax
     axes.axhspan(0.9, 1.1, color="#E5E5E5", label="within 10 %")
     axes.axhline(1, color="black", linewidth=1)
     for (name, points), (color, marker) in zip(groups.items(), _repeated(SERIES, len(groups))):
-        axes.scatter(*zip(*points), color=color, marker=marker, s=22, alpha=0.8, label=f"{name} ({len(points)})")
+        at, ratios = zip(*points)
+        axes.scatter(at, ratios, color=color, marker=marker, s=22, alpha=0.8, label=f"{name} ({len(points)})")
     axes.set_xscale("log")
     _mark_decades(axes.xaxis)
     axes.set_xlabel(f"measured, {unit}")
@@ -155,7 +158,7 @@ def plot_errors(rows: Iterable[tuple[str, float, float]], *, unit: str = "GiB", 
 
 
 def _bars(estimates: Sequence[Estimate], labels: Sequence[str], title: str, ax: Axes | None) -> Axes:
-    axes = _new_axes(max(3.4, 1.2 + 0.6 * len(estimates))) if ax is None else ax
+    axes: Any = _new_axes(max(3.4, 1.2 + 0.6 * len(estimates))) if ax is None else ax
     places = range(len(estimates))
     starts = [0.0] * len(estimates)
     for name, (color, hatch) in COMPONENTS.items():

@@ -6,6 +6,7 @@ A chart says in a table beside it what it shows; its ``label`` is for who cannot
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from memplan.render import words
 from memplan.render.colors import BLUE, COMPONENTS
 from memplan.units import GiB
 
-__all__ = ["Bar", "Dot", "columns", "definitions", "legend", "scatter", "stacks"]
+__all__ = ["Bar", "Dot", "alone", "columns", "definitions", "legend", "scatter", "stacks"]
 
 WIDTH = 800
 _ROW = 26
@@ -45,13 +46,16 @@ class Dot(NamedTuple):
 
 def definitions() -> str:
     """Return the patterns, once for a page."""
-    patterns = "".join(
+    return f'<svg width="0" height="0" aria-hidden="true" class="defs"><defs>{_patterns()}</defs></svg>'
+
+
+def _patterns() -> str:
+    return "".join(
         f'<pattern id="fill-{name}" width="6" height="6" patternUnits="userSpaceOnUse" '
         f'patternTransform="rotate({_TURN[hatch]})"><rect width="6" height="6" fill="{color}"/>{_ink(hatch)}</pattern>'
         for name, (color, hatch) in COMPONENTS.items()
         if hatch
     )
-    return f'<svg width="0" height="0" aria-hidden="true" class="defs"><defs>{patterns}</defs></svg>'
 
 
 def _ink(hatch: str) -> str:
@@ -59,6 +63,29 @@ def _ink(hatch: str) -> str:
     across = '<path d="M1 0V6" stroke="#000" stroke-opacity=".35" stroke-width="2"/>'
     dot = '<circle cx="2" cy="2" r="1.2" fill="#fff"/>'
     return {"//": line, "xx": line + across, "..": dot}[hatch]
+
+
+def alone(chart: str, title: str, names: Sequence[str], style: str) -> str:
+    """Return a chart as a file of its own: with a title, its patterns and a legend of the components that are named."""
+    found = re.match(rf'<svg viewBox="0 0 {WIDTH} (\d+)"(.*)</svg>$', chart, re.DOTALL)
+    assert found is not None
+    row, left = int(found[1]) + 44, 12.0
+    keys = []
+    for name in names:
+        if left + 24 + len(name) * _TEXT > WIDTH:
+            row, left = row + 20, 12.0
+        keys.append(f'<rect x="{left:.0f}" y="{row - 6}" width="16" height="12" fill="{_fill(name)}"/>')
+        keys.append(_text(left + 22, row, name, "start"))
+        left += 38 + len(name) * _TEXT
+    height = row + 18
+    size = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
+    rest = found[2].partition(">")
+    moved = f'<g transform="translate(0 30)">{rest[2]}</g>'
+    return (
+        f"<svg {size}{rest[0]}><style>{style}</style><defs>{_patterns()}</defs>"
+        f'<rect class="back" width="{WIDTH}" height="{height}"/>{_text(12, 16, title, "start")}'
+        f"{moved}{''.join(keys)}</svg>\n"
+    )
 
 
 def legend(names: Iterable[str]) -> str:
