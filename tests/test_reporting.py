@@ -225,6 +225,21 @@ WIDER = """[...document.querySelectorAll("table, figure")].filter(e => e.scrollW
 
 
 @in_a_browser
+def test_the_browser_notices_what_a_page_does(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(
+        '<body style="background:#fff"><p style="color:#999">pale</p><img src="http://127.0.0.1:9/x.png">'
+        "<script>console.log(1); nothing()</script>",
+        encoding="utf-8",
+    )
+    browser.open(path)
+    assert [text for text, _ in browser.run(CONTRAST)] == ['<p style="color:#999">pale</p>']
+    assert browser.requests() == [path.as_uri(), "http://127.0.0.1:9/x.png"]
+    kinds = [event["method"] for event in browser.said()]
+    assert {"Runtime.consoleAPICalled", "Runtime.exceptionThrown"} <= set(kinds)
+
+
+@in_a_browser
 def test_the_page_in_chromium(written: tuple[Path, dict[str, Any]], browser: Browser) -> None:
     path, data = written
     for scheme in ("light", "dark"):
