@@ -22,6 +22,7 @@ from memplan.architectures.registry import FAMILIES
 from memplan.catalog import hub
 from memplan.catalog.detect import detect_cluster, free_disk, host_memory
 from memplan.catalog.gpus import all_gpus, find_gpu, parse_cluster
+from memplan.catalog.profile import RATES, VARIABLE, calibrated
 from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
 from memplan.parallel import shared_out
 from memplan.planner import Done, Objective, nothing
@@ -1031,8 +1032,9 @@ def measure(
     on_cpu = isinstance(gpu, GPUSpec) and gpu.is_cpu
     if asked.training.task != "train":
         raise SpecError.at("task", asked.training.task, "has no steps to measure", "Leave it out.")
-    if given.gpu is not None and not on_cpu and detect_cluster().gpu not in (None, gpu):
-        name = gpu.name if isinstance(gpu, GPUSpec) else gpu
+    name = gpu.name if isinstance(gpu, GPUSpec) else gpu
+    here = None if given.gpu is None or on_cpu else detect_cluster().gpu
+    if isinstance(here, GPUSpec) and here.name != name:
         raise SpecError.at("gpu", name, "is not the GPU of this machine", "Leave it out, or use cpu.")
     written = replace(asked, strategy=launch.as_written(asked.strategy))
     resolved = estimator.resolve(case.model, written.training, case.cluster, written.strategy, case.software)
@@ -1388,7 +1390,8 @@ class _Case:
         if self.tracer is not None:
             resolved = replace(resolved, traced=self.tracer.trace(resolved))
         timing = throughput.step_time(resolved, self.cluster, setup.strategy)
-        assumptions = (*found.assumptions, Assumption.of(timing.interval))
+        rates = tuple(Assumption.of(rate) for rate in gpu.measured if rate.name in RATES)
+        assumptions = (*found.assumptions, Assumption.of(timing.interval), *rates)
         return found.model_copy(update={"step": timing.result(), "assumptions": assumptions})
 
     def timed(self, setup: Setup, exact: bool) -> Estimate:
@@ -1618,9 +1621,12 @@ def _cluster_spec(cluster: ClusterLike) -> ClusterSpec:
 
 def _cluster(cluster: ClusterLike) -> ClusterSpec:
     spec = _cluster_spec(cluster)
-    if isinstance(spec.gpu, str):
-        return spec.replace(gpu=find_gpu(spec.gpu))
-    return _on_this_machine(spec) if spec.gpu is None else spec
+    if spec.gpu is None:
+        return _on_this_machine(spec)
+    gpu = find_gpu(spec.gpu) if isinstance(spec.gpu, str) else spec.gpu
+    if VARIABLE in os.environ and not gpu.measured:  # a profile that is named
+        gpu = calibrated(gpu)
+    return spec if gpu is spec.gpu else spec.replace(gpu=gpu)
 
 
 def _on_this_machine(spec: ClusterSpec) -> ClusterSpec:
@@ -1629,7 +1635,8 @@ def _on_this_machine(spec: ClusterSpec) -> ClusterSpec:
     if here.gpu is None:
         return spec
     gpus = spec.gpus if "gpus" in spec.model_fields_set else here.gpus
-    found: dict[str, Any] = {"gpu": here.gpu, "gpus": gpus, "gpu_memory": spec.gpu_memory or here.gpu_memory}
+    gpu = calibrated(here.gpu) if isinstance(here.gpu, GPUSpec) else here.gpu
+    found: dict[str, Any] = {"gpu": gpu, "gpus": gpus, "gpu_memory": spec.gpu_memory or here.gpu_memory}
     if spec.nodes == 1 and gpus <= here.gpus:
         found["host_memory"] = spec.host_memory or here.host_memory
         if spec.nvme is None and spec.nvme_path is not None:
