@@ -52,12 +52,14 @@ __all__ = [
     "first_that_fits",
     "least_host",
     "least_of",
+    "needed",
     "nothing",
     "pace",
     "passed_over",
     "plan",
     "planned",
     "rungs",
+    "wants_host",
 ]
 
 Objective: TypeAlias = Literal["throughput", "memory", "gpus"]
@@ -326,14 +328,23 @@ def plan(
     )
 
 
-def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed", processes: int = 1) -> bool:
+def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed") -> bool:
     """Whether :func:`plan` would find something that fits."""
-    least = least_of(asked, target)
-    if processes > 1:
-        answers.share(len(least), lambda own, place: own.may_fit(least[place]), processes, nothing)
-    may_fit = [family.setup for family in families(asked, target) if answers.may_be_sized(family.setup)]
     # What gives most up needs least.
-    return any(answers.sized(setup) is not None for setup in reversed(may_fit))
+    choices = [levels(family.setup) for family in reversed(families(asked, target))]
+    return any(answers.fits(own[-1]) or (answers.may_fit(own[-1]) and answers.fits(own[0])) for own in choices)
+
+
+def needed(asked: Setup, answers: Answers, target: Target = "deepspeed", *, on_ladder: bool = False) -> int | None:
+    """Bytes of each GPU without which nothing fits, or nothing of the ladder; None is that nothing does with them."""
+    floors = (answers.floor(setup) for setup in least_of(asked, target, on_ladder=on_ladder))
+    return min((found.gpu for found in floors if found is not None and found.verdict == "fits"), default=None)
+
+
+def wants_host(asked: Setup, answers: Answers, host: int, target: Target = "deepspeed") -> bool:
+    """Whether something needs more than ``host`` bytes of a node's memory, and does not fit for it."""
+    floors = (answers.floor(setup) for setup in least_of(asked, target))
+    return any(found is not None and found.host > host for found in floors)
 
 
 def first_that_fits(asked: Setup, answers: Answers, target: Target = "deepspeed", processes: int = 1) -> Found | None:
