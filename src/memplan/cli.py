@@ -726,8 +726,8 @@ def _usage(error: Any) -> str:
 
 
 def _in_options(message: str) -> str:
-    """Name the option where an error names its field."""
-    return "\n".join(_in_option(line) for line in message.split("\n"))
+    """Name the option where an error names its field; several wrong ones are one message."""
+    return " ".join(_in_option(line) for line in message.split("\n"))
 
 
 def _in_option(line: str) -> str:

@@ -104,7 +104,12 @@ def did_you_mean(name: str, candidates: Iterable[str], limit: int = 3) -> str:
     return f"Known: {', '.join(shown)}."
 
 
+_IN_FILES = {None: "null", True: "true", False: "false"}
+
+
 def _shown(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return _IN_FILES[value]
     # A huge int cannot even be printed (sys.set_int_max_str_digits), and a huge list should not be.
     if isinstance(value, int) and value.bit_length() > 4 * _LONGEST_VALUE:
         return f"an integer of {value.bit_length()} bits"
