@@ -18,7 +18,7 @@ export MEMPLAN_LIBAIO ?= $(VENV)/.libaio
 INPUTS  := $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench oracles campaign docs clean
+.PHONY: help demo test lint format bench fuzz oracles campaign docs clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z]+:.*## ' $(ROOT)/Makefile | sed 's/:.*## /\t/'
@@ -39,6 +39,10 @@ format: $(VENV)/.test ## let ruff mend what it can
 
 bench: $(VENV)/.test ## speed, beside accelerate, DeepSpeed's estimator and the trace
 	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py
+
+SECONDS ?= 1800
+fuzz: $(VENV)/.test ## look for inputs that raise what is no error of memplan's, for SECONDS
+	$(PIP) atheris && cd $(ROOT) && OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 oracles: $(VENV)/.test $(VENV)/.libaio ## run the full grids against the real libraries and archive the truth: hours
 	cd $(ROOT) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.oracles

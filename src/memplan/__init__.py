@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from memplan.api import check, compare, estimate, ladder, measure, plan, preflight
     from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
     from memplan.integrations.callback import MemoryCallback
+    from memplan.integrations.largest import largest_batch
+    from memplan.integrations.script_arguments import MemplanArguments
     from memplan.integrations.watch import watch
     from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Rung
     from memplan.specs import (
@@ -36,6 +38,8 @@ _HOME = {
     "plan": "api",
     "preflight": "api",
     "MemoryCallback": "integrations.callback",
+    "MemplanArguments": "integrations.script_arguments",
+    "largest_batch": "integrations.largest",
     "watch": "integrations.watch",
     "MemplanError": "errors",
     "PreflightError": "errors",
@@ -70,6 +74,7 @@ __all__ = [
     "GPUSpec",
     "LoraSpec",
     "MemoryCallback",
+    "MemplanArguments",
     "MemplanError",
     "ModelSpec",
     "Plan",
@@ -86,6 +91,7 @@ __all__ = [
     "compare",
     "estimate",
     "ladder",
+    "largest_batch",
     "measure",
     "plan",
     "preflight",

@@ -717,8 +717,20 @@ _LEGAL = frozenset({"removed-argument", "misspelt-argument"})
 """Findings on names that an object of transformers has, so that they exist."""
 
 
-def _found_before(run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec) -> Preflight:
-    from memplan import findings
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """A run that a script has in its hands, estimated as its files would be."""
+
+    case: _Case
+    setup: Setup | None
+    """None if there can be no estimate."""
+    check: Check
+    beside: tuple[Finding, ...]
+    """What is to be said of the machine and of the objects."""
+
+
+def examine(run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec) -> Examined:
+    """Estimate a run that is about to start, on the machine that is there. Raises SpecError and UnsupportedError."""
     from memplan.integrations import live
 
     hardware, beside = _here(cluster, run)
@@ -732,17 +744,35 @@ def _found_before(run: Live, training: TrainingSpec, cluster: ClusterSpec, softw
                 case, setup, check = _checked(*_as_files(live.as_module(run), training), hardware, software)
             except MemplanError as error:
                 beside.append(_other_model(model.parameters, model.trainable_parameters, weights, trained, error))
-    found = [*beside, *(each for each in check.findings if each.code not in _LEGAL or run.as_written)]
+    return Examined(case, setup, check, tuple(beside))
+
+
+def _found_before(run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec) -> Preflight:
+    from memplan import findings
+
+    examined = examine(run, training, cluster, software)
+    case, setup, check = examined.case, examined.setup, examined.check
+    found = [*examined.beside, *(each for each in check.findings if each.code not in _LEGAL or run.as_written)]
     if check.estimate is not None and setup is not None:
         if "seq_len" not in setup.training.model_fields_set - run.assumed.keys() and _has_tokens(case):
             found.append(_unknown_length(setup.training.seq_len))
-        cures = _cures(case, setup) if check.verdict in ("does-not-fit", "tight") else ()
-        memory = findings.memory_finding(check.estimate, cures)
+        memory = memory_said(examined)
         if memory is not None and not (run.on_cpu and memory.severity == "info"):
             found.insert(0, memory)
     of_model = {"id": case.model.id, "config": case.model.config}
     asked = {} if setup is None else _as_asked(case, setup)
     return Preflight(findings.sorted_by_severity(found), check, of_model, asked)
+
+
+def memory_said(examined: Examined) -> Finding | None:
+    """Return what is to be said of a run's memory, with what would fit; nothing if it fits."""
+    from memplan import findings
+
+    check, setup = examined.check, examined.setup
+    if check.estimate is None or setup is None:
+        return None
+    cures = _cures(examined.case, setup) if check.verdict in ("does-not-fit", "tight") else ()
+    return findings.memory_finding(check.estimate, cures)
 
 
 def _of_objects(
