@@ -85,18 +85,15 @@ def accuracy() -> str:
     """Return how far estimates were from what others have published, as docs/accuracy.md has it."""
     page = ACCURACY.read_text(encoding="utf-8")
     lines = []
-    for metric, counter in (
-        ("allocated", "`torch.cuda.max_memory_allocated`"),
-        ("reserved", "`torch.cuda.max_memory_reserved`"),
-        ("process", "nvidia-smi's figure for the process"),
-    ):
-        row = re.search(rf"^\| all that state it \| {metric} \|(.*)\|$", page, re.MULTILINE)
+    for metric in ("allocated", "reserved", "device"):
+        row = re.search(rf"^\| {metric}: (.*)\|$", page, re.MULTILINE)
         if row is None:
-            raise SystemExit(f"{ACCURACY}: no row of all that state it, {metric}")
-        number, middle, _, worst, _, within = (cell.strip() for cell in row[1].split("|"))
+            raise SystemExit(f"{ACCURACY}: no row of {metric}")
+        counter, number, median, _, p95, under, over, _ = (cell.strip() for cell in row[1].split("|"))
+        low, high = under.split()[0], over.split()[0]
         lines.append(
-            f"* {counter}: {number} published figures, predicted over measured is {middle} in the median, the worst "
-            f"{worst}, and {within} are within 10 %."
+            f"* {counter}: {number} published figures, off by {median} in the median and {p95} at the 95th percentile; "
+            f"predicted over measured is {low} at the lowest and {high} at the highest."
         )
     for name, what in (("o1", "traces of real models"), ("o2", "runs of real engines")):
         archives = (ROOT / "benchmarks" / "measurements" / name).glob("*.json")
