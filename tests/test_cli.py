@@ -446,7 +446,7 @@ def test_where_a_plan_is_written_is_looked_at_before_it_is_searched(
 ) -> None:
     (tmp_path / "file").write_text("")
     before = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr("memplan.api.plan", lambda *_, **__: pytest.fail("searched"))
+    monkeypatch.setattr("memplan.planning.plan", lambda *_, **__: pytest.fail("searched"))
     for folder in ("file/run", "file"):
         told = refused(run("plan", "gpt2", "--gpu", "T4", "--out", str(tmp_path / folder)))
         assert told.startswith("--out: "), folder
