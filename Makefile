@@ -20,7 +20,7 @@ PEERS   := $(VENV)/.peers
 INPUTS  := $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench bench-peers oracles campaign docs clean
+.PHONY: help demo test lint format bench bench-peers fuzz oracles campaign docs clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(ROOT)/Makefile | sed 's/:.*## /\t/'
@@ -44,6 +44,10 @@ bench: $(VENV)/.test ## speed, beside accelerate, DeepSpeed's estimator and the 
 
 bench-peers: $(VENV)/.test $(PEERS)/.installed ## other estimators on the published rows, side by side; archived
 	cd $(ROOT) && OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python benchmarks/peers.py --python $(PEERS)/bin/python
+
+SECONDS ?= 1800
+fuzz: $(VENV)/.test ## look for inputs that raise what is no error of memplan's, for SECONDS
+	$(PIP) atheris && cd $(ROOT) && OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 oracles: $(VENV)/.test $(VENV)/.libaio ## run the full grids against the real libraries and archive the truth: hours
 	cd $(ROOT) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.oracles

@@ -301,6 +301,8 @@ class How:
     """How many rows run at once."""
     grace: float = 25
     """Seconds after the time is up, in which what has begun may end."""
+    snapshots: bool = False
+    """Whether blocks at the peak are kept, so that a miss can be explained later: not of rows whose time counts."""
 
 
 def specs(row: dict[str, Any], gpu: str | None) -> tuple[Any, ...]:
@@ -320,7 +322,8 @@ def measured(row: dict[str, Any], how: How) -> dict[str, Any]:
             found = measuring.measure_boundary(*specs(row, how.gpu), boundary=row["boundary"], **options)
             said = f"{found.option} {found.measured} lives, {found.predicted} was predicted, {len(found.tried)} runs"
             return {"boundary": found.to_dict(), "said": said}
-        result = measuring.measure(*specs(row, how.gpu), **options, **row.get("run", {}))
+        options["snapshot"] = how.snapshots and not row.get("alone", False)
+        result = measuring.measure(*specs(row, how.gpu), **options | row.get("run", {}))
         return {"measurement": result.measurement.to_dict(), "said": in_words(result)}
     except MemplanError as error:
         return {"refused": str(error), "said": f"refused: {error}"}
@@ -512,11 +515,12 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="rows that run at once")
     parser.add_argument("--limit", type=int, help="rows to be run at most")
     parser.add_argument("--gpu", help="as in memplan measure: this machine's, unless it is cpu")
+    parser.add_argument("--no-snapshots", action="store_true", help="keep no blocks at the peak")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose key contains it")
     parser.add_argument("--again", action="store_true", help="run again what has failed")
     parser.add_argument("--extend", action="store_true", help="add rows to the list")
     parser.add_argument("--plan", action="store_true", help="say what there is to be run")
-    options = parser.parse_args()
+    options, began = parser.parse_args(), time.monotonic()
     globals()["LIST"] = options.list
     if options.extend:
         extend()
@@ -529,8 +533,10 @@ def main() -> int:
         parser.error("give --out, --plan or --extend")
     preload()
     start = Forked if options.gpu == "cpu" or copies_reach_the_gpu() else None
-    how = How(options.timeout, options.gpu, start, options.workers)
-    run(options.out, options.seconds, how, options.only, options.limit, options.again)
+    snapshots = options.gpu != "cpu" and not options.no_snapshots
+    how = How(options.timeout, options.gpu, start, options.workers, snapshots=snapshots)
+    left = options.seconds - (time.monotonic() - began)  # libraries took their time
+    run(options.out, left, how, options.only, options.limit, options.again)
     return 0
 
 

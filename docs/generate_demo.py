@@ -90,7 +90,10 @@ def accuracy() -> str:
         lines.append(f"| published, {name[0]} ({name[2].strip()}) | {row['n']} | {row['median']} | {under} | {over} |")
     for heading, what in (
         ("### Traces of the real models (O1)", "real models, traced on CPU tensors"),
-        ("### Real engines as rank 0 of N (O2)", "real engines on CPU tensors, every phase of small models"),
+        (
+            "### Real engines as rank 0 of N (O2)",
+            "real engines on CPU tensors, phases of small models (the worst are of a few KiB)",
+        ),
     ):
         rows = _table(page, heading)
         number = sum(int(row["rows"]) for row in rows)

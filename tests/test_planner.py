@@ -399,7 +399,7 @@ def test_targets() -> None:
     ("training", "cluster", "options", "message"),
     [
         ({}, "cpu", {}, "gpu: 'cpu' is none, and a plan is for a GPU"),
-        ({}, None, {}, "gpu: None is not known"),
+        ({}, None, {}, "gpu: null is not known"),
         ({"task": "load"}, "T4", {}, "task: 'load' is not a training run"),
         (
             {},

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.test_api import TINY
+from tests.test_api import LLAMA, TINY
 from tests.test_planner import MEDIUM, Answers, asked, by_batch, by_engine
 
 from memplan import api, planning, space
@@ -163,10 +163,27 @@ def test_the_fewest_gpus_are_enough_and_one_less_is_not() -> None:
     assert planning.plan(model, training, fewer, global_batch_size=16, advise=False).verdict != "fits"
 
 
+def test_where_a_nodes_host_is_too_small_more_nodes_are_tried() -> None:
+    """Two GPUs offload to two hosts what one host does not hold."""
+    cluster = ClusterSpec(gpu="RTX4090", host_memory="100GiB")
+    found = planning.plan(LLAMA, {"seq_len": 2048}, cluster, solve="gpus")
+    assert found.best is not None
+    assert found.solved is not None
+    assert (found.solved.value, found.solved.next, found.best.estimate.setup["nodes"]) == (2, 1, 2)
+    assert found.best.estimate.host.peak < 100 << 30
+    assert planning.plan(LLAMA, {"seq_len": 2048}, cluster.replace(gpus=2), advise=False).verdict == "does-not-fit"
+
+
+def test_one_gpu_is_the_fewest_there_are() -> None:
+    found = planning.plan(TINY, {"seq_len": 64}, "4xT4", objective="gpus")
+    assert found.solved is not None
+    assert (found.solved.value, found.solved.next, found.solved.limit) == (1, None, "there are no fewer")
+
+
 def test_nodes_that_are_given_are_whole() -> None:
     found = planning.plan(TINY, {"seq_len": 64}, "2x3xT4", solve="gpus")
     assert found.solved is not None
-    assert (found.solved.value, found.solved.next) == (3, None)
+    assert (found.solved.value, found.solved.next, found.solved.limit) == (3, None, "there are no fewer")
     found = planning.plan(
         TINY, {"seq_len": 64}, ClusterSpec(gpu="T4", gpus=32, nodes=2, gpu_memory="20MiB"), solve="gpus"
     )

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from memplan.checks import check, preflight
     from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
     from memplan.integrations.callback import MemoryCallback
+    from memplan.integrations.largest import largest_batch
+    from memplan.integrations.script_arguments import MemplanArguments
     from memplan.integrations.watch import watch
     from memplan.interactive import what_if
     from memplan.measuring import measure
@@ -41,6 +43,8 @@ _HOME = {
     "plan": "planning",
     "preflight": "checks",
     "MemoryCallback": "integrations.callback",
+    "MemplanArguments": "integrations.script_arguments",
+    "largest_batch": "integrations.largest",
     "watch": "integrations.watch",
     "report": "reporting",
     "what_if": "interactive",
@@ -78,6 +82,7 @@ __all__ = [
     "GPUSpec",
     "LoraSpec",
     "MemoryCallback",
+    "MemplanArguments",
     "MemplanError",
     "ModelSpec",
     "Plan",
@@ -95,6 +100,7 @@ __all__ = [
     "compare",
     "estimate",
     "ladder",
+    "largest_batch",
     "measure",
     "plan",
     "preflight",

@@ -13,6 +13,7 @@ from memplan.architectures.registry import FAMILIES
 from memplan.catalog import hub
 from memplan.catalog.detect import detect_cluster, free_disk
 from memplan.catalog.gpus import find_gpu, parse_cluster
+from memplan.catalog.profile import RATES, VARIABLE, calibrated
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.results import Assumption, Estimate, StepTime
 from memplan.space import Setup
@@ -116,7 +117,8 @@ class Case:
         if self.tracer is not None:
             resolved = replace(resolved, traced=self.tracer.trace(resolved))
         timing = throughput.step_time(resolved, self.cluster, setup.strategy)
-        assumptions = (*found.assumptions, Assumption.of(timing.interval))
+        rates = tuple(Assumption.of(rate) for rate in gpu.measured if rate.name in RATES)
+        assumptions = (*found.assumptions, Assumption.of(timing.interval), *rates)
         return found.model_copy(update={"step": timing.result(), "assumptions": assumptions})
 
     def timed(self, setup: Setup, exact: bool) -> Estimate:
@@ -370,9 +372,12 @@ def cluster_spec(cluster: ClusterLike) -> ClusterSpec:
 def known_cluster(cluster: ClusterLike) -> ClusterSpec:
     """The cluster with its GPU looked up, or this machine's where none is named."""
     spec = cluster_spec(cluster)
-    if isinstance(spec.gpu, str):
-        return spec.replace(gpu=find_gpu(spec.gpu))
-    return _on_this_machine(spec) if spec.gpu is None else spec
+    if spec.gpu is None:
+        return _on_this_machine(spec)
+    gpu = find_gpu(spec.gpu) if isinstance(spec.gpu, str) else spec.gpu
+    if VARIABLE in os.environ and not gpu.measured:  # a profile that is named
+        gpu = calibrated(gpu)
+    return spec if gpu is spec.gpu else spec.replace(gpu=gpu)
 
 
 def _on_this_machine(spec: ClusterSpec) -> ClusterSpec:
@@ -381,7 +386,8 @@ def _on_this_machine(spec: ClusterSpec) -> ClusterSpec:
     if here.gpu is None:
         return spec
     gpus = spec.gpus if "gpus" in spec.model_fields_set else here.gpus
-    found: dict[str, Any] = {"gpu": here.gpu, "gpus": gpus, "gpu_memory": spec.gpu_memory or here.gpu_memory}
+    gpu = calibrated(here.gpu) if isinstance(here.gpu, GPUSpec) else here.gpu
+    found: dict[str, Any] = {"gpu": gpu, "gpus": gpus, "gpu_memory": spec.gpu_memory or here.gpu_memory}
     if spec.nodes == 1 and gpus <= here.gpus:
         found["host_memory"] = spec.host_memory or here.host_memory
         if spec.nvme is None and spec.nvme_path is not None:

@@ -7,7 +7,7 @@ import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -142,9 +142,9 @@ def preflight(
     if isinstance(hardware.gpu, str):
         hardware = known_cluster(hardware)
     versions = None if software is None else software_spec(software)
-    with _uncollected():
+    with uncollected():
         try:
-            found = _found_before(live.read(model, args), asked, hardware, versions or _installed())
+            found = _found_before(live.read(model, args), asked, hardware, versions or installed_software())
         except UnsupportedError as error:
             found = Preflight([_excused("not-modelled", "warning", error)])
         except ResolutionError as error:
@@ -163,7 +163,7 @@ OnFailure: TypeAlias = Literal["raise", "warn", "exit"]
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Without garbage collections, each of which walks the million objects of torch and transformers: 0.3 s."""
     enabled = gc.isenabled()
     gc.disable()
@@ -209,8 +209,20 @@ _LEGAL = frozenset({"removed-argument", "misspelt-argument"})
 """Findings on names that an object of transformers has, so that they exist."""
 
 
-def _found_before(run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec) -> Preflight:
-    from memplan import findings
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """A run that a script has in its hands, estimated as its files would be."""
+
+    case: Case
+    setup: Setup | None
+    """None if there can be no estimate."""
+    check: Check
+    beside: tuple[Finding, ...]
+    """What is to be said of the machine and of the objects."""
+
+
+def examine(run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec) -> Examined:
+    """Estimate a run that is about to start, on the machine that is there. Raises SpecError and UnsupportedError."""
     from memplan.integrations import live
 
     hardware, beside = _here(cluster, run)
@@ -221,20 +233,38 @@ def _found_before(run: Live, training: TrainingSpec, cluster: ClusterSpec, softw
         model, (weights, trained) = check.estimate.model, live.counted(run.module)
         if (model.parameters, model.trainable_parameters) != (weights, trained):
             try:
-                case, setup, check = _checked(*_as_files(live.as_module(run), training), hardware, software)
+                case, setup, check = _checked(*as_files(live.as_module(run), training), hardware, software)
             except MemplanError as error:
                 beside.append(_other_model(model.parameters, model.trainable_parameters, weights, trained, error))
-    found = [*beside, *(each for each in check.findings if each.code not in _LEGAL or run.as_written)]
+    return Examined(case, setup, check, tuple(beside))
+
+
+def _found_before(run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec) -> Preflight:
+    from memplan import findings
+
+    examined = examine(run, training, cluster, software)
+    case, setup, check = examined.case, examined.setup, examined.check
+    found = [*examined.beside, *(each for each in check.findings if each.code not in _LEGAL or run.as_written)]
     if check.estimate is not None and setup is not None:
         if "seq_len" not in setup.training.model_fields_set - run.assumed.keys() and _has_tokens(case):
             found.append(_unknown_length(setup.training.seq_len))
-        cures = cures_of(case, setup) if check.verdict in ("does-not-fit", "tight") else ()
-        memory = findings.memory_finding(check.estimate, cures)
+        memory = memory_said(examined)
         if memory is not None and not (run.on_cpu and memory.severity == "info"):
             found.insert(0, memory)
     of_model = {"id": case.model.id, "config": case.model.config}
     asked = {} if setup is None else as_asked(case, setup)
     return Preflight(findings.sorted_by_severity(found), check, of_model, asked)
+
+
+def memory_said(examined: Examined) -> Finding | None:
+    """Return what is to be said of a run's memory, with what would fit; nothing if it fits."""
+    from memplan import findings
+
+    check, setup = examined.check, examined.setup
+    if check.estimate is None or setup is None:
+        return None
+    cures = cures_of(examined.case, setup) if check.verdict in ("does-not-fit", "tight") else ()
+    return findings.memory_finding(check.estimate, cures)
 
 
 def _of_objects(
@@ -247,12 +277,12 @@ def _of_objects(
     from memplan.integrations import live
 
     try:
-        return _checked(*_as_files(run, training), cluster, software)
+        return _checked(*as_files(run, training), cluster, software)
     except MemplanError as error:
         if run.module is None or run.model is run.module:
             raise
         try:
-            return _checked(*_as_files(live.as_module(run), training), cluster, software)
+            return _checked(*as_files(live.as_module(run), training), cluster, software)
         except MemplanError as other:
             if str(other) == str(error):
                 raise error from None
@@ -269,7 +299,7 @@ def _not_read(optimizer: str) -> Finding:
     )
 
 
-def _as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec]:
+def as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec]:
     """What the files of a run would say, its model, and what is known beside: what is asked for wins."""
     from memplan.configs.arguments import parse_arguments
     from memplan.configs.run import Run, read_run
@@ -381,7 +411,8 @@ def _data_parallel(count: int) -> Finding:
     )
 
 
-def _installed() -> SoftwareSpec:
+def installed_software() -> SoftwareSpec:
+    """The versions of the libraries that are here."""
     from importlib import metadata
 
     found: dict[str, str] = {}

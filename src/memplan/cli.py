@@ -142,16 +142,8 @@ _PATHS = {option.name: option.flag for option in OPTIONS} | {
     **{
         name: f"--{name.replace('_', '-')}"
         for name in (
-            "global_batch_size",
-            "target",
-            "objective",
-            "solve",
-            "allow",
-            "out",
-            "html",
-            "cap",
-            "boundary",
-            "steps",
+            *("global_batch_size", "target", "objective", "solve", "allow", "out", "html", "cap", "boundary", "steps"),
+            *("record", "runs"),
         )
     },
 }
@@ -515,6 +507,36 @@ def measure(
 
 
 @app.command(cls=_Command)
+def calibrate(
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="Write the profile here.")] = None,
+    record: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="A memplan-memory.json of a run here; may be repeated.")
+    ] = None,
+    runs: Annotated[str, typer.Option(metavar="N", help="Processes that look at the GPU.")] = "3",
+    json: Annotated[bool, typer.Option("--json", help="The profile as JSON.")] = False,
+) -> _Answer:
+    """Measure this machine's own constants, which later estimates for its GPU use.
+
+    Exit codes: 0 the profile is written, 2 bad input, or no GPU.
+    """
+    from pathlib import Path
+
+    from memplan.errors import SpecError
+    from memplan.introspect.calibrate import calibrate as measure_constants
+
+    if _INTEGER.fullmatch(runs) is None or int(runs) < 1:
+        raise SpecError.at("runs", runs, "is no number of processes", "Use a whole number from 1 on.")
+    profile, path = measure_constants(
+        None if out is None else Path(out), [Path(each) for each in record or ()], int(runs)
+    )
+    if json:
+        return _Answer(profile.to_json(indent=2))
+    from memplan.render.measured import profile_text
+
+    return _Answer(profile_text(profile, path))
+
+
+@app.command(cls=_Command)
 def models(
     json: Annotated[bool, typer.Option("--json", help="The list as JSON.")] = False,
 ) -> _Answer:
@@ -554,11 +576,11 @@ def schema() -> _Answer:
     from memplan import results, specs
 
     inputs = (specs.ModelSpec, specs.TrainingSpec, specs.ClusterSpec, specs.Strategy, specs.SoftwareSpec)
-    from memplan.introspect import measurement
+    from memplan.introspect import calibrate, measurement
 
     answers = (
         *(results.Estimate, results.EstimateList, results.Plan, results.Check, results.Comparison, results.Report),
-        *(measurement.Measured, measurement.Boundary),
+        *(measurement.Measured, measurement.Boundary, calibrate.Profile),
     )
     _, definitions = models_json_schema([(root, "validation") for root in (*inputs, *answers)])
     return _Answer(_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **definitions}))
@@ -704,8 +726,8 @@ def _usage(error: Any) -> str:
 
 
 def _in_options(message: str) -> str:
-    """Name the option where an error names its field."""
-    return "\n".join(_in_option(line) for line in message.split("\n"))
+    """Name the option where an error names its field; several wrong ones are one message."""
+    return " ".join(_in_option(line) for line in message.split("\n"))
 
 
 def _in_option(line: str) -> str:

@@ -75,8 +75,9 @@ def measure(
     on_cpu = isinstance(gpu, GPUSpec) and gpu.is_cpu
     if asked.training.task != "train":
         raise SpecError.at("task", asked.training.task, "has no steps to measure", "Leave it out.")
-    if given.gpu is not None and not on_cpu and detect_cluster().gpu not in (None, gpu):
-        name = gpu.name if isinstance(gpu, GPUSpec) else gpu
+    name = gpu.name if isinstance(gpu, GPUSpec) else gpu
+    here = None if given.gpu is None or on_cpu else detect_cluster().gpu
+    if isinstance(here, GPUSpec) and here.name != name:
         raise SpecError.at("gpu", name, "is not the GPU of this machine", "Leave it out, or use cpu.")
     written = replace(asked, strategy=launch.as_written(asked.strategy))
     resolved = estimator.resolve(case.model, written.training, case.cluster, written.strategy, case.software)

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from memplan.errors import SpecError, UnsupportedError
@@ -51,12 +52,14 @@ __all__ = [
     "first_that_fits",
     "least_host",
     "least_of",
+    "needed",
     "nothing",
     "pace",
     "passed_over",
     "plan",
     "planned",
     "rungs",
+    "wants_host",
 ]
 
 Objective: TypeAlias = Literal["throughput", "memory", "gpus"]
@@ -140,13 +143,10 @@ class Answers:
         """Whether it is worth a closer look: without it the low end is already exact."""
         return self._best_verdict(setup) != "does-not-fit"
 
-    def may_fit_for_certain(self, setup: Setup) -> bool:
-        """The same, but for a setup of which it cannot be known."""
-        return self._best_verdict(setup) in ("fits", "tight")
-
     def fits(self, setup: Setup) -> bool:
         """Whether the setup fits for certain."""
-        if not self.may_fit_for_certain(setup):
+        floor = self.floor(setup)
+        if floor is None or floor.verdict == "unknown" or self._best_verdict(setup) in ("does-not-fit", "unknown"):
             return False
         found = self.replayed(setup)
         return found is not None and found.verdict == "fits"
@@ -179,10 +179,10 @@ class Answers:
     def nearest(self, setup: Setup) -> Setup:
         """The setup with the largest buffers with which it comes as near to fitting as with any."""
         smallest = levels(setup)[-1]
-        if not self.may_fit(smallest):
+        own, floor = self.replayed(setup), self.floor(smallest)
+        if own is not None and (floor is None or best_verdict((own.verdict, floor.verdict)) == own.verdict):
             return setup
-        own = self.replayed(setup)
-        if own is not None and best_verdict((own.verdict, self._best_verdict(smallest))) == own.verdict:
+        if not self.may_fit(smallest):
             return setup
         other = self.replayed(smallest)
         is_nearer = own is None or (other is not None and best_verdict((own.verdict, other.verdict)) != own.verdict)
@@ -328,14 +328,23 @@ def plan(
     )
 
 
-def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed", processes: int = 1) -> bool:
+def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed") -> bool:
     """Whether :func:`plan` would find something that fits."""
-    least = least_of(asked, target)
-    if processes > 1:
-        answers.share(len(least), lambda own, place: own.may_fit(least[place]), processes, nothing)
-    may_fit = [family.setup for family in families(asked, target) if answers.may_be_sized(family.setup)]
     # What gives most up needs least.
-    return any(answers.sized(setup) is not None for setup in reversed(may_fit))
+    choices = [levels(family.setup) for family in reversed(families(asked, target))]
+    return any(answers.fits(own[-1]) or (answers.may_fit(own[-1]) and answers.fits(own[0])) for own in choices)
+
+
+def needed(asked: Setup, answers: Answers, target: Target = "deepspeed", *, on_ladder: bool = False) -> int | None:
+    """Bytes of each GPU without which nothing fits, or nothing of the ladder; None is that nothing does with them."""
+    floors = (answers.floor(setup) for setup in least_of(asked, target, on_ladder=on_ladder))
+    return min((found.gpu for found in floors if found is not None and found.verdict == "fits"), default=None)
+
+
+def wants_host(asked: Setup, answers: Answers, host: int, target: Target = "deepspeed") -> bool:
+    """Whether something needs more than ``host`` bytes of a node's memory, and does not fit for it."""
+    floors = (answers.floor(setup) for setup in least_of(asked, target))
+    return any(found is not None and found.host > host for found in floors)
 
 
 def first_that_fits(asked: Setup, answers: Answers, target: Target = "deepspeed", processes: int = 1) -> Found | None:
@@ -412,13 +421,23 @@ def _may_fit(family: Family, answers: Answers) -> list[Setup]:
     be the largest, and more memory never makes a plan slower.
     """
     sizes = family.micro_batches()
-    if not answers.may_be_sized(sizes[0]):
+
+    def may_fit(setup: Setup) -> bool:
+        # DeepSpeed's own buffers first: the time of a step is asked with them too.
+        for each in (setup, levels(setup)[-1]):
+            floor = answers.floor(each)
+            if floor is not None and floor.verdict == "unknown":
+                return False  # whatever buffers: a place is used whose size is not known
+            if answers.may_fit(each):
+                return True
+        return False
+
+    if not may_fit(sizes[0]):
         return []
     fitting, failing = 0, len(sizes)
     while failing - fitting > 1:
         middle = (fitting + failing) // 2
-        # DeepSpeed's own buffers first: the time of a step is asked with them too.
-        if answers.may_fit(sizes[middle]) or answers.may_be_sized(sizes[middle]):
+        if may_fit(sizes[middle]):
             fitting = middle
         else:
             failing = middle
@@ -487,19 +506,29 @@ def _seconds(estimate: Estimate) -> float:
 def _pareto(choices: Sequence[tuple[Setup, str]], answers: Answers) -> tuple[Point, ...]:
     """The fastest setup that fits, and then each that is the fastest of those that leave more memory.
 
-    What a setup leaves is told by what it has allocated, which needs no replay; the ones taken are replayed.
+    What a setup leaves is told by what it has allocated, which needs no replay; the ones taken are replayed. In the
+    order of time come first setups whose time and memory are bounds, which are looked at closer if they may be taken.
     """
-    smallest = [(levels(setup)[-1], name) for setup, name in choices if setup.training.micro_batch_size == 1]
-    lows = [
-        (pace(answers.time(setup)), found.gpu, setup, name)
-        for setup, name in dict.fromkeys((*choices, *smallest))
-        if answers.may_fit(setup) and (found := answers.least(setup)) is not None
-    ]
+    waiting: list[tuple[int, int, tuple[int, ...], int, bool, Setup, str]] = []
+    smallest = [(levels(setup)[-1], name, setup) for setup, name in choices if setup.training.micro_batch_size == 1]
+    own = [(setup, name, setup) for setup, name in choices]
+    for number, (setup, name, sized) in enumerate(dict.fromkeys((*own, *smallest))):
+        floor = answers.floor(setup)
+        if floor is not None and floor.verdict != "does-not-fit":
+            # Smaller buffers take no less time.
+            pace_at_least = pace(answers.time(sized))
+            waiting.append((pace_at_least, floor.gpu, simplicity(setup), number, False, setup, name))
+    heapify(waiting)
     taken: list[tuple[Point, int]] = []
-    for _, low, setup, name in sorted(lows, key=lambda each: (*each[:2], simplicity(each[2]))):
+    while waiting:
+        _, low, simple, number, is_exact, setup, name = heappop(waiting)
         if taken and low > taken[-1][1] - RESOLUTION * (taken[-1][0].high + taken[-1][0].headroom):
             continue
-        if answers.fits(setup) and (point := _point(name, answers.replayed(setup))) is not None:
+        if not is_exact:
+            least = answers.least(setup) if answers.may_fit(setup) else None
+            if least is not None:
+                heappush(waiting, (pace(answers.time(setup)), least.gpu, simple, number, True, setup, name))
+        elif answers.fits(setup) and (point := _point(name, answers.replayed(setup))) is not None:
             taken.append((point, low))
     front: list[Point] = []
     for point, _ in taken:

@@ -25,7 +25,7 @@ from memplan.catalog.gpus import all_gpus
 from memplan.errors import SpecError
 from memplan.planner import Done, Objective, nothing
 from memplan.results import Estimate, Plan, Question, Remedy, Rung, Solved, verdict_by_place
-from memplan.space import SIDES, Setup, Target, in_nf4, with_8bit_adam, with_liger, with_lora
+from memplan.space import SIDES, Setup, Target, divisors, in_nf4, with_8bit_adam, with_liger, with_lora
 from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec
@@ -99,7 +99,7 @@ def plan(
         raise SpecError.at("gpu", gpu.name, "is none, and a plan is for a GPU", "Name one, as in --gpu A100-80GB.")
     search = _Search(case, run, global_batch_size, target, objective, allow, done, advise, processes)
     if solve == "gpus":
-        return search.fewest_gpus(_counts(hardware))
+        return search.fewest_gpus(_counts(hardware), most_nodes=8 if hardware.nodes == 1 else 1)
     if objective == "gpus":
         return search.fewest_of(case.cluster)
     if solve == "gpu":
@@ -131,6 +131,10 @@ def _counts(cluster: ClusterSpec) -> list[tuple[int, int]]:
     if cluster.nodes > 1:
         return [(cluster.gpus_per_node * nodes, nodes) for nodes in range(1, max(64 // cluster.gpus_per_node, 1) + 1)]
     return [*((gpus, 1) for gpus in range(1, 9)), *((8 * nodes, nodes) for nodes in range(2, 9))]
+
+
+_UNBOUNDED = 1 << 62
+"""More than any GPU has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +180,7 @@ class _Search:
         solved = Solved(question=question, value=value, next=following, limit=scale.limit if is_last else "")
         return self.result(case, found, solved)
 
-    def fewest_gpus(self, counts: Sequence[tuple[int, int]]) -> Plan:
+    def fewest_gpus(self, counts: Sequence[tuple[int, int]], most_nodes: int) -> Plan:
         """The plan on the fewest GPUs on which something fits, of these numbers of GPUs and nodes."""
         cases: list[Case] = []
         refused: SpecError | None = None
@@ -190,14 +194,30 @@ class _Search:
                 cases.append(case)
         if not cases and refused is not None:
             raise refused  # no number of them shares the batch evenly
-        for number, case in enumerate(cases):
-            answers = planner.Answers(case.timed, case.seconds, case.bound)
-            if planner.feasible(self.asked(case), answers, self.target, self.processes):
-                fewer = cases[number - 1].cluster.gpus if number else None
-                return self.plan(case, Solved(question="gpus", value=case.cluster.gpus, next=fewer, limit=""))
+        fewer: int | None = None
+        for case in cases:
+            for spread in self.spreads(case, most_nodes):
+                answers = planner.Answers(spread.timed, spread.seconds, spread.bound)
+                if planner.feasible(self.asked(spread), answers, self.target):
+                    is_least = case.cluster.gpus == counts[0][0]
+                    limit = "" if fewer else "there are no fewer" if is_least else "no fewer share the batch"
+                    return self.plan(spread, Solved(question="gpus", value=case.cluster.gpus, next=fewer, limit=limit))
+            fewer = case.cluster.gpus
         most = cases[-1]
         limit = f"{most.cluster.gpus} are the most that were tried"
         return self.plan(most, Solved(question="gpus", value=None, next=most.cluster.gpus, limit=limit))
+
+    def spreads(self, case: Case, most_nodes: int) -> Iterator[Case]:
+        """The GPUs on as few nodes as are given, then on more, as long as a node's host is too small."""
+        yield case
+        gpus, host = case.cluster.gpus, case.cluster.host_memory
+        for nodes in divisors(gpus):
+            answers = planner.Answers(case.timed, case.seconds, case.bound)
+            if host is None or not planner.wants_host(self.asked(case), answers, host, self.target):
+                return
+            if case.cluster.nodes < nodes <= most_nodes:
+                case = replace(case, cluster=case.cluster.replace(nodes=nodes))
+                yield case
 
     def fewest_of(self, cluster: ClusterSpec) -> Plan:
         """The plan on the fewest of a cluster's GPUs: of one node, or of whole nodes."""
@@ -207,7 +227,7 @@ class _Search:
         given = {name: getattr(self.run, name) for name in self.run.model_fields_set - {"grad_accum_steps"}}
         counts = [(gpus, 1) for gpus in range(1, cluster.gpus_per_node + 1)]
         counts += [(cluster.gpus_per_node * nodes, nodes) for nodes in range(2, cluster.nodes + 1)]
-        return replace(self, run=TrainingSpec(**given), global_batch_size=size).fewest_gpus(counts)
+        return replace(self, run=TrainingSpec(**given), global_batch_size=size).fewest_gpus(counts, cluster.nodes)
 
     def smallest_gpu(self) -> Plan:
         """The plan on the GPU of the catalog with the least memory on which something fits, the slower of equals."""
@@ -218,15 +238,19 @@ class _Search:
             kinds.setdefault(self.case.kind_of(gpu, asked), []).append(gpu)
         kinds.pop(None, None)
         floors = {kind: self.floor(self.case.on(alike[-1])) for kind, alike in kinds.items()}
-        # Where nothing fits on the largest of a kind, such as for want of host memory, it does not on smaller ones:
-        # their contexts differ by less than a GiB.
-        hopeless = {kind: 0 if self.fits(alike[-1]) else alike[-1].memory_bytes - GiB for kind, alike in kinds.items()}
         smaller: GPUSpec | None = None
+        tried: set[object] = set()
         for gpu in gpus:
             kind = self.case.kind_of(gpu, asked)
-            if kind in kinds and gpu.memory_bytes >= max(floors[kind], hopeless[kind]) and self.fits(gpu):
-                below, limit = smaller and smaller.name, "" if smaller else "the smallest of the catalog"
-                return self.plan(self.case.on(gpu), Solved(question="gpu", value=gpu.name, next=below, limit=limit))
+            if kind in kinds and gpu.memory_bytes >= floors[kind]:
+                if self.fits(gpu):
+                    below, limit = smaller and smaller.name, "" if smaller else "the smallest of the catalog"
+                    return self.plan(self.case.on(gpu), Solved(question="gpu", value=gpu.name, next=below, limit=limit))
+                largest = kinds[kind][-1]
+                if kind not in tried and not self.fits(largest):
+                    # Where nothing fits on the largest of a kind it does not on smaller ones.
+                    floors[kind] = largest.memory_bytes - GiB
+                tried.add(kind)
             smaller = gpu
         limit = "the largest of the catalog is too small"
         return self.plan(self.case.on(gpus[-1]), Solved(question="gpu", value=None, next=gpus[-1].name, limit=limit))
@@ -234,15 +258,14 @@ class _Search:
     def fits(self, gpu: GPUSpec) -> bool:
         """Whether something fits on a GPU."""
         case = self.case.on(gpu)
-        return planner.feasible(
-            self.asked(case), planner.Answers(case.timed, case.seconds, case.bound), self.target, self.processes
-        )
+        return planner.feasible(self.asked(case), planner.Answers(case.timed, case.seconds, case.bound), self.target)
 
     def floor(self, case: Case, *, on_ladder: bool = False) -> int:
-        """What GPUs of a kind have allocated at the peak whatever is chosen."""
-        least_of = planner.least_of(self.asked(case), self.target, on_ladder=on_ladder)
-        held = (case.floor(least) for least in least_of)
-        return min(filter(None, held), default=0)  # what is refused holds nothing
+        """Bytes that a GPU of the kind of this one, which is none smaller, has to have whatever is chosen."""
+        answers = planner.Answers(case.timed, case.seconds, case.bound)
+        needed = planner.needed(self.asked(case), answers, self.target, on_ladder=on_ladder)
+        # Contexts, and partial sums of kernels, differ by less than a GiB.
+        return _UNBOUNDED if needed is None else needed - GiB
 
     def result(self, case: Case, found: planner.Planned, solved: Solved | None = None) -> Plan:
         rungs = tuple(rung for _, rung in found.tried)
@@ -317,7 +340,8 @@ class _Search:
             if gpu.memory_bytes <= own or kind is None:
                 continue
             if kind not in floors:
-                floors[kind] = self.floor(on, on_ladder=True)
+                largest = [each for each in all_gpus() if case.kind_of(each, asked) == kind]
+                floors[kind] = self.floor(case.on(max(largest, key=lambda each: each.memory_bytes)), on_ladder=True)
             if gpu.memory_bytes >= floors[kind]:
                 found = list(self.remedy(f"--gpu {gpu.name}", on, self.asked(on)))
                 yield from found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from memplan.adapters.quantization import Linear8bitLt, check_quant_storage
 from memplan.architectures.nn import Module
@@ -48,8 +48,6 @@ from memplan.specs.training import AllocatorSpec
 from memplan.tape import tensor as dtypes
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import Parameter
-
-T = TypeVar("T")
 
 PHASES = ("load", "first_step", "forward", "loss", "backward", "step", "idle", "eval", "save")
 
@@ -138,7 +136,15 @@ def floor(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per
     run, _ = run_of(setup, gpu)
     batches = _closed(setup, run, strategy)
     rank = _ranks(strategy, batches.first, ranks)[0]
-    loaded = _play_of(_loaded_least, setup, run, strategy, ranks, per_node, rank, batches)
+    loaded = _loaded_least(
+        replace(alike(setup), training=alike(setup).training.replace(gradient_checkpointing=False)),
+        setup.training.optim,
+        strategy,
+        ranks,
+        per_node,
+        rank,
+        _Unkeyed(batches),
+    )
     of_tape = max(most_on_tape(each.first.course, each.unrolled) for each in (batches.first, batches.later))
     waiting = sum((nbytes + 511) & -512 for nbytes in batches.waiting(run))
     return loaded.most._replace(gpu=max(loaded.most.gpu, loaded.kept + waiting + of_tape))
@@ -239,20 +245,6 @@ def _played(
     setup: Setup, run: Run, strategy: Strategy, ranks: int, per_node: int, rank: int, batches: _Batches
 ) -> Play:
     """The engine's play over batches of whatever size: those of the same structure have one."""
-    return _play_of(_play, setup, run, strategy, ranks, per_node, rank, batches)
-
-
-def _play_of(
-    ask: Callable[..., T],
-    setup: Setup,
-    run: Run,
-    strategy: Strategy,
-    ranks: int,
-    per_node: int,
-    rank: int,
-    batches: _Batches,
-) -> T:
-    """``ask``, which remembers, for what it has of a play over batches of the same structure as ``batches``."""
     evaluated = None
     if run.evaluation is not None:
         evaluated = Kept(tuple(run.evaluation.kept.predictions), run.evaluation.kept.steps), tuple(batches.inputs)
@@ -260,7 +252,7 @@ def _play_of(
     played = _Batches(batches.first.first, batches.later.first, batches.evaluation and batches.evaluation.first)
     if played.gradients != batches.gradients:  # torch keeps some as views of what the batch decides
         played = batches
-    return ask(alike(setup), optim, strategy, ranks, per_node, rank, run.workspaces, micro_batches, played, evaluated)
+    return _play(alike(setup), optim, strategy, ranks, per_node, rank, run.workspaces, micro_batches, played, evaluated)
 
 
 @lru_cache(maxsize=128)
@@ -293,6 +285,18 @@ class _Loaded(NamedTuple):
     """Allocated on the GPU in the end."""
 
 
+class _Unkeyed(NamedTuple):
+    """An argument that an answer which is remembered does not depend on."""
+
+    value: _Batches
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
 @lru_cache(maxsize=1024)
 def _loaded_least(
     setup: Setup,
@@ -301,16 +305,12 @@ def _loaded_least(
     ranks: int,
     per_node: int,
     rank: int,
-    workspaces: Sequence[int],
-    grad_accum_steps: int,
-    batches: _Batches,
-    evaluated: tuple[Kept, Sequence[int]] | None,
+    batches: _Unkeyed,
 ) -> _Loaded:
+    """Whatever batches, and checkpointing: what is there before does not depend on them."""
     setup = replace(setup, training=setup.training.replace(optim=optim))
     ledger = PlayLedger(ranks=per_node)
-    engine, run, _ = _prepared(
-        setup, strategy, ranks, per_node, rank, ledger, batches, workspaces, grad_accum_steps, evaluated, limit=0
-    )
+    engine, run, _ = _prepared(setup, strategy, ranks, per_node, rank, ledger, batches.value, (), 1, None, limit=0)
     load(engine, ledger, run)
     host = plain.total(ledger.fullest("load", "host"))
     heights = ledger.heights

@@ -695,15 +695,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"strategy": Strategy(), "cluster": TWO}, "gpus: 2 is more than strategy single uses"),
     (
         {"strategy": Strategy(kind="zero3", offload_optimizer="nvme"), "cluster": ClusterSpec(gpus=2, nvme=10**12)},
-        "nvme_path: None is no folder",
+        "nvme_path: null is no folder",
     ),
     (
         {"strategy": Strategy(kind="zero3", zero=ZeroSpec(zero3_init_flag=False))},
-        "zero3_init_flag: False cannot be asked",
+        "zero3_init_flag: false cannot be asked",
     ),
     (
         {"strategy": Strategy(kind="ddp", ddp=DdpSpec(gradient_as_bucket_view=True))},
-        "gradient_as_bucket_view: True has no",
+        "gradient_as_bucket_view: true has no",
     ),
     (
         {"strategy": Strategy(kind="fsdp", fsdp=FsdpSpec(version=1, limit_all_gathers=False))},
@@ -715,7 +715,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
                 kind="fsdp", fsdp=FsdpSpec(version=1, cpu_ram_efficient_loading=True, sync_module_states=False)
             )
         },
-        "accelerate.yaml: fsdp_config.fsdp_sync_module_states: False is refused by accelerate",
+        "accelerate.yaml: fsdp_config.fsdp_sync_module_states: false is refused by accelerate",
     ),
     (
         {"software": SoftwareSpec(transformers="4.50")},
@@ -789,7 +789,7 @@ BROKEN: list[tuple[str, str | None, str]] = [
         '{"model_name_or_path": "a", "model_class": "AutoModelForCausal"}',
         "Did you mean AutoModelForCausalLM",
     ),
-    ("training_args.json", '{"model_name_or_path": "a", "bf16": true, "fp16": true}', "fp16: True cannot go with bf16"),
+    ("training_args.json", '{"model_name_or_path": "a", "bf16": true, "fp16": true}', "fp16: true cannot go with bf16"),
     ("training_args.json", '{"model_name_or_path": "a", "lora": 8}', "lora: 8 is not an object"),
     ("ds_config.json", None, "ds_config.json: missing"),
     ("ds_config.json", '{"zero_optimization": {"stage": 9}}', "stage: 9 is not a stage"),

@@ -133,7 +133,7 @@ def test_arguments_are_what_their_file_is(fields: dict[str, Any], tmp_path: Path
     config = {**transformers.LlamaConfig(**TINY).to_dict(), "architectures": ["LlamaForCausalLM"]}
     values = {"output_dir": str(tmp_path), "dtype": "float32", "attn_implementation": "sdpa", "seq_len": 128, **fields}
     (tmp_path / "training_args.json").write_text(json.dumps(values))
-    installed = checks._installed()
+    installed = checks.installed_software()
     of_files = memplan.check(tmp_path / "training_args.json", config, cluster=TWO, software=installed)
     found = memplan.preflight(llama(), arguments(tmp_path, **fields), training={"seq_len": 128}, cluster=TWO)
     assert setup_of(found) == of_files.estimate.setup
@@ -157,10 +157,10 @@ def test_what_a_plan_has_written_is_what_check_reads(
     model = case.model_spec("meta-llama/Llama-2-7b")
     spec = memplan.TrainingSpec(seq_len=512, lora={"rank": 4}, micro_batch_size=2)
     cluster = case.known_cluster(memplan.ClusterSpec(gpu="A100-80GB", gpus=2))
-    files = launch.files(model, spec, cluster, memplan.Strategy(kind=strategy), checks._installed())
+    files = launch.files(model, spec, cluster, memplan.Strategy(kind=strategy), checks.installed_software())
     launch.write(files, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
-    of_files = memplan.check(".", cluster=cluster, software=checks._installed())
+    of_files = memplan.check(".", cluster=cluster, software=checks.installed_software())
     if strategy == "fsdp" and how != "folder":  # as accelerate launch says what is in accelerate.yaml
         words = ["--config_file", "accelerate.yaml"]
         for name, value in launched(*words).items():

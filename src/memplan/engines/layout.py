@@ -288,19 +288,24 @@ def _run(
     """
     ledger.rewind()
     phase = ""
+    unrolled, run, module_event = course.unrolled, ledger.run, engine.module_event
     for leg, key in course.legs:
         if leg.segment.phase != phase:
             phase = leg.segment.phase
             ledger.begin(within or phase)
-        ledger.run(course.unrolled, leg)
-        if leg.event is not None and leg.event.kind == "step" and finish is not None:
+        run(unrolled, leg)
+        event = leg.event
+        if event is None:
+            continue
+        kind = event.kind
+        if kind == "step" and finish is not None:
             finish()
             finish = None
-        if key is None or leg.event is None:
+        if key is None:
             continue
-        if leg.event.kind == "gradient":
-            engine.process_gradients(key, ledger.take(course.unrolled, leg))
+        if kind == "gradient":
+            engine.process_gradients(key, ledger.take(unrolled, leg))
         else:
-            engine.module_event(leg.event.kind, key)
+            module_event(kind, key)
     if finish is not None:
         finish()

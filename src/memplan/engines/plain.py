@@ -119,6 +119,8 @@ def phases(run: Run, communication: int = 0, ranks: int = 1, *, gradients_in_buc
 
     old = held.gradients if accumulating else 0
     result = {"load": {"weights": held.weights, "communication": communication}}
+    if run.optimizer.made_at_construction:
+        result["load"]["optimizer"] = held.optimizer
     stepping = between | {"temporaries": held.step_temporaries}
     if not gradients_in_buckets:
         stepping["gradients"] = held.gradients

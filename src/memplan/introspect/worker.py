@@ -545,6 +545,7 @@ def _cuda_meter(job: dict[str, Any], record: dict[str, Any]) -> CudaMeter:
     import torch
 
     from memplan.introspect.nvml import Driver
+    from memplan.introspect.probe import small_step
 
     driver = Driver()
     before, others = driver.used(), driver.processes()
@@ -580,6 +581,10 @@ def _cuda_meter(job: dict[str, Any], record: dict[str, Any]) -> CudaMeter:
     one @ one
     outside["first_matmul"] = beside() - outside["context"] - outside["first_kernel"]
     del one
+    if job["cap"] is not None:  # a smaller GPU has no room for kernels that come later either
+        small_step()
+        gc.collect()
+        outside["small_step"] = beside() - sum(outside.values())
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     record["outside"] = outside
@@ -705,7 +710,7 @@ def _site(frames: Any) -> str:
             if library in frame["filename"]:
                 file = library[1:] + frame["filename"].rsplit(library, 1)[1]
                 return f"{file}:{frame['line']} {frame['name']}"
-    return frames[0]["name"] if frames else ""
+    return frames[0]["name"] if frames else "no line of Python: autograd's thread"
 
 
 def _facts(trainer: Any) -> dict[str, Any]:

@@ -73,10 +73,7 @@ class PlayLedger(Ledger):
     def allocate(self, component: str, nbytes: int, place: str = "gpu", name: str = "") -> Block:
         if place != "gpu":
             return super().allocate(component, nbytes, place, name)
-        return self._block(component, nbytes, name)
-
-    def _block(self, component: str, nbytes: int, name: str = "") -> Block:
-        block = Block("gpu", component, nbytes)
+        block = Block(place, component, nbytes)
         block.address = number = len(self.requested)
         self.requested.append(nbytes)
         self.components.append(component)
@@ -98,7 +95,7 @@ class PlayLedger(Ledger):
     def take(self, unrolled: Unrolled, leg: Leg) -> Block | None:
         if leg.event is None or leg.event.storage < 0:
             return None
-        block = self._block("gradients", unrolled.tape.sizes[leg.event.storage])
+        block = self.allocate("gradients", unrolled.tape.sizes[leg.event.storage])
         running = self.passes[-1]
         running.taken.append((len(running.at) - 1, block.address))
         return block
@@ -112,6 +109,7 @@ class PlayLedger(Ledger):
         self.passes.append(_Pass(len(self.log)))
 
     def begin(self, phase: str) -> None:
+        self._keep_host()
         self.phase = phase
         self._look("host")
         self._look("nvme")

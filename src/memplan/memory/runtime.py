@@ -66,6 +66,9 @@ def cuda_context(gpu: GPUSpec, software: SoftwareSpec) -> Constant:
     """
     if gpu.is_cpu:
         return exact("cuda_context", 0, "B", "a CPU has no context")
+    own = gpu.own("cuda_context")
+    if own is not None:
+        return own
     if gpu.vendor == "amd":
         return _in_bytes("cuda_context", HIP_CONTEXT)
     if not (software.at_least("torch", "1.13") and software.at_least("cuda", "11.7")):
@@ -156,6 +159,9 @@ def cublas_workspace(
 
 
 def _cublas_default(gpu: GPUSpec, software: SoftwareSpec) -> Constant:
+    own = gpu.own("cublas_workspace")
+    if own is not None:
+        return own
     major, _ = gpu.compute_capability or (0, 0)
     if not software.at_least("torch", "2.0"):
         return CUBLAS_1
@@ -243,6 +249,9 @@ def nccl(gpu: GPUSpec, gpus: int, gpus_per_node: int, software: SoftwareSpec, *,
     """
     if gpus == 1 or gpu.is_cpu:
         return exact("nccl", 0, "B", "one GPU has nobody to talk to" if gpus == 1 else "a CPU uses gloo")
+    own = gpu.own("nccl")
+    if own is not None and gpus <= gpus_per_node and communicators == 1:
+        return own
     if gpu.vendor == "amd":
         first, further = RCCL_FIRST, RCCL_FURTHER
     else:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console, Group
 from rich.text import Text
 
+from memplan.introspect.calibrate import Profile
 from memplan.introspect.measurement import BlockDifference, Boundary, Measured, Measurement
 from memplan.render.table import _console, _grid, _line, _model, _setup, _text
 from memplan.render.words import gib
@@ -74,6 +76,21 @@ def boundary_text(found: Boundary, console: Console | None = None) -> str:
     seen = "none" if found.measured is None else str(found.measured)
     answer = f"Largest {found.option} that runs: {seen}; predicted: {said} (steps of {found.step})."
     return _text(Group(_model(found.estimate), _setup(found.estimate), Text(), table, Text(), Text(answer)), console)
+
+
+def profile_text(profile: Profile, path: Path, console: Console | None = None) -> str:
+    """Return a row per constant, and where they are kept."""
+    console = console or _console()
+    table = _grid(header=True)
+    table.add_column(f"{profile.gpu}, this machine's own")
+    for header in ("value", "low", "high"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in profile.constants:
+        size, unit = {"B": (2**20, "MiB"), "B/s": (1e9, "GB/s")}.get(row.unit, (1e12, "TFLOP/s"))
+        values = (f"{number / size:,.1f}" for number in (row.value, row.low, row.high))
+        table.add_row(f"{row.name} ({unit})", *values)
+    said = f"Estimates for this machine's {profile.gpu} use it: {path}"
+    return _text(Group(table, Text(), Text(said)), console)
 
 
 def _how(measurement: Measurement) -> str:

@@ -55,6 +55,8 @@ class GPUSpec(Spec):
     """PCIe to the host, 16 lanes; 0 where there is none."""
     source: str
     """Where the row's values were read: datasheets and measurements."""
+    measured: tuple[Constant, ...] = ()
+    """This machine's own constants, by the names of a profile; they go before those of all machines."""
 
     @model_validator(mode="after")
     def _consistent(self) -> GPUSpec:
@@ -73,6 +75,10 @@ class GPUSpec(Spec):
             if value is not None and not 0 <= value < 1e6:
                 raise SpecError.at(name, value, "is out of range", "Use a number from 0 to 1e6.")
         return self
+
+    def own(self, name: str) -> Constant | None:
+        """Return a constant that was measured on this machine, if it was."""
+        return next((constant for constant in self.measured if constant.name == name), None)
 
     @property
     def memory_bytes(self) -> int:

@@ -344,6 +344,9 @@ class Rates:
     def peak(self, dtype: str) -> float:
         """FLOP/s of matrix products, as reached. A type without units of its own is computed as float32."""
         gpu = self.gpu
+        own = gpu.own(f"matmul_{dtype}")
+        if own is not None:
+            return self.of(own)
         units = {"bfloat16": gpu.bf16_tflops, "float16": gpu.fp16_tflops, "int32": gpu.fp16_tflops}.get(dtype)
         if units is None:
             return gpu.fp32_tflops * 1e12 * self.of(MATMUL_FP32)
@@ -371,6 +374,9 @@ class Rates:
     @cached_property
     def bandwidth(self) -> float:
         """Bytes/s of the GPU's memory, as reached."""
+        own = self.gpu.own("copy")
+        if own is not None:  # that a copy reaches, of which other kernels reach no more
+            return self.of(own) * self.of(BANDWIDTH) / BANDWIDTH.high
         return self.gpu.bandwidth_gb_per_s * 1e9 * self.of(BANDWIDTH)
 
     def product(self, product: Product) -> float:
@@ -416,6 +422,9 @@ class Rates:
     @cached_property
     def pcie(self) -> float:
         """Bytes/s between a GPU and pinned host memory, one way."""
+        own = self.gpu.own("pcie")
+        if own is not None:
+            return self.of(own)
         return PCIE_GB_PER_S.get(self.gpu.pcie_generation, PCIE_GB_PER_S[3]) * 1e9 * self.of(PCIE)
 
     @cached_property
