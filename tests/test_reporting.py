@@ -191,8 +191,22 @@ def test_where_no_page_can_be_is_said_first(
     assert capsys.readouterr().err.startswith("--html: ")
 
 
-def test_a_page_is_a_file() -> None:
-    assert cli.main(["report", *RUN]) == 2
+@pytest.mark.parametrize("arguments", [[], ["--task", "load", "--html", "r.html"], ["--explain", "--html", "r.html"]])
+def test_what_a_report_is_not_for(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", *RUN, *arguments]) == 2
+    assert capsys.readouterr().err.startswith(("--html", "--task", "--explain"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_have_no_tokens() -> None:
+    found = memplan.report("google/vit-base-patch16-224", None, "1xT4")
+    assert found.estimate.step is not None
+    page = found.to_html()
+    assert "tokens/s" not in page
+    assert "estimate.step.seconds" in page
 
 
 def test_a_page_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
