@@ -191,8 +191,22 @@ def test_where_no_page_can_be_is_said_first(
     assert capsys.readouterr().err.startswith("--html: ")
 
 
-def test_a_page_is_a_file() -> None:
-    assert cli.main(["report", *RUN]) == 2
+@pytest.mark.parametrize("arguments", [[], ["--task", "load", "--html", "r.html"], ["--explain", "--html", "r.html"]])
+def test_what_a_report_is_not_for(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", *RUN, *arguments]) == 2
+    assert capsys.readouterr().err.startswith(("--html", "--task", "--explain"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_have_no_tokens() -> None:
+    found = memplan.report("google/vit-base-patch16-224", None, "1xT4")
+    assert found.estimate.step is not None
+    page = found.to_html()
+    assert "tokens/s" not in page
+    assert "estimate.step.seconds" in page
 
 
 def test_a_page_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +236,21 @@ def browser() -> Iterator[Browser]:
 NUMBERS = """[...document.querySelectorAll("data")].map(e => [e.dataset.path, e.value, e.textContent])"""
 WIDER = """[...document.querySelectorAll("table, figure")].filter(e => e.scrollWidth > e.parentElement.clientWidth + 1)
 .map(e => e.outerHTML.slice(0, 80))"""
+
+
+@in_a_browser
+def test_the_browser_notices_what_a_page_does(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(
+        '<body style="background:#fff"><p style="color:#999">pale</p><img src="http://127.0.0.1:9/x.png">'
+        "<script>console.log(1); nothing()</script>",
+        encoding="utf-8",
+    )
+    browser.open(path)
+    assert [text for text, _ in browser.run(CONTRAST)] == ['<p style="color:#999">pale</p>']
+    assert browser.requests() == [path.as_uri(), "http://127.0.0.1:9/x.png"]
+    kinds = [event["method"] for event in browser.said()]
+    assert {"Runtime.consoleAPICalled", "Runtime.exceptionThrown"} <= set(kinds)
 
 
 @in_a_browser

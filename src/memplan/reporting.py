@@ -6,6 +6,7 @@ from typing import Any
 
 from memplan import __version__, api, planning
 from memplan.case import ClusterLike, EngineConfigLike, ModelLike, SoftwareLike, StrategyLike, TrainingLike
+from memplan.errors import SpecError
 from memplan.planner import Done, nothing
 from memplan.render import words
 from memplan.results import Report
@@ -37,6 +38,9 @@ def report(
     if strategy is not None or engine_config is not None:
         asked = api.estimate(model, training, cluster, strategy, engine_config=engine_config, software=software)
     first = asked or api.estimate(model, training, cluster, software=software, replay=False)  # a mistake is raised here
+    if first.setup["task"] != "train":
+        problem = "is not a training run, which a report is for"
+        raise SpecError.at("task", first.setup["task"], problem, "Leave it out.")
     if words.gpu_name(first) in (None, "cpu"):
         several = api.ladder(model, training, cluster, software=software, processes=processes)
         return Report(version=__version__, estimate=asked or several.best, ladder=several)

@@ -141,9 +141,9 @@ class _Page:
             ("config", escape(f"from {estimate.model.source}")),
         ]
         if step is not None:
-            speed = (
-                f"{self.number('estimate.step.seconds')} s, {self.number('estimate.step.tokens_per_second')} tokens/s"
-            )
+            speed = f"{self.number('estimate.step.seconds')} s"
+            if not words.is_of_images(estimate):
+                speed += f", {self.number('estimate.step.tokens_per_second')} tokens/s"
             facts.append(("step", f"{speed}, bound by {escape(step.bound_by)}"))
         if words.next_steps(estimate):
             facts.append(("next", escape(words.next_steps(estimate))))

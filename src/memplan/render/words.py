@@ -35,6 +35,7 @@ __all__ = [
     "gpu_name",
     "hardware",
     "interval",
+    "is_of_images",
     "key_value",
     "model_facts",
     "next_steps",
@@ -178,12 +179,13 @@ def batch(estimate: Estimate) -> str:
     steps = option(estimate, "grad_accum_steps") or 1
     accumulated = f" x {steps} micro-batches" if steps > 1 else ""
     sequences = option(estimate, "micro_batch_size")
-    if _is_of_images(estimate):
+    if is_of_images(estimate):
         return f"{sequences} images{accumulated}"
     return f"{sequences} x {option(estimate, 'seq_len')} tokens{accumulated}"
 
 
-def _is_of_images(estimate: Estimate) -> bool:
+def is_of_images(estimate: Estimate) -> bool:
+    """Whether what is trained on are images, whose tokens nobody counts."""
     return estimate.model.architecture.endswith("ForImageClassification")
 
 
@@ -393,7 +395,7 @@ def extras(estimate: Estimate) -> list[tuple[str, str]]:
 
 
 def _speed(estimate: Estimate, step: StepTime) -> str:
-    if not _is_of_images(estimate):
+    if not is_of_images(estimate):
         return f"{step.tokens_per_second:,.0f} tokens/s"
     per_rank = option(estimate, "micro_batch_size") * (option(estimate, "grad_accum_steps") or 1)
     return f"{per_rank * (estimate.cluster.get('gpus') or 1) / step.seconds:,.3g} images/s"
