@@ -270,7 +270,7 @@ def _run(job: dict[str, Any], record: dict[str, Any], recorders: list[Recorder])
     else:
         model_class.from_pretrained = functools.partial(random_model, model_class, job, meter)
     if on_gpu and job["cap"] is not None:
-        be_smaller(job["cap"], record)
+        be_smaller(job["cap"], job["outside"], record)
     transformers.Trainer = _watched(transformers.Trainer, recorder)
     tracked: Any = getattr(meter, "tracker", None) or contextlib.nullcontext()
     gc.collect()
@@ -391,11 +391,11 @@ def random_model(model_class: Any, job: dict[str, Any], meter: Meter, _: str, **
         model = model_class.from_config(config, dtype=getattr(torch, dtype), **options)
     untie_head(model, job["config"])
     if on_gpu:
-        drawn = list(model.parameters())
         if job["engine"] in ("single", "ddp"):
-            model.memplan_draws = functools.partial(_fill_all, drawn)  # once the Trainer has moved them
+            model.memplan_draws = list(model.parameters())  # once the Trainer has moved them
         else:
-            _fill_all(drawn)
+            for parameter in model.parameters():
+                _fill(parameter)
         torch.cuda.empty_cache()
     meter.start()
     return model
@@ -407,11 +407,6 @@ def _not_initialized() -> Any:
         with contextlib.suppress(ImportError, AttributeError):
             return importlib.import_module(module).no_init_weights()
     return contextlib.nullcontext()
-
-
-def _fill_all(parameters: Sequence[Any]) -> None:
-    for parameter in parameters:
-        _fill(parameter)
 
 
 def save_checkpoint(model_class: Any, job: dict[str, Any]) -> None:
@@ -508,9 +503,10 @@ def _watched(trainer_class: Any, recorder: Recorder) -> Any:
 def _draw(model: Any) -> None:
     """Draw the weights that :func:`random_model` has left, of the model itself or of what peft has wrapped."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    draws = vars(base).pop("memplan_draws", None)
-    if draws is not None:
-        draws()
+    there = {id(parameter) for parameter in model.parameters()}
+    for parameter in vars(base).pop("memplan_draws", ()):
+        if id(parameter) in there:
+            _fill(parameter)
 
 
 def _mark_loss(model: Any, recorder: Recorder) -> None:
@@ -581,10 +577,9 @@ def _cuda_meter(job: dict[str, Any], record: dict[str, Any]) -> CudaMeter:
     one @ one
     outside["first_matmul"] = beside() - outside["context"] - outside["first_kernel"]
     del one
-    if job["cap"] is not None:  # a smaller GPU has no room for kernels that come later either
-        small_step()
-        gc.collect()
-        outside["small_step"] = beside() - sum(outside.values())
+    small_step()  # whose kernels most runs load
+    gc.collect()
+    outside["small_step"] = beside() - sum(outside.values())
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     record["outside"] = outside
@@ -609,11 +604,12 @@ def use_allocator(settings: str) -> None:
         torch.cuda.memory._set_allocator_settings(settings)
 
 
-def be_smaller(cap: int, record: dict[str, Any]) -> None:
+def be_smaller(cap: int, outside: int | None, record: dict[str, Any]) -> None:
     """Leave torch's allocator what a smaller GPU would: it has as much less; what is outside of it stays."""
     import torch
 
-    outside = sum(record["outside"].values())
+    if outside is None:
+        outside = sum(record["outside"].values())
     fraction = max(0, cap - outside) / record["device"]["total_memory"]
     torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0))
     record["cap"] = cap
@@ -631,7 +627,7 @@ def cuda_versions() -> dict[str, str]:
     """What torch was built with and has loaded, by the names of :class:`~memplan.specs.software.SoftwareSpec`."""
     import torch
 
-    found = {"cuda": str(torch.version.cuda)}
+    found = {"cuda": torch.version.cuda} if torch.version.cuda else {}
     number = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     if number:
         major, rest = divmod(number, 10_000) if number >= 90_000 else divmod(number, 1_000)  # as in cudnn_version.h
