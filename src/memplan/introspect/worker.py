@@ -114,7 +114,7 @@ class CudaMeter:
         }
         found = {name: int(stats.get(f"{key}.all.{which}", 0)) for name, key in names.items()}
         found["pinned"] = int(host.get(f"allocated_bytes.{which}", 0))
-        return found | {"retries": int(stats.get("num_alloc_retries", 0)), "host": resident()}
+        return found | {"retries": int(stats.get("num_alloc_retries", 0)), "host": resident(which)}
 
     def _on_device(self) -> int:
         """Of this process, now: neither keeps a peak. Only NVML can tell it from others; it is too slow for a step."""
@@ -145,7 +145,7 @@ class CpuMeter:
     def read(self) -> dict[str, int]:
         peak = max(self.tracker.phases.values(), default=self.tracker.live)
         self.start()
-        return {"allocated": peak, "host": resident()}
+        return {"allocated": peak, "host": resident("peak")}
 
     def level(self) -> dict[str, int]:
         return {"allocated": self.tracker.live, "host": resident()}
@@ -276,12 +276,16 @@ def _run(job: dict[str, Any], record: dict[str, Any], recorders: list[Recorder])
     gc.collect()
     if job["snapshot"] and on_gpu:
         torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
-    with tracked:
-        meter.start()
-        trainer = train.main(arguments)
-        recorder.close()
-    if job["snapshot"]:
-        record["blocks"] = blocks_at_peak(torch.cuda.memory._snapshot()) if on_gpu else tracked_blocks(tracked.events)
+    try:
+        with tracked:
+            meter.start()
+            trainer = train.main(arguments)
+            recorder.close()
+    finally:  # of a run that dies too
+        if job["snapshot"]:
+            with contextlib.suppress(Exception):  # why it died is what is to be told
+                history = torch.cuda.memory._snapshot() if on_gpu else None
+                record["blocks"] = tracked_blocks(tracked.events) if history is None else blocks_at_peak(history)
     record["ran"] = _facts(trainer) | {"skipped_steps": recorder.skipped}
     record["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -638,13 +642,21 @@ def cuda_versions() -> dict[str, str]:
     return found
 
 
-def resident() -> int:
-    """Bytes of this process in the host's memory."""
-    with contextlib.suppress(OSError):
+def resident(which: str = "current") -> int:
+    """Bytes of this process in the host's memory: now, or at their ``peak`` since that was asked for the last time."""
+    found: dict[str, int] = {}
+    with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").split("\n"):
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    return 0
+            name, _, value = line.partition(":")
+            if name in ("VmRSS", "VmHWM"):
+                found[name] = int(value.split()[0]) * 1024
+    if which == "peak":
+        try:  # proc(5), clear_refs: 5 resets the high water mark
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:  # what the mark says may be of long ago
+            return found.get("VmRSS", 0)
+        return found.get("VmHWM", found.get("VmRSS", 0))
+    return found.get("VmRSS", 0)
 
 
 def blocks_at_peak(snapshot: dict[str, Any]) -> list[list[Any]]:
