@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.introspect import fake_cuda
 from tests.scripts import script
 
-from memplan import api
+from memplan import api, estimator
+from memplan.catalog import detect
+from memplan.introspect import measure
 from memplan.introspect.measurement import Measurement
+from memplan.units import GiB
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,39 @@ def test_every_row_is_a_setup_that_is_modelled(campaign: Any) -> None:
     for row in campaign.load():
         cluster = {"gpu": "H200", "gpus": row.get("gpus", 1)}
         api.estimate(row["model"], row["training"], cluster, row.get("strategy"), replay=False)
+
+
+def test_every_row_has_files_to_run(campaign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that happens before a run, with a run that ends at once."""
+    monkeypatch.setattr(measure, "read_nvml", lambda: (fake_cuda.DEVICE,))
+    monkeypatch.setattr(detect, "read_nvml", lambda: (fake_cuda.DEVICE,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    estimate = estimator.estimate
+    monkeypatch.setattr(estimator, "estimate", lambda *specs, **_: estimate(*specs, replay=False))
+    jobs: list[dict[str, Any]] = []
+
+    class Ended:
+        pid = 0
+
+        def __init__(self, folder: Path, log: Path) -> None:
+            jobs.append(json.loads((folder / "job.json").read_text()))
+            assert (folder / "train.py").exists()
+            assert json.loads((folder / "training_args.json").read_text())["dataset"] is None
+            record = {"status": "ok", "message": "", "versions": {}, "phases": {}}
+            (folder / "record.json").write_text(json.dumps(record))
+
+        def wait(self, timeout: float | None = None) -> int:
+            return 0
+
+        poll = wait
+
+    how = campaign.How(start=Ended)
+    for row in campaign.load():
+        row.pop("boundary", None)
+        assert "measurement" in campaign.measured(row, how), row
+    assert {job["ranks"] for job in jobs} == {1, 2, 8, 64}
+    assert {job["alloc_conf"] for job in jobs} == {None, "expandable_segments:True", "roundup_power2_divisions:4"}
+    assert {job["cap"] for job in jobs} == {None, *(cap * GiB for cap in (16, 24, 40, 48, 80))}
 
 
 def test_marks_stay(campaign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
