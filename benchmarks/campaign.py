@@ -142,6 +142,10 @@ def _options() -> Iterator[dict[str, Any]]:
     yield _row(SMALL, **autocast, seq_len=512, eval_batch_size=8)
     yield _row(SMALL, **autocast, seq_len=512, eval_batch_size=2, eval_accumulation_steps=4)
     yield _row("google-bert/bert-base-uncased", **autocast, seq_len=512, micro_batch_size=16, packed=False)
+    for precision, checkpointing in itertools.product((autocast, bf16), ({}, CHECKPOINTED)):
+        yield _row(MIDDLE, **precision, **checkpointing, seq_len=2048, micro_batch_size=2, liger=True)
+    for precision in (autocast, bf16):
+        yield _row(SMALL, **precision, seq_len=512) | {"run": {"save": True, "pretrained": True}}
 
 
 def _engines() -> Iterator[dict[str, Any]]:
@@ -149,7 +153,7 @@ def _engines() -> Iterator[dict[str, Any]]:
         for kind, offloads in (
             ("zero2", {}), ("zero3", {}), ("fsdp", {}), ("zero1", {}),
             ("zero2", {"offload_optimizer": "cpu"}), ("zero3", {"offload_optimizer": "cpu", "offload_param": "cpu"}),
-            ("fsdp", {"offload_param": "cpu"}),
+            ("fsdp", {"offload_param": "cpu"}), ("zero0", {}),
         ):  # fmt: skip
             strategy = {"kind": kind, **offloads}
             yield _row(MIDDLE, ranks, strategy, seq_len=1024, micro_batch_size=2) | (ALONE if ranks == 8 else {})
@@ -163,6 +167,8 @@ def _engines() -> Iterator[dict[str, Any]]:
         yield _row(MIDDLE, 8, {"kind": kind}, seq_len=1024, lora={"rank": 16})
         small = {"reduce_bucket_size": 10_000_000, "allgather_bucket_size": 10_000_000}
         yield _row(MIDDLE, 8, {"kind": kind, "zero": small}, seq_len=1024)
+    for kind in ("zero2", "zero3", "fsdp"):
+        yield _row(SMALL, 8, {"kind": kind}, seq_len=512) | {"run": {"save": True}}
 
 
 def _boundaries() -> Iterator[dict[str, Any]]:
