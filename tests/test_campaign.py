@@ -37,7 +37,14 @@ def test_the_list_covers_what_it_should(campaign: Any) -> None:
     types = {api._model(model).model_type for model in {row["model"] for row in setups}}
     assert len(types) >= 12
     assert {row.get("gpus", 1) for row in setups} == {1, 2, 8, 64}
-    assert {row.get("strategy", {}).get("kind") for row in setups} >= {"zero0", "zero1", "zero2", "zero3", "fsdp", "ddp"}
+    assert {row.get("strategy", {}).get("kind") for row in setups} >= {
+        "zero0",
+        "zero1",
+        "zero2",
+        "zero3",
+        "fsdp",
+        "ddp",
+    }
     assert 0.3 <= sum(row["holdout"] for row in listed) / len(listed) <= 0.37
     assert len({campaign.key(row) for row in listed}) == len(listed)
 

@@ -45,8 +45,9 @@ T5 = {
             {"pretrained": True, "save": True},
         ),
         (T5, {"seq_len": 40, "mixed_precision": "no", "eval_batch_size": 3}, {}),
+        (T5, {"seq_len": 40, "micro_batch_size": 4, "packed": False, "attn": "eager"}, {}),
     ],
-    ids=["autocast", "lora, loaded and saved", "t5, evaluated"],
+    ids=["autocast", "lora, loaded and saved", "t5, evaluated", "padded"],
 )
 def test_a_real_run_is_what_was_estimated(config: Any, training: Any, options: Any) -> None:
     found = api.measure(config, training, {"gpu": "cpu"}, **options)

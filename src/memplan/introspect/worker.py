@@ -257,6 +257,7 @@ def _run(job: dict[str, Any], record: dict[str, Any], recorders: list[Recorder])
 
     train: Any = importlib.import_module("train")
     train.check = lambda _: None  # what does not fit is to be seen
+    train.RandomData = padded(train.RandomData)
     transformers = train.transformers  # which need not be what an import finds here: it puts itself in its own place
     arguments = json.loads(Path("training_args.json").read_text(encoding="utf-8"))
     arguments |= _arguments(job)
@@ -308,6 +309,21 @@ def _arguments(job: dict[str, Any]) -> dict[str, Any]:
     if job["evaluates"]:
         values |= {"eval_strategy": "steps", "eval_steps": job["steps"]}
     return values
+
+
+def padded(data_class: Any) -> Any:
+    """Rows whose mask hides something: one of ones alone makes no difference, and transformers drops it
+    (masking_utils.py, ``_ignore_causal_mask_sdpa``, ``_ignore_bidirectional_mask_sdpa``).
+    """
+
+    class Padded(data_class):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            row: dict[str, Any] = super().__getitem__(index)
+            if "attention_mask" in row:
+                row["attention_mask"][-1] = 0
+            return row
+
+    return Padded
 
 
 def become_rank_zero(job: dict[str, Any]) -> None:
