@@ -15,20 +15,22 @@ export DS_BUILD_OPS := 0
 # What a test compiles of it, its aio, stays for the next time, and is linked to this libaio if the system has none.
 export TORCH_EXTENSIONS_DIR ?= $(VENV)/.torch_extensions
 export MEMPLAN_LIBAIO ?= $(VENV)/.libaio
+# Other estimators, which want other versions of libraries.
+PEERS   := $(VENV)/.peers
 INPUTS  := $(ROOT)/pyproject.toml $(ROOT)/constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench oracles campaign docs clean
+.PHONY: help demo test lint format bench bench-peers fuzz oracles campaign docs clean
 
 help: ## what there is to make
-	@grep -hE '^[a-z]+:.*## ' $(ROOT)/Makefile | sed 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*## ' $(ROOT)/Makefile | sed 's/:.*## /\t/'
 
 demo: $(VENV)/.base ## estimate a 7B model on two GPUs, offline, with the base dependencies only
 	@# Exit codes 1 and 3 are answers too (does not fit, tight), unless an error was written.
 	@cd $(ROOT) && HF_HUB_OFFLINE=1 $(BIN)/memplan estimate meta-llama/Llama-2-7b --gpus 2 2>$(VENV)/.errors; \
 	status=$$?; cat $(VENV)/.errors >&2; [ $$status -eq 0 ] || { [ $$status -ne 2 ] && [ ! -s $(VENV)/.errors ]; }
 
-test: $(VENV)/.test $(VENV)/.libaio ## all tests, the doctests among them
+test: $(VENV)/.test $(VENV)/.libaio $(VENV)/.chromium ## all tests, the doctests among them
 	cd $(ROOT) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
 
 lint: $(VENV)/.test ## ruff and mypy
@@ -39,6 +41,13 @@ format: $(VENV)/.test ## let ruff mend what it can
 
 bench: $(VENV)/.test ## speed, beside accelerate, DeepSpeed's estimator and the trace
 	cd $(ROOT) && OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py
+
+bench-peers: $(VENV)/.test $(PEERS)/.installed ## other estimators on the published rows, side by side; archived
+	cd $(ROOT) && OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python benchmarks/peers.py --python $(PEERS)/bin/python
+
+SECONDS ?= 1800
+fuzz: $(VENV)/.test ## look for inputs that raise what is no error of memplan's, for SECONDS
+	$(PIP) atheris && cd $(ROOT) && OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 oracles: $(VENV)/.test $(VENV)/.libaio ## run the full grids against the real libraries and archive the truth: hours
 	cd $(ROOT) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.oracles
@@ -60,12 +69,24 @@ $(VENV)/.base: $(INPUTS)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) -e '$(ROOT)[test]'
+	$(PIP) -e '$(ROOT)[test,notebook,docs]'
 	@touch $@
 
 $(VENV)/.libaio: | $(VENV)/.base
 	@mkdir -p $@
 	-@$(ROOT)/tests/oracles/libaio.sh $@
+
+$(VENV)/.chromium: | $(VENV)/.base
+	-@$(ROOT)/tests/chromium.sh
+	@touch $@
+
+# llm-analysis asks for old versions of what the others need new ones of; it runs with those.
+$(PEERS)/.installed: | $(VENV)/.base
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+		fitcheck-llm==0.3.1 ftuneai==0.4.1 fire transformers
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps llm-analysis==0.2.2
+	@touch $@
 
 $(VENV)/.docs: $(VENV)/.base
 	$(PIP) -e '$(ROOT)[docs]'

@@ -37,7 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from memplan import api
+from memplan import api, measuring
 from memplan.catalog.detect import detect_cluster, host_memory
 from memplan.errors import MemplanError
 from memplan.introspect import worker
@@ -333,11 +333,11 @@ def measured(row: dict[str, Any], how: How) -> dict[str, Any]:
     try:
         if "boundary" in row:
             options["steps"] = 2
-            found = api.measure_boundary(*specs(row, how.gpu), boundary=row["boundary"], **options)
+            found = measuring.measure_boundary(*specs(row, how.gpu), boundary=row["boundary"], **options)
             said = f"{found.option} {found.measured} lives, {found.predicted} was predicted, {len(found.tried)} runs"
             return {"boundary": found.to_dict(), "said": said}
         options["snapshot"] = how.snapshots and not row.get("alone", False)
-        result = api.measure(*specs(row, how.gpu), **options | row.get("run", {}))
+        result = measuring.measure(*specs(row, how.gpu), **options | row.get("run", {}))
         return {"measurement": result.measurement.to_dict(), "said": in_words(result)}
     except MemplanError as error:
         return {"refused": str(error), "said": f"refused: {error}"}

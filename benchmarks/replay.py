@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memplan import api
+from memplan import api, measuring
 from memplan.introspect.measurement import Boundary, Measurement
 from memplan.results import PHASES, Estimate
 from memplan.specs.software import SoftwareSpec
@@ -140,7 +140,7 @@ def replay(folder: Path) -> Archive:
 def replay_line(line: dict[str, Any]) -> Replayed:
     """Estimate again what a line has measured."""
     measurement = Measurement.from_dict(line["measurement"])
-    found = api.estimate_again(measurement)
+    found = measuring.estimate_again(measurement)
     alone = line.get("alongside", 0) == 0 or measurement.device.get("counted") == "process"
     errors = {row.name.removeprefix("peak_"): row.relative for row in found.differences if row.relative is not None}
     if measurement.ran.get("skipped_steps"):  # the optimizer made no states

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from memplan import api
+from memplan import advice, api, case, space
 from memplan.catalog import detect
 from memplan.catalog.detect import Device
-from memplan.catalog.gpus import find_gpu
+from memplan.catalog.gpus import all_gpus, find_gpu
 from memplan.errors import ResolutionError, SpecError, UnsupportedError
 from memplan.results import Estimate
 from memplan.specs import ClusterSpec, LoraSpec, ModelSpec, SoftwareSpec, Strategy, TrainingSpec
@@ -165,7 +165,7 @@ def test_specs_may_be_mappings_or_short_for_one() -> None:
     assert short == spelled
     assert api.estimate(TINY, training, "2xT4", {"kind": "ddp"}, software="torch=2.5") == spelled
     assert api.ladder(TINY, training, "2xT4", software={"torch": "2.5"}).estimates[0] == spelled
-    assert api.advise(short, TINY, training, "2xT4", "ddp") == api.Advice()
+    assert advice.advise(short, TINY, training, "2xT4", "ddp") == advice.Advice()
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_a_strategy_that_does_not_fit_is_given_the_first_rung_that_does() -> Non
     result = api.estimate(LLAMA, cluster="2xA100-80GB", strategy="ddp", replay=False)
     assert (
         "--strategy zero3 --gradient-checkpointing"
-        in api.advise(result, LLAMA, cluster="2xA100-80GB", strategy="ddp").options
+        in advice.advise(result, LLAMA, cluster="2xA100-80GB", strategy="ddp").options
     )
     fits = api.estimate(LLAMA, TrainingSpec(gradient_checkpointing=True), "2xA100-80GB", "zero3")
     assert fits.verdict == "fits"
@@ -291,7 +291,7 @@ def test_a_strategy_that_does_not_fit_is_given_the_first_rung_that_does() -> Non
 def test_loading_and_generation_have_one_rung() -> None:
     for task in ("load", "generate"):
         training = TrainingSpec(task=task, micro_batch_size=4)
-        assert api.rungs(api.Setup(training, Strategy())) == (api.Setup(training, Strategy()),)
+        assert space.rungs(space.Setup(training, Strategy())) == (space.Setup(training, Strategy()),)
 
 
 # -- advice
@@ -300,15 +300,15 @@ LLAMA = "meta-llama/Llama-2-7b"
 LONG = TrainingSpec(seq_len=256)
 
 
-def advice(result, training: TrainingSpec, cluster: str | None, strategy: Strategy | None = None) -> api.Advice:
-    return api.advise(result, LLAMA, training, cluster, strategy)
+def advised(result, training: TrainingSpec, cluster: str | None, strategy: Strategy | None = None) -> advice.Advice:
+    return advice.advise(result, LLAMA, training, cluster, strategy)
 
 
 def test_what_is_advised_fits() -> None:
     cluster = ClusterSpec(gpu="A100-80GB", gpu_memory="48GiB", host_memory="64GiB")
     result = api.ladder(LLAMA, LONG, cluster)
     assert result.verdict == "does-not-fit"
-    found = api.advise(result, LLAMA, LONG, cluster)
+    found = advice.advise(result, LLAMA, LONG, cluster)
     assert "--lora-rank 16" in found.options
     assert api.estimate(LLAMA, LONG.replace(lora=LoraSpec(rank=16)), cluster).verdict == "fits"
     sizes = [find_gpu(name).memory_bytes for name in found.gpus[0]]
@@ -319,10 +319,10 @@ def test_what_is_advised_fits() -> None:
 
 def test_no_smaller_gpu_than_the_smallest_advised_fits() -> None:
     unknown = api.ladder(LLAMA, LONG)
-    found = advice(unknown, LONG, None)
+    found = advised(unknown, LONG, None)
     assert len(found.gpus) == len(unknown.estimates)
     smallest = find_gpu(found.gpus[0][0])
-    smaller = [gpu for gpu in api.all_gpus() if gpu.memory_bytes < smallest.memory_bytes]
+    smaller = [gpu for gpu in all_gpus() if gpu.memory_bytes < smallest.memory_bytes]
     assert smaller
     assert not any(api.estimate(LLAMA, LONG, ClusterSpec(gpu=gpu)).verdict == "fits" for gpu in smaller[-6:])
 
@@ -334,11 +334,11 @@ def test_gpus_of_a_kind_that_cannot_fit_are_not_tried_one_by_one(monkeypatch: py
     result = api.estimate(LLAMA, training, cluster, strategy)
     assert result.verdict == "does-not-fit"
     tried: list[str] = []
-    fits = api._Case.fits
-    monkeypatch.setattr(api._Case, "fits", lambda case, setup: tried.append(case.cluster.gpu.name) or fits(case, setup))
-    found = api.advise(result, LLAMA, training, cluster, strategy)
+    fits = case.Case.fits
+    monkeypatch.setattr(case.Case, "fits", lambda case, setup: tried.append(case.cluster.gpu.name) or fits(case, setup))
+    found = advice.advise(result, LLAMA, training, cluster, strategy)
     monkeypatch.undo()
-    gpus = sorted(api.all_gpus(), key=lambda gpu: gpu.memory_bytes)
+    gpus = sorted(all_gpus(), key=lambda gpu: gpu.memory_bytes)
     names = [gpu.name for gpu in gpus if gpu.memory_bytes < find_gpu(found.gpus[0][0]).memory_bytes]
     assert len(set(tried) & set(names)) < 0.5 * len(names)
     for name in names[-4:]:
@@ -346,10 +346,10 @@ def test_gpus_of_a_kind_that_cannot_fit_are_not_tried_one_by_one(monkeypatch: py
 
 
 def test_no_advice_where_it_fits_or_the_device_has_no_size() -> None:
-    assert api.advise(api.estimate(TINY, cluster="T4"), TINY, cluster="T4") == api.Advice()
+    assert advice.advise(api.estimate(TINY, cluster="T4"), TINY, cluster="T4") == advice.Advice()
     cpu = api.estimate(TINY, cluster="cpu")
     if cpu.verdict == "unknown":
-        assert api.advise(cpu, TINY, cluster="cpu") == api.Advice()
+        assert advice.advise(cpu, TINY, cluster="cpu") == advice.Advice()
 
 
 def test_a_remedy_contains_no_other() -> None:
@@ -357,7 +357,7 @@ def test_a_remedy_contains_no_other() -> None:
     training = TrainingSpec(micro_batch_size=4)
     strategy = Strategy()
     result = api.estimate(LLAMA, training, cluster, strategy, replay=False)
-    options = [set(each.split("--")[1:]) for each in api.advise(result, LLAMA, training, cluster, strategy).options]
+    options = [set(each.split("--")[1:]) for each in advice.advise(result, LLAMA, training, cluster, strategy).options]
     assert options
     assert not any(a < b for a in options for b in options)
 
@@ -366,7 +366,7 @@ def test_bfloat16_is_not_advised_to_a_gpu_without_it() -> None:
     training = TrainingSpec(seq_len=128)
     result = api.estimate(LLAMA, training, "T4", replay=False)
     assert result.verdict == "does-not-fit"
-    assert not any("bfloat16" in options for options in api.advise(result, LLAMA, training, "T4").options)
+    assert not any("bfloat16" in options for options in advice.advise(result, LLAMA, training, "T4").options)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from tests.introspect import fake_cuda
 from tests.scripts import script
 
-from memplan import api, estimator
+from memplan import api, case, estimator, measuring
 from memplan.catalog import detect
 from memplan.introspect import measure
 from memplan.introspect.measurement import Measurement
@@ -34,7 +34,7 @@ def test_the_list_covers_what_it_should(campaign: Any) -> None:
     assert len(setups) >= 200
     assert len(boundaries) >= 40
     assert {row["cap"] for row in boundaries} == {16, 24, 40, 48, 80}
-    types = {api._model(model).model_type for model in {row["model"] for row in setups}}
+    types = {case.model_spec(model).model_type for model in {row["model"] for row in setups}}
     assert len(types) >= 12
     assert {row.get("gpus", 1) for row in setups} == {1, 2, 8, 64}
     assert {row.get("strategy", {}).get("kind") for row in setups} >= {
@@ -118,7 +118,7 @@ def test_a_run_is_archived_once_and_replayed(campaign: Any, tmp_path: Path, monk
     assert "task" in refused["refused"]
     measurement = Measurement.from_dict(found["measurement"])
     assert measurement.status == "ok", measurement.message
-    steady = {row.name: row.relative for row in api.estimate_again(measurement).differences}["steady_allocated"]
+    steady = {row.name: row.relative for row in measuring.estimate_again(measurement).differences}["steady_allocated"]
     assert steady is not None
     assert abs(steady) < 0.01
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import memplan
-from memplan import api, cli
+from memplan import api, checks, cli, planning
 from memplan.errors import SpecError
 from memplan.render import table
 
@@ -32,7 +32,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_a_config_of_an_engine_is_what_estimate_says_of_it(config: Path) -> None:
-    found = api.check(config, "gpt2", {"seq_len": 128}, CLUSTER)
+    found = checks.check(config, "gpt2", {"seq_len": 128}, CLUSTER)
     assert found.estimate == api.estimate("gpt2", {"seq_len": 128}, CLUSTER, engine_config=config)
     assert (found.verdict, [each.code for each in found.findings]) == ("fits", ["no-weights-saved"])
     assert memplan.Check.from_json(found.to_json()) == found
@@ -40,26 +40,26 @@ def test_a_config_of_an_engine_is_what_estimate_says_of_it(config: Path) -> None
 
 
 def test_a_folder_of_a_plan_needs_what_was_planned(tmp_path: Path) -> None:
-    plan = api.plan("gpt2", {"seq_len": 128}, CLUSTER, global_batch_size=4)
+    plan = planning.plan("gpt2", {"seq_len": 128}, CLUSTER, global_batch_size=4)
     plan.write(tmp_path / "run")
     assert plan.best is not None
-    found = api.check(tmp_path / "run", cluster={"gpu": "A100-80GB", "host_memory": "1TiB"})
+    found = checks.check(tmp_path / "run", cluster={"gpu": "A100-80GB", "host_memory": "1TiB"})
     assert found.estimate.gpu == plan.best.estimate.gpu
-    longer = api.check(tmp_path / "run", None, {"seq_len": 512}, {"gpu": "A100-80GB", "gpus": 4})
+    longer = checks.check(tmp_path / "run", None, {"seq_len": 512}, {"gpu": "A100-80GB", "gpus": 4})
     assert (longer.estimate.setup["seq_len"], longer.estimate.cluster["gpus"]) == (512, 4)
 
 
 @pytest.mark.parametrize(
     ("path", "model", "message"),
     [
-        ("ds.json", None, "model: None is not in the files. Name it, as in --model MODEL."),
+        ("ds.json", None, "model: null is not in the files. Name it, as in --model MODEL."),
         ("nothing.json", "gpt2", "path: "),
         (".", None, "training_args.json: missing"),
     ],
 )
 def test_bad_input(config: Path, path: str, model: Any, message: str) -> None:
     with pytest.raises(SpecError) as error:
-        api.check(config.parent / path, model, cluster=CLUSTER)
+        checks.check(config.parent / path, model, cluster=CLUSTER)
     assert message in str(error.value)
 
 
@@ -95,7 +95,7 @@ def test_exit_codes(
 
 
 def test_a_tight_one_exits_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    estimated = api.check(ARGUMENTS, cluster={**CLUSTER.to_dict(), "gpu": "A100-80GB"}).estimate
+    estimated = checks.check(ARGUMENTS, cluster={**CLUSTER.to_dict(), "gpu": "A100-80GB"}).estimate
     assert estimated is not None
     path = tmp_path / "args.json"
     path.write_text(json.dumps(ARGUMENTS))
@@ -107,7 +107,7 @@ def test_a_tight_one_exits_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_page_is_as_wide_as_the_terminal(width: int) -> None:
     change = {"warmup_ratio": 0.1, "packed": False, "device_map": "auto"}
-    found = api.check(ARGUMENTS | change, cluster=CLUSTER)
+    found = checks.check(ARGUMENTS | change, cluster=CLUSTER)
     lines = table.check_text(found, console=Console(width=width, no_color=True)).split("\n")
     assert max(map(len, lines)) <= width
     page = "\n".join(lines)
@@ -118,26 +118,26 @@ def test_the_page_is_as_wide_as_the_terminal(width: int) -> None:
 
 
 def test_a_page_without_an_estimate() -> None:
-    found = api.check(ARGUMENTS | {"load_in_8bit": True}, cluster=CLUSTER)
+    found = checks.check(ARGUMENTS | {"load_in_8bit": True}, cluster=CLUSTER)
     page = table.check_text(found, console=Console(width=80, no_color=True))
     assert page.startswith("1 error in the files\n  error      quantized-full  values: load_in_8bit")
 
 
 def test_what_an_earlier_version_has_is_not_removed_there() -> None:
     values = ARGUMENTS | {"warmup_ratio": 0.1}
-    assert [each.code for each in api.check(values, cluster=CLUSTER).findings] == ["removed-argument"]
-    assert api.check(values, cluster=CLUSTER, software="transformers=4.57").findings == ()
+    assert [each.code for each in checks.check(values, cluster=CLUSTER).findings] == ["removed-argument"]
+    assert checks.check(values, cluster=CLUSTER, software="transformers=4.57").findings == ()
 
 
 def test_only_training_has_files() -> None:
     with pytest.raises(SpecError, match="task: 'generate' is not a training run, which files are of"):
-        api.check(ARGUMENTS, None, {"task": "generate", "max_new_tokens": 8}, CLUSTER)
+        checks.check(ARGUMENTS, None, {"task": "generate", "max_new_tokens": 8}, CLUSTER)
 
 
 def test_a_total_that_no_micro_batch_makes_up_is_a_finding_too(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": 7}))
-    found = api.check(path, "facebook/opt-1.3b", {"seq_len": 512}, "2xA100-80GB")
+    found = checks.check(path, "facebook/opt-1.3b", {"seq_len": 512}, "2xA100-80GB")
     assert [each.code for each in found.findings] == ["batch-product"]
     assert found.estimate is not None
     assert found.estimate.setup["micro_batch_size"] == 3

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 
 import memplan
-from memplan import api, cli
+from memplan import api, cli, planning
 from memplan.catalog import detect
 from memplan.catalog.gpus import all_gpus
 from memplan.catalog.models import all_models
@@ -265,8 +265,8 @@ def test_compare_as_a_table(run, monkeypatch: pytest.MonkeyPatch, width: str) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trace"], "--trace: True is for one estimate. Leave it out, or use memplan estimate --trace."),
-        (["--explain"], "--explain: True is for one estimate. Leave it out, or use memplan estimate --explain."),
+        (["--trace"], "--trace: true is for one estimate. Leave it out, or use memplan estimate --trace."),
+        (["--explain"], "--explain: true is for one estimate. Leave it out, or use memplan estimate --explain."),
         (["--task", "generate"], "--task: 'generate' is not a training run, which compare is for. Leave it out"),
         (["--engine-config", "x.json"], "--engine-config: 'x.json' does not exist. Give the path of a file."),
         (["--gpus", "3", "--nodes", "2"], "--gpus: 3 cannot be shared evenly by 2 nodes."),
@@ -435,9 +435,22 @@ def test_bad_options(run, arguments: list[str], message: str) -> None:
     assert message in refused(run("estimate", "tiny", "--json", *arguments))
 
 
-def test_bad_values_are_told_all_at_once(run) -> None:
-    lines = refused(run("estimate", "tiny", "--seq-len", "0", "--micro-batch-size", "x", "--attn", "fast")).split("\n")
-    assert [line.partition(":")[0] for line in lines] == ["--micro-batch-size", "--seq-len", "--attn"]
+def test_bad_values_are_told_all_at_once_in_one_message(run) -> None:
+    told = refused(run("estimate", "tiny", "--seq-len", "0", "--micro-batch-size", "x", "--attn", "fast"))
+    assert "\n" not in told.strip()
+    assert re.findall(r"(--\S+): ", told) == ["--micro-batch-size", "--seq-len", "--attn"]
+
+
+def test_where_a_plan_is_written_is_looked_at_before_it_is_searched(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr("memplan.planning.plan", lambda *_, **__: pytest.fail("searched"))
+    for folder in ("file/run", "file"):
+        told = refused(run("plan", "gpt2", "--gpu", "T4", "--out", str(tmp_path / folder)))
+        assert told.startswith("--out: "), folder
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -707,7 +720,7 @@ def test_a_plan_that_may_fit_says_what_it_lacks_to_know(run, tmp_path: Path) -> 
     ("arguments", "message"),
     [
         (["--gpu", "T4", "--strategy", "zero2"], "--strategy: 'zero2' is for one estimate."),
-        (["--gpu", "T4", "--explain"], "--explain: True is for one estimate."),
+        (["--gpu", "T4", "--explain"], "--explain: true is for one estimate."),
         (["--gpu", "T4", "--global-batch-size", "some"], "--global-batch-size: 'some' is no number of sequences."),
         (["--gpu", "T4", "--target", "ddp"], "--target: 'ddp' is not known. Use deepspeed or fsdp or auto."),
         (["--gpu", "cpu"], "--gpu: "),
@@ -754,7 +767,7 @@ def test_a_plan_is_not_computed_for_a_folder_that_is_full(
     def computed(*args: object, **options: object) -> None:
         raise AssertionError("it was computed")
 
-    monkeypatch.setattr(api, "plan", computed)
+    monkeypatch.setattr(planning, "plan", computed)
     assert cli.main(["plan", "gpt2", "--gpu", "T4", "--out", str(tmp_path)]) == 2
     assert "exists. Use another folder, or --force to replace it." in capsys.readouterr().err  # a long path is cut
     monkeypatch.setenv("MEMPLAN_DEBUG", "1")

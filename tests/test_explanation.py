@@ -43,3 +43,16 @@ def test_a_term_names_the_key_that_sizes_it() -> None:
 
     assert bucket(10_000_000) == 20_000_256
     assert bucket(1_000_000) == 2_000_384
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_term_names_its_own_source(name: str) -> None:
+    strategy = memplan.Strategy(**ENGINES[name])
+    for length in (16, 2048):
+        found = memplan.estimate(MODEL, memplan.TrainingSpec(seq_len=length), "4xA100-80GB", strategy, explain=True)
+        for term in found.explanation:
+            assert "{" not in term.source, term
+            if term.name.startswith("workspace"):
+                assert term.source.endswith("CublasHandlePool.cpp")
+            if strategy.kind == "fsdp" and term.formula.startswith("blocks"):
+                assert f"version {strategy.fsdp.version}" in term.source or term.name.startswith("workspace")

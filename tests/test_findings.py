@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memplan import api, findings
+from memplan import case, checks, findings, planning
 from memplan.catalog import detect
 from memplan.configs import launch
 from memplan.errors import SpecError
@@ -58,7 +58,9 @@ def run(config: dict[str, Any] | None = None, **arguments: Any) -> dict[str, Any
 
 
 def check(values: Any, cluster: dict[str, Any] | None = None, **options: Any) -> Check:
-    return api.check(values, options.pop("model", None), options.pop("training", None), cluster or CLUSTER, **options)
+    return checks.check(
+        values, options.pop("model", None), options.pop("training", None), cluster or CLUSTER, **options
+    )
 
 
 def codes(values: Any, cluster: dict[str, Any] | None = None, **options: Any) -> list[str]:
@@ -503,7 +505,7 @@ def test_a_bfloat16_checkpoint_in_float16() -> None:
     import torch
 
     assert torch.tensor(1e5, dtype=torch.bfloat16).half().isinf()
-    model = {**dict(api._model(GPT2).config), "dtype": "bfloat16", "model_type": "gpt2"}
+    model = {**dict(case.model_spec(GPT2).config), "dtype": "bfloat16", "model_type": "gpt2"}
     values = run(zero(2), bf16=False, fp16=True)
     assert codes(values, model=model) == ["bf16-in-fp16"]
     assert codes(values, model={**model, "dtype": "float32"}) == []
@@ -603,10 +605,10 @@ def test_a_plans_folder_has_no_findings(tmp_path: Path) -> None:
     """What memplan writes itself is without mistakes, on a board that needs care too."""
     for target, gpu in (("deepspeed", "T4"), ("fsdp", "RTX4090"), ("deepspeed", "RTX4090")):
         cluster = {**CLUSTER, "gpu": gpu}
-        plan = api.plan(GPT2, {"seq_len": 64}, cluster, target=target)  # type: ignore[arg-type]
+        plan = planning.plan(GPT2, {"seq_len": 64}, cluster, target=target)  # type: ignore[arg-type]
         folder = tmp_path / f"{target}-{gpu}"
         plan.write(folder)
-        found = api.check(folder, cluster={**cluster})
+        found = checks.check(folder, cluster={**cluster})
         assert found.findings == ()
         assert plan.best is not None
         assert launch.read(folder).gpus == 2

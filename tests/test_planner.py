@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.test_api import LLAMA, TINY
 
-from memplan import api, cli, planner
+from memplan import api, cli, planner, planning
+from memplan.case import case_of
 from memplan.configs import launch
 from memplan.errors import SpecError, UnsupportedError
 from memplan.planner import Setup
@@ -189,7 +190,7 @@ def test_more_memory_never_makes_the_plan_slower(capacity: int, more: int, seed:
 def test_more_memory_never_makes_a_models_plan_slower() -> None:
     """On estimates, judged again for every size of the GPU and the host."""
     training = TrainingSpec(seq_len=256, grad_accum_steps=8)
-    case = api._resolved(MEDIUM, ClusterSpec(gpu="T4", gpus=2, gpu_memory="64GiB", host_memory="1TiB"), None)
+    case = case_of(MEDIUM, ClusterSpec(gpu="T4", gpus=2, gpu_memory="64GiB", host_memory="1TiB"), None)
     start = Setup(training, Strategy(kind="ddp"), 2)
     kept: dict[tuple[Setup, bool], Estimate] = {}
 
@@ -287,7 +288,7 @@ def test_a_rung_that_is_not_modelled_is_left_out_but_not_what_was_asked_for() ->
 
 def test_a_plan_that_fits_fits_by_an_estimate_of_its_own() -> None:
     cluster = ClusterSpec(gpu="RTX4090", gpus=2, host_memory="256GiB")
-    found = api.plan(LLAMA, {"seq_len": 1024}, cluster, global_batch_size=4)
+    found = planning.plan(LLAMA, {"seq_len": 1024}, cluster, global_batch_size=4)
     assert found.best is not None
     setup = found.best.estimate.setup
     training = {
@@ -311,7 +312,7 @@ def test_a_small_gpu_gets_small_buffers_and_its_files_have_them(tmp_path: Path) 
     sizes = []
     for memory in ("1200MiB", "8GiB"):
         cluster = ClusterSpec(gpu="T4", gpus=2, gpu_memory=memory, host_memory="600MiB")
-        found = api.plan(MEDIUM, {"seq_len": 256}, cluster, global_batch_size=4)
+        found = planning.plan(MEDIUM, {"seq_len": 256}, cluster, global_batch_size=4)
         assert found.best is not None
         sharded = next(rung for rung in found.rungs if rung.name == "ZeRO-3").estimate
         keys = sharded.setup["engine_config"]
@@ -338,7 +339,7 @@ def test_what_would_fit_does(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "config.json").write_text(json.dumps(model))
     command = ["plan", str(tmp_path), "--gpu", "T4", "--micro-batch-size", "2", "--host-memory"]
     given = [*command, "4", "--seq-len", "3072"]
-    plan = api.plan(
+    plan = planning.plan(
         model, {"seq_len": 3072, "micro_batch_size": 2}, ClusterSpec(gpu="T4", host_memory="4GiB"), advise=True
     )
     assert plan.best is None
@@ -354,7 +355,9 @@ def test_what_would_fit_does(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     shown = " ".join(capsys.readouterr().out.split())
     assert "What would fit" in shown
     assert all(option in shown for option in found)
-    assert api.plan(model, {"seq_len": 3072}, ClusterSpec(gpu="T4", host_memory="4GiB"), advise=False).remedies == ()
+    assert (
+        planning.plan(model, {"seq_len": 3072}, ClusterSpec(gpu="T4", host_memory="4GiB"), advise=False).remedies == ()
+    )
 
 
 def test_processes_share_a_search_and_change_nothing() -> None:
@@ -362,7 +365,7 @@ def test_processes_share_a_search_and_change_nothing() -> None:
     told: list[tuple[int, int]] = []
     for solve, batch in ((None, 4), ("micro-batch", None)):
         alone, shared = (
-            api.plan(
+            planning.plan(
                 MEDIUM | {"num_hidden_layers": 2},
                 {"seq_len": 512},
                 cluster,
@@ -382,7 +385,8 @@ def test_targets() -> None:
     cluster = ClusterSpec(gpu="T4", gpus=2, host_memory="64GiB")
     kinds = {
         target: {
-            rung.estimate.setup["strategy"] for rung in api.plan(TINY, {"seq_len": 64}, cluster, target=target).rungs
+            rung.estimate.setup["strategy"]
+            for rung in planning.plan(TINY, {"seq_len": 64}, cluster, target=target).rungs
         }
         for target in ("deepspeed", "fsdp", "auto")
     }
@@ -395,7 +399,7 @@ def test_targets() -> None:
     ("training", "cluster", "options", "message"),
     [
         ({}, "cpu", {}, "gpu: 'cpu' is none, and a plan is for a GPU"),
-        ({}, None, {}, "gpu: None is not known"),
+        ({}, None, {}, "gpu: null is not known"),
         ({"task": "load"}, "T4", {}, "task: 'load' is not a training run"),
         (
             {},
@@ -424,14 +428,14 @@ def test_targets() -> None:
 )
 def test_bad_input(training: Any, cluster: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError) as error:
-        api.plan(TINY, training, cluster, **options)
+        planning.plan(TINY, training, cluster, **options)
     assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize("target", ["deepspeed", "fsdp"])
 def test_what_is_written_is_what_was_planned(tmp_path: Path, target: Any) -> None:
     cluster = ClusterSpec(gpu="A100-80GB", gpus=2, host_memory="1TiB")
-    plan = api.plan(LLAMA, {"seq_len": 512}, cluster, global_batch_size=4, target=target)
+    plan = planning.plan(LLAMA, {"seq_len": 512}, cluster, global_batch_size=4, target=target)
     assert plan.best is not None
     assert plan.best.estimate.setup["strategy"] == {"deepspeed": "zero3", "fsdp": "fsdp"}[target]
     folder = tmp_path / "run"
@@ -452,7 +456,7 @@ def test_what_is_written_is_what_was_planned(tmp_path: Path, target: Any) -> Non
 
 
 def test_nothing_that_fits_is_nothing_to_write(tmp_path: Path) -> None:
-    plan = api.plan(TINY, {"seq_len": 64}, ClusterSpec(gpu="T4", gpu_memory="20MiB", host_memory="64GiB"))
+    plan = planning.plan(TINY, {"seq_len": 64}, ClusterSpec(gpu="T4", gpu_memory="20MiB", host_memory="64GiB"))
     with pytest.raises(SpecError, match="nothing fits"):
         plan.write(tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -460,9 +464,9 @@ def test_nothing_that_fits_is_nothing_to_write(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_replaced_is_read_as_what_runs_now(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    api.plan(TINY, {"seq_len": 64}, "2xA100-80GB", target="fsdp").write(folder)
+    planning.plan(TINY, {"seq_len": 64}, "2xA100-80GB", target="fsdp").write(folder)
     assert (folder / "accelerate.yaml").exists()
-    api.plan(TINY, {"seq_len": 64}, "A100-80GB").write(folder, force=True)
+    planning.plan(TINY, {"seq_len": 64}, "A100-80GB").write(folder, force=True)
     found = launch.read(folder)
     assert (found.gpus, found.strategy.kind) == (1, "single")
 

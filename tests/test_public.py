@@ -16,6 +16,7 @@ HEAVY = {
     "huggingface_hub",
     "pandas",
     "matplotlib",
+    "ipywidgets",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.scripts import script
 
-from memplan import api
+from memplan import api, case
 from memplan.introspect.measurement import Boundary, Measurement
 from memplan.results import Estimate
 from memplan.units import GiB
@@ -49,7 +49,7 @@ def as_measured(found: Estimate, cluster: dict[str, Any], row: dict[str, Any], *
     }
     measurement = Measurement(
         status="ok", message="", memplan="0.1.0", taken="2026-11-21T00:00:00+00:00",
-        model={"id": MODEL, "config": dict(api._model(MODEL).config) | {"model_type": "qwen2"}},
+        model={"id": MODEL, "config": dict(case.model_spec(MODEL).config) | {"model_type": "qwen2"}},
         asked={"training": row["training"], "cluster": cluster, "strategy": row.get("strategy", {})},
         setup=found.setup, cluster=found.cluster, device={"name": "NVIDIA H200", "counted": "difference"},
         versions={"torch": "2.11.0+cu130", "cuda": "13.0"}, group="fake" if fake else "none", weights="random",

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.test_api import TINY
+from tests.test_api import LLAMA, TINY
 from tests.test_planner import MEDIUM, Answers, asked, by_batch, by_engine
 
-from memplan import api, space
+from memplan import api, planning, space
 from memplan.catalog.gpus import all_gpus, find_gpu
 from memplan.configs import launch
 from memplan.errors import SpecError
@@ -73,7 +73,7 @@ def test_the_value_fits_and_the_next_does_not(
     name = {"seq-len": "seq_len", "micro-batch": "micro_batch_size"}[question]
     if question == "micro-batch":
         training = training | {"seq_len": 384}
-    found = api.plan(model, training, cluster, target=target, solve=question)
+    found = planning.plan(model, training, cluster, target=target, solve=question)
     assert found.best is not None
     assert found.solved is not None
     setup, value = found.best.estimate.setup, found.solved.value
@@ -90,11 +90,11 @@ def test_the_value_fits_and_the_next_does_not(
 
 def test_a_question_has_both_ends_of_its_answers() -> None:
     """Of the setups above some end at a limit and some before it."""
-    bert = api.plan(BERT, {}, ClusterSpec(gpu="A10G", host_memory="16GiB"), solve="seq-len")
+    bert = planning.plan(BERT, {}, ClusterSpec(gpu="A10G", host_memory="16GiB"), solve="seq-len")
     assert bert.solved is not None
     assert (bert.solved.value, bert.solved.next) == (512, None)
     assert bert.solved.limit == "the model's max_position_embeddings"
-    none = api.plan(MEDIUM, {}, ClusterSpec(gpu="T4", gpu_memory="300MiB", host_memory="4GiB"), solve="seq-len")
+    none = planning.plan(MEDIUM, {}, ClusterSpec(gpu="T4", gpu_memory="300MiB", host_memory="4GiB"), solve="seq-len")
     assert none.solved is not None
     assert (none.solved.value, none.solved.next, none.best) == (None, 64, None)
 
@@ -129,7 +129,7 @@ def test_a_boundary_is_one(capacity: int, count: int, seed: int) -> None:
 
 def test_a_micro_batch_of_a_global_batch_divides_it() -> None:
     cluster = ClusterSpec(gpu="T4", gpu_memory="2GiB", host_memory="4GiB")
-    found = api.plan(MEDIUM, {"seq_len": 256}, cluster, global_batch_size=60, solve="micro-batch")
+    found = planning.plan(MEDIUM, {"seq_len": 256}, cluster, global_batch_size=60, solve="micro-batch")
     assert found.solved is not None
     assert found.best is not None
     assert 60 % int(found.solved.value or 0) == 0
@@ -142,17 +142,17 @@ def test_the_fewest_gpus_are_enough_and_one_less_is_not() -> None:
     training = {"seq_len": 512}
     cluster = ClusterSpec(gpu="T4", gpu_memory="1700MiB")
     model = MEDIUM | {"num_hidden_layers": 3, "hidden_size": 1536, "num_attention_heads": 12}
-    found = api.plan(model, training, cluster, solve="gpus")
+    found = planning.plan(model, training, cluster, solve="gpus")
     assert found.solved is not None
     assert found.best is not None
     gpus = found.solved.value
     assert isinstance(gpus, int)
     assert (found.best.estimate.setup["gpus"], found.solved.next) == (gpus, gpus - 1)
     assert gpus > 2
-    assert api.plan(model, training, cluster.replace(gpus=gpus)).verdict == "fits"
-    assert api.plan(model, training, cluster.replace(gpus=gpus - 1), advise=False).verdict != "fits"
+    assert planning.plan(model, training, cluster.replace(gpus=gpus)).verdict == "fits"
+    assert planning.plan(model, training, cluster.replace(gpus=gpus - 1), advise=False).verdict != "fits"
     # As an objective of GPUs that are there the batch of all stays, in as many shares as there are ranks.
-    of_eight = api.plan(model, training, cluster.replace(gpus=8), global_batch_size=16, objective="gpus")
+    of_eight = planning.plan(model, training, cluster.replace(gpus=8), global_batch_size=16, objective="gpus")
     assert of_eight.best is not None
     assert of_eight.solved is not None
     setup, fewest = of_eight.best.estimate.setup, of_eight.solved.value
@@ -160,18 +160,37 @@ def test_the_fewest_gpus_are_enough_and_one_less_is_not() -> None:
     assert (setup["gpus"], of_eight.solved.next) == (fewest, int(fewest) // 2)
     assert setup["micro_batch_size"] * setup["grad_accum_steps"] * setup["gpus"] == 16
     fewer = cluster.replace(gpus=int(fewest) // 2)
-    assert api.plan(model, training, fewer, global_batch_size=16, advise=False).verdict != "fits"
+    assert planning.plan(model, training, fewer, global_batch_size=16, advise=False).verdict != "fits"
+
+
+def test_where_a_nodes_host_is_too_small_more_nodes_are_tried() -> None:
+    """Two GPUs offload to two hosts what one host does not hold."""
+    cluster = ClusterSpec(gpu="RTX4090", host_memory="100GiB")
+    found = planning.plan(LLAMA, {"seq_len": 2048}, cluster, solve="gpus")
+    assert found.best is not None
+    assert found.solved is not None
+    assert (found.solved.value, found.solved.next, found.best.estimate.setup["nodes"]) == (2, 1, 2)
+    assert found.best.estimate.host.peak < 100 << 30
+    assert planning.plan(LLAMA, {"seq_len": 2048}, cluster.replace(gpus=2), advise=False).verdict == "does-not-fit"
+
+
+def test_one_gpu_is_the_fewest_there_are() -> None:
+    found = planning.plan(TINY, {"seq_len": 64}, "4xT4", objective="gpus")
+    assert found.solved is not None
+    assert (found.solved.value, found.solved.next, found.solved.limit) == (1, None, "there are no fewer")
 
 
 def test_nodes_that_are_given_are_whole() -> None:
-    found = api.plan(TINY, {"seq_len": 64}, "2x3xT4", solve="gpus")
+    found = planning.plan(TINY, {"seq_len": 64}, "2x3xT4", solve="gpus")
     assert found.solved is not None
-    assert (found.solved.value, found.solved.next) == (3, None)
-    found = api.plan(TINY, {"seq_len": 64}, ClusterSpec(gpu="T4", gpus=32, nodes=2, gpu_memory="20MiB"), solve="gpus")
+    assert (found.solved.value, found.solved.next, found.solved.limit) == (3, None, "there are no fewer")
+    found = planning.plan(
+        TINY, {"seq_len": 64}, ClusterSpec(gpu="T4", gpus=32, nodes=2, gpu_memory="20MiB"), solve="gpus"
+    )
     assert found.solved is not None
     assert (found.solved.value, found.solved.next, found.best) == (None, 64, None)
     with pytest.raises(SpecError, match="global_batch_size: 7 cannot be shared evenly"):
-        api.plan(TINY, {"seq_len": 64}, "2x3xT4", global_batch_size=7, solve="gpus")
+        planning.plan(TINY, {"seq_len": 64}, "2x3xT4", global_batch_size=7, solve="gpus")
 
 
 def test_the_smallest_gpu_is_enough_and_no_smaller_one_is() -> None:
@@ -182,7 +201,7 @@ def test_the_smallest_gpu_is_enough_and_no_smaller_one_is() -> None:
         "num_hidden_layers": 12,
     }
     training, hardware = {"seq_len": 1024, "optim": "adamw_torch"}, {"host_memory": "4GiB"}
-    found = api.plan(model, training, hardware, solve="gpu")
+    found = planning.plan(model, training, hardware, solve="gpu")
     assert found.solved is not None
     assert found.best is not None
     chosen = find_gpu(str(found.solved.value))
@@ -211,11 +230,11 @@ def test_questions_that_contradict_themselves(
     training: Any, cluster: Any, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SpecError) as error:
-        api.plan(TINY, training, cluster, **options)
+        planning.plan(TINY, training, cluster, **options)
     assert str(error.value).startswith(message)
 
 
 def test_images_have_no_length() -> None:
     vit = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
     with pytest.raises(SpecError, match="solve: 'seq-len' has no answer: images have no length"):
-        api.plan(vit, {}, "T4", solve="seq-len")
+        planning.plan(vit, {}, "T4", solve="seq-len")

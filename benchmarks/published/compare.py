@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from memplan.api import _model
+from memplan.case import model_spec
 from memplan.catalog.gpus import find_gpu
 from memplan.catalog.models import lookup
 from memplan.estimator import resolve
@@ -83,10 +83,10 @@ def read() -> list[dict[str, str]]:
 def _model_of(name: str) -> ModelSpec:
     shapes = json.loads((HERE / "models.json").read_text(encoding="utf-8"))
     if name in shapes:
-        return replace_id(_model(shapes[name]), name)
+        return replace_id(model_spec(shapes[name]), name)
     known = lookup(name)
     assert known is not None, name
-    return replace_id(_model(known.config), name)
+    return replace_id(model_spec(known.config), name)
 
 
 def replace_id(model: ModelSpec, name: str) -> ModelSpec:

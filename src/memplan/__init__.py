@@ -9,11 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memplan.api import check, compare, estimate, ladder, measure, plan, preflight
+    from memplan.api import compare, estimate, ladder
+    from memplan.checks import check, preflight
     from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
     from memplan.integrations.callback import MemoryCallback
+    from memplan.integrations.largest import largest_batch
+    from memplan.integrations.script_arguments import MemplanArguments
     from memplan.integrations.watch import watch
-    from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Rung
+    from memplan.interactive import what_if
+    from memplan.measuring import measure
+    from memplan.planning import plan
+    from memplan.reporting import report
+    from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Report, Rung
     from memplan.specs import (
         ClusterSpec,
         GPUSpec,
@@ -28,15 +35,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "check": "api",
+    "check": "checks",
     "compare": "api",
     "estimate": "api",
     "ladder": "api",
-    "measure": "api",
-    "plan": "api",
-    "preflight": "api",
+    "measure": "measuring",
+    "plan": "planning",
+    "preflight": "checks",
     "MemoryCallback": "integrations.callback",
+    "MemplanArguments": "integrations.script_arguments",
+    "largest_batch": "integrations.largest",
     "watch": "integrations.watch",
+    "report": "reporting",
+    "what_if": "interactive",
     "MemplanError": "errors",
     "PreflightError": "errors",
     "ResolutionError": "errors",
@@ -48,6 +59,7 @@ _HOME = {
     "EstimateList": "results",
     "Finding": "results",
     "Plan": "results",
+    "Report": "results",
     "Rung": "results",
     "ClusterSpec": "specs",
     "GPUSpec": "specs",
@@ -70,11 +82,13 @@ __all__ = [
     "GPUSpec",
     "LoraSpec",
     "MemoryCallback",
+    "MemplanArguments",
     "MemplanError",
     "ModelSpec",
     "Plan",
     "PreflightError",
     "QuantizationSpec",
+    "Report",
     "ResolutionError",
     "Rung",
     "SoftwareSpec",
@@ -86,10 +100,13 @@ __all__ = [
     "compare",
     "estimate",
     "ladder",
+    "largest_batch",
     "measure",
     "plan",
     "preflight",
+    "report",
     "watch",
+    "what_if",
 ]
 
 

@@ -142,7 +142,7 @@ _PATHS = {option.name: option.flag for option in OPTIONS} | {
     **{
         name: f"--{name.replace('_', '-')}"
         for name in (
-            *("global_batch_size", "target", "objective", "solve", "allow", "out", "cap", "boundary", "steps"),
+            *("global_batch_size", "target", "objective", "solve", "allow", "out", "html", "cap", "boundary", "steps"),
             *("record", "runs", "diff", "save"),
         )
     },
@@ -274,14 +274,15 @@ def estimate(
     code = EXIT_CODES[result.verdict]
     if given.get("json"):
         return _Answer(result.to_json(indent=2, explain=mode["explain"]), code)
+    from memplan.advice import Advice, advise
     from memplan.render import table
     from memplan.results import EstimateList
 
     # Advice estimates dozens of setups: too many to trace.
     traced = mode["trace"]
-    advice = api.Advice()
+    advice = Advice()
     if not traced:
-        advice = api.advise(result, model, training, cluster, strategy, engine_config=config, software=software)
+        advice = advise(result, model, training, cluster, strategy, engine_config=config, software=software)
     if isinstance(result, EstimateList):
         return _Answer(table.estimates_text(result, gpus=advice.gpus, options=advice.options), code)
     gpus = next(iter(advice.gpus), ())
@@ -328,7 +329,7 @@ def plan(
 
     Exit codes: 0 a rung fits, 1 none is known to, 2 bad input, 3 only one that is tight.
     """
-    from memplan import api, parallel
+    from memplan import parallel, planning
     from memplan.render.progress import Bar
 
     given = {name: value for name, value in options.items() if value is not None}
@@ -345,7 +346,7 @@ def plan(
         check_folder(out, force=force)  # before anything is computed
     with Bar("searching") as bar:
         wishes |= {"processes": min(parallel.cores(), 4), "done": bar}
-        result = api.plan(model, _training(given), _cluster(given), **wishes)
+        result = planning.plan(model, _training(given), _cluster(given), **wishes)
     if out is not None and result.best is not None:
         result = result.write(out, force=force)
     code = 1 if result.verdict == "unknown" else EXIT_CODES[result.verdict]  # nothing that is known to fit
@@ -354,6 +355,49 @@ def plan(
     from memplan.render import table
 
     return _Answer(table.plan_text(result, folder=out), code)
+
+
+@app.command(cls=_Command)
+@_with_options
+def report(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder or a config.json.")],
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Where to write the page.")] = None,
+    global_batch_size: Annotated[
+        str | None, typer.Option(metavar="G", help="Sequences of one step, over all ranks; it stays as it is.")
+    ] = None,
+    target: Annotated[
+        str, typer.Option(metavar="deepspeed|fsdp|auto", help="Whose rungs the ladder has.")
+    ] = "deepspeed",
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    **options: Any,
+) -> _Answer:
+    """Write one page with the estimate, the ladder, the timeline and the Pareto front: HTML that stands alone.
+
+    Exit codes are those of memplan estimate; without a strategy the estimate is that of the plan's best.
+    """
+    from memplan import parallel
+    from memplan.errors import SpecError
+    from memplan.render.page import check_path
+    from memplan.render.progress import Bar
+    from memplan.reporting import report as answer
+
+    given = {name: value for name, value in options.items() if value is not None}
+    _only_estimated(given, ("trace", "explain", "no_replay"))
+    if html is None and not given.get("json"):
+        raise SpecError.at("html", None, "is not given, and a page is a file", "Name it, as in --html report.html.")
+    if html is not None:
+        check_path(html, force=force)  # before anything is computed
+    wishes: dict[str, Any] = {"engine_config": given.get("engine_config"), "software": given.get("software")}
+    wishes |= {"target": target, "processes": min(parallel.cores(), 4)}
+    if global_batch_size is not None:
+        wishes["global_batch_size"] = _value({"global_batch_size": global_batch_size}, "global_batch_size")
+    specs = (model, _training(given), _cluster(given), _strategy(given))
+    with Bar("searching") as bar:
+        result = answer(*specs, done=bar, **wishes)
+    if html is not None:
+        result.write(html, force=force)
+    code = EXIT_CODES[result.estimate.verdict]
+    return _Answer(result.to_json(indent=2) if given.get("json") else f"written: {html}", code)
 
 
 @app.command(cls=_Command)
@@ -374,11 +418,11 @@ def check(
 
     Exit codes: 0 fits (or unknown, without a GPU), 1 does not fit or a finding is an error, 2 bad input, 3 tight.
     """
-    from memplan import api
+    from memplan import checks
 
     given = {name: value for name, value in options.items() if value is not None}
     _only_estimated(given, _ONE_ESTIMATE)
-    result = api.check(path, model, _training(given), _cluster(given), software=given.get("software"))
+    result = checks.check(path, model, _training(given), _cluster(given), software=given.get("software"))
     code = 1 if result.has_errors else EXIT_CODES[result.verdict]
     if given.get("json"):
         return _Answer(result.to_json(indent=2), code)
@@ -436,14 +480,14 @@ def measure(
 
     Exit codes: 0 it ran, 1 it died, 2 bad input, or no GPU.
     """
-    from memplan import api
+    from memplan import measuring
     from memplan.errors import SpecError
     from memplan.units import parse_gib
 
     given = {name: value for name, value in options.items() if value is not None}
     _only_estimated(given, ("trace", "explain", "no_replay"))
-    if boundary is not None and boundary not in api.BOUNDARIES:
-        raise SpecError.at("boundary", boundary, "is not known", f"Use {' or '.join(api.BOUNDARIES)}.")
+    if boundary is not None and boundary not in measuring.BOUNDARIES:
+        raise SpecError.at("boundary", boundary, "is not known", f"Use {' or '.join(measuring.BOUNDARIES)}.")
     wishes: dict[str, Any] = {
         "engine_config": given.get("engine_config"),
         "software": given.get("software"),
@@ -458,9 +502,9 @@ def measure(
     from memplan.render import measured as render
 
     if boundary is not None:
-        found = api.measure_boundary(*specs, boundary=boundary, **wishes)
+        found = measuring.measure_boundary(*specs, boundary=boundary, **wishes)
         return _Answer(found.to_json(indent=2) if given.get("json") else render.boundary_text(found))
-    result = api.measure(*specs, save=save, snapshot=diff, **wishes)
+    result = measuring.measure(*specs, save=save, snapshot=diff, **wishes)
     code = 0 if result.measurement.status == "ok" else 1
     return _Answer(result.to_json(indent=2) if given.get("json") else render.measured_text(result), code)
 
@@ -538,7 +582,7 @@ def schema() -> _Answer:
     from memplan.introspect import calibrate, measurement
 
     answers = (
-        *(results.Estimate, results.EstimateList, results.Plan, results.Check, results.Comparison),
+        *(results.Estimate, results.EstimateList, results.Plan, results.Check, results.Comparison, results.Report),
         *(measurement.Measured, measurement.Boundary, calibrate.Profile),
     )
     _, definitions = models_json_schema([(root, "validation") for root in (*inputs, *answers)])
@@ -685,8 +729,8 @@ def _usage(error: Any) -> str:
 
 
 def _in_options(message: str) -> str:
-    """Name the option where an error names its field."""
-    return "\n".join(_in_option(line) for line in message.split("\n"))
+    """Name the option where an error names its field; several wrong ones are one message."""
+    return " ".join(_in_option(line) for line in message.split("\n"))
 
 
 def _in_option(line: str) -> str:

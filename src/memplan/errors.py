@@ -27,6 +27,7 @@ __all__ = [
     "SpecError",
     "UnsupportedError",
     "did_you_mean",
+    "short",
     "suggest_names",
 ]
 
@@ -94,7 +95,7 @@ def did_you_mean(name: str, candidates: Iterable[str], limit: int = 3) -> str:
     >>> did_you_mean("zzz", ["sgd", "adafactor"])
     'Known: adafactor, sgd.'
     """
-    names = list(candidates)
+    names = [short(candidate) for candidate in candidates]
     near = suggest_names(name, names, limit)
     if near:
         return f"Did you mean {' or '.join(near)}?"
@@ -104,7 +105,17 @@ def did_you_mean(name: str, candidates: Iterable[str], limit: int = 3) -> str:
     return f"Known: {', '.join(shown)}."
 
 
+_IN_FILES = {None: "null", True: "true", False: "false"}
+
+
+def short(text: str) -> str:
+    """Cut a text to what is enough to recognise it."""
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+
+
 def _shown(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return _IN_FILES[value]
     # A huge int cannot even be printed (sys.set_int_max_str_digits), and a huge list should not be.
     if isinstance(value, int) and value.bit_length() > 4 * _LONGEST_VALUE:
         return f"an integer of {value.bit_length()} bits"

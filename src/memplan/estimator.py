@@ -45,7 +45,9 @@ from memplan.results import (
     NvmeMemory,
     Phase,
     Term,
+    Verdict,
     verdict_by_place,
+    verdict_for,
     worst_verdict,
 )
 from memplan.specs.hardware import ClusterSpec, GPUSpec
@@ -147,13 +149,22 @@ class Least(NamedTuple):
     """Of a node: ``Estimate.host.peak``."""
     nvme: int
     """Of a node: ``Estimate.nvme.bytes``."""
+    verdict: Verdict
+    """The best that an estimate may come to: fits, unknown or does-not-fit."""
 
 
 def least(
-    model: ModelSpec, training: TrainingSpec, cluster: ClusterSpec, strategy: Strategy, software: SoftwareSpec
+    model: ModelSpec,
+    training: TrainingSpec,
+    cluster: ClusterSpec,
+    strategy: Strategy,
+    software: SoftwareSpec,
+    *,
+    played: bool = True,
 ) -> Least:
     """What :func:`estimate` says at least of a training run, for a search that asks for thousands: no composition, no
-    bound of what is reserved. Raises as :func:`estimate`.
+    bound of what is reserved. Where the engine is not ``played`` it may be less, which is sooner told: the engine as it
+    is set up, and the batch beside it. Raises as :func:`estimate`.
     """
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
     setup = _checked(model, training, cluster, strategy, software, None)
@@ -162,11 +173,23 @@ def least(
     if strategy.shards:
         from memplan import sharded
 
-        found = sharded.least(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
-        return Least(held + found.gpu, found.host, found.nvme)
+        ask = sharded.least if played else sharded.floor
+        found = ask(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
+        return _judged(cluster, gpu, held + found.gpu, found.host, found.steady, found.nvme)
     run, micro = run_of(setup, gpu)
     placed = _placed(setup, training, run, micro, gpu, strategy, cluster)
-    return Least(held + _fullest(placed), _host_memory(setup, run, micro, cluster, placed).peak, 0)
+    host = _host_memory(setup, run, micro, cluster, placed)
+    return _judged(cluster, gpu, held + _fullest(placed), host.peak, host.steady, 0)
+
+
+def _judged(cluster: ClusterSpec, gpu: GPUSpec | None, needed: int, host: int, steady: int, nvme: int) -> Least:
+    """:func:`memplan.results.verdict_by_place` of what is needed at least."""
+    verdicts = [verdict_for(needed, needed, _capacity(cluster, gpu))]
+    on_host = steady if cluster.host_memory is None else host
+    for used, capacity in ((on_host, cluster.host_memory), (nvme, cluster.nvme)):
+        if used:
+            verdicts.append(verdict_for(used, used, capacity))
+    return Least(needed, host, nvme, worst_verdict(verdicts))
 
 
 def _checked(
@@ -323,7 +346,7 @@ def _explanation(
 
         rank = sharded.play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node).rank
         found = sharded.explained(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node, rank, memory.peak_phase)
-        return explain_sharded(strategy.kind, found, memory)
+        return explain_sharded(strategy, found, memory)
 
     accumulated = run.grad_accum_steps > 1
     tape = all_layers(setup, accumulated).tape

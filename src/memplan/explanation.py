@@ -13,6 +13,7 @@ from memplan.memory.loading import Held
 from memplan.memory.optimizers import rounded
 from memplan.memory.timeline import COMPONENTS
 from memplan.results import GpuMemory, Term
+from memplan.specs.strategy import Strategy
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import Buffer, Parameter
 
@@ -28,6 +29,7 @@ SOURCES = {
     "temporaries": "alive within an operation: torch/csrc/autograd",
     "gradients": "torch/csrc/autograd/functions/accumulate_grad.cpp: the gradient's own tensor is kept",
 }
+WORKSPACE = "aten/src/ATen/cuda/CublasHandlePool.cpp"
 
 
 def explain(run: Run, tape: Tape, phase: str, parts: Parts, memory: GpuMemory) -> tuple[Term, ...]:
@@ -59,15 +61,17 @@ ENGINES = {
     "zero1": "deepspeed/runtime/zero/stage_1_and_2.py",
     "zero2": "deepspeed/runtime/zero/stage_1_and_2.py",
     "zero3": "deepspeed/runtime/zero/stage3.py, partitioned_param_coordinator.py",
-    "fsdp": "torch/distributed/fsdp (version 2: _fully_shard)",
+    "fsdp1": "torch/distributed/fsdp (version 1: _flat_param.py, _runtime_utils.py)",
+    "fsdp2": "torch/distributed/fsdp (version 2: _fully_shard)",
 }
 
 
-def explain_sharded(kind: str, found: ExplainingLedger, memory: GpuMemory) -> tuple[Term, ...]:
+def explain_sharded(strategy: Strategy, found: ExplainingLedger, memory: GpuMemory) -> tuple[Term, ...]:
     """The terms of a peak under an engine that shards: its blocks by what they are, and the tape's tensors.
 
     They sum to ``peak_device``.
     """
+    engine = ENGINES[f"fsdp{strategy.fsdp.version}" if strategy.kind == "fsdp" else strategy.kind]
     named: dict[tuple[str, str], Counter[int]] = {}
     for (component, name, nbytes), count in found.blocks.items():
         named.setdefault((component, name), Counter())[nbytes] += count
@@ -82,7 +86,7 @@ def explain_sharded(kind: str, found: ExplainingLedger, memory: GpuMemory) -> tu
                     formula="blocks x bytes" + (f", sized by {keys.removesuffix(')')}" if keys else ""),
                     filled=_largest(sizes),
                     bytes=total,
-                    source=ENGINES[kind],
+                    source=WORKSPACE if component == "workspace" else engine,
                 )
             )
     terms.sort(key=lambda term: -term.bytes)
@@ -262,7 +266,7 @@ def _workspace(parts: Parts) -> Term:
         formula="cuBLAS, one per thread that runs GEMMs",
         filled=f"{parts['workspace']:,}",
         bytes=parts["workspace"],
-        source="aten/src/ATen/cuda/CublasHandlePool.cpp",
+        source=WORKSPACE,
     )
 
 
@@ -324,9 +328,8 @@ def _states(run: Run, parts: Parts) -> list[Term]:
 
 
 def _plain_term(name: str, parts: Parts) -> Term:
-    return Term(
-        name=name, formula="alive in this phase", filled=f"{parts[name]:,}", bytes=parts[name], source=SOURCES[name]
-    )
+    source, size = SOURCES[name].format(name="each operation"), parts[name]
+    return Term(name=name, formula="alive in this phase", filled=f"{size:,}", bytes=size, source=source)
 
 
 def _tensors(tape: Tape, alive: set[int], source: str = "") -> list[Term]:

@@ -10,11 +10,13 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from memplan.errors import SpecError, UnsupportedError
+from memplan.estimator import Least
 from memplan.parallel import shared_out
-from memplan.results import Estimate, Point, Rung, Searched, best_verdict, verdict_by_place
+from memplan.results import Estimate, Point, Rung, Searched, Verdict, best_verdict, verdict_by_place
 from memplan.space import (
     FSDP_LADDER,
     LADDER,
@@ -35,6 +37,7 @@ __all__ = [
     "LADDER",
     "RESOLUTION",
     "Answers",
+    "Bounder",
     "Change",
     "Done",
     "Estimator",
@@ -49,17 +52,20 @@ __all__ = [
     "first_that_fits",
     "least_host",
     "least_of",
+    "needed",
     "nothing",
     "pace",
     "passed_over",
     "plan",
     "planned",
     "rungs",
+    "wants_host",
 ]
 
 Objective: TypeAlias = Literal["throughput", "memory", "gpus"]
 Estimator: TypeAlias = Callable[[Setup, bool], Estimate]
 Timer: TypeAlias = Callable[[Setup], float]
+Bounder: TypeAlias = Callable[[Setup, bool], Least]
 Done: TypeAlias = Callable[[int, int], None]
 """Is told how much of how much has been looked at."""
 
@@ -83,27 +89,42 @@ class Answers:
     """What has been asked of an estimator, once each.
 
     ``estimate(setup, exact)`` answers for a setup, with the time of its step; if not ``exact`` a verdict of tight may
-    mean anything but does-not-fit. ``seconds(setup)`` is the time alone.
+    mean anything but does-not-fit. ``seconds(setup)`` is the time alone. ``bound(setup, played)`` is what the setup
+    cannot do without, or where that is not ``played`` less than that; without it ``estimate`` is asked instead.
     """
 
     estimate: Estimator
     seconds: Timer
-    quick: dict[Setup, Estimate | None] = field(default_factory=dict)
+    bound: Bounder | None = None
+    floors: dict[Setup, Least | None] = field(default_factory=dict)
+    lows: dict[Setup, Least | None] = field(default_factory=dict)
     exact: dict[Setup, Estimate | None] = field(default_factory=dict)
     times: dict[Setup, float] = field(default_factory=dict)
 
-    def bounded(self, setup: Setup) -> Estimate | None:
-        """Without the allocator's replay: ``gpu.low`` is exact, ``gpu.high`` a bound. None if the setup is refused."""
-        if self.exact.get(setup) is not None:
-            return self.exact[setup]
-        if setup not in self.quick:
-            self.quick[setup] = self._asked(setup, False)
-        return self.quick[setup]
+    def least(self, setup: Setup) -> Least | None:
+        """What the setup cannot do without, and the best verdict that it may have. None if it is refused."""
+        found = self.exact.get(setup)
+        if found is not None:
+            return Least(found.gpu.low, found.host.peak, found.nvme.bytes, found.verdict)
+        if setup not in self.lows:
+            self.lows[setup] = self._bounded(setup, True)
+        return self.lows[setup]
+
+    def floor(self, setup: Setup) -> Least | None:
+        """At the most :meth:`least`, but sooner told."""
+        if setup in self.exact or setup in self.lows or self.bound is None:
+            return self.least(setup)
+        if setup not in self.floors:
+            self.floors[setup] = self._bounded(setup, False)
+        return self.floors[setup]
 
     def replayed(self, setup: Setup) -> Estimate | None:
         """In full; None if the libraries refuse the setup, or it is not modelled."""
         if setup not in self.exact:
-            self.exact[setup] = self._asked(setup, True)
+            try:
+                self.exact[setup] = self.estimate(setup, True)
+            except (SpecError, UnsupportedError):
+                self.exact[setup] = None
         return self.exact[setup]
 
     def time(self, setup: Setup) -> float:
@@ -120,15 +141,22 @@ class Answers:
 
     def may_fit(self, setup: Setup) -> bool:
         """Whether it is worth a closer look: without it the low end is already exact."""
-        found = self.bounded(setup)
-        return found is not None and found.verdict != "does-not-fit"
+        return self._best_verdict(setup) != "does-not-fit"
 
     def fits(self, setup: Setup) -> bool:
         """Whether the setup fits for certain."""
-        if not self.may_fit(setup):
+        floor = self.floor(setup)
+        if floor is None or floor.verdict == "unknown" or self._best_verdict(setup) in ("does-not-fit", "unknown"):
             return False
         found = self.replayed(setup)
         return found is not None and found.verdict == "fits"
+
+    def _best_verdict(self, setup: Setup) -> Verdict:
+        """That a setup may have; one that is refused has the worst."""
+        found = self.floor(setup)
+        if found is not None and found.verdict != "does-not-fit":
+            found = self.least(setup)
+        return "does-not-fit" if found is None else found.verdict
 
     def may_be_sized(self, setup: Setup) -> bool:
         """Whether :meth:`sized` may find something."""
@@ -141,7 +169,8 @@ class Answers:
         pieces takes a few MiB at the most.
         """
         choices = levels(setup)
-        if choices[-1] in self.quick and not self.may_fit(choices[-1]):
+        smallest = self._known(choices[-1])
+        if smallest is not None and smallest.verdict == "does-not-fit":
             return None
         if self.fits(choices[0]):
             return choices[0]
@@ -150,17 +179,29 @@ class Answers:
     def nearest(self, setup: Setup) -> Setup:
         """The setup with the largest buffers with which it comes as near to fitting as with any."""
         smallest = levels(setup)[-1]
+        own, floor = self.replayed(setup), self.floor(smallest)
+        if own is not None and (floor is None or best_verdict((own.verdict, floor.verdict)) == own.verdict):
+            return setup
         if not self.may_fit(smallest):
             return setup
-        own, other = self.replayed(setup), self.replayed(smallest)
+        other = self.replayed(smallest)
         is_nearer = own is None or (other is not None and best_verdict((own.verdict, other.verdict)) != own.verdict)
         return smallest if is_nearer else setup
 
-    def _asked(self, setup: Setup, exact: bool) -> Estimate | None:
+    def _known(self, setup: Setup) -> Least | None:
+        """What is known already of what the setup cannot do without."""
+        if setup in self.exact or setup in self.lows:
+            return self.least(setup)
+        return self.floors.get(setup)
+
+    def _bounded(self, setup: Setup, played: bool) -> Least | None:
         try:
-            return self.estimate(setup, exact)
+            if self.bound is not None:
+                return self.bound(setup, played)
+            found = self.estimate(setup, False)
         except (SpecError, UnsupportedError):
             return None
+        return Least(found.gpu.low, found.host.peak, found.nvme.bytes, found.verdict)
 
     def share(self, number: int, ask: Callable[[Answers, int], object], processes: int, done: Done) -> None:
         """Ask ``ask(answers, place)`` for each of ``number`` places by several processes, so that answers are here.
@@ -170,7 +211,15 @@ class Answers:
         here = os.getpid()
 
         def asked(place: int) -> str:
-            own = Answers(self.estimate, self.seconds, dict(self.quick), dict(self.exact), dict(self.times))
+            own = Answers(
+                self.estimate,
+                self.seconds,
+                self.bound,
+                dict(self.floors),
+                dict(self.lows),
+                dict(self.exact),
+                dict(self.times),
+            )
             ask(own, place)
             if os.getpid() == here:
                 done(min(place + processes, number), number)
@@ -182,12 +231,13 @@ class Answers:
     def to_json(self, than: Answers) -> str:
         """Return the answers that ``than`` has not, as text for :meth:`add_json`."""
         rows: dict[Setup, dict[str, Any]] = {}
-        for name in ("quick", "exact"):
-            known, found = getattr(than, name), getattr(self, name)
-            for setup, estimate in found.items():
-                if setup not in known:
-                    text = None if estimate is None else estimate.model_dump_json()
-                    rows.setdefault(setup, {})[name] = text
+        for name in ("floors", "lows"):
+            for setup, least in getattr(self, name).items():
+                if setup not in getattr(than, name):
+                    rows.setdefault(setup, {})[name] = least
+        for setup, estimate in self.exact.items():
+            if setup not in than.exact:
+                rows.setdefault(setup, {})["exact"] = None if estimate is None else estimate.model_dump_json()
         for setup, seconds in self.times.items():
             if setup not in than.times:
                 rows.setdefault(setup, {})["times"] = seconds
@@ -197,16 +247,17 @@ class Answers:
         """Add what :meth:`to_json` returned."""
         for row in json.loads(text):
             setup = Setup.from_dict(row["setup"])
-            for name in ("quick", "exact"):
+            for name in ("floors", "lows"):
                 if name in row:
-                    found = None if row[name] is None else Estimate.model_validate_json(row[name])
-                    getattr(self, name)[setup] = found
+                    getattr(self, name)[setup] = None if row[name] is None else Least(*row[name])
+            if "exact" in row:
+                self.exact[setup] = None if row["exact"] is None else Estimate.model_validate_json(row["exact"])
             if "times" in row:
                 self.times[setup] = row["times"]
 
     def searched(self, setups: int) -> Searched:
         """How much of ``setups`` was looked at."""
-        estimated = len({*self.quick, *self.exact, *self.times})
+        estimated = len({*self.floors, *self.lows, *self.exact, *self.times})
         return Searched(setups=setups, estimated=estimated, replayed=len(self.exact))
 
 
@@ -230,6 +281,7 @@ def plan(
     allow: Sequence[str] = (),
     done: Done = nothing,
     processes: int = 1,
+    bound: Bounder | None = None,
 ) -> Planned:
     """Walk the ladder from ``asked`` on, look beside it, and choose among what fits.
 
@@ -241,7 +293,7 @@ def plan(
     there already. ``done`` is told how many families of how many are, which ``processes`` share out. Raises what
     ``estimate`` raises for ``asked`` itself.
     """
-    answers = Answers(estimate, seconds)
+    answers = Answers(estimate, seconds, bound)
     answers.exact[asked] = estimate(asked, True)
     every = families(asked, target, allow)
     names: dict[Setup, str] = {}
@@ -276,14 +328,23 @@ def plan(
     )
 
 
-def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed", processes: int = 1) -> bool:
+def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed") -> bool:
     """Whether :func:`plan` would find something that fits."""
-    least = least_of(asked, target)
-    if processes > 1:
-        answers.share(len(least), lambda own, place: own.may_fit(least[place]), processes, nothing)
-    may_fit = [family.setup for family in families(asked, target) if answers.may_be_sized(family.setup)]
     # What gives most up needs least.
-    return any(answers.sized(setup) is not None for setup in reversed(may_fit))
+    choices = [levels(family.setup) for family in reversed(families(asked, target))]
+    return any(answers.fits(own[-1]) or (answers.may_fit(own[-1]) and answers.fits(own[0])) for own in choices)
+
+
+def needed(asked: Setup, answers: Answers, target: Target = "deepspeed", *, on_ladder: bool = False) -> int | None:
+    """Bytes of each GPU without which nothing fits, or nothing of the ladder; None is that nothing does with them."""
+    floors = (answers.floor(setup) for setup in least_of(asked, target, on_ladder=on_ladder))
+    return min((found.gpu for found in floors if found is not None and found.verdict == "fits"), default=None)
+
+
+def wants_host(asked: Setup, answers: Answers, host: int, target: Target = "deepspeed") -> bool:
+    """Whether something needs more than ``host`` bytes of a node's memory, and does not fit for it."""
+    floors = (answers.floor(setup) for setup in least_of(asked, target))
+    return any(found is not None and found.host > host for found in floors)
 
 
 def first_that_fits(asked: Setup, answers: Answers, target: Target = "deepspeed", processes: int = 1) -> Found | None:
@@ -304,13 +365,13 @@ def least_host(asked: Setup, answers: Answers, target: Target = "deepspeed") -> 
     hosts: list[tuple[int, tuple[int, ...], Family, Setup]] = []
     for family in families(asked, target):
         for setup in levels(family.setup):
-            found = answers.bounded(setup)
+            found = answers.least(setup)
             if found is not None and found.verdict != "does-not-fit":
-                hosts.append((found.host.peak, simplicity(setup), family, setup))
+                hosts.append((found.host, simplicity(setup), family, setup))
     for _, _, family, setup in sorted(hosts, key=lambda each: each[:2]):
-        found = answers.replayed(setup) if answers.fits(setup) else None
-        if found is not None:
-            return Found(family.name, setup, found)
+        replayed = answers.replayed(setup) if answers.fits(setup) else None
+        if replayed is not None:
+            return Found(family.name, setup, replayed)
     return None
 
 
@@ -360,13 +421,23 @@ def _may_fit(family: Family, answers: Answers) -> list[Setup]:
     be the largest, and more memory never makes a plan slower.
     """
     sizes = family.micro_batches()
-    if not answers.may_be_sized(sizes[0]):
+
+    def may_fit(setup: Setup) -> bool:
+        # DeepSpeed's own buffers first: the time of a step is asked with them too.
+        for each in (setup, levels(setup)[-1]):
+            floor = answers.floor(each)
+            if floor is not None and floor.verdict == "unknown":
+                return False  # whatever buffers: a place is used whose size is not known
+            if answers.may_fit(each):
+                return True
+        return False
+
+    if not may_fit(sizes[0]):
         return []
     fitting, failing = 0, len(sizes)
     while failing - fitting > 1:
         middle = (fitting + failing) // 2
-        # DeepSpeed's own buffers first: the time of a step is asked with them too.
-        if answers.may_fit(sizes[middle]) or answers.may_be_sized(sizes[middle]):
+        if may_fit(sizes[middle]):
             fitting = middle
         else:
             failing = middle
@@ -396,14 +467,14 @@ def _chosen(choices: Sequence[Setup], answers: Answers, objective: Objective) ->
 
 def _least(choices: Sequence[Setup], answers: Answers) -> Setup | None:
     """The one that needs the least of each GPU, of those that fit."""
-    lows = [(found.gpu.low, simplicity(each), each) for each in choices if (found := answers.bounded(each)) is not None]
+    lows = [(found.gpu, simplicity(each), each) for each in choices if (found := answers.least(each)) is not None]
     best: tuple[int, Setup] | None = None
     for low, _, setup in sorted(lows, key=lambda each: each[:2]):
         if best is not None and low >= best[0]:
             break
-        found = answers.replayed(setup) if answers.fits(setup) else None
-        if found is not None and (best is None or found.gpu.high < best[0]):
-            best = found.gpu.high, setup
+        replayed = answers.replayed(setup) if answers.fits(setup) else None
+        if replayed is not None and (best is None or replayed.gpu.high < best[0]):
+            best = replayed.gpu.high, setup
     return None if best is None else best[1]
 
 
@@ -435,19 +506,29 @@ def _seconds(estimate: Estimate) -> float:
 def _pareto(choices: Sequence[tuple[Setup, str]], answers: Answers) -> tuple[Point, ...]:
     """The fastest setup that fits, and then each that is the fastest of those that leave more memory.
 
-    What a setup leaves is told by what it has allocated, which needs no replay; the ones taken are replayed.
+    What a setup leaves is told by what it has allocated, which needs no replay; the ones taken are replayed. In the
+    order of time come first setups whose time and memory are bounds, which are looked at closer if they may be taken.
     """
-    smallest = [(levels(setup)[-1], name) for setup, name in choices if setup.training.micro_batch_size == 1]
-    lows = [
-        (pace(answers.time(setup)), found.gpu.low, setup, name)
-        for setup, name in dict.fromkeys((*choices, *smallest))
-        if (found := answers.bounded(setup)) is not None and found.verdict != "does-not-fit"
-    ]
+    waiting: list[tuple[int, int, tuple[int, ...], int, bool, Setup, str]] = []
+    smallest = [(levels(setup)[-1], name, setup) for setup, name in choices if setup.training.micro_batch_size == 1]
+    own = [(setup, name, setup) for setup, name in choices]
+    for number, (setup, name, sized) in enumerate(dict.fromkeys((*own, *smallest))):
+        floor = answers.floor(setup)
+        if floor is not None and floor.verdict != "does-not-fit":
+            # Smaller buffers take no less time.
+            pace_at_least = pace(answers.time(sized))
+            waiting.append((pace_at_least, floor.gpu, simplicity(setup), number, False, setup, name))
+    heapify(waiting)
     taken: list[tuple[Point, int]] = []
-    for _, low, setup, name in sorted(lows, key=lambda each: (*each[:2], simplicity(each[2]))):
+    while waiting:
+        _, low, simple, number, is_exact, setup, name = heappop(waiting)
         if taken and low > taken[-1][1] - RESOLUTION * (taken[-1][0].high + taken[-1][0].headroom):
             continue
-        if answers.fits(setup) and (point := _point(name, answers.replayed(setup))) is not None:
+        if not is_exact:
+            least = answers.least(setup) if answers.may_fit(setup) else None
+            if least is not None:
+                heappush(waiting, (pace(answers.time(setup)), least.gpu, simple, number, True, setup, name))
+        elif answers.fits(setup) and (point := _point(name, answers.replayed(setup))) is not None:
             taken.append((point, low))
     front: list[Point] = []
     for point, _ in taken:

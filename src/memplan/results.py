@@ -45,6 +45,7 @@ __all__ = [
     "Preflight",
     "Question",
     "Remedy",
+    "Report",
     "Rung",
     "Searched",
     "Solved",
@@ -375,14 +376,14 @@ class Estimate(Result):
         return _validated(cls, _parsed(text))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Return the components as a pandas DataFrame: place, component, bytes. Needs pandas."""
+        """Return the components as a pandas DataFrame: place, component, bytes. Raises UnsupportedError without it."""
         return EstimateList(estimates=(self,)).to_dataframe()
 
-    def plot(self, **options: Any) -> Any:
-        """Draw the components against the capacity; see :mod:`memplan.render.plots`."""
+    def plot(self, kind: Literal["components", "phases"] = "components", **options: Any) -> Any:
+        """Draw the components, or the phases, against the capacity; see :mod:`memplan.render.plots`."""
         from memplan.render import plots
 
-        return plots.plot_estimate(self, **options)
+        return _drawn({"components": plots.plot_estimate, "phases": plots.plot_phases}, kind)(self, **options)
 
     def _repr_html_(self) -> str:
         from memplan.render import html
@@ -432,6 +433,18 @@ class Check(Answer):
         """Return the JSON contract as plain values."""
         return super().to_dict() | {"estimate": None if self.estimate is None else self.estimate.to_dict()}
 
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return the findings as a pandas DataFrame. Raises UnsupportedError without pandas."""
+        from memplan.render import frames
+
+        return frames.findings_frame(self.findings)
+
+    def _repr_html_(self) -> str:
+        from memplan.render import html
+
+        page: str = html.check_html(self)
+        return page
+
 
 class Preflight(tuple[Finding, ...]):
     """Findings, the worst first, of a run that was let pass."""
@@ -461,6 +474,18 @@ class Preflight(tuple[Finding, ...]):
 
     def __str__(self) -> str:
         return "\n".join(f"{found.path}: {found.message} {found.remedy}".strip() for found in self)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return the findings as a pandas DataFrame. Raises UnsupportedError without pandas."""
+        from memplan.render import frames
+
+        return frames.findings_frame(self)
+
+    def _repr_html_(self) -> str:
+        from memplan.render import html
+
+        page: str = html.preflight_html(self)
+        return page
 
 
 class Rung(Result):
@@ -592,6 +617,24 @@ class Plan(Answer):
         launch.write({**files, "plan.json": written.to_json(indent=2) + "\n"}, folder, force=force)
         return written
 
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return a pandas DataFrame with a row per rung. Raises UnsupportedError without pandas."""
+        from memplan.render import frames
+
+        return frames.plan_frame(self)
+
+    def plot(self, kind: Literal["ladder", "pareto"] = "ladder", **options: Any) -> Any:
+        """Draw the rungs, or the setups that no other beats in time and memory; see :mod:`memplan.render.plots`."""
+        from memplan.render import plots
+
+        return _drawn({"ladder": plots.plot_ladder, "pareto": plots.plot_pareto}, kind)(self, **options)
+
+    def _repr_html_(self) -> str:
+        from memplan.render import html
+
+        page: str = html.plan_html(self)
+        return page
+
 
 class EstimateList(Result):
     """Answers for several setups, such as the rungs of the ladder."""
@@ -635,26 +678,10 @@ class EstimateList(Result):
         return _validated(cls, _parsed(text))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Return a pandas DataFrame with a row per estimate, place and component. Needs pandas."""
-        import pandas as pd
+        """Return a pandas DataFrame, a row per estimate, place and component. Raises UnsupportedError without it."""
+        from memplan.render import frames
 
-        rows = [
-            {
-                "estimate": index,
-                "strategy": estimate.setup.get("strategy"),
-                "place": place,
-                "component": name,
-                "bytes": size,
-            }
-            for index, estimate in enumerate(self.estimates)
-            for place, components in (
-                ("gpu", dict(estimate.gpu.components)),
-                ("host", estimate.host.components),
-                ("nvme", estimate.nvme.components),
-            )
-            for name, size in components.items()
-        ]
-        return pd.DataFrame(rows, columns=["estimate", "strategy", "place", "component", "bytes"])
+        return frames.estimates_frame(self)
 
     def plot(self, **options: Any) -> Any:
         """Draw the estimates beside each other; see :mod:`memplan.render.plots`."""
@@ -667,6 +694,36 @@ class EstimateList(Result):
 
         page: str = html.estimates_html(self)
         return page
+
+
+class Report(Answer):
+    """An estimate, and what stands beside it on a page: a plan, or where no GPU is known the ladder."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    version: str
+    """memplan's."""
+    estimate: Estimate
+    plan: Plan | None = None
+    ladder: EstimateList | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON contract as plain values."""
+        parts = {name: getattr(self, name) for name in ("estimate", "plan", "ladder")}
+        found = {name: None if part is None else part.to_dict() for name, part in parts.items()}
+        return {"schema_version": self.schema_version, "version": self.version, **found}
+
+    def to_html(self) -> str:
+        """Return one page that needs nothing but itself."""
+        from memplan.render import page
+
+        text: str = page.report_page(self)
+        return text
+
+    def write(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write the page into a file, whole or not at all. Raises SpecError if it is there, unless ``force``."""
+        from memplan.render import page
+
+        page.write(self, path, force=force)
 
 
 class CountedModel(Result):
@@ -706,10 +763,10 @@ class Comparison(Answer):
     rows: tuple[ComparisonRow, ...]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Return the rows as a pandas DataFrame. Needs pandas."""
-        import pandas as pd
+        """Return the rows as a pandas DataFrame. Raises UnsupportedError without pandas."""
+        from memplan.render import frames
 
-        return pd.DataFrame([dict(row) for row in self.rows], columns=list(ComparisonRow.model_fields))
+        return frames.comparison_frame(self)
 
     def _repr_html_(self) -> str:
         from memplan.render import html
@@ -769,6 +826,13 @@ def best_verdict(verdicts: Iterable[Verdict]) -> Verdict:
     'fits'
     """
     return min(verdicts, key=_SEVERITY.index)
+
+
+def _drawn(kinds: Mapping[str, Callable[..., Any]], kind: str) -> Callable[..., Any]:
+    """The function that draws one of the kinds of plot."""
+    if kind not in kinds:
+        raise SpecError.at("kind", kind, "is no plot of this", f"Use {' or '.join(kinds)}.")
+    return kinds[kind]
 
 
 def _equal(what: str, total: int, name: str, expected: int) -> None:

@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from memplan.adapters.quantization import Linear8bitLt, check_quant_storage
 from memplan.architectures.nn import Module
 from memplan.engines import bf16, fsdp, fsdp1, plain, zero, zero0, zero3
 from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
-from memplan.engines.layout import MICRO_BATCHES, STEPS, Engine, EvaluationLoop, Layout, Played, StateDict, play
+from memplan.engines.layout import (
+    MICRO_BATCHES,
+    STEPS,
+    Engine,
+    EvaluationLoop,
+    Layout,
+    Played,
+    StateDict,
+    load,
+    play,
+)
 from memplan.engines.plain import Parts, Run
 from memplan.memory import loading
 from memplan.memory.course import Course, ExplainingLedger, Ledger, Move, course
 from memplan.memory.evaluation import Kept
-from memplan.memory.play import Play, PlayLedger
+from memplan.memory.play import Play, PlayLedger, most_on_tape
 from memplan.memory.timeline import Unrolled
 from memplan.memory.trace import Replayed, configured, engines_bound
 from memplan.micro_batch import (
@@ -30,7 +41,7 @@ from memplan.micro_batch import (
     replayable,
     run_of,
 )
-from memplan.results import HostMemory, NvmeMemory, Phase
+from memplan.results import STEADY_PHASES, HostMemory, NvmeMemory, Phase
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import AllocatorSpec
@@ -90,14 +101,15 @@ def _fullest(setup: Setup, run: Run, strategy: Strategy, ranks: int, per_node: i
     return max(plays, key=lambda each: each.peak(tapes, waiting))
 
 
-@dataclass(frozen=True, slots=True)
-class Least:
+class Least(NamedTuple):
     """What a setup has at the fullest moments, in bytes."""
 
     gpu: int
     """Allocated on a GPU, without what the caching allocator does not split off."""
     host: int
     """Of one node."""
+    steady: int
+    """Of one node, in the phases that every further step repeats."""
     nvme: int
     """Files of one node."""
 
@@ -107,8 +119,42 @@ def least(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per
     run, _ = run_of(setup, gpu)
     batches = _closed(setup, run, strategy)
     played = _fullest(setup, run, strategy, ranks, per_node, batches)
-    nvme = plain.total(played.ledger.fullest("idle", "nvme")) * per_node
-    return Least(played.peak(batches.unrolled, batches.waiting(run)), played.host_peak, nvme)
+    ledger = played.ledger
+    return Least(
+        gpu=played.peak(batches.unrolled, batches.waiting(run)),
+        host=played.host_peak,
+        steady=max(plain.total(ledger.fullest(phase, "host")) for phase in STEADY_PHASES),
+        nvme=plain.total(ledger.fullest("idle", "nvme")) * per_node,
+    )
+
+
+def floor(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per_node: int) -> Least:
+    """What :func:`least` says at least, without a play: the engine as it is set up, and the tape beside it.
+
+    What engines have when they are set up they keep to the end of training.
+    """
+    run, _ = run_of(setup, gpu)
+    batches = _closed(setup, run, strategy)
+    rank = _ranks(strategy, batches.first, ranks)[0]
+    loaded = _loaded_least(
+        replace(alike(setup), training=alike(setup).training.replace(gradient_checkpointing=False)),
+        setup.training.optim,
+        strategy,
+        ranks,
+        per_node,
+        rank,
+        _Unkeyed(batches),
+    )
+    of_tape = max(most_on_tape(each.first.course, each.unrolled) for each in (batches.first, batches.later))
+    waiting = sum((nbytes + 511) & -512 for nbytes in batches.waiting(run))
+    return loaded.most._replace(gpu=max(loaded.most.gpu, loaded.kept + waiting + of_tape))
+
+
+def moves(setup: Setup, gpu: GPUSpec, strategy: Strategy, ranks: int, per_node: int) -> Sequence[Mapping[Move, int]]:
+    """What a step moves, by micro-batch: the first, one like all between, and the last with the step."""
+    run, _ = run_of(setup, gpu)
+    batches = _closed(setup, run, strategy)
+    return _fullest(setup, run, strategy, ranks, per_node, batches).ledger.moves_of_step
 
 
 @lru_cache(maxsize=64)
@@ -230,6 +276,54 @@ def _play(
     return Play(ledger, courses, rank)
 
 
+class _Loaded(NamedTuple):
+    """What there is before the first step."""
+
+    most: Least
+    """At the fullest moments until then; ``steady`` and ``nvme`` are what is left in the end."""
+    kept: int
+    """Allocated on the GPU in the end."""
+
+
+class _Unkeyed(NamedTuple):
+    """An argument that an answer which is remembered does not depend on."""
+
+    value: _Batches
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=1024)
+def _loaded_least(
+    setup: Setup,
+    optim: str,
+    strategy: Strategy,
+    ranks: int,
+    per_node: int,
+    rank: int,
+    batches: _Unkeyed,
+) -> _Loaded:
+    """Whatever batches, and checkpointing: what is there before does not depend on them."""
+    setup = replace(setup, training=setup.training.replace(optim=optim))
+    ledger = PlayLedger(ranks=per_node)
+    engine, run, _ = _prepared(setup, strategy, ranks, per_node, rank, ledger, batches.value, (), 1, None, limit=0)
+    load(engine, ledger, run)
+    host = plain.total(ledger.fullest("load", "host"))
+    heights = ledger.heights
+    ledger.begin("idle")
+    left = Least(
+        gpu=max(heights),
+        host=host,
+        steady=plain.total(ledger.fullest("idle", "host")),
+        nvme=plain.total(ledger.fullest("idle", "nvme")) * per_node,
+    )
+    return _Loaded(left, heights[-1])
+
+
 def explained(
     setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per_node: int, rank: int, phase: str
 ) -> ExplainingLedger:
@@ -282,7 +376,28 @@ def _play_batches(
     evaluated: tuple[Kept, Sequence[int]] | None,
     limit: int | None = None,
 ) -> list[Course]:
-    """:func:`play_engine` over ``batches``; return their courses.
+    """:func:`play_engine` over ``batches``; return their courses."""
+    engine, played, courses = _prepared(
+        setup, strategy, ranks, per_node, rank, ledger, batches, workspaces, grad_accum_steps, evaluated, limit
+    )
+    play(engine, ledger, played)
+    return courses
+
+
+def _prepared(
+    setup: Setup,
+    strategy: Strategy,
+    ranks: int,
+    per_node: int,
+    rank: int,
+    ledger: Ledger,
+    batches: _Batches,
+    workspaces: Sequence[int],
+    grad_accum_steps: int,
+    evaluated: tuple[Kept, Sequence[int]] | None,
+    limit: int | None,
+) -> tuple[Engine, Played, list[Course]]:
+    """The engine, what it is played over, and the courses of ``batches``.
 
     Of evaluation it is told what is ``evaluated``: what is kept, and the inputs of the micro-batch before.
     """
@@ -316,8 +431,7 @@ def _play_batches(
         waiting=[size * others for size in batches.inputs if others],
         evaluation=evaluation,
     )
-    play(_engine(setup, strategy, first.root, model, ranks, per_node, rank, ledger), ledger, played)
-    return courses
+    return _engine(setup, strategy, first.root, model, ranks, per_node, rank, ledger), played, courses
 
 
 def _loaded(setup: Setup, strategy: Strategy, model: Layout) -> list[Loaded]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from memplan.estimator import Least
 from memplan.planner import (
     Answers,
+    Bounder,
     Done,
     Estimator,
     Found,
@@ -20,7 +22,7 @@ from memplan.planner import (
     passed_over,
     planned,
 )
-from memplan.results import Estimate
+from memplan.results import GpuMemory
 from memplan.space import Setup, Target, changed, divisors, families, levels, sequences, simplicity, with_micro_batch
 
 __all__ = ["LONGEST", "MOST", "STEP", "Scale", "micro_batches", "seq_lens", "solve"]
@@ -67,13 +69,14 @@ def solve(
     target: Target = "deepspeed",
     done: Done = nothing,
     processes: int = 1,
+    bound: Bounder | None = None,
 ) -> tuple[Planned, int | None]:
     """Find the largest value with which a rung of the ladder fits; the plan has every rung at its own largest.
 
     ``asked`` has the smallest value. Of rungs that come equally far the fastest is taken. The value fits, and the next
     does not; None is that nothing fits. Raises what ``estimate`` raises for ``asked`` itself.
     """
-    answers = Answers(estimate, seconds)
+    answers = Answers(estimate, seconds, bound)
     answers.exact[asked] = estimate(asked, True)
     every = [family for family in families(asked, target) if family.told == "always"]
     if processes > 1:
@@ -120,10 +123,10 @@ def _largest(setup: Setup, scale: Scale, answers: Answers) -> int:
     def fits(place: int) -> bool:
         return answers.sized(scale.apply(setup, scale.values[place])) is not None
 
-    def needs(place: int) -> tuple[int, int] | None:
-        """The least and the most of the GPU with the smallest buffers, by a replay."""
+    def needs(place: int) -> GpuMemory | None:
+        """Of the GPU with the smallest buffers, by a replay."""
         found = answers.replayed(choices(place)[-1])
-        return None if found is None else (found.gpu.low, found.gpu.high)
+        return None if found is None else found.gpu
 
     if not fits(0):
         return -1
@@ -135,7 +138,7 @@ def _largest(setup: Setup, scale: Scale, answers: Answers) -> int:
     while failing - fitting > 1:
         middle = (fitting + failing) // 2
         if guesses and (least := needs(fitting)) is not None:
-            middle = _guess(fitting, failing, least, answers.bounded(choices(min(failing, len(scale.values) - 1))[-1]))
+            middle = _guess(fitting, failing, least, answers.least(choices(min(failing, len(scale.values) - 1))[-1]))
         guesses = not guesses
         if answers.fits(choices(middle)[-1]):
             fitting = middle
@@ -146,12 +149,12 @@ def _largest(setup: Setup, scale: Scale, answers: Answers) -> int:
     return fitting
 
 
-def _guess(fitting: int, failing: int, needs: tuple[int, int], failed: Estimate | None) -> int:
+def _guess(fitting: int, failing: int, needs: GpuMemory, failed: Least | None) -> int:
     """Where the upper end meets the capacity, if it grows as the lower end does."""
     middle = (fitting + failing) // 2
-    if failed is None or failed.gpu.capacity is None or failed.gpu.low <= needs[0]:
+    if failed is None or needs.capacity is None or failed.gpu <= needs.low:
         return middle
-    share = (failed.gpu.capacity - needs[1]) / (failed.gpu.low - needs[0])
+    share = (needs.capacity - needs.high) / (failed.gpu - needs.low)
     return min(max(fitting + int((failing - fitting) * share), fitting + 1), failing - 1)
 
 

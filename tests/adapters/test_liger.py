@@ -96,7 +96,7 @@ def test_no_parameter_is_lost() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "falcon", "bert"])
 def test_unknown_family_is_refused_by_name(family: str) -> None:
-    with pytest.raises(SpecError, match=rf"liger: True has no kernels for {family}: the Trainer would go on without"):
+    with pytest.raises(SpecError, match=rf"liger: true has no kernels for {family}: the Trainer would go on without"):
         patched(family)
 
 

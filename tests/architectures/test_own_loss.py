@@ -51,3 +51,65 @@ def test_copies_of_the_logits(model_type: str, version: str, copies: int) -> Non
     most = max(phase.allocated for phase in estimate.gpu.phases if phase.name in ("loss", "backward"))
     held = estimate.gpu.components.weights + estimate.gpu.components.optimizer + estimate.gpu.components.workspace
     assert (most - held) / (BATCH * LENGTH * VOCABULARY * 2) == pytest.approx(copies, abs=0.1)
+
+
+LAYERS, HIDDEN, KEYS = 5, 64, 8
+BIGCODE = {
+    "model_type": "gpt_bigcode", "architectures": ["GPTBigCodeForCausalLM"], "vocab_size": 50, "n_embd": HIDDEN,
+    "n_layer": LAYERS, "n_head": HIDDEN // KEYS, "n_positions": LENGTH,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("training", "size"),
+    [
+        ({"dtype": "bfloat16", "mixed_precision": "no"}, 2),
+        ({"dtype": "bfloat16", "mixed_precision": "no", "attn": "flash_attention_2"}, 2),
+        ({"dtype": "float32", "mixed_precision": "no"}, 4),
+        # bitsandbytes gives back what it was given, which a LayerNorm under autocast made float32.
+        ({"dtype": "bfloat16", "mixed_precision": "bf16", "quantization": "nf4", "lora": 4}, 4),
+    ],
+)
+def test_a_checkpointed_gpt_bigcode_gave_out_its_cache(training, size: int) -> None:
+    """modeling_gpt_bigcode.py until 4.53: each layer's is a view of all that c_attn gave, alive until the loss is."""
+    asked = {"seq_len": LENGTH, "micro_batch_size": BATCH, "gradient_checkpointing": True, **training}
+    before, since = (
+        memplan.estimate(BIGCODE, asked, "1xH200", software=f"transformers={version}") for version in ("4.52.4", "4.53")
+    )
+    levels = [{phase.name: phase.allocated for phase in each.gpu.phases} for each in (before, since)]
+    kept = LAYERS * BATCH * LENGTH * (HIDDEN + 2 * KEYS) * size
+    assert levels[0]["loss"] - levels[1]["loss"] == pytest.approx(kept, rel=0.12)
+    assert levels[0]["idle"] == levels[1]["idle"]
+
+
+def test_without_checkpointing_that_cache_needs_nothing() -> None:
+    asked = {"seq_len": LENGTH, "micro_batch_size": BATCH}
+    before, since = (
+        memplan.estimate(BIGCODE, asked, "1xH200", software=f"transformers={v}") for v in ("4.52.4", "4.53")
+    )
+    assert before.gpu == since.gpu
+
+
+@pytest.mark.parametrize(
+    ("model_type", "version", "size"),
+    [
+        # In 16 bit and in float32; then of the last position alone.
+        ("llama", "4.44.2", 6), ("llama", "4.45", 0), ("gpt_neox", "4.48", 2), ("gpt_neox", "4.49", 0),
+        ("gpt2", "4.48", 2), ("gpt2", "4.53", 0), ("gpt_bigcode", "4.57", 2), ("gpt_bigcode", "5.0", 0),
+    ],
+)  # fmt: skip
+def test_a_prompts_logits_in_generation(model_type: str, version: str, size: int) -> None:
+    config = {"model_type": model_type, "vocab_size": VOCABULARY, "tie_word_embeddings": False} | CONFIGS[model_type]
+    asked = {
+        "task": "generate",
+        "seq_len": LENGTH - 8,
+        "max_new_tokens": 4,
+        "micro_batch_size": BATCH,
+        "dtype": "bfloat16",
+    }
+    levels = {
+        phase.name: phase.allocated
+        for phase in memplan.estimate(config, asked, "1xH200", software=f"transformers={version}").gpu.phases
+    }
+    logits = BATCH * (LENGTH - 8) * VOCABULARY
+    assert (levels["forward"] - levels["idle"]) / logits == pytest.approx(size, abs=0.1)

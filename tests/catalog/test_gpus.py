@@ -45,6 +45,10 @@ ROWS = json.loads(Path(gpus.__file__).with_name("data").joinpath("gpus.json").re
         ("H200", "H200"),
         ("NVIDIA GH200 480GB", "GH200"),
         ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA H800", "H800"),
+        ("NVIDIA B300 SXM6 AC", "B300"),
+        ("AMD Instinct MI250X/MI250", "MI250X"),
+        ("MI250", "MI250"),
         ("cpu", "cpu"),
         ("CPU", "cpu"),
     ],
@@ -120,6 +124,7 @@ def test_each_row_is_plausible(gpu: gpus.GPUSpec) -> None:
     assert gpu.memory.unit == "B"
     assert len(gpu.memory.source) > 20
     assert len(gpu.source) > 20
+    assert "recall" not in gpu.source
     # The size on the box: GiB for most, GB for H200 and B200 (141 and 180). ECC takes 1/16 of GDDR cards.
     size = row.get("marketed_gb") or int("".join(c for c in gpu.name.split("-")[-1] if c.isdigit()) or 0)
     if size > 10 and gpu.name not in {"H100-NVL", "MI250X"}:
@@ -131,16 +136,40 @@ def test_each_row_is_plausible(gpu: gpus.GPUSpec) -> None:
     assert gpu.fp16_tflops is not None
     assert gpu.fp16_tflops > gpu.fp32_tflops
     threads = {(6, 0): 2048, (7, 0): 2048, (7, 5): 1024, (8, 0): 2048, (8, 6): 1536, (8, 9): 1536, (9, 0): 2048}
-    threads |= {(10, 0): 2048, (12, 0): 1536}
+    threads |= {(10, 0): 2048, (10, 3): 2048, (12, 0): 1536}
     assert gpu.max_threads_per_sm == (threads[gpu.compute_capability] if gpu.compute_capability else 2048)
     pcie = {3: 15.75, 4: 31.5, 5: 63.0}[gpu.pcie_generation]
     assert gpu.link_gb_per_s == pcie if gpu.link == "pcie" else gpu.link_gb_per_s > pcie
+
+
+FP32_PER_CLOCK = {(6, 0): 64, (7, 0): 64, (7, 5): 64, (8, 0): 64}
+"""Multiply-adds of one SM, of NVIDIA's whitepapers; 128 from compute capability 8.6 on."""
+MATRIX = {(6, 0): 2, (7, 0): 8, (7, 5): 8, (8, 0): 16, (8, 6): 4, (8, 9): 4, (9, 0): 16, (10, 0): 32, (10, 3): 32}
+MATRIX |= {(12, 0): 4}
+"""16-bit rate without sparsity over the float32 one, which GeForce halves; clocks of tensor cores may be lower."""
+
+
+@pytest.mark.parametrize("gpu", all_gpus(), ids=lambda gpu: gpu.name)
+def test_rates_are_dense_and_those_of_the_units_at_a_clock_that_exists(gpu: gpus.GPUSpec) -> None:
+    assert gpu.fp16_tflops is not None
+    if gpu.compute_capability:
+        per_clock, ratio = FP32_PER_CLOCK.get(gpu.compute_capability, 128), MATRIX[gpu.compute_capability]
+        named = next(row for row in ROWS if row["name"] == gpu.name)["aliases"]
+        ratio //= 2 if any("GeForce" in alias for alias in named) else 1
+    else:  # CDNA 2 and, from MI300 on, 3 and 4 (ROCm docs/conceptual/gpu-arch: FLOPS/CLOCK/CU)
+        per_clock, ratio = (64 if gpu.name.startswith("MI2") else 128), (16 if gpu.name == "MI355X" else 8)
+    clock = gpu.fp32_tflops * 1e12 / (2 * per_clock * gpu.sm_count)
+    assert 1.2e9 < clock < 2.7e9
+    assert gpu.fp16_tflops <= 1.02 * ratio * gpu.fp32_tflops
+    assert gpu.bf16_tflops in (None, gpu.fp16_tflops)
 
 
 def test_known_figures() -> None:
     # torch.cuda.get_device_properties(0).total_memory in MiB, as public logs print it.
     seen = {"T4": 15102, "RTX3090": 24260, "RTX4090": 24217, "RTX5090": 32120, "A100-40GB": 40514, "A100-80GB": 81251}
     seen |= {"H100-80GB": 81089, "H200": 143156, "B200": 182642, "MI300X": 196592, "L4": 22563, "A10G": 22587}
+    seen |= {"H20": 97362, "RTX5060Ti-16GB": 15848, "RTX5070Ti": 15842, "GB200": 188733, "MI355X": 294892}
+    seen |= {"RTX4090D": 24210, "L20": 45599, "A40": 48688}
     for name, mib in seen.items():
         memory = find_gpu(name).memory
         assert memory.low <= mib * MiB <= memory.high, name
@@ -188,7 +217,9 @@ def test_parse_cluster_refuses(text: str) -> None:
         ("NVIDIA RTX A6000", 46068, "A6000"),
         ("NVIDIA RTX A6000", 49140, "A6000"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", 16376, None),
-        ("NVIDIA GeForce RTX 4090 D", 24564, None),
+        ("NVIDIA GeForce RTX 4090 D", 24564, "RTX4090D"),
+        ("NVIDIA GeForce RTX 5090 D", 32607, None),
+        ("NVIDIA A40", 49140, "A40"),
         ("NVIDIA H100", 81559, None),
         ("NVIDIA GeForce GTX 1080 Ti", 11264, None),
     ],

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from memplan import api, findings
+from memplan import checks, findings
 from memplan.configs import llama_factory
 from memplan.configs.argument_keys import REMOVED_ARGUMENTS, SCRIPT_ARGUMENTS, TRAINING_ARGUMENTS
 from memplan.configs.keys import ACCELERATE, DEEPSPEED
@@ -72,7 +72,7 @@ def test_checks_of_what_can_be_read(seed: int) -> None:
     estimated = 0
     for _ in range(60):
         try:
-            found = api.check(values(rng), None, {"seq_len": 8, "micro_batch_size": 1}, {"gpu": "T4", "gpus": 2})
+            found = checks.check(values(rng), None, {"seq_len": 8, "micro_batch_size": 1}, {"gpu": "T4", "gpus": 2})
         except MemplanError:
             continue
         estimated += 1

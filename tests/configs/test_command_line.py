@@ -120,7 +120,7 @@ BAD: list[tuple[str, object, str]] = [
     ("ds.json", '{"train_micro_batch_size_per_gpu": NaN}', "nan is not a positive integer"),
     ("ds.json", '{"train_micro_batch_size_per_gpu": 1e30}', "1e+30 is not a positive integer"),
     ("ds.json", '{"train_micro_batch_size_per_gpu": Infinity}', "inf is not a positive integer"),
-    ("ds.json", '{"train_micro_batch_size_per_gpu": true}', "True is not a positive integer"),
+    ("ds.json", '{"train_micro_batch_size_per_gpu": true}', "true is not a positive integer"),
     ("ds.json", {**AUTO, "zero_optimization": {"stage": 2, "reduce_bucket_size": 1e18}}, "ds.json: zero.reduce_bucket"),
     ("a.yaml", "distributed_type: !!python/none\n", "a.yaml: is not plain YAML"),
     ("a.yaml", "distributed_type: FSDP\nnum_processes: 6\nnum_machines: 4\n", "6 cannot be shared evenly by 4 nodes"),
@@ -180,7 +180,7 @@ def test_int8_under_zero3_of_a_file_is_said_to_stay_whole(run: Callable[..., Any
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"zero_quantized_gradients": True, "reduce_scatter": False}, "zero_quantized_gradients: True is refused"),
+        ({"zero_quantized_gradients": True, "reduce_scatter": False}, "zero_quantized_gradients: true is refused"),
         (
             {"zero_hpz_partition_size": 2, "offload_param": {"device": "nvme", "nvme_path": "/nvme"}},
             "zero_hpz_partition_size: 2 fails in DeepSpeed with offload_param nvme",

@@ -10,7 +10,7 @@ from tests.oracles.families import CONFIGS
 from tests.oracles.test_engines import estimated, measured
 
 from memplan import estimator, sharded
-from memplan.api import _model
+from memplan.case import model_spec
 from memplan.catalog.gpus import find_gpu
 from memplan.configs.deepspeed import parse_deepspeed
 from memplan.configs.setup import with_training
@@ -50,7 +50,7 @@ def test_one_group(options: dict[str, Any]) -> None:
     training, strategy, _ = with_training(parse_deepspeed(config, "ds.json"), asked, {}, options["gpus"])
     cpu, values = find_gpu("cpu"), {**CONFIGS["llama"]["small"], "num_hidden_layers": 2}
     cluster = ClusterSpec(gpu=cpu, gpus=options["gpus"])
-    setup = estimator.resolve(_model(values), training, cluster, strategy, SoftwareSpec())
+    setup = estimator.resolve(model_spec(values), training, cluster, strategy, SoftwareSpec())
     ledger = Ledger(pinned_in_powers_of_two=False)
     sharded.play_engine(setup, cpu, strategy, options["gpus"], options["gpus"], 0, ledger, full_depth=False)
     found = {name: size for name, size in estimated(ledger).items() if name in truth}

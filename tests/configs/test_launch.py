@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memplan.api import _model
+from memplan.case import model_spec
 from memplan.catalog.gpus import find_gpu
 from memplan.catalog.models import all_models
 from memplan.configs import launch
@@ -37,7 +37,7 @@ from memplan.specs.strategy import DdpSpec, FsdpSpec, OffloadOptimizerSpec, Offl
 from memplan.specs.training import OPTIMIZERS, LoraSpec, QuantizationSpec, TrainingSpec
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
-LLAMA = _model("meta-llama/Llama-2-7b")
+LLAMA = model_spec("meta-llama/Llama-2-7b")
 TWO = ClusterSpec(gpu=find_gpu("A100-80GB"), gpus=2, nvme_path="/nvme")
 SOFTWARE = SoftwareSpec()
 
@@ -474,7 +474,7 @@ def test_the_tiny_model_is_the_same_family_with_two_layers(kind: str) -> None:
     import torch
     import transformers
 
-    models = [_model(model.id) for model in NATIVE if model.config["model_type"] == kind]
+    models = [model_spec(model.id) for model in NATIVE if model.config["model_type"] == kind]
     for model in models:
         config = transformers.AutoConfig.for_model(**json.loads(json.dumps(tiny_config(model))))
         with torch.device("meta"):
@@ -664,7 +664,7 @@ def test_the_allocator_is_set_by_the_name_that_torch_has(tmp_path: Path) -> None
 
 def test_images_stay_until_they_are_pixels() -> None:
     values = json.loads(
-        written(Strategy(kind="ddp"), model=_model("google/vit-base-patch16-224"))["training_args.json"]
+        written(Strategy(kind="ddp"), model=model_spec("google/vit-base-patch16-224"))["training_args.json"]
     )
     assert values["model_class"] == "AutoModelForImageClassification"
     assert (values["text_column"], values["remove_unused_columns"]) == ("image", False)
@@ -695,15 +695,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"strategy": Strategy(), "cluster": TWO}, "gpus: 2 is more than strategy single uses"),
     (
         {"strategy": Strategy(kind="zero3", offload_optimizer="nvme"), "cluster": ClusterSpec(gpus=2, nvme=10**12)},
-        "nvme_path: None is no folder",
+        "nvme_path: null is no folder",
     ),
     (
         {"strategy": Strategy(kind="zero3", zero=ZeroSpec(zero3_init_flag=False))},
-        "zero3_init_flag: False cannot be asked",
+        "zero3_init_flag: false cannot be asked",
     ),
     (
         {"strategy": Strategy(kind="ddp", ddp=DdpSpec(gradient_as_bucket_view=True))},
-        "gradient_as_bucket_view: True has no",
+        "gradient_as_bucket_view: true has no",
     ),
     (
         {"strategy": Strategy(kind="fsdp", fsdp=FsdpSpec(version=1, limit_all_gathers=False))},
@@ -715,7 +715,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
                 kind="fsdp", fsdp=FsdpSpec(version=1, cpu_ram_efficient_loading=True, sync_module_states=False)
             )
         },
-        "accelerate.yaml: fsdp_config.fsdp_sync_module_states: False is refused by accelerate",
+        "accelerate.yaml: fsdp_config.fsdp_sync_module_states: false is refused by accelerate",
     ),
     (
         {"software": SoftwareSpec(transformers="4.50")},
@@ -739,10 +739,10 @@ def test_a_local_model_is_found_from_the_folder(tmp_path: Path, monkeypatch: pyt
     Path("mine/config.json").write_text(config)
     Path("other.json").write_text(config)
     for name in ("mine", "mine/config.json", str(tmp_path / "mine")):
-        values = json.loads(written(model=_model(name))["training_args.json"])
+        values = json.loads(written(model=model_spec(name))["training_args.json"])
         assert values["model_name_or_path"] == str(tmp_path / "mine")
     with pytest.raises(SpecError, match="is a config, and names no checkpoint to train"):
-        written(model=_model("other.json"))
+        written(model=model_spec("other.json"))
 
 
 @pytest.mark.parametrize("name", ["a\ntouch /tmp/x", "a\r\ntouch x", "$(touch x)", "`touch x`", "a\u2028b"])
@@ -789,7 +789,7 @@ BROKEN: list[tuple[str, str | None, str]] = [
         '{"model_name_or_path": "a", "model_class": "AutoModelForCausal"}',
         "Did you mean AutoModelForCausalLM",
     ),
-    ("training_args.json", '{"model_name_or_path": "a", "bf16": true, "fp16": true}', "fp16: True cannot go with bf16"),
+    ("training_args.json", '{"model_name_or_path": "a", "bf16": true, "fp16": true}', "fp16: true cannot go with bf16"),
     ("training_args.json", '{"model_name_or_path": "a", "lora": 8}', "lora: 8 is not an object"),
     ("ds_config.json", None, "ds_config.json: missing"),
     ("ds_config.json", '{"zero_optimization": {"stage": 9}}', "stage: 9 is not a stage"),
@@ -980,12 +980,12 @@ def test_the_libraries_read_whatever_is_written(strategy: Strategy, training: Tr
 
 @pytest.mark.parametrize("case", [case for case in CASES if "nvme" not in case])
 def test_what_is_written_has_no_mistakes(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from memplan import api
+    from memplan import checks
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     strategy, training = CASES[case]
     write(written(strategy, training), tmp_path / "plan")
-    found = api.check(tmp_path / "plan", cluster={"gpu": "A100-80GB", "host_memory": "4TiB", "nvme": "8TiB"})
+    found = checks.check(tmp_path / "plan", cluster={"gpu": "A100-80GB", "host_memory": "4TiB", "nvme": "8TiB"})
     assert found.findings == ()
     assert found.estimate is not None
     assert found.estimate.setup["strategy"] == strategy.kind

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from memplan import api
+from memplan import checks
 from memplan.errors import MemplanError, UnsupportedError
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
@@ -251,7 +251,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.refused])
 def test_a_setup(name: str) -> None:
     case = CASES[name]
-    found = api.check(Path(name), case.model, None, case.cluster)
+    found = checks.check(Path(name), case.model, None, case.cluster)
     said = {**found.estimate.setup, "gpus": found.estimate.cluster["gpus"]}
     assert {key: said[key] for key in case.setup} == case.setup
     by_severity = {
@@ -265,7 +265,7 @@ def test_a_setup(name: str) -> None:
     }
     data = Path(name).read_text()
     if name.endswith(".json"):  # as values it is the same
-        again = api.check(json.loads(data), case.model, None, case.cluster)
+        again = checks.check(json.loads(data), case.model, None, case.cluster)
         assert (again.estimate.gpu, again.estimate.host) == (found.estimate.gpu, found.estimate.host)
 
 
@@ -273,7 +273,7 @@ def test_a_setup(name: str) -> None:
 def test_a_refusal(name: str) -> None:
     case = CASES[name]
     with pytest.raises(MemplanError) as error:
-        api.check(Path(name), case.model, None, case.cluster)
+        checks.check(Path(name), case.model, None, case.cluster)
     assert case.refused in str(error.value)
 
 
@@ -293,4 +293,4 @@ def test_deepspeed_refuses_what_is_refused_for_it() -> None:
 
 def test_a_model_with_its_own_code_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedError, match="remote code is never run"):
-        api.check(Path("qwen_lora.sh"), None, None, OF_FILE)
+        checks.check(Path("qwen_lora.sh"), None, None, OF_FILE)

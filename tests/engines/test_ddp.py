@@ -84,6 +84,36 @@ def estimated(gpu: str, replay: bool, micro_batches: int, bucket_view: bool) -> 
     return {phase.name: phase.allocated for phase in found.gpu.phases}
 
 
+ARCHIVE = Path(__file__).parents[2] / "benchmarks" / "measurements" / "ddp.json"
+"""What torch's DDP has of buckets once it is made."""
+
+
+def estimated_buckets() -> int:
+    levels = [
+        {phase.name: phase.allocated for phase in memplan.estimate(CONFIG, training, f"{gpus}xA100-80GB").gpu.phases}
+        for training in [memplan.TrainingSpec(seq_len=LENGTH, mixed_precision="no")]
+        for gpus in (1, 2)
+    ]
+    return levels[1]["load"] - levels[0]["load"]
+
+
+def test_buckets_beside_torch(tmp_path: Path) -> None:
+    import transformers
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.profiler import ProfilerActivity, profile
+
+    values = {name: value for name, value in CONFIG.items() if name not in ("model_type", "architectures")}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("llama", **values))
+    with one_process(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        wrapped = DistributedDataParallel(model)
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    buckets = sum(event["args"]["Bytes"] for event in events if event.get("name") == "[memory]")
+    del wrapped
+    assert buckets == json.loads(ARCHIVE.read_text(encoding="utf-8"))["buckets"]
+    assert estimated_buckets() == pytest.approx(buckets, rel=0.001)
+
+
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("bucket_view", [False, True])
 def test_backward_beside_torch(tmp_path: Path, micro_batches: int, bucket_view: bool) -> None:

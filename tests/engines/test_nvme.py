@@ -207,7 +207,7 @@ def test_what_is_not_modelled(keys: dict[str, Any], reason: str) -> None:
 
 def test_nvme_needs_a_folder() -> None:
     strategy = memplan.Strategy(kind="zero3", offload_optimizer="nvme")
-    with pytest.raises(SpecError, match=r"^nvme_path: None is no folder, .* Use --nvme-path DIR"):
+    with pytest.raises(SpecError, match=r"^nvme_path: null is no folder, .* Use --nvme-path DIR"):
         memplan.estimate(MODEL, None, "2xA100-80GB", strategy)
 
 

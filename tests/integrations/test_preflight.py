@@ -25,7 +25,7 @@ import transformers
 from transformers.integrations import HfDeepSpeedConfig
 
 import memplan
-from memplan import api
+from memplan import case, checks
 from memplan.catalog import detect
 from memplan.catalog.detect import Device
 from memplan.errors import PreflightError, SpecError
@@ -133,7 +133,7 @@ def test_arguments_are_what_their_file_is(fields: dict[str, Any], tmp_path: Path
     config = {**transformers.LlamaConfig(**TINY).to_dict(), "architectures": ["LlamaForCausalLM"]}
     values = {"output_dir": str(tmp_path), "dtype": "float32", "attn_implementation": "sdpa", "seq_len": 128, **fields}
     (tmp_path / "training_args.json").write_text(json.dumps(values))
-    installed = api._installed()
+    installed = checks.installed_software()
     of_files = memplan.check(tmp_path / "training_args.json", config, cluster=TWO, software=installed)
     found = memplan.preflight(llama(), arguments(tmp_path, **fields), training={"seq_len": 128}, cluster=TWO)
     assert setup_of(found) == of_files.estimate.setup
@@ -154,13 +154,13 @@ def test_what_a_plan_has_written_is_what_check_reads(
 ) -> None:
     from memplan.configs import launch
 
-    model = api._model("meta-llama/Llama-2-7b")
+    model = case.model_spec("meta-llama/Llama-2-7b")
     spec = memplan.TrainingSpec(seq_len=512, lora={"rank": 4}, micro_batch_size=2)
-    cluster = api._cluster(memplan.ClusterSpec(gpu="A100-80GB", gpus=2))
-    files = launch.files(model, spec, cluster, memplan.Strategy(kind=strategy), api._installed())
+    cluster = case.known_cluster(memplan.ClusterSpec(gpu="A100-80GB", gpus=2))
+    files = launch.files(model, spec, cluster, memplan.Strategy(kind=strategy), checks.installed_software())
     launch.write(files, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
-    of_files = memplan.check(".", cluster=cluster, software=api._installed())
+    of_files = memplan.check(".", cluster=cluster, software=checks.installed_software())
     if strategy == "fsdp" and how != "folder":  # as accelerate launch says what is in accelerate.yaml
         words = ["--config_file", "accelerate.yaml"]
         for name, value in launched(*words).items():
@@ -571,7 +571,7 @@ A100 = device()
 
 def seen(monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
     monkeypatch.setattr(detect, "read_nvml", lambda: devices)
-    monkeypatch.setattr(api, "detect_cluster", lambda: detect.detect_cluster(nvml=lambda: devices))
+    monkeypatch.setattr(checks, "detect_cluster", lambda: detect.detect_cluster(nvml=lambda: devices))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
@@ -617,7 +617,7 @@ def test_a_containers_limit_is_the_hosts_memory(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "sys" / "fs" / "cgroup" / "job").mkdir(parents=True)
     (tmp_path / "sys" / "fs" / "cgroup" / "job" / "memory.max").write_text(f"{2 * GiB}\n")
     seen(monkeypatch, A100)
-    monkeypatch.setattr(api, "host_memory", lambda: detect.host_memory(tmp_path))
+    monkeypatch.setattr(checks, "host_memory", lambda: detect.host_memory(tmp_path))
     config = {**ZERO_3, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
     config["zero_optimization"] = {**ZERO_3["zero_optimization"], "offload_optimizer": {"device": "cpu"}}
     large = transformers.LlamaConfig(**TINY | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8})
@@ -703,7 +703,7 @@ def test_a_mistake_of_memplan_ends_no_training(monkeypatch: pytest.MonkeyPatch) 
     def broken(*_: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(api, "_checked", broken)
+    monkeypatch.setattr(checks, "_checked", broken)
     with pytest.warns(UserWarning, match=r"not checked: ZeroDivisionError: by zero \(test_preflight\.py:\d+\)"):
         found = memplan.preflight(llama(), cluster=TWO)
     assert codes(found) == {"memplan-error"}

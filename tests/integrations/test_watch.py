@@ -280,7 +280,7 @@ def test_a_trainer_on_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.filterwarnings("ignore:memplan")
 def test_a_record_is_estimated_again(tmp_path: Path, cuda: Counters) -> None:
-    from memplan.api import estimate_again
+    from memplan.measuring import estimate_again
 
     callback = MemoryCallback(cluster="1xRTX 3090")
     trainer(tmp_path, callback).train()

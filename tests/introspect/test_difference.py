@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.introspect.test_measure import T5, TINY
 
-from memplan import api, estimator
+from memplan import case, estimator, measuring
 from memplan.catalog.gpus import find_gpu
 from memplan.introspect.measurement import Measured, Measurement, align, fullest_phase
 from memplan.introspect.worker import blocks_at_peak
@@ -56,7 +56,7 @@ def test_blocks_are_those_of_the_phase(strategy: Strategy, accumulated: int) -> 
     ranks = 1 if strategy.kind == "single" else 4
     training = TrainingSpec(seq_len=64, micro_batch_size=2, grad_accum_steps=accumulated)
     cluster = ClusterSpec(gpu=find_gpu("H200"), gpus=ranks)
-    specs = (api._model(TINY), training, cluster, strategy, SoftwareSpec())
+    specs = (case.model_spec(TINY), training, cluster, strategy, SoftwareSpec())
     expected = estimator.estimate(*specs, replay=False)
     told = {phase.name: phase.allocated for phase in expected.gpu.phases}
     for phase in ("forward", "loss", "backward", "step", "idle"):
@@ -76,7 +76,7 @@ def test_blocks_are_those_of_the_phase(strategy: Strategy, accumulated: int) -> 
     ids=["autocast", "lora", "t5"],
 )
 def test_a_real_run_has_the_blocks_of_the_estimate(config: Any, training: Any) -> None:
-    found = api.measure(config, training, {"gpu": "cpu"}, snapshot=True)
+    found = measuring.measure(config, training, {"gpu": "cpu"}, snapshot=True)
     assert found.measurement.status == "ok", found.measurement.message
     assert found.blocks is not None
     assert found.measurement.blocks is not None

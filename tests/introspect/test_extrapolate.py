@@ -16,7 +16,7 @@ from tests.oracles.families import CONFIGS
 from torch import nn
 from torch.nn import functional
 
-from memplan import api, estimator
+from memplan import api, case, estimator
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import SpecError, UnsupportedError
 from memplan.introspect import extrapolate, recording
@@ -260,7 +260,7 @@ def test_without_the_replay_reserved_is_a_bound() -> None:
 
 
 def test_an_answer_names_the_architecture_file_that_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "DISAGREEMENT", -1.0)
+    monkeypatch.setattr(case, "DISAGREEMENT", -1.0)
     result = api.estimate(deep("llama", 2), SHORT, "cpu", trace=True)
     assumption = result.assumptions[-1]
     assert assumption.name == "written family"

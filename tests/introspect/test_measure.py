@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memplan import api
+from memplan import api, case, measuring
 from memplan.catalog.gpus import parse_cluster
 from memplan.cli import main
 from memplan.configs import launch
@@ -50,7 +50,7 @@ T5 = {
     ids=["autocast", "lora, loaded and saved", "t5, evaluated", "padded"],
 )
 def test_a_real_run_is_what_was_estimated(config: Any, training: Any, options: Any) -> None:
-    found = api.measure(config, training, {"gpu": "cpu"}, **options)
+    found = measuring.measure(config, training, {"gpu": "cpu"}, **options)
     assert found.measurement.status == "ok", found.measurement.message
     rows = {row.name: row for row in found.differences}
     phases = {"first_step", "forward", "backward", "step", "idle", "steady_allocated", "peak_allocated"}
@@ -62,7 +62,7 @@ def test_a_real_run_is_what_was_estimated(config: Any, training: Any, options: A
     assert len(found.measurement.step_seconds) == 3
     assert all(loss > 0 for loss in found.measurement.losses)
     assert Measured.from_json(found.to_json()) == found
-    again = api.estimate_again(found.measurement)
+    again = measuring.estimate_again(found.measurement)
     assert [row.estimated for row in again.differences] == [row.estimated for row in found.differences]
 
 
@@ -77,7 +77,7 @@ def test_a_real_run_is_what_was_estimated(config: Any, training: Any, options: A
 )
 def test_engines_run_as_the_first_of_many(strategy: Strategy, ranks: int, engine: str, tmp_path: Path) -> None:
     """Their buffers are not counted on a CPU; but all else is as on a GPU."""
-    model = api._model(TINY).replace(source="random")
+    model = case.model_spec(TINY).replace(source="random")
     strategy = launch.as_written(strategy)
     files = launch.files(
         model, TrainingSpec(seq_len=32, grad_accum_steps=2), parse_cluster(f"{ranks}xA100-80GB"), strategy,

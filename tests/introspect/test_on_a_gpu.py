@@ -14,7 +14,7 @@ import torch
 from tests.introspect import fake_cuda
 from tests.introspect.test_measure import TINY
 
-from memplan import api
+from memplan import measuring
 from memplan.catalog import detect
 from memplan.errors import SpecError
 from memplan.introspect import measure, worker
@@ -79,7 +79,7 @@ COUNTERS = {"allocated", "requested", "reserved", "active", "inactive_split", "p
 )
 def test_a_run_is_recorded_whole(training: Any, options: Any, tells: bool) -> None:
     """``tells`` is whether the driver says what each process has."""
-    found = api.measure(TINY, training, start=partial(Forked, tells), **options).measurement
+    found = measuring.measure(TINY, training, start=partial(Forked, tells), **options).measurement
     assert found.status == "ok", found.message
     assert {"load", "first_step", "forward", "loss", "backward", "step", "idle"} <= found.phases.keys()
     assert all(counters.keys() >= COUNTERS for counters in found.phases.values())
@@ -98,7 +98,7 @@ def test_a_run_is_recorded_whole(training: Any, options: Any, tells: bool) -> No
 
 
 def test_a_run_dies_of_a_smaller_gpu() -> None:
-    found = api.measure(TINY, {"seq_len": 64}, cap=fake_cuda.CONTEXT + 12 * MiB, start=partial(Forked, False))
+    found = measuring.measure(TINY, {"seq_len": 64}, cap=fake_cuda.CONTEXT + 12 * MiB, start=partial(Forked, False))
     assert found.measurement.status == "out-of-memory", found.measurement.message
     assert found.measurement.cap == fake_cuda.CONTEXT + 12 * MiB
     assert "load" in found.measurement.phases
@@ -107,12 +107,12 @@ def test_a_run_dies_of_a_smaller_gpu() -> None:
 
 def test_a_larger_gpu_cannot_be_played() -> None:
     with pytest.raises(SpecError, match=r"cap: .* more than this GPU has"):
-        api.measure(TINY, {"seq_len": 64}, cap=200 * GiB)
+        measuring.measure(TINY, {"seq_len": 64}, cap=200 * GiB)
 
 
 def test_a_boundary_is_searched_under_a_cap() -> None:
     options: dict[str, Any] = {"cap": fake_cuda.CONTEXT + 60 * MiB, "start": partial(Forked, True), "steps": 2}
-    found = api.measure_boundary(TINY, {"seq_len": 64}, boundary="micro-batch", **options)
+    found = measuring.measure_boundary(TINY, {"seq_len": 64}, boundary="micro-batch", **options)
     assert found.measured is not None
     statuses = {tried.value: tried.status for tried in found.tried}
     assert statuses[found.measured] == "ok"

@@ -70,6 +70,9 @@ def test_a_replay_is_that_of_a_play_over_every_layer(strategy: Strategy, trainin
         assert (found.peak_allocated, found.peak_reserved) == exact
 
 
+_VERDICTS = {("fits", "fits"), ("fits", "tight"), ("unknown", "unknown"), ("unknown", "tight")}
+
+
 @pytest.mark.parametrize("training", [*RUNS, {"dtype": "float32", "mixed_precision": "no"}], ids=str)
 @pytest.mark.parametrize("strategy", [Strategy(), Strategy(kind="ddp"), *ENGINES], ids=name)
 def test_the_least_is_what_an_estimate_says(strategy: Strategy, training: dict[str, Any]) -> None:
@@ -79,4 +82,8 @@ def test_the_least_is_what_an_estimate_says(strategy: Strategy, training: dict[s
         spec = TrainingSpec(micro_batch_size=batch, seq_len=length, **training)
         found = least(MODEL, spec, cluster, strategy, SoftwareSpec())
         said = estimate(MODEL, spec, cluster, strategy, SoftwareSpec(), replay=False)
-        assert found == Least(said.gpu.low, said.host.peak, said.nvme.bytes), (batch, length)
+        assert found == Least(said.gpu.low, said.host.peak, said.nvme.bytes, found.verdict), (batch, length)
+        assert (found.verdict, said.verdict) in _VERDICTS, (batch, length)
+        unplayed = least(MODEL, spec, cluster, strategy, SoftwareSpec(), played=False)
+        assert all(a <= b for a, b in zip(unplayed[:3], found[:3], strict=True)), (batch, length)
+        assert unplayed.gpu > found.gpu // 4

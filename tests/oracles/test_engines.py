@@ -9,9 +9,9 @@ from tests.oracles import nvme, o2
 from tests.oracles.families import CONFIGS
 
 from memplan import estimator, sharded
-from memplan.api import _model
 from memplan.architectures.nn import Build, Inventory
 from memplan.architectures.registry import build_model
+from memplan.case import model_spec
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import SpecError
 from memplan.memory.course import Ledger
@@ -72,7 +72,7 @@ def specs(row: o2.Row) -> tuple[ModelSpec, TrainingSpec, Strategy]:
     keys["zero3_init_flag"] = options.pop("zero_init", True)
     places = {name: options.pop(name) for name in ("offload_optimizer", "offload_param") if name in options}
     strategy = Strategy(kind=kind, zero=ZeroSpec(**keys), fsdp=FsdpSpec(**options.pop("fsdp", {})), **places)
-    return _model(config), TrainingSpec(**options), strategy
+    return model_spec(config), TrainingSpec(**options), strategy
 
 
 def measured(row: o2.Row, side: str = "device", *, quantizing: bool = False) -> dict[str, int]:
@@ -119,7 +119,7 @@ def scratch(row: o2.Row, phase: str) -> int:
     """Bytes of CPU kernels' own at the fullest moment of a phase."""
     assert row.result is not None
     options = row.setup.options
-    model = _model(dict(CONFIGS[row.setup.family][row.setup.config]) | options.get("values", {}))
+    model = model_spec(dict(CONFIGS[row.setup.family][row.setup.config]) | options.get("values", {}))
     root = build_model(Build(Tape(CPU), bfloat16, attn=options.get("attn", "sdpa")), model, None)
     matrices = [p.shape for p, _ in Inventory(root).parameters if len(p.shape) == 2]
     tokens, rank = options["micro_batch_size"] * options["seq_len"], options.get("lora", {}).get("rank", 0)

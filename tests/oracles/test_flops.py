@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from memplan import micro_batch
-from memplan.api import _model
+from memplan.case import model_spec
 from memplan.catalog.gpus import find_gpu
 from memplan.estimator import resolve
 from memplan.specs.hardware import ClusterSpec
@@ -100,7 +100,7 @@ def of_the_tape(values: dict[str, Any], attn: str, checkpointed: bool) -> tuple[
         mixed_precision="no",
     )
     cluster = ClusterSpec(gpu=find_gpu("cpu"))
-    setup = resolve(_model(values), training, cluster, Strategy(), SoftwareSpec())
+    setup = resolve(model_spec(values), training, cluster, Strategy(), SoftwareSpec())
     profile = micro_batch.micro_batch(setup, full_depth=False, accumulated=False).unrolled.profile()
     return profile.forward_flops, profile.backward_flops
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tests.oracles.families import CONFIGS
 
-from memplan.api import _model
 from memplan.architectures.nn import Build, watch
 from memplan.architectures.registry import build_model
+from memplan.case import model_spec
 from memplan.tape.dispatch import CPU
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import float32
@@ -76,7 +76,7 @@ def _batch(values: dict[str, Any], config: Any) -> dict[str, Any]:
 def watched(values: dict[str, Any], attn: str) -> list[Moment]:
     tape = Tape(CPU)
     tape.engine_takes_gradients = True
-    root: Any = build_model(Build(tape, float32, attn=attn), _model(dict(values)), None)
+    root: Any = build_model(Build(tape, float32, attn=attn), model_spec(dict(values)), None)
     names = {id(module): name for name, module in root.named_modules()}
     watch(root, tape)
     loss, _ = root(*root.inputs(BATCH, LENGTH))

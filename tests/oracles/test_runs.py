@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from tests.oracles import nvme
 
-from memplan.api import _model
+from memplan.case import model_spec
 from memplan.catalog.gpus import find_gpu
 from memplan.configs.launch import files, read, write
 from memplan.estimator import estimate
@@ -131,7 +131,7 @@ def setup_of(run: Run, nvme_path: str | None = None) -> tuple[Any, TrainingSpec,
     ranks = 1 if run.strategy.kind == "single" else 2
     cluster = ClusterSpec(gpu=find_gpu(run.gpu), gpus=ranks, nvme_path=nvme_path)
     training = TrainingSpec(**{"seq_len": 32, **run.training})
-    return _model(run.model), training, cluster, run.strategy, SoftwareSpec()
+    return model_spec(run.model), training, cluster, run.strategy, SoftwareSpec()
 
 
 def rehearse(run: Run, folder: Path, timeout: float = TIMEOUT, **environment: str) -> dict[str, Any]:

@@ -1,10 +1,15 @@
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from tests.browser import CHROMIUM, CONTRAST, Browser
 from tests.render.samples import estimate, several
 
-from memplan.results import EstimateList
+import memplan
+from memplan.results import Check, EstimateList, Finding, Preflight
 from memplan.units import GiB
+
+WRONG = Finding(code="some-code", severity="error", path="ds.json: a.b", message="is <wrong>.", remedy="Mend it.")
 
 
 class Page(HTMLParser):
@@ -21,6 +26,8 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag, attrs) -> None:
+        if tag == "br":
+            return
         self.open.append(tag)
         if tag == "tr":
             self.rows.append([])
@@ -35,7 +42,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data) -> None:
         self.text += data
-        if self.open and self.open[-1] in ("td", "th"):
+        if "td" in self.open or "th" in self.open:
             self.rows[-1][-1] += data
 
 
@@ -67,3 +74,60 @@ def test_a_list_has_a_row_per_estimate() -> None:
 
 def test_what_does_not_fit_says_what_it_needs() -> None:
     assert "it needs a GPU of 64.50 GiB" in Page(estimate(capacity=GiB)._repr_html_()).text
+
+
+def test_a_plan_has_a_row_per_rung_and_the_front() -> None:
+    plan = memplan.plan("gpt2", {"seq_len": 512}, "2xT4", global_batch_size=32)
+    page = Page(plan._repr_html_())
+    rows = {row[0]: row for row in page.rows[: len(plan.rungs) + 1]}
+    assert list(rows) == ["rung", *(rung.name for rung in plan.rungs)]
+    for rung in plan.rungs:
+        gpu, host = rung.estimate.gpu.peak_device, rung.estimate.host.peak
+        assert rows[rung.name][2:4] == [f"{gpu / GiB:.2f}", f"{host / GiB:.2f}"]
+    assert page.text.count(plan.best.name) > 1
+    assert all(f"{point.high / GiB:.2f}" in page.text for point in plan.pareto)
+
+
+def test_a_plan_of_which_nothing_fits_says_what_would() -> None:
+    plan = memplan.plan("gpt2", {"seq_len": 1024}, {"gpu": "T4", "gpu_memory": "1GiB", "host_memory": "1GiB"})
+    page = Page(plan._repr_html_())
+    assert "No setup is known to fit." in page.text
+    assert plan.remedies
+    assert all(remedy.options in page.text for remedy in plan.remedies)
+
+
+def test_findings_are_below_the_estimate() -> None:
+    found = estimate()
+    check = Check(estimate=found, verdict=found.verdict, findings=(WRONG,))
+    page = Page(check._repr_html_())
+    assert "fits: 15.50 GiB to spare" in page.text
+    assert page.rows[-1] == ["error", "some-code", "ds.json: a.b", "is <wrong>.Mend it."]
+    assert Page(Preflight([WRONG], check)._repr_html_()).rows == page.rows
+    assert "no findings" in Preflight()._repr_html_()
+
+
+def test_a_comparison_has_a_row_per_figure() -> None:
+    comparison = memplan.compare("gpt2", {"seq_len": 128}, "2xT4")
+    page = Page(comparison._repr_html_())
+    assert [row[:2] for row in page.rows[1:]] == [[row.tool, row.option] for row in comparison.rows]
+
+
+THEMES = {"light": ("#ffffff", "#000000"), "dark": ("#111111", "#e0e0e0")}
+"""Behind and in front, as JupyterLab's two themes have it."""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_tables_are_read_on_light_and_dark_pages(tmp_path: Path) -> None:
+    plan = memplan.plan("gpt2", {"seq_len": 512}, "2xT4", global_batch_size=32)
+    check = Check(estimate=estimate(), verdict="fits", findings=(WRONG,))
+    comparison = memplan.compare("gpt2", {"seq_len": 128}, "2xT4")
+    parts = "".join(each._repr_html_() for each in (estimate(), several(), plan, check, comparison))
+    with Browser() as browser:
+        for name, (back, ink) in THEMES.items():
+            path = tmp_path / f"{name}.html"
+            path.write_text(
+                f'<meta charset="utf-8"><body style="background:{back};color:{ink}">{parts}', encoding="utf-8"
+            )
+            browser.open(path)
+            assert browser.run(CONTRAST) == []
+            assert browser.said() == []

@@ -5,8 +5,22 @@ from typing import Any
 import pytest
 from tests.render.samples import PARTS, estimate, several
 
-from memplan.errors import UnsupportedError
+import memplan
+from memplan.errors import SpecError, UnsupportedError
+from memplan.render import plots
+from memplan.results import Estimate, Plan, Point, Rung
 from memplan.units import GiB
+
+BATCH = {"micro_batch_size": 1, "grad_accum_steps": 2}
+FAST = Point(name="ddp", setup=BATCH, seconds=1, tokens_per_second=2, high=30 * GiB, headroom=0)
+SMALL = Point(name="zero3", setup=BATCH, seconds=2, tokens_per_second=1, high=10 * GiB, headroom=0)
+
+
+def plan() -> Plan:
+    rungs = [
+        Rung(name=f"rung {n}", estimate=each, reason_passed_over="slow") for n, each in enumerate(several().estimates)
+    ]
+    return Plan(best=rungs[1], rungs=tuple(rungs), pareto=(FAST, SMALL))
 
 
 class Axes(SimpleNamespace):
@@ -16,6 +30,8 @@ class Axes(SimpleNamespace):
         super().__init__(calls=[])
 
     def __getattr__(self, name: str) -> Any:
+        if name.endswith("axis"):
+            return Axes()
         return lambda *args, **options: self.calls.append((name, args, options))
 
     def named(self, name: str) -> list[tuple[Any, Any]]:
@@ -42,6 +58,95 @@ def test_a_bar_per_estimate_and_a_line_per_capacity() -> None:
     assert axes.named("set_yticks")[0][0][1] == ["ddp, batch 4", "ddp, batch 1 x 4", "ddp, batch 4, checkpointing"]
     assert [args for args, _ in axes.named("axvline")] == [(40.0,), (64.0,)]
     assert all(len(args[1]) == 3 for args, _ in axes.named("barh"))
+
+
+def test_phases_are_bars_beside_the_capacity() -> None:
+    axes = Axes()
+    estimate().plot("phases", ax=axes)
+    (places, sizes), _ = axes.named("bar")[0]
+    assert list(zip(places, sizes)) == [(0, 25.0), (1, pytest.approx(60, abs=0.01)), (2, 0.0)]
+    assert axes.named("set_xticks")[0][0][1] == ["load", "backward", "idle"]
+    assert axes.named("axhline")[0][0] == (80.0,)
+
+
+def test_peaks_are_lines_by_what_else_differs() -> None:
+    def of(batch: int, length: int) -> Estimate:
+        parts = PARTS | {"activations": batch * length * GiB // 1024}
+        return estimate(parts=parts, setup={"micro_batch_size": batch, "seq_len": length})
+
+    axes = Axes()
+    plots.plot_peaks([of(batch, length) for length in (1024, 2048) for batch in (4, 1)], by="micro_batch_size", ax=axes)
+    lines = {options["label"]: args for args, options in axes.named("plot")}
+    assert list(lines) == ["ddp, 1,024 tokens", "ddp, 2,048 tokens"]
+    at, peaks = lines["ddp, 2,048 tokens"]
+    assert at == [1, 4]
+    assert peaks == [of(batch, 2048).gpu.peak_device / GiB for batch in (1, 4)]
+    assert [args for args, _ in axes.named("axhline")] == [(80.0,)]
+    with pytest.raises(SpecError, match="by: 'optim' is no number of every estimate"):
+        plots.plot_peaks([of(1, 1024)], by="optim", ax=axes)
+
+
+def test_the_ladder_marks_what_was_chosen() -> None:
+    axes = Axes()
+    plan().plot(ax=axes)
+    assert axes.named("set_yticks")[0][0][1] == ["rung 0", "rung 1\n(chosen)", "rung 2"]
+    assert [args[0] for args, _ in axes.named("annotate")] == ["does not fit", "fits", "fits"]
+
+
+def test_the_front_is_a_staircase() -> None:
+    axes = Axes()
+    plan().plot("pareto", ax=axes)
+    assert axes.named("plot")[0][0] == ([1.0, 2.0], [30.0, 10.0])
+    assert axes.named("legend")[0][1]["title"] == "1  ddp, 1 x 2\n2  zero3, 1 x 2"
+
+
+def test_errors_are_points_by_group() -> None:
+    axes = Axes()
+    plots.plot_errors([("a", 1.0, 1.1), ("b", 2.0, 0.9), ("a", 4.0, 1.0)], ax=axes)
+    assert [(args, options["label"]) for args, options in axes.named("scatter")] == [
+        (((1.0, 4.0), (1.1, 1.0)), "a (2)"),
+        (((2.0,), (0.9,)), "b (1)"),
+    ]
+
+
+def test_another_plot_is_refused() -> None:
+    with pytest.raises(SpecError, match="Use ladder or pareto"):
+        plan().plot("front")
+    with pytest.raises(SpecError, match="Use components or phases"):
+        estimate().plot("phase")
+
+
+def test_matplotlib_draws_them_all() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    found = estimate()
+    drawn = [found.plot(), found.plot("phases"), several().plot(), plan().plot(), plan().plot("pareto")]
+    drawn += [plots.plot_peaks(several(), by="micro_batch_size"), plots.plot_errors([("a", 1.0, 1.1)])]
+    for axes in drawn:
+        axes.figure.canvas.draw()
+        assert "GiB" in axes.get_xlabel() + axes.get_ylabel()
+        # What tells its size and its colours is within the picture.
+        inner, outer = axes.get_legend().get_window_extent(), axes.figure.bbox
+        assert outer.x0 <= inner.x0 < inner.x1 <= outer.x1
+        assert outer.y0 <= inner.y0 < inner.y1 <= outer.y1
+        matplotlib.pyplot.close(axes.figure)
+
+
+def test_results_as_data_frames() -> None:
+    pytest.importorskip("pandas")
+    frame = plan().to_dataframe()
+    assert list(frame.rung) == ["rung 0", "rung 1", "rung 2"]
+    assert list(frame.chosen) == [False, True, False]
+    assert list(frame.high) == [each.gpu.high for each in several().estimates]
+    assert estimate().to_dataframe().query("component == 'weights'").bytes.item() == 25 * GiB
+    finding = memplan.Finding(code="c", severity="info", path="p", message="m", remedy="r")
+    assert memplan.Check(estimate=None, verdict="unknown", findings=(finding,)).to_dataframe().code.item() == "c"
+
+
+def test_without_pandas_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UnsupportedError, match=r"pip install 'memplan\[notebook\]'"):
+        plan().to_dataframe()
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

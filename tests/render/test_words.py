@@ -1,7 +1,7 @@
 import pytest
 from tests.render.samples import estimate, several
 
-from memplan import api
+from memplan import planning
 from memplan.render import words
 from memplan.results import HostMemory, NvmeMemory, StepTime
 from memplan.units import GiB
@@ -149,7 +149,7 @@ def test_assumptions_show_bytes_as_gib_and_other_units_as_they_are() -> None:
 
 def test_images_have_a_speed_of_their_own() -> None:
     training = {"micro_batch_size": 8, "grad_accum_steps": 2, "seq_len": 2048}
-    best = api.plan("google/vit-base-patch16-224", training, "2xA100-80GB").best
+    best = planning.plan("google/vit-base-patch16-224", training, "2xA100-80GB").best
     assert best is not None
     assert best.estimate.step is not None
     shown = dict(words.extras(best.estimate))["step"]

@@ -40,7 +40,7 @@ def test_all_wrong_fields_are_named_at_once_with_their_paths() -> None:
     assert str(error.value).splitlines() == [
         "micro_batch_size: 0 is not a positive integer. Use an integer from 1 to 1099511627776.",
         "attn: 'flash' is not a choice. Use 'eager', 'sdpa' or 'flash_attention_2'.",
-        "lora.rank: True is not a positive integer. Use an integer from 1 to 1099511627776.",
+        "lora.rank: true is not a positive integer. Use an integer from 1 to 1099511627776.",
         "lora.targets: 'a,,b' has an empty name. Write names separated by commas.",
         "optin: 'sgd' is given to a field that TrainingSpec does not have. Did you mean optim?",
     ]

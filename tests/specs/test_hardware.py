@@ -45,7 +45,7 @@ def test_the_cpu_has_no_compute_capability() -> None:
     [
         ({"memory": exact("m", 80, "GiB", "s")}, r"^memory: 'GiB' is not its unit"),
         ({"source": " "}, r"^source: ' ' is blank"),
-        ({"compute_capability": None}, r"^compute_capability: None cannot be for nvidia"),
+        ({"compute_capability": None}, r"^compute_capability: null cannot be for nvidia"),
         ({"vendor": "amd"}, r"^compute_capability: \(8, 0\) cannot be for amd"),
         ({"bandwidth_gb_per_s": 0}, r"^bandwidth_gb_per_s: 0.0 is out of range"),
         ({"bf16_tflops": float("nan")}, r"^bf16_tflops: nan is out of range"),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from memplan.api import _model
+from memplan.case import model_spec
 from memplan.catalog.gpus import find_gpu
 from memplan.catalog.models import lookup
 from memplan.estimator import resolve
@@ -27,7 +27,11 @@ def resolved(
     cluster = ClusterSpec(gpu=find_gpu(gpu), gpus=gpus, nodes=nodes, nvme_path="/nvme")
     strategy = strategy or Strategy()
     training = {"seq_len": 1024, **training}
-    return resolve(_model(found.config), TrainingSpec(**training), cluster, strategy, SoftwareSpec()), cluster, strategy
+    return (
+        resolve(model_spec(found.config), TrainingSpec(**training), cluster, strategy, SoftwareSpec()),
+        cluster,
+        strategy,
+    )
 
 
 def timed(machine: Machine | None = None, **options: Any) -> StepTiming:

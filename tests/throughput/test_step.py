@@ -67,7 +67,7 @@ def test_flops_are_six_per_parameter_and_token() -> None:
 
 def test_a_gpu_is_needed() -> None:
     setup, cluster, strategy = resolved()
-    with pytest.raises(SpecError, match=r"^gpu: None is no GPU whose speed is known"):
+    with pytest.raises(SpecError, match=r"^gpu: null is no GPU whose speed is known"):
         step_time(setup, cluster.replace(gpu=None), strategy)
     setup, cluster, strategy = resolved(gpu="cpu", mixed_precision="no")
     with pytest.raises(UnsupportedError, match=r"^gpu: how fast a CPU trains"):

@@ -178,5 +178,9 @@ class BloomModel(Module):
 
 
 HEADS = language_model_heads(
-    BloomConfig, BloomModel, prefix="transformer", embedding="word_embeddings", own_loss=AS_THEY_ARE
+    BloomConfig,
+    BloomModel,
+    prefix="transformer",
+    embedding="word_embeddings",
+    own_loss=AS_THEY_ARE._replace(last_only="5.0"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from memplan.architectures.nn import (
     AS_THEY_ARE,
@@ -134,16 +134,16 @@ class GPT2Block(CheckpointLayer):
         self.ln_2 = LayerNorm(b, c.hidden_size)
         self.mlp = self.mlp_class(b, c)
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, mask: Tensor | None) -> Any:
         residual = hidden_states
         hidden_states = self.ln_1(hidden_states)
-        attn_output, _ = self.attn(hidden_states, mask)
+        attn_output, given = self.attn(hidden_states, mask)
         hidden_states = attn_output + residual
         residual = hidden_states
         hidden_states = self.ln_2(hidden_states)
         feed_forward_hidden_states = self.mlp(hidden_states)
         hidden_states = residual + feed_forward_hidden_states
-        return hidden_states
+        return hidden_states if self.presents is None else (hidden_states, given)
 
 
 class GPT2Model(Module):
@@ -171,4 +171,6 @@ class GPT2Model(Module):
         return self.ln_f(hidden_states)
 
 
-HEADS = language_model_heads(GPT2Config, GPT2Model, prefix="transformer", embedding="wte", own_loss=AS_THEY_ARE)
+HEADS = language_model_heads(
+    GPT2Config, GPT2Model, prefix="transformer", embedding="wte", own_loss=AS_THEY_ARE._replace(last_only="4.53")
+)

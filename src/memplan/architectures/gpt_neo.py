@@ -164,5 +164,9 @@ class GPTNeoModel(Module):
 
 
 HEADS = language_model_heads(
-    GPTNeoConfig, GPTNeoModel, prefix="transformer", embedding="wte", own_loss=OwnLoss("4.48.3", and_back=True)
+    GPTNeoConfig,
+    GPTNeoModel,
+    prefix="transformer",
+    embedding="wte",
+    own_loss=OwnLoss("4.48.3", and_back=True, last_only="5.0"),
 )

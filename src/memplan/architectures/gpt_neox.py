@@ -148,5 +148,9 @@ class GPTNeoXModel(Module):
 
 
 HEADS = language_model_heads(
-    GPTNeoXConfig, GPTNeoXModel, prefix="gpt_neox", embedding="embed_in", own_loss=OwnLoss("4.49", in_float32=False)
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    prefix="gpt_neox",
+    embedding="embed_in",
+    own_loss=OwnLoss("4.49", in_float32=False, last_only="4.49"),
 )

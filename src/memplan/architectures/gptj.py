@@ -186,5 +186,5 @@ class GPTJModel(Module):
 
 
 HEADS = language_model_heads(
-    GPTJConfig, GPTJModel, prefix="transformer", embedding="wte", bias=True, own_loss=OwnLoss("4.48.3")
+    GPTJConfig, GPTJModel, prefix="transformer", embedding="wte", bias=True, own_loss=OwnLoss("4.48.3", last_only="5.0")
 )

@@ -258,12 +258,17 @@ class CheckpointLayer(Module):
     no_split = True
     held = False
     """Whether the model holds every layer's output until the last has run (output_hidden_states)."""
+    presents: list[Tensor] | None = None
+    """Where a layer that gives its keys and values beside its output leaves them, for the model to give out."""
     _build: Build
 
     def __call__(self, *args: Any) -> Any:
         b = self._build
         made_before = len(b.tape.sizes)
         out = b.tape.checkpoint(self.forward, *args) if b.gradient_checkpointing else self.forward(*args)
+        if self.presents is not None:
+            out, present = out
+            self.presents.append(present)
         for x in out if isinstance(out, tuple) else (out,):
             if x is not None:
                 b.tape.flow(x, made_before, self.held)
@@ -656,10 +661,12 @@ class OwnLoss(NamedTuple):
     """Whether the logits are made float32 before; or else the loss takes them as they are."""
     and_back: bool = False
     """Whether they are given back in their own dtype."""
+    last_only: str = "4.45"
+    """The version from which generation computes the last position's logits alone (``logits_to_keep``)."""
 
 
 IN_FLOAT32 = OwnLoss()
-"""modeling_llama.py at 4.45.2 and 4.46.0."""
+"""modeling_llama.py at 4.44.2, 4.45.2 and 4.46.0."""
 AS_THEY_ARE = OwnLoss("4.48.3", in_float32=False)
 """gpt2 and others of its time: modeling_gpt2.py at 4.48.2 and 4.48.3."""
 
@@ -677,7 +684,7 @@ def causal_lm_output(
     """The head and the loss of a ...ForCausalLM: (loss, logits); in generation the last position's logits alone."""
     t = b.tape
     with t.tagged(LOGITS):
-        if b.cache is not None:  # logits_to_keep=1
+        if b.cache is not None and b.software.at_least("transformers", own_loss.last_only):
             hidden_states = hidden_states.narrow(1, hidden_states.shape[1] - 1, 1)
         logits = lm_head(hidden_states)
         if scale:
@@ -757,7 +764,7 @@ class CausalLM(Model):
         if tied:
             self.lm_head.weight = embedding.weight
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
         hidden_states = getattr(self, self._prefix)(input_ids)
         return causal_lm_output(self.b, self.lm_head, hidden_states, labels, own_loss=self.own_loss)
 
@@ -769,6 +776,7 @@ def language_model_heads(
     embedding: str,
     bias: bool = False,
     own_loss: OwnLoss = IN_FLOAT32,
+    causal_lm_class: type[CausalLM] = CausalLM,
 ) -> dict[str, Callable[[Build, Fields], Any]]:
     """The models that transformers makes of a decoder, which it holds as ``prefix`` and whose token embedding is
     ``embedding``: with a language model's head (with ``bias``), without, and as a classifier.
@@ -780,7 +788,7 @@ def language_model_heads(
     def causal_lm(b: Build, fields: Fields) -> Model:
         c = config_class(fields)
         model = model_class(b, c)
-        whole = CausalLM(b, prefix, model, getattr(model, embedding), c.tie_word_embeddings, bias)
+        whole = causal_lm_class(b, prefix, model, getattr(model, embedding), c.tie_word_embeddings, bias)
         whole.own_loss = own_loss
         return whole
 

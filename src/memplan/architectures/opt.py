@@ -187,7 +187,9 @@ class OPTForCausalLM(CausalLM):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden_states = self.model.decoder(input_ids)
-        return causal_lm_output(self.b, self.lm_head, hidden_states, labels, own_loss=AS_THEY_ARE)
+        return causal_lm_output(
+            self.b, self.lm_head, hidden_states, labels, own_loss=AS_THEY_ARE._replace(last_only="5.0")
+        )
 
 
 HEADS = {

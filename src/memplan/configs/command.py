@@ -21,6 +21,9 @@ _ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 _TRUTH = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
 """As HfArgumentParser's ``string_to_bool``."""
+_LONGEST = 2**16
+"""Letters of a script, and of what its variables come to: a variable may hold another one twice over."""
+_MOST_WORDS = 2_000
 _PER_NODE = ("nproc_per_node", "num_gpus", "num_processes", "nproc-per-node")
 _NODES = ("nnodes", "num_nodes", "num_machines")
 
@@ -58,10 +61,10 @@ class Command:
 
 def is_command(text: str) -> bool:
     """Whether a text is a command rather than a JSON or a YAML: a launcher, or arguments, at the start of a line."""
-    body = text.lstrip("\ufeff \t\r\n")
+    body = text[:_LONGEST].lstrip("\ufeff \t\r\n")
     if body.startswith(("{", "[")):
         return False
-    return body.startswith(("#!", "--")) or any(map(_starts_something, _lines(text)))
+    return body.startswith(("#!", "--")) or any(map(_starts_something, _lines(body)))
 
 
 def _starts_something(line: str) -> bool:
@@ -76,22 +79,24 @@ def parse_command(command: str | Sequence[str], source: str) -> Command:
     """Take a command apart: text with one line that starts something, or its words. Raises SpecError."""
     if not isinstance(command, str):
         return _taken_apart(list(command), {}, source)
+    if len(command) > _LONGEST:
+        raise SpecError(f"{source}: has {len(command)} letters, too many for a script. Give the command alone.")
     variables: dict[str, str] = {}
     started: list[list[str]] = []
     for line in _lines(command):
         words = _words(line, source)
         while words and (match := _ASSIGNMENT.fullmatch(words[0])) and len(words) == 1:
-            variables[match[1]] = _expanded(match[2], variables)
+            variables[match[1]] = _expanded(match[2], variables, source)
             words = words[1:]
         if words and words[0] == "export":
             for word in words[1:]:
                 if assigned := _ASSIGNMENT.fullmatch(word):
-                    variables[assigned[1]] = _expanded(assigned[2], variables)
+                    variables[assigned[1]] = _expanded(assigned[2], variables, source)
             continue
         if (words and any(word.startswith("--") for word in words)) or any(
             word.endswith((".yaml", ".yml")) for word in words
         ):
-            started.append([expanded for word in words for expanded in _split(word, variables)])
+            started.append([expanded for word in words for expanded in _split(word, variables, source)])
     runs = [words for words in started if _is_start(words)]
     if len(runs) != 1:
         what = "starts no run" if not runs else f"starts {len(runs)} runs"
@@ -132,13 +137,17 @@ def _words(line: str, source: str) -> list[str]:
         raise SpecError(f"{source}: is not a command: {error}. Correct it there.") from None
 
 
-def _expanded(text: str, variables: Mapping[str, str]) -> str:
-    return _VARIABLE.sub(lambda match: variables.get(match[1] or match[3], match[2] or match[0]), text)
+def _expanded(text: str, variables: Mapping[str, str], source: str) -> str:
+    parts = [(variables.get(match[1] or match[3], match[2] or match[0])) for match in _VARIABLE.finditer(text)]
+    if sum(map(len, parts)) > _LONGEST:
+        raise SpecError(f"{source}: has a variable that grows beyond {_LONGEST} letters. Write its value out.")
+    found = iter(parts)
+    return _VARIABLE.sub(lambda _: next(found), text)
 
 
-def _split(word: str, variables: Mapping[str, str]) -> list[str]:
+def _split(word: str, variables: Mapping[str, str], source: str) -> list[str]:
     """A word with its variables; one that is a variable alone may be several, as $OPTIONS is."""
-    expanded = _expanded(word, variables)
+    expanded = _expanded(word, variables, source)
     return expanded.split() if _VARIABLE.fullmatch(word) and expanded != word else [expanded]
 
 
@@ -150,6 +159,8 @@ def _is_start(words: Sequence[str]) -> bool:
 
 
 def _taken_apart(words: list[str], variables: Mapping[str, str], source: str) -> Command:
+    if len(words) > _MOST_WORDS:
+        raise SpecError(f"{source}: has {len(words)} words, too many for a command. Give the command alone.")
     environment = {name: value for name, value in variables.items() if name.isupper()}
     while words and (match := _ASSIGNMENT.fullmatch(words[0])):
         environment[match[1]] = match[2]

@@ -15,6 +15,12 @@ __all__ = ["LARGEST_FILE", "parse_mapping", "read_mapping", "read_text"]
 
 LARGEST_FILE = 2**20
 """Bytes: engine configs have a few KiB."""
+MOST_KEYS = 500
+"""In one section. TrainingArguments have about 120 fields, with all of which a name that is not known is compared."""
+MOST_VALUES = 20_000
+"""In a file: PyYAML takes some 0.1 ms for each."""
+DEEPEST = 50
+"""Levels: DeepSpeed's configs have four. PyYAML's time grows with their square."""
 
 
 def read_mapping(path: str | os.PathLike[str], field: str = "engine_config") -> tuple[dict[str, Any], bool]:
@@ -82,6 +88,7 @@ def read_text(path: Path, field: str = "engine_config") -> str:
 
 def _json(text: str, source: str) -> Any:
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        _refuse_many(len(found), source)
         # DeepSpeed refuses them (config_utils.dict_raise_error_on_duplicate_keys); json alone would take the last.
         _refuse_duplicates((key for key, _ in found), source)
         return dict(found)
@@ -104,12 +111,22 @@ def _yaml(text: str, source: str) -> Any:
     class Loader(yaml.SafeLoader):
         """Plain values only, as accelerate loads them; what could hide or repeat a value is refused."""
 
+        depth, values = 0, 0
+
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise SpecError(f"{source}: has an alias (*), which memplan does not follow. Write the value out.")
-            return super().compose_node(parent, index)
+            self.depth, self.values = self.depth + 1, self.values + 1
+            if self.depth > DEEPEST:
+                raise RecursionError
+            if self.values > MOST_VALUES:
+                raise SpecError(f"{source}: holds more than {MOST_VALUES} values, too many for a config. {_GIVE}")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            _refuse_many(len(node.value), source)
             _refuse_duplicates((str(key.value) for key, _ in node.value), source)
             return super().construct_mapping(node, deep)
 
@@ -124,6 +141,14 @@ def _yaml(text: str, source: str) -> Any:
         if isinstance(error, SpecError):
             raise
         raise SpecError(f"{source}: is not YAML that can be read: {error}. Correct it there.") from None
+
+
+_GIVE = "Give the config of a run."
+
+
+def _refuse_many(keys: int, source: str) -> None:
+    if keys > MOST_KEYS:
+        raise SpecError(f"{source}: has a section of {keys} keys, too many for a config. {_GIVE}")
 
 
 def _refuse_duplicates(keys: Iterable[str], source: str) -> None:

@@ -361,8 +361,17 @@ def _written(run: Run) -> Written:
 
 
 def check_folder(folder: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Raise SpecError if :func:`write` would refuse a folder for what is in it, before it is known what to write."""
-    _check_target(_target(folder), _ALWAYS, force=force)
+    """Raise SpecError if :func:`write` would refuse a folder or fail to write it, before it is known what to write."""
+    target = _target(folder)
+    _check_target(target, _ALWAYS, force=force)
+    there = next(path for path in target.absolute().parents if os.path.lexists(path))
+    try:
+        for place in {there, target} if target.exists() else (there,):
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=place):
+                pass
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror or error})"
+        raise SpecError.at("out", str(folder), problem, "Use another folder.") from None
 
 
 def write(files: Mapping[str, str], folder: str | os.PathLike[str], *, force: bool = False) -> list[Path]:

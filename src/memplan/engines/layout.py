@@ -201,8 +201,8 @@ MICRO_BATCHES = 3
 """The third is like all that follow."""
 
 
-def play(engine: Engine, ledger: Ledger, run: Played) -> None:
-    """Load, run the steps, evaluate, and save."""
+def load(engine: Engine, ledger: Ledger, run: Played) -> None:
+    """What is there before the first step: the model is loaded, and the engine set up."""
     ledger.begin("load")
     if run.quantizing:
         ledger.briefly("weights", run.quantizing, name="weights on their way to being quantized")
@@ -219,6 +219,11 @@ def play(engine: Engine, ledger: Ledger, run: Played) -> None:
         loaded = []
     engine.initialize()
     ledger.free(*loaded)
+
+
+def play(engine: Engine, ledger: Ledger, run: Played) -> None:
+    """Load, run the steps, evaluate, and save."""
+    load(engine, ledger, run)
     ledger.begin("first_step")
     for nbytes in run.workspaces:
         ledger.allocate("workspace", nbytes, name="cuBLAS, one per thread that runs GEMMs")
@@ -283,19 +288,24 @@ def _run(
     """
     ledger.rewind()
     phase = ""
+    unrolled, run, module_event = course.unrolled, ledger.run, engine.module_event
     for leg, key in course.legs:
         if leg.segment.phase != phase:
             phase = leg.segment.phase
             ledger.begin(within or phase)
-        ledger.run(course.unrolled, leg)
-        if leg.event is not None and leg.event.kind == "step" and finish is not None:
+        run(unrolled, leg)
+        event = leg.event
+        if event is None:
+            continue
+        kind = event.kind
+        if kind == "step" and finish is not None:
             finish()
             finish = None
-        if key is None or leg.event is None:
+        if key is None:
             continue
-        if leg.event.kind == "gradient":
-            engine.process_gradients(key, ledger.take(course.unrolled, leg))
+        if kind == "gradient":
+            engine.process_gradients(key, ledger.take(unrolled, leg))
         else:
-            engine.module_event(leg.event.kind, key)
+            module_event(kind, key)
     if finish is not None:
         finish()

@@ -59,15 +59,14 @@ class Shard:
     persistent: bool
     """Small enough to stay gathered between steps (ds_persist)."""
 
-    @property
-    def partition(self) -> int:
-        """Elements of one rank's partition, padding included."""
-        return -(-self.elements // self.ranks)
+    partition: int = field(init=False)
+    """Elements of one rank's partition, padding included."""
+    aligned: int = field(init=False)
+    """Elements of all partitions."""
 
-    @property
-    def aligned(self) -> int:
-        """Elements of all partitions."""
-        return self.partition * self.ranks
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "partition", -(-self.elements // self.ranks))
+        object.__setattr__(self, "aligned", self.partition * self.ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +203,20 @@ class Coordinator:
         """Gathered weights that the graph of the loss holds."""
         self.secondary = zeropp.Secondaries(setup.secondary_group, self._second_partition)
 
+    @property
+    def hooks(self) -> dict[str, Callable[[Key], None]]:
+        """What is done as a module begins or ends, and with its weights."""
+        return {
+            "pre_forward": partial(self.fetch_sub_module, forward=True),
+            "pre_backward": partial(self.fetch_sub_module, forward=False),
+            "post_forward": partial(self.release_sub_module, forward=True),
+            "post_backward": partial(self.release_sub_module, forward=False),
+            "hold": self.hold,
+            "drop": self.drop,
+            "keep": self.keep,
+            "replace": self.replace,
+        }
+
     def _second_partition(self, nbytes: int) -> Block:
         """Where the first ones are."""
         if not self.setup.offload_param:
@@ -243,12 +256,16 @@ class Coordinator:
         if wanted:
             self._all_gather([shard for shard in wanted if self._is_away(shard)])
         for shard in wanted:
-            self._active.setdefault(shard.key, set()).add(module)
+            users = self._active.get(shard.key)
+            if users is None:
+                self._active[shard.key] = {module}
+            else:
+                users.add(module)
             gather = self._inflight.pop(shard.key, None)
             if gather is not None:
                 self._wait(gather)
                 self._drop(gather)
-        if self._trace is not None:
+        if self._trace is not None and (self._queue or self.swapper is not None):
             self._prefetch(wanted)
         self._step += 1
 
@@ -261,7 +278,9 @@ class Coordinator:
         else:
             self._running.pop(module, None)
         for shard in wanted:
-            self._active.get(shard.key, set()).discard(module)
+            users = self._active.get(shard.key)
+            if users:
+                users.discard(module)
         for shard in released:
             self._release(shard)
 
@@ -326,9 +345,11 @@ class Coordinator:
 
     def _moves(self, shards: Sequence[Shard]) -> None:
         """What gathering takes: partitions come from the host, if they are there, and from all ranks."""
-        partitions = sum(shard.partition * shard.itemsize for shard in shards)
-        self.ledger.move("to_gpu", partitions if self.setup.offload_param else 0)
-        self.ledger.move("all_gather", partitions * self.setup.ranks if self.setup.ranks > 1 else 0)
+        partitions = sum([shard.partition * shard.itemsize for shard in shards])
+        if self.setup.offload_param:
+            self.ledger.move("to_gpu", partitions)
+        if self.setup.ranks > 1:
+            self.ledger.move("all_gather", partitions * self.setup.ranks)
 
     def _is_away(self, shard: Shard) -> bool:
         return shard.key not in self.available and shard.key not in self._inflight
@@ -359,10 +380,13 @@ class Coordinator:
     def _all_gather(self, shards: Sequence[Shard]) -> None:
         if not shards:
             return
-        self._n_available += sum(shard.elements for shard in shards)
+        self._n_available += sum([shard.elements for shard in shards])
         self._moves(shards)
         if self.swapper is not None:
             self.swapper.ensure_availability(shards)
+        if not self.secondary.group:
+            self._all_gather_coalesced(shards)
+            return
         for together in (
             [shard for shard in shards if shard.key in self.secondary],
             [shard for shard in shards if shard.key not in self.secondary],
@@ -382,7 +406,7 @@ class Coordinator:
                 self.ledger.free(*self._staged([shard]))
             gather.waited = True
         else:
-            gather.held = [self._allocate(sum(shard.aligned * shard.itemsize for shard in shards), TOGETHER)]
+            gather.held = [self._allocate(sum([shard.aligned * shard.itemsize for shard in shards]), TOGETHER)]
             self.ledger.free(*self._staged(shards))
         for shard in shards:
             self._inflight[shard.key] = gather
@@ -452,9 +476,10 @@ class Coordinator:
 
     def _release(self, shard: Shard) -> None:
         if shard.key in self.available and not self._active.get(shard.key):
-            self.secondary.partition(shard.key, shard.aligned, shard.itemsize)
+            if self.secondary.group:
+                self.secondary.partition(shard.key, shard.aligned, shard.itemsize)
             block = self.available.pop(shard.key)
-            if block is not None and not self._held[block]:
+            if block is not None and not self._held.get(block):
                 self.ledger.free(block)
             if self.swapper is not None:
                 self.swapper.remove_partition_and_release_buffer(shard)
@@ -499,26 +524,30 @@ class Coordinator:
         self._kept.clear()
 
     def _prefetch(self, wanted: Sequence[Shard]) -> None:
-        waiting = {s.key for s in wanted if self._fetched_for.get(s.key, _NEVER) < self._step}
-        seen: set[Key] = set()
-        while self._queue and len(seen) < len(waiting):
-            shard, step = self._queue.popleft()
-            self._fetched_for[shard.key] = step
-            seen.add(shard.key)
+        fetched_for, queue = self._fetched_for, self._queue
+        if wanted:
+            waiting = {s.key for s in wanted if fetched_for.get(s.key, _NEVER) < self._step}
+            seen: set[Key] = set()
+            while queue and len(seen) < len(waiting):
+                shard, step = queue.popleft()
+                fetched_for[shard.key] = step
+                seen.add(shard.key)
         if not self.setup.prefetch_bucket_size:
             return
         limit = min(self.setup.max_live_parameters - self._n_available, self.setup.prefetch_bucket_size)
         ahead: dict[Key, Shard] = {}
         elements = 0
-        while self._queue and elements < limit:
-            if self.swapper is not None and self.swapper.is_away(self._queue[0][0]):
+        while queue and elements < limit:
+            if self.swapper is not None and self.swapper.is_away(queue[0][0]):
                 break
-            shard, step = self._queue.popleft()
-            self._fetched_for[shard.key] = max(self._fetched_for.get(shard.key, _NEVER), step)
+            shard, step = queue.popleft()
+            if fetched_for.get(shard.key, _NEVER) < step:
+                fetched_for[shard.key] = step
             if self._is_away(shard) and shard.key not in ahead:
                 ahead[shard.key] = shard
                 elements += shard.elements
-        self._all_gather(list(ahead.values()))
+        if ahead:
+            self._all_gather(list(ahead.values()))
         if self.swapper is not None:
             inflight = (next(s for s in gather.shards if s.key == key) for key, gather in self._inflight.items())
             self.swapper.prefetch([shard for shard, _ in self._queue], sum(shard.elements for shard in inflight))
@@ -554,6 +583,7 @@ class Zero3:
         self._params = nvme.ParamSwapper(setup.keys, setup.dtype.itemsize, ledger) if setup.params_in_nvme else None
         self._optimizer = nvme.OptimizerSwapper(setup.keys, ledger) if setup.swap_optimizer else None
         self.coordinator = Coordinator(setup, ledger, self._params)
+        self._hooks = self.coordinator.hooks | {"look": self._look}
         self._trained = {shard.key: shard for group in setup.sub_groups for shard in group}
         self._sub_group = {shard.key: i for i, group in enumerate(setup.sub_groups) for shard in group}
         self._all = [*self._trained.values(), *setup.frozen]
@@ -665,11 +695,11 @@ class Zero3:
         partitions: dict[Key, Block] = {}
         twice: list[Block] = []
         """Weights that will be tied, which are made nevertheless."""
-        for own in setup.modules.values():
+        for own in filter(None, setup.modules.values()):
             made = self._partition([shard for shard in own if shard.key in setup.made_partitioned], in_nvme)
             twice += [made.pop(key) for key in list(made) if key in partitions]
             partitions |= made
-        for own in setup.modules.values():  # _load_state_dict_into_zero3_model
+        for own in filter(None, setup.modules.values()):  # _load_state_dict_into_zero3_model
             ledger.free(*self._gathered([shard for shard in own if shard.key in setup.made_partitioned]))
         ledger.free(*twice)
         others = [shard for shard in self._all if shard.key not in setup.made_partitioned]
@@ -725,20 +755,10 @@ class Zero3:
 
     def module_event(self, kind: str, module: Key) -> None:
         """A hook of a module."""
-        if kind == "hold":
-            self.coordinator.hold(module)
-        elif kind == "drop":
-            self.coordinator.drop(module)
-        elif kind == "keep":
-            self.coordinator.keep(module)
-        elif kind == "replace":
-            self.coordinator.replace(module)
-        elif kind == "look":
-            self.coordinator.look(self._shards[module])
-        elif kind.startswith("pre"):
-            self.coordinator.fetch_sub_module(module, forward=kind == "pre_forward")
-        else:
-            self.coordinator.release_sub_module(module, forward=kind == "post_forward")
+        self._hooks[kind](module)
+
+    def _look(self, key: Key) -> None:
+        self.coordinator.look(self._shards[key])
 
     def process_gradients(self, key: Key, gradient: Block | None) -> None:
         """reduce_independent_p_g_buckets_and_remove_grads."""
@@ -983,7 +1003,7 @@ class Zero3:
         ledger = self.ledger
         self.coordinator.release_and_reset_all(self._all)
         model: dict[Key, Block] = {}
-        for own in self.setup.modules.values():
+        for own in filter(None, self.setup.modules.values()):
             gathered = self._gathered(own)
             for shard in own:
                 if shard.key in self.setup.saves and shard.key not in model:

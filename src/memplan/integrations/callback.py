@@ -90,7 +90,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]  # t
 
     def _predict(self, watch: Watch, model: Any, args: Any) -> None:
         """What preflight would have said, had it known the batches."""
-        from memplan.api import preflight
+        from memplan.checks import preflight
 
         self._forget()
         with warnings.catch_warnings():

@@ -163,6 +163,8 @@ class Ledger:
         self._tape_total = 0
         self._highest: dict[tuple[str, str], int] = {}
         self._fullest: dict[tuple[str, str], Parts] = {}
+        self._rising = False
+        """The host is at the phase's fullest moment, or above it, which has not been kept yet."""
         self.moves: list[Counter[Move]] = []
         """Of the running step, by micro-batch; what the step itself moves is with the last one's."""
         self.moves_of_step: list[Counter[Move]] = []
@@ -188,6 +190,8 @@ class Ledger:
         """Give blocks back; None is none."""
         for block in blocks:
             if block is not None:
+                if self._rising:
+                    self._keep_host()
                 self._engine[block.place][block.component] -= block.nbytes
                 self._totals[block.place] -= block.nbytes
                 block.nbytes = 0
@@ -250,10 +254,12 @@ class Ledger:
 
     def fullest(self, phase: str, place: str = "gpu") -> Parts:
         """The fullest moment of a phase, by component; ``host`` is all of it, ``pinned`` what of it is page-locked."""
+        self._keep_host()
         return self._fullest.get((phase, place), {})
 
     def begin(self, phase: str) -> None:
         """Further moments belong to ``phase``, the present one too."""
+        self._keep_host()
         self.phase = phase
         for place in self._engine:
             self._look(place)
@@ -272,7 +278,13 @@ class Ledger:
         key = self.phase, "host"
         if height > self._highest.get(key, -1):
             self._highest[key] = height
-            self._fullest[key] = self._node((*_HOST, "main"))
+            self._rising = True
+
+    def _keep_host(self) -> None:
+        """Keep what is on the host, if that is the fullest moment of the phase; nothing has been freed since."""
+        if self._rising:
+            self._rising = False
+            self._fullest[self.phase, "host"] = self._node((*_HOST, "main"))
             self._fullest[self.phase, "pinned"] = self._node(("pinned", "locked"))
 
     def _node(self, places: Iterable[str]) -> Parts:

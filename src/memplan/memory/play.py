@@ -63,13 +63,17 @@ class PlayLedger(Ledger):
         """Blocks that the size of the batch decides."""
         self.passes = [_Pass(0)]
 
+    @property
+    def heights(self) -> list[int]:
+        """Bytes on the GPU after so many entries of the log."""
+        rounded = [(nbytes + 511) & -512 for nbytes in self.requested]
+        signed = [*rounded, *(-nbytes for nbytes in reversed(rounded))]
+        return list(accumulate(map(signed.__getitem__, self.log), initial=0))
+
     def allocate(self, component: str, nbytes: int, place: str = "gpu", name: str = "") -> Block:
         if place != "gpu":
             return super().allocate(component, nbytes, place, name)
-        return self._block(component, nbytes, name)
-
-    def _block(self, component: str, nbytes: int, name: str = "") -> Block:
-        block = Block("gpu", component, nbytes)
+        block = Block(place, component, nbytes)
         block.address = number = len(self.requested)
         self.requested.append(nbytes)
         self.components.append(component)
@@ -91,7 +95,7 @@ class PlayLedger(Ledger):
     def take(self, unrolled: Unrolled, leg: Leg) -> Block | None:
         if leg.event is None or leg.event.storage < 0:
             return None
-        block = self._block("gradients", unrolled.tape.sizes[leg.event.storage])
+        block = self.allocate("gradients", unrolled.tape.sizes[leg.event.storage])
         running = self.passes[-1]
         running.taken.append((len(running.at) - 1, block.address))
         return block
@@ -105,6 +109,7 @@ class PlayLedger(Ledger):
         self.passes.append(_Pass(len(self.log)))
 
     def begin(self, phase: str) -> None:
+        self._keep_host()
         self.phase = phase
         self._look("host")
         self._look("nvme")
@@ -185,8 +190,7 @@ class Play:
     @cached_property
     def _heights(self) -> list[int]:
         """What the engine has after so many entries of its log."""
-        signed = [*self._bytes, *(-nbytes for nbytes in reversed(self._bytes))]
-        return list(accumulate(map(signed.__getitem__, self.ledger.log), initial=0))
+        return self.ledger.heights
 
     @cached_property
     def _stretches(self) -> dict[str, list[_Stretch]]:
@@ -410,6 +414,11 @@ def _spots(course: Course) -> _Spots:
     return _Spots(course)
 
 
+def most_on_tape(course: Course, unrolled: Unrolled) -> int:
+    """Bytes of a tape, in the place of the course's own, at its fullest moment beside an engine."""
+    return _spots(course).levels(unrolled).most
+
+
 class _Levels:
     """The bytes of a tape at the spots of a course."""
 
@@ -437,8 +446,13 @@ class _Levels:
             peaks.append(max(alive[leg.start : leg.end + 1]) - before)
         after = list(accumulate(map(totals.__getitem__, spots.order), initial=0))
         running = [0, *map(add, after, map(peaks.__getitem__, spots.order))]
-        self._bytes = running, after
+        self._bytes: tuple[list[int], list[int]] = running, after
         """As each leg of the course runs, and after it; first of all what is there before."""
+
+    @property
+    def most(self) -> int:
+        """Bytes of the tape alone at its fullest moment."""
+        return max(self._bytes[0])
 
     def heights(self, stretch: _Stretch) -> list[int]:
         """The bytes of tape and engine at each leg."""

@@ -1,67 +1,232 @@
-"""Estimates as plots: components stacked against the capacity. Needs the ``notebook`` extra, for matplotlib."""
+"""Results as plots, in GiB beside the capacity. Needs the ``notebook`` extra, for matplotlib.
+
+Each function draws into ``ax``, by default a new figure as wide as a notebook, and returns the axes. Raises
+UnsupportedError without matplotlib. Colours are those of :mod:`memplan.render.colors`; what they say, a marker, a
+pattern or the order says too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memplan.errors import UnsupportedError
+from memplan.errors import SpecError, UnsupportedError
 from memplan.render import words
-from memplan.results import COMPONENTS, Estimate, EstimateList
+from memplan.render.colors import BLUE, COMPONENTS, SERIES, VERDICTS
+from memplan.results import Estimate, EstimateList, Plan
 from memplan.units import GiB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_estimate", "plot_estimates"]
+__all__ = [
+    "plot_errors",
+    "plot_estimate",
+    "plot_estimates",
+    "plot_ladder",
+    "plot_pareto",
+    "plot_peaks",
+    "plot_phases",
+]
 
-# One colour per component, the same in every plot: matplotlib's tab10 has one too few.
-_COLORS = (
-    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
-    "#393b79",
-)  # fmt: skip
+_OPTIONS = {
+    "micro_batch_size": "micro-batch, sequences per GPU",
+    "seq_len": "length of a sequence, tokens",
+    "gpus": "GPUs",
+    "lora_rank": "rank of the LoRA adapters",
+}
+"""What the axis says of an option that estimates differ in."""
+_ON_LINES = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
+"""Behind text that a line may pass."""
 
 
 def plot_estimate(estimate: Estimate, *, ax: Axes | None = None) -> Axes:
-    """Draw one bar of the components in GiB, with low, high and the capacity. Returns the axes.
-
-    ``ax`` is where to draw; by default a new figure. Raises UnsupportedError without matplotlib.
-    """
-    return _plot([estimate], [words.gpu_name(estimate) or "GPU"], estimate.model.id, ax)
+    """Draw one bar of the components, with low, high and the capacity."""
+    return _bars([estimate], [words.gpu_name(estimate) or "GPU"], estimate.model.id, ax)
 
 
 def plot_estimates(estimates: EstimateList, *, ax: Axes | None = None) -> Axes:
     """Draw a bar per estimate, the first on top; as :func:`plot_estimate`."""
     several = estimates.estimates
-    return _plot(several, words.rungs(several), several[0].model.id if several else "", ax)
+    return _bars(several, words.rungs(several), several[0].model.id if several else "", ax)
 
 
-def _plot(estimates: Sequence[Estimate], labels: Sequence[str], title: str, ax: Axes | None) -> Axes:
-    axes: Any = _new_axes(len(estimates)) if ax is None else ax
+def plot_ladder(plan: Plan, *, ax: Axes | None = None) -> Axes:
+    """Draw a bar per rung, the first on top; the chosen one is marked."""
+    names = [f"{rung.name}\n(chosen)" if rung == plan.best else rung.name for rung in plan.rungs]
+    return _bars([rung.estimate for rung in plan.rungs], names, plan.rungs[0].estimate.model.id, ax)
+
+
+def plot_phases(estimate: Estimate, *, ax: Axes | None = None) -> Axes:
+    """Draw the most that is allocated within each phase of a run, with the capacity."""
+    axes: Any = _new_axes(4.2) if ax is None else ax
+    names = [phase.name for phase in estimate.gpu.phases]
+    sizes = [phase.allocated / GiB for phase in estimate.gpu.phases]
+    places = range(len(names))
+    bars = axes.bar(places, sizes, color=BLUE, width=0.7, label="allocated")
+    axes.bar_label(bars, [words.gib(phase.allocated) for phase in estimate.gpu.phases], padding=2, bbox=_ON_LINES)
+    axes.set_xticks(places, [name.replace("_", "\n") for name in names])
+    axes.set_xlabel("phase of the run")
+    axes.set_ylabel("GiB allocated per GPU, at most")
+    _mark_capacities(axes.axhline, [estimate])
+    axes.set_title(f"{estimate.model.id}: {words.setup_facts(estimate)}")
+    top = max([*sizes, (estimate.gpu.capacity or 0) / GiB])
+    axes.set_ylim(0, 1.1 * top or 1)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return axes
+
+
+def plot_peaks(estimates: EstimateList | Iterable[Estimate], *, by: str, ax: Axes | None = None) -> Axes:
+    """Draw the peak of each GPU against an option, ``low`` to ``high`` shaded, and a line per setup otherwise equal.
+
+    ``by`` is the option's name in ``setup``, such as ``micro_batch_size`` or ``seq_len``, or ``gpus``. Raises SpecError
+    if an estimate has no number there.
+    """
+    lines: dict[str, list[tuple[float, Estimate]]] = {}
+    several = tuple(estimates.estimates if isinstance(estimates, EstimateList) else estimates)
+    for estimate in several:
+        value = estimate.cluster.get("gpus") if by == "gpus" else words.option(estimate, by)
+        if not isinstance(value, int | float):
+            raise SpecError.at("by", by, "is no number of every estimate", f"Use {' or '.join(_OPTIONS)}.")
+        lines.setdefault(_line_name(estimate, by), []).append((value, estimate))
+    axes: Any = _new_axes(4.8) if ax is None else ax
+    for (name, points), (color, marker) in zip(lines.items(), _repeated(SERIES, len(lines))):
+        points.sort(key=lambda point: point[0])
+        at = [value for value, _ in points]
+        gpus = [estimate.gpu for _, estimate in points]
+        axes.fill_between(at, [gpu.low / GiB for gpu in gpus], [gpu.high / GiB for gpu in gpus], color=color, alpha=0.2)
+        axes.plot(at, [gpu.peak_device / GiB for gpu in gpus], color=color, marker=marker, label=name)
+    _mark_capacities(axes.axhline, several)
+    axes.set_xlabel(_OPTIONS.get(by, by))
+    axes.set_ylabel("GiB per GPU at the peak (shaded: low to high)")
+    axes.set_title(several[0].model.id if several else "")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return axes
+
+
+def plot_pareto(plan: Plan, *, ax: Axes | None = None) -> Axes:
+    """Draw the setups that no other beats in time and memory, with the other rungs that fit, or may."""
+    axes: Any = _new_axes(4.8) if ax is None else ax
+    rungs = [rung.estimate for rung in plan.rungs]
+    groups = (("other rung that fits", ("fits",), "o"), ("rung that may fit", ("tight", "unknown"), "x"))
+    for name, verdicts, marker in groups:
+        found = [(each.step.seconds, each.gpu.high / GiB) for each in rungs if each.step and each.verdict in verdicts]
+        if found:
+            seconds, highs = zip(*found)
+            axes.scatter(seconds, highs, color="#767676", marker=marker, label=name)
+    front = [(each.seconds, each.high / GiB) for each in plan.pareto]
+    look = {"color": BLUE, "marker": "o", "markersize": 11, "drawstyle": "steps-post"}
+    axes.plot([x for x, _ in front], [y for _, y in front], label="not beaten by any", **look)
+    for number, (x, y) in enumerate(front, start=1):
+        axes.annotate(str(number), (x, y), color="white", fontsize=8, ha="center", va="center", fontweight="bold")
+    _mark_capacities(axes.axhline, rungs)
+    axes.set_xlabel("seconds per step")
+    axes.set_ylabel("GiB per GPU, at most")
+    axes.set_title(rungs[0].model.id if rungs else "")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    named = "\n".join(f"{number}  {_point(each)}" for number, each in enumerate(plan.pareto, start=1))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title=named, alignment="left")
+    return axes
+
+
+def plot_errors(rows: Iterable[tuple[str, float, float]], *, unit: str = "GiB", ax: Axes | None = None) -> Axes:
+    """Draw what was predicted over what was measured against what was measured.
+
+    ``rows`` are a group, the measured value in ``unit`` and the ratio of predicted to measured: 1 is right, above it
+    memplan said too much. The band is 10 % to each side.
+    """
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for group, measured, ratio in rows:
+        groups.setdefault(group, []).append((measured, ratio))
+    axes: Any = _new_axes(4.8) if ax is None else ax
+    axes.axhspan(0.9, 1.1, color="#E5E5E5", label="within 10 %")
+    axes.axhline(1, color="black", linewidth=1)
+    for (name, points), (color, marker) in zip(groups.items(), _repeated(SERIES, len(groups))):
+        at, ratios = zip(*points)
+        axes.scatter(at, ratios, color=color, marker=marker, s=22, alpha=0.8, label=f"{name} ({len(points)})")
+    axes.set_xscale("log")
+    _mark_decades(axes.xaxis)
+    axes.set_xlabel(f"measured, {unit}")
+    axes.set_ylabel("predicted / measured")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return axes
+
+
+def _bars(estimates: Sequence[Estimate], labels: Sequence[str], title: str, ax: Axes | None) -> Axes:
+    axes: Any = _new_axes(max(3.4, 1.2 + 0.6 * len(estimates))) if ax is None else ax
     places = range(len(estimates))
     starts = [0.0] * len(estimates)
-    for name, color in zip(COMPONENTS, _COLORS, strict=True):
+    for name, (color, hatch) in COMPONENTS.items():
         sizes = [getattr(estimate.gpu.components, name) / GiB for estimate in estimates]
         if any(sizes):
-            axes.barh(places, sizes, left=starts, label=name, color=color, height=0.6)
+            look: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.5}
+            axes.barh(places, sizes, left=starts, label=name, height=0.6, **look)
             starts = [start + size for start, size in zip(starts, sizes, strict=True)]
     lows = [(estimate.gpu.peak_device - estimate.gpu.low) / GiB for estimate in estimates]
     highs = [(estimate.gpu.high - estimate.gpu.peak_device) / GiB for estimate in estimates]
-    axes.errorbar(starts, places, xerr=[lows, highs], fmt="none", ecolor="black", capsize=4)
-    for capacity in sorted({e.gpu.capacity for e in estimates if e.gpu.capacity is not None}):
-        axes.axvline(capacity / GiB, color="black", linestyle="--", label=f"capacity {words.gib(capacity)} GiB")
+    axes.errorbar(starts, places, xerr=[lows, highs], fmt="none", ecolor="black", capsize=4, label="low to high")
+    for place, estimate in zip(places, estimates):
+        end = max(estimate.gpu.high, estimate.gpu.peak_device) / GiB
+        verdict = words.verdict_in_a_row(estimate)
+        look = {"textcoords": "offset points", "va": "center", "color": VERDICTS[estimate.verdict], "bbox": _ON_LINES}
+        axes.annotate(verdict, (end, place), (8, 0), **look)
+    _mark_capacities(axes.axvline, estimates)
     axes.set_yticks(places, labels)
-    axes.invert_yaxis()
-    axes.set_xlabel("GiB per GPU")
+    edge = 0.8 if len(estimates) == 1 else 0.5
+    axes.set_ylim(len(estimates) - 1 + edge, -edge)
+    ends = [max(each.gpu.high, each.gpu.capacity or 0) / GiB for each in estimates]
+    axes.set_xlim(0, 1.3 * max(ends, default=0) or 1)  # room for the verdicts
+    axes.set_xlabel("GiB per GPU at the peak")
     axes.set_title(title)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return axes
 
 
-def _new_axes(bars: int) -> Any:
+def _mark_capacities(line: Any, estimates: Sequence[Estimate]) -> None:
+    """A dashed line per size of GPU that is known."""
+    for capacity in sorted({each.gpu.capacity for each in estimates if each.gpu.capacity is not None}):
+        line(capacity / GiB, color="black", linestyle="--", label=f"capacity {words.gib(capacity)} GiB")
+
+
+def _mark_decades(axis: Any) -> None:
+    """1, 2, 5, 10 and so on, as they are read."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def _line_name(estimate: Estimate, by: str) -> str:
+    """What tells the lines apart: the strategy, and the batch or the length that is not on the axis."""
+    parts = [words.strategy(estimate)]
+    if by != "micro_batch_size":
+        parts.append(f"micro-batch {words.option(estimate, 'micro_batch_size')}")
+    if by != "seq_len":
+        parts.append(f"{words.tokens(estimate)} tokens")
+    if words.option(estimate, "gradient_checkpointing"):
+        parts.append("checkpointing")
+    return ", ".join(parts)
+
+
+def _point(each: Any) -> str:
+    batch = f"{each.setup['micro_batch_size']} x {each.setup['grad_accum_steps']}"
+    return f"{words.point(each)}, {batch}"
+
+
+def _repeated(items: Sequence[Any], number: int) -> list[Any]:
+    return [items[index % len(items)] for index in range(number)]
+
+
+def _new_axes(height: float) -> Any:
     try:
         from matplotlib import pyplot
     except ImportError:
         raise UnsupportedError("plot: matplotlib is not installed. Run pip install 'memplan[notebook]'.") from None
-    _, axes = pyplot.subplots(figsize=(9, max(3.6, 1.2 + 0.8 * bars)), layout="constrained")
+    _, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
     return axes

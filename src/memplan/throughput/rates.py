@@ -188,17 +188,24 @@ PCIE_PEERS = Constant(
 NETWORK = {
     "V100": 6.25,
     "A100": 25.0,
+    "A800": 25.0,
     "H100": 50.0,
+    "H800": 50.0,
     "H200": 50.0,
     "H20": 50.0,
     "GH200": 50.0,
     "B200": 50.0,
+    "GB200": 50.0,
+    "B300": 100.0,
     "MI300X": 50.0,
     "MI325X": 50.0,
+    "MI355X": 50.0,
+    "MI250": 25.0,
     "MI250X": 25.0,
 }
 """GB/s per GPU and direction between nodes: an assumption, of the vendor's own systems (DGX-1 with 4 x 100 Gb/s, DGX
-A100 with 200 Gb/s per GPU, DGX H100 and later with 400 Gb/s; Frontier's nodes with 4 x 200 Gb/s for 8 dies)."""
+A100 with 200 Gb/s per GPU, DGX H100 and later with 400 Gb/s, with 800 beside B300; Frontier's nodes with 4 x 200 Gb/s
+for 8 dies)."""
 OTHER_NETWORK = 12.5
 """GB/s per node of other GPUs: 100 Gb/s."""
 NETWORK_SHARE = Constant(

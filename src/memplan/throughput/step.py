@@ -197,7 +197,7 @@ def _moves(setup: Setup, gpu: GPUSpec, strategy: Strategy, cluster: ClusterSpec)
         return {}
     from memplan import sharded
 
-    played = sharded.play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node).moves
+    played = sharded.moves(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
     first, last = dict(played[0]), dict(played[-1])
     found: dict[Move, int] = dict(last)
     if len(played) > 1:  # the first, those between, of which one was played, and the last

@@ -1,0 +1,610 @@
+"""What the words of a row of published measurements mean, column by column. No setup is made here.
+
+Each reader takes the text of a column. It returns what memplan calls that, or raises :class:`RefusedError` with the
+column, the text and why it says too little or something memplan does not model. What a reader had to take for granted
+goes on the list ``notes`` that it is handed, so that nothing is guessed in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NoReturn
+
+
+class RefusedError(Exception):
+    """A row that becomes no setup. ``kind`` is ``scope`` or ``not stated``."""
+
+    def __init__(self, column: str, value: str, why: str, kind: str = "scope") -> None:
+        shown = value if len(value) <= 60 else value[:57] + "..."
+        super().__init__(f"{column}: {shown!r} {why}" if value else f"{column}: {why}")
+        self.kind = kind
+
+
+def not_stated(column: str, value: str, why: str = "is not stated") -> NoReturn:
+    """Refuse a row that says too little."""
+    raise RefusedError(column, value, why, "not stated")
+
+
+Notes = list[str]
+BLANK = frozenset({"", "-", "?", "n/a", "na", "nan", "null", "tbd", "todo", "unknown", "not stated", "unspecified"})
+_PARENTHESIS = re.compile(r"\([^()]*\)")
+
+
+def plain(text: str) -> str:
+    """A cell without what stands in parentheses, in lower case, with single spaces.
+
+    >>> plain(" AdamW  (fp32 states)")
+    'adamw'
+    """
+    while (shorter := _PARENTHESIS.sub(" ", text)) != text:
+        text = shorter
+    return " ".join(text.lower().split())
+
+
+def hedged(column: str, text: str, notes: Notes) -> None:
+    """Note a value that the row itself calls assumed."""
+    if re.search(r"assumed|probabl|likely|default|not stated|inferred|~|≈|about", text.lower()):
+        notes.append(f"{column}: {text!r} is the source's default, or taken for granted in the row")
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+METRICS = {
+    "allocated": "torch.cuda.max_memory_allocated",
+    "allocated, probably": "the same, inferred by whoever collected the row",
+    "reserved": "torch.cuda.max_memory_reserved",
+    "reserved, probably": "the same, inferred by whoever collected the row",
+    "device": "what nvidia-smi or NVML shows as used",
+    "not stated": "compared with what nvidia-smi shows",
+    "OOM": "the run died of memory",
+    "fits": "the run went through",
+}
+"""Metrics of rows, which are never mixed."""
+
+
+def metric(text: str) -> str:
+    """One of :data:`METRICS`.
+
+    >>> metric("max_allocated (Peak Memory Active)"), metric("nvidia-smi"), metric("OOM"), metric('unknown (unit "G")')
+    ('allocated', 'device', 'OOM', 'not stated')
+    """
+    low = " ".join(text.lower().split())
+    if re.search(r"\boom\b|out.?of.?memory", low) and not low.startswith("fits"):
+        return "OOM"
+    if re.search(r"\bfits?\b|max(imum)? batch", low):
+        return "fits"
+    head = plain(low).replace("-", " ").replace("_", " ")
+    kinds = {
+        "reserved": re.search(r"\breserved?\b|\bcached\b", head),
+        "allocated": re.search(r"\balloc(ated)?\b|\bactive\b", head),
+        "device": re.search(r"nvidia smi|\bnvml\b|\bdevice\b|pynvml|\bgpustat\b|memory used|\bprocess\b", head),
+    }
+    found = [kind for kind, match in kinds.items() if match]
+    if len(found) != 1 or "unknown" in head:
+        return "not stated"
+    if "device" not in found and re.search(r"probabl|inferred|assumed|likely|not stated", low):
+        return f"{found[0]}, probably"
+    return found[0]
+
+
+def measured(text: str, metric_text: str) -> float | None:
+    """GiB of one GPU; None if there is no number. A bare number is GiB.
+
+    The unit G, with no word on what it is, is 10^9 bytes: one of its source's figures, 81.0 for a GPU of 79.15 GiB, can
+    be nothing else.
+
+    >>> measured("10.5", "max_allocated"), measured("10 GB", ""), measured("", "OOM"), measured("1024 MiB", "")
+    (10.5, 9.313225746154785, None, 1.0)
+    """
+    found = re.fullmatch(r"\s*[~≈]?\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kmgt]i?b?|b(?:ytes)?)?\s*", text.lower())
+    if found is None:
+        return None
+    scales = {"k": 1, "m": 2, "g": 3, "t": 4}
+    unit = found[2] or ("g" if 'unit "g"' in metric_text.lower() else "gib")
+    power = scales.get(unit[0], 0)
+    scale = 1024**power if unit[1:2] == "i" else 1000**power
+    value = float(found[1]) * scale / 1024**3
+    return value if 0 < value < 1e6 else None
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+LONGEST = 10**9
+_COUNT = re.compile(r"(\d+(?:[ ,_]\d{3})*|\d+(?:\.\d+)?)\s*(k)?")
+
+
+def count(column: str, text: str, notes: Notes, default: int | None = None) -> int:
+    """A positive whole number: ``4``, ``4,096``, ``4k``, ``8 (script default)``.
+
+    >>> count("seq_len", "4k", []), count("micro_batch", "8 (script default)", [])
+    (4096, 8)
+    """
+    low = plain(text).removeprefix("~").strip()
+    if low in BLANK:
+        if default is None:
+            not_stated(column, text)
+        if text.strip() not in ("", "-"):
+            not_stated(column, text)
+        notes.append(f"{column}: is not stated, {default} taken")
+        return default
+    found = _COUNT.fullmatch(low.removesuffix("tokens").removesuffix("gpus").removesuffix("x").strip())
+    if found is None:
+        not_stated(column, text, "is not one whole number")
+    hedged(column, text, notes)
+    value = float(re.sub(r"[ ,_]", "", found[1])) * (1024 if found[2] else 1)
+    if value != int(value) or not 1 <= value <= LONGEST:
+        not_stated(column, text, "is not a positive whole number")
+    return int(value)
+
+
+_GENERATED = (
+    re.compile(
+        r"~?(\d+)\s*(?:token|prompt|input|in\b)[a-z ]*\s*(?:\+|,|/|and|->)\s*"
+        r"~?(\d+)\s*(?:new|gen|output|out\b|decod|token)"
+    ),
+    re.compile(r"~?(\d+)\s*\+\s*~?(\d+)"),
+    re.compile(r"(?:prompt|input|in)[^\d]{0,12}(\d+)[^\d]+(?:new|gen\w*|output|out)[^\d]{0,12}(\d+)"),
+)  # fmt: skip
+
+
+def prompt_and_new(text: str, notes: Notes) -> tuple[int, int]:
+    """Tokens of the prompt and tokens generated.
+
+    >>> prompt_and_new("6144 prompt + 2048 generated", []), prompt_and_new("~25 prompt + 60 new tokens", [])
+    ((6144, 2048), (25, 60))
+    """
+    low = plain(text).replace(",", "")
+    for pattern in _GENERATED:
+        if found := pattern.match(low):
+            hedged("seq_len", text, notes)
+            prompt, new = int(found[1]), int(found[2])
+            if prompt and new and max(prompt, new) <= LONGEST:
+                return prompt, new
+    not_stated("seq_len", text, "does not state the prompt and what is generated")
+
+
+def length(text: str, notes: Notes) -> int:
+    """Tokens of a sequence in training: a number, an upper limit, ``chunks of N``, ``A source/B target``.
+
+    >>> length("<=768", []), length("128 source/128 target", []), length("8K", [])
+    (768, 128, 8192)
+    """
+    low = plain(text).replace("tokens", "").strip()
+    low = re.sub(r"^(fixed|exactly|seq(uence)?|len(gth)?|max)\b[ :=_]*(len(gth)?)?", "", low).strip()
+    if found := re.fullmatch(r"(?:<=?|≤|up to|at most)\s*(\d[\d,]*k?)", low):
+        notes.append(f"seq_len: {text!r} is a limit, taken for the longest batch")
+        return count("seq_len", found[1], notes)
+    if found := re.search(r"\bchunks of (\d+)\b", low):
+        return count("seq_len", found[1], notes)
+    if found := re.fullmatch(r"(\d+) source ?/ ?(\d+) target", low):
+        if found[1] != found[2]:
+            raise RefusedError("seq_len", text, "has two lengths, and memplan's encoders and decoders share one")
+        notes.append(f"seq_len: {text!r} is a limit, taken for the longest batch")
+        return count("seq_len", found[1], notes)
+    hedged("seq_len", text, notes)
+    return count("seq_len", low, notes)
+
+
+# -- precision --------------------------------------------------------------------------------------------------------
+
+_TYPES = {
+    "float32": r"\b(fp|float|f)[-_ ]?32\b|\bfull[- ]precision\b|\bsingle[- ]precision\b",
+    "bfloat16": r"\bbf(loat)?[-_ ]?16\b|\bbrain[- ]?float",
+    "float16": r"(?<!b)\b(fp|float|f)[-_ ]?16\b|\bhalf\b",
+}
+_MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+_OTHER_WEIGHTS = r"gptq|awq|aqlm|hqq|eetq|gguf|exl2|quanto|torchao|mxfp|nvfp|fp8|float8|int2|2[- ]?bit|3[- ]?bit"
+
+
+def types_in(text: str) -> list[str]:
+    """The float types that a text names."""
+    return [name for name, pattern in _TYPES.items() if re.search(pattern, text.lower())]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The types of a run."""
+
+    dtype: str | None
+    """None where the row leaves it to the library."""
+    mixed: str
+    quantization: str | None
+    bf16_adapters: bool = False
+
+
+def precision(weights: str, mixed: str, method: str, infers: bool, double_quant: bool, notes: Notes) -> Precision:
+    """What the columns weight_dtype and mixed_precision say, with the quantization that is part of the method.
+
+    >>> precision("fp32 (sharded master), bf16 compute", "bf16", "full", False, False, [])
+    Precision(dtype='float32', mixed='bf16', quantization=None, bf16_adapters=False)
+    """
+    low = weights.lower()
+    if found := re.search(_OTHER_WEIGHTS, f"{low} {mixed.lower()} {method.lower()}"):
+        raise RefusedError("weight_dtype", f"{weights}, {mixed}", f"is {found[0]}, which memplan does not model")
+    kind = _quantized(low, method.lower(), double_quant, notes)
+    named = types_in(plain(weights).split(",")[0].split("+")[0])
+    inside = types_in(low) if kind else []
+    autocast = _mixed(mixed, infers)
+    if re.search(r"\bamp\b", plain(weights)):
+        if autocast == "no":
+            raise RefusedError("mixed_precision", mixed, f"contradicts weights in {weights!r}", "not stated")
+        return Precision("float32", _MIXED[named[0]] if named else autocast or "fp16", kind)
+    if len(named) > 1:
+        not_stated("weight_dtype", weights, "names several types")
+    dtype = named[0] if named else None
+    if dtype is None and kind is None:
+        not_stated("weight_dtype", weights)
+    if autocast is None:
+        if infers or (dtype is not None and kind is None and dtype == "float32" and plain(mixed) in ("", "-")):
+            autocast = "no"
+        else:
+            not_stated("mixed_precision", mixed)
+    if kind and dtype is None:
+        dtype = inside[0] if inside else next((t for t, m in _MIXED.items() if m == autocast and m != "no"), None)
+    if kind and dtype is None:
+        if not infers:
+            not_stated("weight_dtype", weights, "does not state the type that is computed in")
+        dtype = "float16"
+        notes.append("weight_dtype: what is not quantized is float16, transformers' default for bitsandbytes then")
+    return Precision(dtype, autocast, kind, "adapter bf16" in low or "bf16 adapter" in low)
+
+
+def _quantized(low: str, method: str, double_quant: bool, notes: Notes) -> str | None:
+    text = f"{low} {method}"
+    if re.search(r"\bfp4\b", text):
+        notes.append("weight_dtype: FP4 has NF4's sizes")
+    if re.search(r"\bnf4\b|\bfp4\b|\b4[-_ ]?bit\b|\bint4\b|\bqlora\b", text):
+        if "int8" in low or re.search(r"\b8[-_ ]?bit\b", low):
+            not_stated("weight_dtype", low, "names 4 and 8 bits")
+        return "nf4-dq" if double_quant or re.search(r"\bdq\b|double[-_ ]quant", text) else "nf4"
+    if re.search(r"\bint8\b|\b8[-_ ]?bit\b|llm\.int8", low) or re.search(
+        r"int8 base|\b8[-_ ]?bit base|in 8[- ]?bit", method
+    ):
+        return "int8"
+    return None
+
+
+def _mixed(text: str, infers: bool) -> str | None:
+    if infers:
+        return "no"
+    low = plain(text)
+    if re.search(r"fp8|float8|mxfp|nvfp|int8", text.lower()):
+        raise RefusedError("mixed_precision", text, "is not modelled")
+    if low in BLANK:
+        return None
+    if re.match(r"(none|no|false|off|pure|disabled|n)\b", low):
+        return "no"
+    found = [_MIXED[name] for name in types_in(low)]
+    if len(found) > 1:
+        not_stated("mixed_precision", text, "names several types")
+    if found:
+        return found[0]
+    if re.search(r"\bamp\b|\byes\b|\btrue\b|\bautocast\b|\bmixed\b", low):
+        not_stated("mixed_precision", text, "does not state the type")
+    not_stated("mixed_precision", text, "is not a word for a type")
+
+
+# -- optimizer --------------------------------------------------------------------------------------------------------
+
+_OPTIMIZERS: tuple[tuple[str, str], ...] = (
+    (r"in[-_ ]bwd|in[-_ ]backward|lomo|galore|apollo|badam|fsdp.?optim", ""),
+    (r"torchao|adamw?_torch_(4|8)bit|4[-_ ]?bit|fp8", ""),
+    (r"paged.*lion.*8|8.*paged.*lion", "paged_lion_8bit"),
+    (r"paged.*lion", "paged_lion_32bit"),
+    (r"lion.*8[-_ ]?bit|8[-_ ]?bit.*lion", "lion_8bit"),
+    (r"\blion", "lion_32bit"),
+    (r"paged.*adam.*8|8.*paged.*adam", "paged_adamw_8bit"),
+    (r"paged.*adam", "paged_adamw_32bit"),
+    (r"adam.*8[-_ ]?bit|8[-_ ]?bit.*adam|(bnb|bitsandbytes).*adam", "adamw_bnb_8bit"),
+    (r"apex|anyprecision|fused[-_ ]?adam\b|adamax|nadam|radam|adamod|lamb|sophia|shampoo|soap|adam-?mini", ""),
+    (r"prodigy|ademamix|grokadam|schedule|stable|lora-?fa|xla|npu", ""),
+    (r"adam\w*.*fused", "adamw_torch_fused"),
+    (r"adam\w*.*foreach\s*=?\s*(false|off|no)|adam\w*.*(for[-_ ]?loop|single[-_ ]tensor)|adamw_hf", "adamw_torch_loop"),
+    (r"adam\w*.*foreach", "adamw_torch_foreach"),
+    (r"\bada_?factor", "adafactor"),
+    (r"\bada_?grad", "adagrad"),
+    (r"\brms_?prop", "rmsprop"),
+    (r"\bmuon", "muon"),
+    (r"\bsgd\b.*(momentum|nesterov)", ""),
+    (r"\bsgd\b|\badamw?(_torch)?\b|\b(deepspeed)?cpu_?adamw?\b", "plain"),
+)  # fmt: skip
+
+
+def optimizer(text: str, notes: Notes) -> str:
+    """One of memplan's optimizers; AdamW without more is torch's, foreach on a GPU.
+
+    >>> optimizer("adamw_torch (HF default, foreach)", []), optimizer("bnb PagedAdamW8bit", [])
+    ('adamw_torch', 'paged_adamw_8bit')
+    """
+    low = plain(text)
+    if low in BLANK or low.startswith(("unknown", "not stated", "optimizer per", "default")):
+        not_stated("optimizer", text)
+    if "/" in low:
+        not_stated("optimizer", text, "names several")
+    for pattern, name in _OPTIMIZERS:
+        if re.search(pattern, low):
+            if not name:
+                raise RefusedError("optimizer", text, "is not modelled")
+            return ("sgd" if "sgd" in low else "adamw_torch") if name == "plain" else name
+    raise RefusedError("optimizer", text, "is not an optimizer memplan knows", "not stated")
+
+
+# -- method -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the weights are trained."""
+
+    kind: str
+    """full, lora or inference."""
+    rank: int = 0
+    targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+    saved: tuple[str, ...] = ()
+
+
+_OTHER_METHODS = (
+    r"\+?dora|ada[-_ ]?lora|rs-?lora|lo[-_]?ha|lo[-_]?kr|\bia3|\(ia\)|\bvera\b|\bboft|\boft\b|\bqoft|prefix"
+    r"|prompt[-_ ]tuning|p[-_]tuning|ln_tuning|shira|\bosf\b|trainable_tokens|adapter(?!s)|bitfit|freeze"
+    r"|\bppo\b|\bdpo\b|\bgrpo\b|rlhf|\bkto\b"
+    r"|\borpo\b|reward|distil(?!bert|gpt)|x-?lora|longlora|llama-?pro|lora[-_+ ]?fa|pissa|galore|quantize_moe"
+)
+_SHORT = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "gate": "gate_proj", "up": "up_proj"}
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def method(text: str, task: str, framework: str, notes: Notes) -> Method:
+    """How weights are trained: in full, or LoRA with its rank, targets, dropout and modules to save.
+
+    >>> method("lora r8 alpha16 drop0.1 targets=q+v", "train", "", [])
+    Method(kind='lora', rank=8, targets=('q_proj', 'v_proj'), dropout=0.1, saved=())
+    """
+    low = " ".join(text.lower().split())
+    if task == "infer":
+        if re.search(r"lora|cache (?!bf16|fp16|float16|bfloat16)", low):
+            raise RefusedError("method", text, "is not modelled in generation")
+        return Method("inference")
+    if low in BLANK:
+        not_stated("method", text)
+    if found := re.search(_OTHER_METHODS, low):
+        raise RefusedError("method", text, f"is not LoRA or full fine-tuning ({found[0].strip('+ ')})")
+    if re.search(r"\bq?lora\b", low):
+        return _lora(text, low, notes)
+    if re.search(r"\bfull\b|\bfft\b|\bsft\b|pre-?train|\bfrom scratch\b|full[-_ ]fine|^fine-?tun|continued", low):
+        return Method("full")
+    raise RefusedError("method", text, "is not a word memplan knows for a method", "not stated")
+
+
+def _lora(text: str, low: str, notes: Notes) -> Method:
+    rank = re.search(r"\b(?:r|rank)\s*[=:]?\s*(\d{1,5})\b", low)
+    if rank is None or int(rank[1]) < 1:
+        not_stated("method", text, "does not state the rank")
+    if re.search(r"\bno experts\b|experts not", low):
+        raise RefusedError("method", text, "leaves experts out, which memplan's targets cannot")
+    dropout = re.search(r"\bdrop(?:out)?\s*[=:]?\s*(0?\.\d+|0|1)\b", low)
+    named = re.search(
+        r"(?:targets?|target_modules)\s*[=:]?\s*\[?([\w.,+/\- ']+?)\]?"
+        r"(?=\s*(?:[()]|$|\+ ?modules|\bmodules_to|\balpha|\bdrop|;))",
+        low,
+    )
+    saved = re.search(r"modules_to_save\s*[=:]?\s*([\w.,+/ ]+)", low)
+    targets: tuple[str, ...] = ()
+    if re.search(r"all[-_ ]linear", low):
+        targets = ("all-linear",)
+    elif named:
+        words = [word for word in re.split(r"[,+/\s']+", named[1]) if word]
+        targets = tuple(dict.fromkeys(name for word in words for name in _target(word)))
+    else:
+        notes.append("method: targets are not stated, PEFT's for the model taken")
+    modules = tuple(word for word in re.split(r"[,+/\s]+", saved[1]) if word) if saved else ()
+    return Method("lora", int(rank[1]), targets, float(dropout[1]) if dropout else 0.0, modules)
+
+
+def _target(word: str) -> tuple[str, ...]:
+    if word in ("mlp", "ffn"):
+        return _MLP
+    if word in ("attn", "attention", "qkvo"):
+        return ("q_proj", "k_proj", "v_proj", "o_proj")
+    if word == "qkv":
+        return ("q_proj", "k_proj", "v_proj")
+    return (_SHORT.get(word, "down_proj" if word == "down" else word),)
+
+
+# -- engine -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a run is spread."""
+
+    kind: str
+    version: int = 0
+    sharding: str = ""
+    prefetch: str = "NO_PREFETCH"
+    reshard: bool = True
+
+
+_OTHER_ENGINES = (
+    r"\btp\b|\btp ?\d|\bpp ?\d|\bpp\b|\bcp ?\d|\bep ?\d|(tensor|context|sequence|expert)[- ]par|pipeline"
+    r"|simplefsdp|fairscale|sharded_ddp|megatron|colossal|ulysses|\bsp ?\d|mics\b|fsdp ?\d+ ?x|zero\+\+|horovod"
+    r"|device_map"
+)
+
+
+def engine(text: str, gpus: int, framework: str, notes: Notes) -> Engine:
+    """What the column zero_stage_or_fsdp says, for that number of GPUs.
+
+    >>> engine("DeepSpeed ZeRO-2 (script default)", 4, "HF Trainer", []).kind, engine("none", 1, "", []).kind
+    ('zero2', 'single')
+    """
+    low = " ".join(text.lower().split())
+    if found := re.search(_OTHER_ENGINES, low):
+        raise RefusedError("zero_stage_or_fsdp", text, f"is not modelled ({found[0]})")
+    bare = plain(text)
+    if "/" in bare and "zero" in bare:
+        not_stated("zero_stage_or_fsdp", text, "names several")
+    if found := re.search(r"(?:\bzero|deepspeed|\bstage|\bz)[-_ ]*(?:stage|zero)?[-_ ]*([0-3])\b", bare):
+        hedged("zero_stage_or_fsdp", text, notes)
+        return Engine(f"zero{found[1]}")
+    if "infinity" in bare:
+        return Engine("zero3")
+    if "zero" in bare or "deepspeed" in bare:
+        not_stated("zero_stage_or_fsdp", text, "does not state the stage")
+    if "fsdp" in bare or "fully_shard" in bare or "fullyshard" in bare:
+        return _fsdp(text, low)
+    if "ddp" in bare or "dataparallel" in bare.replace(" ", "") or re.fullmatch(r"dp ?\d*", bare):
+        if "dataparallel" in bare.replace(" ", "") and "distributed" not in bare:
+            raise RefusedError("zero_stage_or_fsdp", text, "is not modelled")
+        return Engine("ddp" if gpus > 1 else "single")
+    if bare in BLANK or bare in ("none", "no", "single", "single gpu", "single-gpu", "plain", "1 gpu"):
+        if gpus > 1:
+            not_stated("zero_stage_or_fsdp", text, f"does not state how {gpus} GPUs share the run")
+        return Engine("single")
+    raise RefusedError("zero_stage_or_fsdp", text, "is not an engine memplan knows", "not stated")
+
+
+def _fsdp(text: str, low: str) -> Engine:
+    version = 2 if re.search(r"fsdp[-_ ]?v?2\b|fully_shard\b", low) else 1 if re.search(r"fsdp[-_ ]?v?1\b", low) else 0
+    for name in ("HYBRID_SHARD_ZERO2", "HYBRID_SHARD", "SHARD_GRAD_OP", "NO_SHARD"):
+        if name.lower() in low.replace("-", "_").replace(" ", "_"):
+            version = 1
+            break
+    else:
+        name = "FULL_SHARD" if version == 1 else ""
+    if re.search(r"limit_all_gathers\s*=?\s*false", low):
+        raise RefusedError("zero_stage_or_fsdp", text, "lets the CPU run ahead, whose gathers memplan does not count")
+    if re.search(r"\bhsdp\b|hybrid", low) and "HYBRID" not in name:
+        not_stated("zero_stage_or_fsdp", text, "does not state the groups")
+    prefetch = next((p for p in ("BACKWARD_PRE", "BACKWARD_POST") if p.lower() in low), "NO_PREFETCH")
+    reshard = not re.search(r"reshard(_after_forward)?[ =:]*(never|false|no\b)", low)
+    return Engine("fsdp", version, name, prefetch, reshard)
+
+
+def offload(text: str, kind: str, notes: Notes) -> tuple[str, str]:
+    """Where the optimizer and the parameters live: none, cpu or nvme each.
+
+    >>> offload("optimizer + params to CPU", "zero3", []), offload("none", "single", [])
+    (('cpu', 'cpu'), ('none', 'none'))
+    """
+    low = plain(text)
+    if low in BLANK or low in ("none", "no", "n", "false", "off", "paged optimizer"):
+        return "none", "none"
+    low = " ".join(text.lower().split())
+    if "activation" in low:
+        raise RefusedError("offload", text, "moves activations, which is not modelled")
+    if re.search(r"\bor\b|/", low):
+        not_stated("offload", text, "names several")
+    where = (
+        "nvme"
+        if "nvme" in low or "disk" in low or "ssd" in low
+        else "cpu"
+        if re.search(r"\bcpu\b|\bhost\b|\bram\b", low)
+        else ""
+    )
+    states, weights = bool(re.search(r"optim|adam", low)), bool(re.search(r"param|weight|model", low))
+    if kind == "fsdp" and where == "cpu":
+        return "none", "cpu"
+    if not where or kind in ("single", "ddp", "zero0"):
+        raise RefusedError("offload", text, f"is not modelled under {kind}")
+    if not states and not weights:
+        if kind in ("zero1", "zero2"):
+            return where, "none"
+        not_stated("offload", text, "does not state what is moved")
+    return (where if states else "none"), (where if weights else "none")
+
+
+# -- switches ---------------------------------------------------------------------------------------------------------
+
+_YES, _NO = r"(y|yes|true|on|full|block|every|all|enabled|1)\b", r"(n|no|none|false|off|disabled|0)\b"
+
+
+def checkpointing(text: str, notes: Notes) -> bool:
+    """Whether every block is checkpointed.
+
+    >>> checkpointing("full (assumed: scripts pass --gradient_checkpointing)", []), checkpointing("none", [])
+    (True, False)
+    """
+    low = plain(text)
+    if re.search(r"selective|\bsac\b|policy|per-op|partial|offload|unsloth|every \d|\d+ ?/ ?\d+", low):
+        raise RefusedError("gradient_checkpointing", text, "is not modelled")
+    if re.match(_YES, low):
+        hedged("gradient_checkpointing", text, notes)
+        return True
+    if re.match(_NO, low):
+        hedged("gradient_checkpointing", text, notes)
+        return False
+    not_stated("gradient_checkpointing", text)
+
+
+def attention(text: str, has_sdpa: bool, notes: Notes) -> str:
+    """``attn_implementation``; where a row leaves it open, transformers' default: SDPA, but in versions that lack it.
+
+    >>> attention("flash2", True, []), attention("sdpa/flash", True, []), attention("eager/sdpa", False, [])
+    ('flash_attention_2', 'sdpa', 'eager')
+    """
+    low = plain(text)
+    if re.search(
+        r"flash[-_ ]?(attention|attn)?[-_ ]?v?(3|4)|fa[34]|flex|xformers|triton|te\b|transformer.?engine|ring", low
+    ):
+        raise RefusedError("attention", text, "is not modelled")
+    words = {
+        "flash_attention_2": re.search(r"flash|\bfa[-_ ]?2?\b", low),
+        "sdpa": re.search(r"\bsdpa\b|scaled_dot", low),
+        "eager": re.search(r"\beager\b|\bvanilla\b|\bnaive\b|\bmath\b", low),
+    }
+    found = [name for name, match in words.items() if match]
+    if found == ["flash_attention_2", "sdpa"]:
+        return "sdpa"
+    if len(found) == 1:
+        hedged("attention", text, notes)
+        return found[0]
+    if not found and low not in BLANK and low not in ("default", "auto"):
+        not_stated("attention", text, "is not a kernel memplan knows")
+    default = "sdpa" if has_sdpa else "eager"
+    notes.append(f"attention: {text or 'not stated'!r}: transformers' default of the time taken, {default}")
+    return default
+
+
+def compiled(text: str) -> None:
+    """Refuse a compiled run."""
+    low = plain(text)
+    if low in BLANK or re.match(_NO, low):
+        return
+    if re.match(_YES, low):
+        raise RefusedError("compile", text, "compiled kernels are not modelled")
+    not_stated("compile", text)
+
+
+def fused_loss(text: str, *elsewhere: str) -> bool:
+    """Whether Liger's kernels are on; other kernels for the loss are refused.
+
+    >>> fused_loss("n"), fused_loss("y (liger)")
+    (False, True)
+    """
+    low = " ".join(text.lower().split())
+    if "liger" in low or any(re.search(r"\bliger\b", other.lower()) for other in elsewhere):
+        if re.search(r"without liger|no liger|liger[ =:]*(off|false|no\b)|liger.{0,12}(only|except)", low):
+            not_stated("fused_loss", text)
+        return True
+    if plain(text) in BLANK or (re.match(_NO, plain(text)) and "chunk" not in low):
+        return False
+    raise RefusedError("fused_loss", text, "is a kernel memplan does not model")
+
+
+def packed(text: str, notes: Notes) -> bool:
+    """Whether sequences are full; a padded batch has a mask.
+
+    >>> packed("packed (C4)", []), packed("padded to longest in batch", [])
+    (True, False)
+    """
+    low = plain(text)
+    if low in BLANK or "not stated" in low:
+        notes.append("packed_or_padded: is not stated, full sequences taken")
+        return True
+    if re.match(r"pack|fixed|forced|full|unpadded|concat|group", low):
+        return True
+    if low.startswith("pad"):
+        return False
+    not_stated("packed_or_padded", text, "says neither packed nor padded")

@@ -1,0 +1,422 @@
+"""Checks before a run: of its files, and from within its script."""
+
+from __future__ import annotations
+
+import gc
+import os
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+from memplan.advice import cures_of
+from memplan.case import (
+    Case,
+    ClusterLike,
+    ModelLike,
+    SoftwareLike,
+    TrainingLike,
+    as_asked,
+    case_of,
+    cluster_spec,
+    known_cluster,
+    software_spec,
+    training_spec,
+)
+from memplan.catalog.detect import detect_cluster, host_memory
+from memplan.catalog.gpus import find_gpu
+from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
+from memplan.results import ENGINE_CONFIG, Assumption, Check, Finding, Preflight
+from memplan.space import Setup
+from memplan.specs.hardware import ClusterSpec, GPUSpec
+from memplan.specs.software import SoftwareSpec
+from memplan.specs.training import TrainingSpec
+
+if TYPE_CHECKING:
+    from memplan.configs.run import Run
+    from memplan.integrations.live import Live
+
+
+def check(
+    path: str | os.PathLike[str] | Mapping[str, Any] | Sequence[str],
+    model: ModelLike | None = None,
+    training: TrainingLike = None,
+    cluster: ClusterLike = None,
+    *,
+    software: SoftwareLike = None,
+) -> Check:
+    """Say what the files of a run need, and what is wrong with them.
+
+    ``path`` is a DeepSpeed JSON, an accelerate YAML, TrainingArguments as a JSON or a YAML, a LLaMA-Factory YAML, a
+    file with the command that starts a run, or a folder that a plan has written; or the values of one of them, or a
+    list of arguments. ``model`` is needed where they name none. What the other arguments say wins over the files.
+
+    Raises SpecError for files that cannot be read or whose values the libraries refuse, UnsupportedError for what
+    memplan does not model. A mistake beside which the rest can still be read is a finding.
+    """
+    from memplan.configs.run import read_run  # here, because most estimates have no files
+
+    _, _, result = _checked(read_run(path), model, training, cluster, software)
+    return result
+
+
+def _checked(
+    run: Run, model: ModelLike | None, training: TrainingLike, cluster: ClusterLike, software: SoftwareLike
+) -> tuple[Case, Setup | None, Check]:
+    """What is checked, the setup that files come to, and what is found; no setup if none can be estimated."""
+    from memplan import findings
+    from memplan.configs import run as runs
+    from memplan.configs.setup import EngineConfig, with_cluster
+
+    model = run.model if model is None else model
+    if model is None:
+        raise SpecError.at("model", None, "is not in the files", "Name it, as in --model MODEL.")
+    asked, hardware = training_spec(training), cluster_spec(cluster)
+    if asked.task != "train":
+        problem = "is not a training run, which files are of"
+        raise SpecError.at("task", asked.task, problem, "Leave it out, or use memplan estimate.")
+    fixed = dict(run.engine.cluster) if run.engine is not None else {}
+    refused = run.engine.refused if run.engine is not None else {}
+    if "gpus" in run.cluster:
+        fixed |= run.cluster
+        refused = {name: error for name, error in refused.items() if name not in run.cluster}
+    hardware, notes = with_cluster(EngineConfig(run.source, {}, cluster=fixed, refused=refused), hardware)
+    case = case_of(model, hardware, software)
+    found = list(run.findings)
+    if not case.software.at_least("transformers", "5"):
+        found = [each for each in found if each.code != "removed-argument"]
+    if "gpus" not in hardware.model_fields_set and case.cluster.gpus == 1:
+        notes.append(_noted("the files do not say on how many GPUs: give --gpus"))
+    unadapted = findings.quantized_full(run, asked)
+    if unadapted is not None:
+        check = Check(estimate=None, verdict="unknown", findings=findings.sorted_by_severity([unadapted, *found]))
+        return case, None, check
+    merged, spread, said = runs.setup_of(run, asked, {}, case.cluster.gpus, found)
+    notes = [*notes, *said, *(_noted(note) for note in run.notes)]
+    setup = Setup(merged, spread, case.cluster.gpus)
+    estimated = case.with_time(setup, case.estimate(setup))
+    estimated = estimated.model_copy(update={"assumptions": (*estimated.assumptions, *notes)})
+    checked = findings.Checked(run, merged, spread, case.cluster, case.model, case.software, estimated)
+    found += findings.find(checked)
+    check = Check(estimate=estimated, verdict=estimated.verdict, findings=findings.sorted_by_severity(found))
+    return case, setup, check
+
+
+def _noted(note: str) -> Assumption:
+    return Assumption(name=ENGINE_CONFIG, value=0, low=0, high=0, source=note)
+
+
+def preflight(
+    model: Any,
+    args: Any = None,
+    *,
+    training: TrainingLike = None,
+    cluster: ClusterLike = None,
+    software: SoftwareLike = None,
+    on_failure: OnFailure = "raise",
+) -> Preflight:
+    """Check a run from within its script, before a weight is loaded; return what is found, the worst first.
+
+    Args:
+        model: an ``nn.Module``, a config of transformers, what :func:`estimate` takes, or a Trainer, which has args.
+        args: TrainingArguments; a DeepSpeed config as a mapping, a path or an HfDeepSpeedConfig; an Accelerator or one
+            of its plugins; or any file of a run that :func:`check` takes, or its values. None is plain training, or
+            what the launcher has set.
+        training: what the others do not say, ``seq_len`` above all; it wins over them.
+        cluster: as for :func:`estimate`; without one, the GPUs that are visible, with the memory that is free on them
+            now, the ranks that the launcher has started, and this machine's memory.
+        software: versions; None are those that are installed.
+        on_failure: what is done about an error: ``raise`` PreflightError, ``warn``, or ``exit`` with 1. On the first
+            rank only: the launcher ends the others.
+
+    Raises PreflightError, whose ``findings`` hold all, and SpecError for a wrong argument. What memplan does not model
+    is a warning.
+    """
+    from memplan.integrations import live
+
+    if on_failure not in get_args(OnFailure):
+        raise SpecError.at("on_failure", on_failure, "is not known", f"Use {' or '.join(get_args(OnFailure))}.")
+    asked, hardware = training_spec(training), cluster_spec(cluster)
+    if isinstance(hardware.gpu, str):
+        hardware = known_cluster(hardware)
+    versions = None if software is None else software_spec(software)
+    with uncollected():
+        try:
+            found = _found_before(live.read(model, args), asked, hardware, versions or installed_software())
+        except UnsupportedError as error:
+            found = Preflight([_excused("not-modelled", "warning", error)])
+        except ResolutionError as error:
+            found = Preflight([_excused("unknown-model", "warning", error)])
+        except SpecError as error:
+            found = Preflight([_excused("refused", "error", error)])
+        except Exception as error:
+            # Whatever is wrong with memplan, a training script must not end of it.
+            found = Preflight([_of_memplan(error)])
+    if live.rank() == 0:
+        _act_on(found, on_failure)
+    return found
+
+
+OnFailure: TypeAlias = Literal["raise", "warn", "exit"]
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collections, each of which walks the million objects of torch and transformers: 0.3 s."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _excused(code: str, severity: Literal["error", "warning"], error: MemplanError) -> Finding:
+    path, _, rest = str(error).partition(": ")
+    return Finding(code=code, severity=severity, path=path, message=rest or str(error), remedy="")
+
+
+def _of_memplan(error: Exception) -> Finding:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Finding(
+        code="memplan-error",
+        severity="warning",
+        path="memplan",
+        message=f"The run was not checked: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}).",
+        remedy="Please report it. The run itself is not touched.",
+    )
+
+
+def _act_on(found: Preflight, on_failure: OnFailure) -> None:
+    """Say what is found, and end what cannot work."""
+    import warnings
+
+    if found.errors and on_failure == "raise":
+        message = "\n".join(("This run is stopped before it starts.", str(found)))
+        estimate = None if found.check is None else found.check.estimate
+        raise PreflightError(message, report=estimate, findings=found)
+    for each in found:
+        if each.severity != "info":
+            warnings.warn(f"memplan: {each.path}: {each.message} {each.remedy}".strip(), stacklevel=3)
+    if found.errors and on_failure == "exit":
+        raise SystemExit(1)
+
+
+_LEGAL = frozenset({"removed-argument", "misspelt-argument"})
+"""Findings on names that an object of transformers has, so that they exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """A run that a script has in its hands, estimated as its files would be."""
+
+    case: Case
+    setup: Setup | None
+    """None if there can be no estimate."""
+    check: Check
+    beside: tuple[Finding, ...]
+    """What is to be said of the machine and of the objects."""
+
+
+def examine(run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec) -> Examined:
+    """Estimate a run that is about to start, on the machine that is there. Raises SpecError and UnsupportedError."""
+    from memplan.integrations import live
+
+    hardware, beside = _here(cluster, run)
+    case, setup, check = _of_objects(run, training, hardware, software)
+    if run.unread is not None:
+        beside.append(_not_read(run.unread))
+    if run.module is not None and run.model is not run.module and check.estimate is not None:
+        model, (weights, trained) = check.estimate.model, live.counted(run.module)
+        if (model.parameters, model.trainable_parameters) != (weights, trained):
+            try:
+                case, setup, check = _checked(*as_files(live.as_module(run), training), hardware, software)
+            except MemplanError as error:
+                beside.append(_other_model(model.parameters, model.trainable_parameters, weights, trained, error))
+    return Examined(case, setup, check, tuple(beside))
+
+
+def _found_before(run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec) -> Preflight:
+    from memplan import findings
+
+    examined = examine(run, training, cluster, software)
+    case, setup, check = examined.case, examined.setup, examined.check
+    found = [*examined.beside, *(each for each in check.findings if each.code not in _LEGAL or run.as_written)]
+    if check.estimate is not None and setup is not None:
+        if "seq_len" not in setup.training.model_fields_set - run.assumed.keys() and _has_tokens(case):
+            found.append(_unknown_length(setup.training.seq_len))
+        memory = memory_said(examined)
+        if memory is not None and not (run.on_cpu and memory.severity == "info"):
+            found.insert(0, memory)
+    of_model = {"id": case.model.id, "config": case.model.config}
+    asked = {} if setup is None else as_asked(case, setup)
+    return Preflight(findings.sorted_by_severity(found), check, of_model, asked)
+
+
+def memory_said(examined: Examined) -> Finding | None:
+    """Return what is to be said of a run's memory, with what would fit; nothing if it fits."""
+    from memplan import findings
+
+    check, setup = examined.check, examined.setup
+    if check.estimate is None or setup is None:
+        return None
+    cures = cures_of(examined.case, setup) if check.verdict in ("does-not-fit", "tight") else ()
+    return findings.memory_finding(check.estimate, cures)
+
+
+def _of_objects(
+    run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec
+) -> tuple[Case, Setup | None, Check]:
+    """What is checked. A model that is there is legal: if memplan has no words for it, it is traced.
+
+    Raises SpecError for what is wrong whatever the model is, UnsupportedError for the rest.
+    """
+    from memplan.integrations import live
+
+    try:
+        return _checked(*as_files(run, training), cluster, software)
+    except MemplanError as error:
+        if run.module is None or run.model is run.module:
+            raise
+        try:
+            return _checked(*as_files(live.as_module(run), training), cluster, software)
+        except MemplanError as other:
+            if str(other) == str(error):
+                raise error from None
+            raise UnsupportedError(str(error)) from None
+
+
+def _not_read(optimizer: str) -> Finding:
+    return Finding(
+        code="not-read",
+        severity="warning",
+        path="optimizer",
+        message=f"The Trainer was given a {optimizer}, of whose states memplan knows nothing: optim was estimated.",
+        remedy="Take the estimate with care.",
+    )
+
+
+def as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec]:
+    """What the files of a run would say, its model, and what is known beside: what is asked for wins."""
+    from memplan.configs.arguments import parse_arguments
+    from memplan.configs.run import Run, read_run
+
+    known = dict(run.assumed)
+    if run.of_a_trainer:
+        files = read_run(run.said, "TrainingArguments")
+        if files.arguments is not None:
+            known = {name: value for name, value in known.items() if name not in files.arguments.training}
+    else:
+        files = Run("the script")
+        of_a_trainer = parse_arguments({}, "model").training
+        said = parse_arguments(run.said, "model").training
+        known |= {name: value for name, value in said.items() if name not in of_a_trainer}
+    if run.engine is not None:
+        engine = read_run(run.engine, "config")
+        if engine.arguments is not None:  # a file with TrainingArguments, or a folder
+            known = {name: value for name, value in known.items() if name not in engine.arguments.training}
+            files = replace(files, arguments=engine.arguments, cluster=engine.cluster, alloc_conf=engine.alloc_conf)
+        raw = {**engine.raw, **files.raw}
+        files = replace(files, engine=engine.engine, raw=raw, launcher=files.launcher or engine.launcher)
+        files = replace(files, findings=(*files.findings, *engine.findings))
+    known |= run.training
+    known = {name: value for name, value in known.items() if name not in training.model_fields_set}
+    return files, run.model, training.replace(**known)
+
+
+def _other_model(weights: int, trained: int, real: int, really_trained: int, error: MemplanError) -> Finding:
+    return Finding(
+        code="other-model",
+        severity="warning",
+        path="model",
+        message=f"It has {real:,} weights, {really_trained:,} of them trained; what was estimated has {weights:,} and "
+        f"{trained:,}, and the model itself could not be traced ({error})",
+        remedy="Take the estimate with care.",
+    )
+
+
+def _has_tokens(case: Case) -> bool:
+    return "vocab_size" in case.model.config
+
+
+def _unknown_length(taken: int) -> Finding:
+    return Finding(
+        code="seq-len-unknown",
+        severity="info",
+        path="seq_len",
+        message=f"Nothing says how many tokens a sequence has: {taken} are taken.",
+        remedy='Say it by training={"seq_len": ...}.',
+    )
+
+
+def _here(spec: ClusterSpec, run: Live) -> tuple[ClusterSpec, list[Finding]]:
+    """The cluster that is given, or this machine with what is free now, and the launcher's ranks; and what is to be
+    said of it.
+    """
+    from memplan.integrations import live
+
+    fields: dict[str, Any] = {}
+    found: list[Finding] = []
+    launched = live.world()
+    if launched is not None and "gpus" not in spec.model_fields_set:
+        fields |= {"gpus": launched[0], "nodes": max(1, launched[0] // launched[1])}
+    if spec.gpu is None and spec.gpu_memory is None:
+        fields |= {"gpu": find_gpu("cpu")} if run.on_cpu else _free_gpus()
+        if spec.host_memory is None and "gpu" in fields:
+            fields["host_memory"] = host_memory()
+    count = fields.pop("devices", 1)
+    if launched is None and "gpus" not in spec.model_fields_set:
+        fields["gpus"] = 1
+        if count > 1 and run.of_a_trainer:
+            found.append(_data_parallel(count))
+    return spec.replace(**fields), found
+
+
+def _free_gpus() -> dict[str, Any]:
+    """Fields of ClusterSpec, and how many ``devices`` there are: the fullest of those that are visible decides."""
+    from memplan.catalog.detect import read_nvml, visible_devices
+    from memplan.catalog.gpus import match_device
+    from memplan.integrations import live
+    from memplan.memory.runtime import cuda_context
+
+    devices = read_nvml()
+    sliced = any(device.mig for device in devices) or "MIG-" in os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not devices:
+        return {}
+    gpu = match_device(devices[0].name, devices[0].memory) if sliced else detect_cluster().gpu
+    if not isinstance(gpu, GPUSpec):
+        if not sliced:
+            return {}
+        remedy = "Say which one is near to it, by cluster=memplan.ClusterSpec(gpu=..., gpu_memory=...)."
+        raise UnsupportedError.at("gpu", devices[0].name, "is not in the catalog", remedy)
+    context = int(cuda_context(gpu, SoftwareSpec()).value)
+    if sliced:
+        return {"gpu": gpu, "gpu_memory": live.slice_memory(context), "devices": 1}
+    visible = visible_devices(devices)
+    free = min(live.free_memory(device, context) for device in visible)
+    return {"gpu": gpu, "gpu_memory": free, "devices": len(visible)}
+
+
+def _data_parallel(count: int) -> Finding:
+    return Finding(
+        code="data-parallel",
+        severity="warning",
+        path="launcher",
+        message=f"{count} GPUs are visible and no launcher has started ranks: the Trainer takes nn.DataParallel, whose "
+        "first GPU holds more than the others. What one GPU needs by itself was estimated.",
+        remedy="Start the script by torchrun or accelerate launch, or leave one GPU by CUDA_VISIBLE_DEVICES.",
+    )
+
+
+def installed_software() -> SoftwareSpec:
+    """The versions of the libraries that are here."""
+    from importlib import metadata
+
+    found: dict[str, str] = {}
+    for library in SoftwareSpec.model_fields:
+        with suppress(metadata.PackageNotFoundError):
+            found[library] = metadata.version(library).partition("+")[0]
+    return SoftwareSpec(**found)
