@@ -13,7 +13,6 @@ from memplan.architectures.registry import FAMILIES
 from memplan.catalog import hub
 from memplan.catalog.detect import detect_cluster, free_disk
 from memplan.catalog.gpus import find_gpu, parse_cluster
-from memplan.catalog.profile import RATES, VARIABLE, calibrated
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.results import Assumption, Estimate, StepTime
 from memplan.space import Setup
@@ -117,8 +116,7 @@ class Case:
         if self.tracer is not None:
             resolved = replace(resolved, traced=self.tracer.trace(resolved))
         timing = throughput.step_time(resolved, self.cluster, setup.strategy)
-        rates = tuple(Assumption.of(rate) for rate in gpu.measured if rate.name in RATES)
-        assumptions = (*found.assumptions, Assumption.of(timing.interval), *rates)
+        assumptions = (*found.assumptions, Assumption.of(timing.interval), *_measured_rates(gpu))
         return found.model_copy(update={"step": timing.result(), "assumptions": assumptions})
 
     def timed(self, setup: Setup, exact: bool) -> Estimate:
@@ -375,9 +373,20 @@ def known_cluster(cluster: ClusterLike) -> ClusterSpec:
     if spec.gpu is None:
         return _on_this_machine(spec)
     gpu = find_gpu(spec.gpu) if isinstance(spec.gpu, str) else spec.gpu
-    if VARIABLE in os.environ and not gpu.measured:  # a profile that is named
+    if "MEMPLAN_PROFILE" in os.environ and not gpu.measured:  # a profile that is named
+        from memplan.catalog.profile import calibrated
+
         gpu = calibrated(gpu)
     return spec if gpu is spec.gpu else spec.replace(gpu=gpu)
+
+
+def _measured_rates(gpu: GPUSpec) -> tuple[Assumption, ...]:
+    """What decides a step's time of a profile."""
+    if not gpu.measured:
+        return ()
+    from memplan.catalog.profile import RATES
+
+    return tuple(Assumption.of(rate) for rate in gpu.measured if rate.name in RATES)
 
 
 def _on_this_machine(spec: ClusterSpec) -> ClusterSpec:
@@ -386,6 +395,8 @@ def _on_this_machine(spec: ClusterSpec) -> ClusterSpec:
     if here.gpu is None:
         return spec
     gpus = spec.gpus if "gpus" in spec.model_fields_set else here.gpus
+    from memplan.catalog.profile import calibrated  # here, because without a GPU there is none
+
     gpu = calibrated(here.gpu) if isinstance(here.gpu, GPUSpec) else here.gpu
     found: dict[str, Any] = {"gpu": gpu, "gpus": gpus, "gpu_memory": spec.gpu_memory or here.gpu_memory}
     if spec.nodes == 1 and gpus <= here.gpus:

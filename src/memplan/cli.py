@@ -143,7 +143,7 @@ _PATHS = {option.name: option.flag for option in OPTIONS} | {
         name: f"--{name.replace('_', '-')}"
         for name in (
             *("global_batch_size", "target", "objective", "solve", "allow", "out", "html", "cap", "boundary", "steps"),
-            *("record", "runs"),
+            *("record", "runs", "diff", "save"),
         )
     },
 }
@@ -495,6 +495,9 @@ def measure(
         "steps": int(steps) if _INTEGER.fullmatch(steps) else steps,
         "pretrained": pretrained,
     }
+    for name, value in (("diff", diff), ("save", save)):
+        if boundary is not None and value:
+            raise SpecError.at(name, value, "is of one run, and not of a search", "Leave one of the two out.")
     specs = (model, _training(given), _cluster(given), _strategy(given))
     from memplan.render import measured as render
 
