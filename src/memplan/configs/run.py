@@ -23,13 +23,13 @@ from memplan.configs.command import Command, is_command, parse_command, plain
 from memplan.configs.deepspeed import parse_deepspeed
 from memplan.configs.files import parse_mapping, read_mapping, read_text
 from memplan.configs.keys import ACCELERATE, DEEPSPEED
-from memplan.configs.setup import Batch, EngineConfig, batch_finding, merged, of_file, with_training
+from memplan.configs.setup import Batch, EngineConfig, batch_finding, in_keys, merged, of_file, with_training
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.results import Assumption, Finding
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 
-__all__ = ["Run", "Values", "is_arguments", "of_texts", "read_folder", "read_run", "setup_of"]
+__all__ = ["Run", "Values", "as_written", "is_arguments", "of_texts", "read_folder", "read_run", "setup_of"]
 
 _ALLOCATOR = re.compile(
     r'^export PYTORCH_(?:CUDA_)?ALLOC_CONF="\$\{PYTORCH_(?:CUDA_)?ALLOC_CONF:-([^}"]*)\}"$', re.MULTILINE
@@ -217,13 +217,16 @@ def _of_arguments(values: Values, folder: Path | None, run: Run) -> Run:
         raw.setdefault("deepspeed", Values(source, data["deepspeed"]))
         engine = parse_deepspeed(data["deepspeed"], source, trainer=True, findings=findings)
     elif data.get("fsdp") or data.get("fsdp") == "":
-        engine = EngineConfig(values.source, fsdp_config(data, values.source, findings))
+        fields = fsdp_config(data, values.source, findings)
+        engine = EngineConfig(values.source, fields, keys={"fsdp.": "fsdp_config."})
     shards = engine is not None and engine.strategy.get("kind") in ("zero3", "fsdp")
     known: tuple[str, ...] = ()
     if llama_factory.is_llama_factory(data):
         data = llama_factory.to_arguments(data, values.source, shards=shards)
         known = llama_factory.known_names()
     arguments = parse_arguments(data, values.source, findings, known=known)
+    if known:
+        arguments = dataclasses.replace(arguments, keys={**arguments.keys, **llama_factory.KEYS})
     name = data.get("model_name_or_path")
     model = name if isinstance(name, str) and name else run.model
     return dataclasses.replace(
@@ -418,7 +421,8 @@ def setup_of(
         training, engine, notes = _of_trainer(run, run.arguments, engine, training)
         ddp = run.arguments.strategy.get("ddp")
         if ddp is not None and engine.strategy.get("kind") == "ddp":
-            engine = dataclasses.replace(engine, strategy={**engine.strategy, "ddp": ddp})
+            keys = {**engine.keys, **run.arguments.keys}
+            engine = dataclasses.replace(engine, strategy={**engine.strategy, "ddp": ddp}, keys=keys)
     elif findings is not None:
         engine = dataclasses.replace(engine, batch=_asked_of_the_trainer(engine.batch, training))
         found = batch_finding(engine, training, gpus)
@@ -428,6 +432,17 @@ def setup_of(
     merged_training, merged_strategy, said = with_training(engine, training, strategy, gpus)
     parts = (run.arguments, engine) if run.arguments is not None else (engine,)
     return merged_training, merged_strategy, (*notes, *(each for part in parts for each in part.assumptions), *said)
+
+
+def as_written(run: Run, training: TrainingSpec, error: SpecError) -> SpecError:
+    """An error of the estimate about what the arguments say, in their words; ``training`` is what options say."""
+    arguments = run.arguments
+    field = str(error).partition(":")[0]
+    if type(error) is not SpecError or arguments is None or field.partition(".")[0] not in arguments.training:
+        return error
+    if field.partition(".")[0] in training.model_fields_set:
+        return error
+    return SpecError(in_keys(arguments, str(error)))
 
 
 def _without_total(batch: Batch, gpus: int) -> Batch:
