@@ -53,7 +53,9 @@ def test_the_files_own_key_is_named(values: dict[str, Any], said: str, tmp_path:
     path = tmp_path / "run.json"
     path.write_text(json.dumps(values))
     with pytest.raises(MemplanError) as raised:
-        memplan.check(path, "gpt2", cluster={"gpu": "T4", "gpus": 2} if "distributed_type" not in values else {"gpu": "T4"})
+        memplan.check(
+            path, "gpt2", cluster={"gpu": "T4", "gpus": 2} if "distributed_type" not in values else {"gpu": "T4"}
+        )
     assert str(raised.value).startswith(f"{path}: {said}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memplan.configs.deepspeed import parse_deepspeed
-from memplan.configs.files import read_mapping
+from memplan.configs.files import read_mapping, refuse_outside
 from memplan.configs.keys import ACCELERATE
 from memplan.configs.section import Section
 from memplan.configs.setup import EngineConfig
@@ -272,6 +272,8 @@ class _Reader:
         if not path.exists() and self.folder is not None and (self.folder / path).exists():
             path = self.folder / path
             self.notes.append(f"{named} is read beside {self.source}; accelerate looks in the folder it is started in")
+        if self.folder is not None:
+            refuse_outside(path, self.folder, section.name("deepspeed_config_file"))
         data, _ = read_mapping(path)
         if "gradient_accumulation_steps" not in data:
             data = {**data, "gradient_accumulation_steps": 1}

@@ -21,7 +21,7 @@ from memplan.configs.argument_keys import REMOVED_ARGUMENTS, SCRIPT_ARGUMENTS, T
 from memplan.configs.arguments import fsdp_config, parse_arguments
 from memplan.configs.command import Command, is_command, parse_command, plain
 from memplan.configs.deepspeed import parse_deepspeed
-from memplan.configs.files import parse_mapping, read_mapping, read_text
+from memplan.configs.files import ANCESTORS, parse_mapping, read_mapping, read_text, refuse_outside
 from memplan.configs.keys import ACCELERATE, DEEPSPEED
 from memplan.configs.setup import Batch, EngineConfig, batch_finding, in_keys, merged, of_file, with_training
 from memplan.errors import MemplanError, SpecError, UnsupportedError
@@ -39,7 +39,6 @@ _ACCELERATE_ONLY = frozenset(ACCELERATE[""]) - {"fsdp_config", "debug", "fp16"}
 _DEEPSPEED_ONLY = frozenset(DEEPSPEED[""]) - TRAINING_ARGUMENTS.keys() - {"bf16", "fp16", "optimizer", "scheduler"}
 _ARGUMENTS_ONLY = (TRAINING_ARGUMENTS.keys() | SCRIPT_ARGUMENTS.keys()) - DEEPSPEED[""].keys() - {"fsdp_config"}
 _AXOLOTL = frozenset({"base_model", "sequence_len", "adapter", "val_set_size", "sample_packing", "micro_batch_size"})
-_ANCESTORS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,19 +315,21 @@ def _referenced(
 
 def _file(name: str, source: str, field: str, folder: Path | None, notes: list[str]) -> Values:
     """A file that another one names: from the folder a run is started in, or one above the file that names it."""
-    path = Path(name)
+    path, roots = Path(name), list[Path]()
     if "$" in name:
         remedy = "Write the path out."
         raise SpecError.at(f"{source}: {field}", name, "has a variable of the shell, which is not known", remedy)
     if not path.exists() and folder is not None and not path.is_absolute():
-        above = [folder, *folder.absolute().parents][:_ANCESTORS]
-        beside = next((each / path for each in above if (each / path).exists()), None)
-        if beside is not None:
-            notes.append(f"{name} is read as {beside}; a run looks for it in the folder it is started in")
-            path = beside
+        above = [folder, *folder.absolute().parents][:ANCESTORS]
+        root = next((each for each in above if each != each.parent and (each / path).exists()), None)
+        if root is not None:
+            notes.append(f"{name} is read as {root / path}; a run looks for it in the folder it is started in")
+            path, roots = root / path, [root]
     if not path.exists():
         remedy = "Check from the folder that the run is started in."
         raise SpecError.at(f"{source}: {field}", name, "does not exist", remedy)
+    if folder is not None:
+        refuse_outside(path, folder, f"{source}: {field}", roots)
     data, _ = read_mapping(path, f"{source}: {field}")
     return Values(str(path), data)
 
@@ -345,8 +346,9 @@ def read_folder(folder: Path) -> Run:
     if "training_args.json" in found:
         named = _named(found["training_args.json"])
         if named is not None and (folder / named).exists():
+            refuse_outside(folder / named, folder, f"{folder / 'training_args.json'}: deepspeed")
             found[named] = read_text(folder / named, "path")
-    return of_texts(found, f"{folder}{os.sep}")
+    return of_texts(found, f"{folder}{os.sep}", folder)
 
 
 def _named(text: str) -> str | None:
@@ -357,8 +359,11 @@ def _named(text: str) -> str | None:
     return named if isinstance(named, str) and named else None
 
 
-def of_texts(files: Mapping[str, str], source: str = "") -> Run:
-    """Read the files of a folder, as text by name; ``source`` is put before the names in messages. Raises SpecError."""
+def of_texts(files: Mapping[str, str], source: str = "", folder: Path | None = None) -> Run:
+    """Read the files of a folder, as text by name; ``source`` is put before the names in messages. Raises SpecError.
+
+    What they name beside is looked for in ``folder``.
+    """
 
     def values(name: str) -> Values:
         if name not in files:
@@ -392,7 +397,7 @@ def of_texts(files: Mapping[str, str], source: str = "") -> Run:
     else:
         engine = EngineConfig(source, {"kind": "single"})
         run = dataclasses.replace(run, engine=engine, launcher="python")
-    return _of_arguments(Values(given.source, data), None, run)
+    return _of_arguments(Values(given.source, data), folder, run)
 
 
 def _count(text: str, key: str, source: str) -> int:
