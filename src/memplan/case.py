@@ -14,7 +14,7 @@ from memplan.catalog import hub
 from memplan.catalog.detect import detect_cluster, free_disk
 from memplan.catalog.gpus import find_gpu, parse_cluster
 from memplan.errors import MemplanError, SpecError, UnsupportedError
-from memplan.results import Assumption, Estimate, StepTime
+from memplan.results import Assumption, Estimate, StepTime, verdict_by_place
 from memplan.space import Setup
 from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
@@ -41,6 +41,7 @@ StrategyLike: TypeAlias = str | Strategy | Mapping[str, Any] | None
 
 SoftwareLike: TypeAlias = str | SoftwareSpec | Mapping[str, Any] | None
 """A spec, its fields as a mapping, or the text that is short for it; None is its defaults."""
+
 
 EngineConfigLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | None
 """A path, or the values of the file."""
@@ -191,6 +192,18 @@ class Case:
         """Whether the GPU has units for the setup's dtype."""
         gpu = self.cluster.gpu
         return not (isinstance(gpu, GPUSpec) and setup.training.dtype == "bfloat16" and not gpu.supports_bf16)
+
+    def fits_where_known(self, setup: Setup) -> bool:
+        """Whether the setup fits for certain on the GPU, and wherever else it is known how much there is.
+
+        Raises what :meth:`estimate` raises.
+        """
+        found = self.estimate(setup, replay=False)
+        places = verdict_by_place(found.gpu, found.host, found.nvme)
+        if places["gpu"] == "tight" and "does-not-fit" not in places.values():  # an upper bound without the replay
+            found = self.estimate(setup)
+            places = verdict_by_place(found.gpu, found.host, found.nvme)
+        return not {"does-not-fit", "tight"} & set(places.values())
 
     def fits(self, setup: Setup) -> bool:
         """Whether the setup fits for certain; what the estimator refuses does not."""
