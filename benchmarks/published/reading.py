@@ -346,10 +346,10 @@ class Method:
 
 
 _OTHER_METHODS = (
-    r"\+?dora|ada[-_ ]?lora|rs-?lora|lo[-_]?ha|lo[-_]?kr|\bia3|\(ia\)|\bvera\b|\bboft|\boft\b|\bqoft|prefix"
+    r"\+?dora|ada[-_ ]?lora|lo[-_]?ha|lo[-_]?kr|\bia3|\(ia\)|\bvera\b|\bboft|\boft\b|\bqoft|prefix"
     r"|prompt[-_ ]tuning|p[-_]tuning|ln_tuning|shira|\bosf\b|trainable_tokens|adapter(?!s)|bitfit|freeze"
     r"|\bppo\b|\bdpo\b|\bgrpo\b|rlhf|\bkto\b"
-    r"|\borpo\b|reward|distil(?!bert|gpt)|x-?lora|longlora|llama-?pro|lora[-_+ ]?fa|pissa|galore|quantize_moe"
+    r"|\borpo\b|reward|distil(?!bert|gpt)|x-?lora|longlora|llama-?pro|lora[-_+ ]?fa|galore|quantize_moe"
 )
 _SHORT = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "gate": "gate_proj", "up": "up_proj"}
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -370,7 +370,9 @@ def method(text: str, task: str, framework: str, notes: Notes) -> Method:
         not_stated("method", text)
     if found := re.search(_OTHER_METHODS, low):
         raise RefusedError("method", text, f"is not LoRA or full fine-tuning ({found[0].strip('+ ')})")
-    if re.search(r"\bq?lora\b", low):
+    if found := re.search(r"\b(rs[-_]?|o|pissa[-_]?)?q?lora\b", low):
+        if found[1] or re.search(r"pissa|olora|rs-?lora", low):
+            notes.append("method: another scale or start of LoRA's, which changes no size")
         return _lora(text, low, notes)
     if re.search(r"\bfull\b|\bfft\b|\bsft\b|pre-?train|\bfrom scratch\b|full[-_ ]fine|^fine-?tun|continued", low):
         return Method("full")
@@ -389,7 +391,7 @@ def _lora(text: str, low: str, notes: Notes) -> Method:
         r"(?=\s*(?:[()]|$|\+ ?modules|\bmodules_to|\balpha|\bdrop|;))",
         low,
     )
-    saved = re.search(r"modules_to_save\s*[=:]?\s*([\w.,+/ ]+)", low)
+    saved = re.search(r"modules_to_save\s*[=:]?\s*([\w.]+(?:\s*[,+/]\s*[\w.]+)*)", low)
     targets: tuple[str, ...] = ()
     if re.search(r"all[-_ ]linear", low):
         targets = ("all-linear",)
