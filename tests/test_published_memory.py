@@ -161,6 +161,16 @@ def test_names_of_gpus(text: str, name: str) -> None:
     assert (memory is None) == ("95.04" not in text)
 
 
+def test_other_words() -> None:
+    assert [reading.count("micro_batch", text, []) for text in ("8 per GPU", "bs=4", "batch size 2")] == [8, 4, 2]
+    words = {"AdamW (8-bit, bitsandbytes)": "adamw_bnb_8bit", "adamw_torch (fused)": "adamw_torch_fused"}
+    assert {text: reading.optimizer(text, []) for text in words} == words
+    engines = {"zero_stage=2": "zero2", "FULL_SHARD": "fsdp", "Distributed Data Parallel": "ddp"}
+    assert {text: reading.engine(text, 8, "", []).kind for text in engines} == engines
+    with pytest.raises(reading.RefusedError, match="unsloth"):
+        reading.checkpointing("full (unsloth)", [])
+
+
 @pytest.mark.parametrize(
     ("text", "targets", "saved"),
     [
