@@ -147,11 +147,56 @@ def test_other_spellings_are_the_same_setup() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("NVIDIA GeForce RTX 4090", "RTX4090"), ("rtx3090", "RTX3090"), ("2x A100-80GB", "A100-80GB"),
+        ("A100 40GB PCIe", "A100-PCIe-40GB"), ("Tesla V100-SXM2-32GB", "V100-32GB"), ("L4 (24GB)", "L4"),
+        ("H100 SXM5 80GB x 8", "H100-80GB"), ("RTX A6000 48GB", "A6000"), ("H100-96GB (HBM2e, 95.04 GiB)", "H100-80GB"),
+    ],
+)  # fmt: skip
+def test_names_of_gpus(text: str, name: str) -> None:
+    found, memory, certain = adapter.gpu_named(text, [])
+    assert found.name == name
+    assert certain
+    assert (memory is None) == ("95.04" not in text)
+
+
+def test_other_words() -> None:
+    assert [reading.count("micro_batch", text, []) for text in ("8 per GPU", "bs=4", "batch size 2")] == [8, 4, 2]
+    words = {"AdamW (8-bit, bitsandbytes)": "adamw_bnb_8bit", "adamw_torch (fused)": "adamw_torch_fused"}
+    assert {text: reading.optimizer(text, []) for text in words} == words
+    engines = {"zero_stage=2": "zero2", "FULL_SHARD": "fsdp", "Distributed Data Parallel": "ddp"}
+    assert {text: reading.engine(text, 8, "", []).kind for text in engines} == engines
+    with pytest.raises(reading.RefusedError, match="unsloth"):
+        reading.checkpointing("full (unsloth)", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "targets", "saved"),
+    [
+        (
+            "lora r16 modules_to_save=embed_tokens,lm_head targets=all-linear",
+            ("all-linear",),
+            ("embed_tokens", "lm_head"),
+        ),
+        ("lora r64 targets=c_attn+w1 + modules_to_save wte,lm_head", ("c_attn", "w1"), ("wte", "lm_head")),
+        ("LoRA rank=16, alpha=16 (target_modules=[q_proj, v_proj])", ("q_proj", "v_proj"), ()),
+        ("rslora r32", (), ()),
+    ],
+)
+def test_adapters_in_other_words(text: str, targets: tuple[str, ...], saved: tuple[str, ...]) -> None:
+    found = reading.method(text, "train", "", [])
+    assert found.kind == "lora"
+    assert (found.targets, found.saved) == (targets, saved)
+
+
+@pytest.mark.parametrize(
     ("values", "kind", "words"),
     [
         ({"seq_len": ""}, "not stated", "seq_len"),
         ({"optimizer": "?"}, "not stated", "optimizer"),
         ({"gpu": "24GB class"}, "not stated", "names no one GPU"),
+        ({"gpu": "RTX 3080"}, "not stated", "may be RTX3080-10GB, RTX3080-12GB"),
         ({"gpu": "Voodoo 2"}, "not stated", "not in the catalog"),
         ({"model": "acme/unheard-of-7b"}, "not stated", "not in the catalog"),
         ({"n_gpus": "two"}, "not stated", "n_gpus"),
@@ -196,6 +241,15 @@ def test_a_file_from_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert found["rows"][1]["refused"]
     (group,) = (group for group in found["summary"] if group["source"] is None)
     assert (group["metric"], group["n"]) == ("allocated", 1)
+
+
+def test_json_alone_is_printed_and_never_written_over_the_file(tmp_path: Path, capsys) -> None:
+    path = written(tmp_path / "rows.csv", GOOD)
+    before = path.read_bytes()
+    for arguments in ([str(path), "--json"], ["--json", str(path)]):
+        assert score.main(arguments) == 0
+        assert json.loads(capsys.readouterr().out)["counts"]["setups"] == 1
+        assert path.read_bytes() == before
 
 
 def test_columns_may_lack_stand_elsewhere_and_be_parted_by_semicolons(tmp_path: Path, capsys) -> None:

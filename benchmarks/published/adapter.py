@@ -304,7 +304,7 @@ def gpu_named(text: str, notes: Notes) -> tuple[GPUSpec, int | None, bool]:
         not_stated("gpu", text, "names no one GPU")
     if "emulated" in text.lower():
         raise RefusedError("gpu", text, "is another GPU with less of its memory", "not stated")
-    bare = re.sub(r"^\d+\s*[x×*]\s*|\s*[x×*]\s*\d+$", "", low).strip()
+    bare = re.sub(r"^\d+\s*[x×*]\s*|\s[x×*]\s*\d{1,4}$", "", low).strip()
     sizes = [(float(value), unit.lower()) for value, unit in _SIZE.findall(text)]
     exact = next((value for value, unit in sizes if unit == "gib" and value != int(value)), None)
     memory = int(exact * GiB) if exact and exact < 10000 else None
@@ -324,7 +324,7 @@ def gpu_named(text: str, notes: Notes) -> tuple[GPUSpec, int | None, bool]:
             return near[0], _stated(near[0], memory), True
         notes.append(f"gpu: {text!r}: {candidates[0].name} with that much memory taken")
         return candidates[0], wanted, True
-    if len({gpu.memory_bytes // (4 * GiB) for gpu in candidates}) > 1:
+    if len({gpu.memory_bytes // GiB for gpu in candidates}) > 1:
         if len({(gpu.compute_capability, gpu.sm_count) for gpu in candidates}) > 1:
             not_stated("gpu", text, f"may be {', '.join(gpu.name for gpu in candidates[:4])}")
         largest = max(candidates, key=lambda gpu: gpu.memory_bytes)

@@ -120,7 +120,8 @@ def count(column: str, text: str, notes: Notes, default: int | None = None) -> i
     >>> count("seq_len", "4k", []), count("micro_batch", "8 (script default)", [])
     (4096, 8)
     """
-    low = plain(text).removeprefix("~").strip()
+    low = re.sub(r"\b(micro[-_ ]?)?(batch([-_ ]size)?|bs)\b[ =:]*|\bper[-_ ](gpu|device)\b", "", plain(text))
+    low = low.strip().removeprefix("~").strip()
     if low in BLANK:
         if default is None:
             not_stated(column, text)
@@ -322,8 +323,10 @@ def optimizer(text: str, notes: Notes) -> str:
         not_stated("optimizer", text)
     if "/" in low:
         not_stated("optimizer", text, "names several")
+    whole = " ".join(text.lower().split())
     for pattern, name in _OPTIMIZERS:
-        if re.search(pattern, low):
+        # What stands in parentheses may decide, but for foreach, which is AdamW's default on a GPU.
+        if re.search(pattern, low if "foreach" in pattern else whole):
             if not name:
                 raise RefusedError("optimizer", text, "is not modelled")
             return ("sgd" if "sgd" in low else "adamw_torch") if name == "plain" else name
@@ -346,10 +349,10 @@ class Method:
 
 
 _OTHER_METHODS = (
-    r"\+?dora|ada[-_ ]?lora|rs-?lora|lo[-_]?ha|lo[-_]?kr|\bia3|\(ia\)|\bvera\b|\bboft|\boft\b|\bqoft|prefix"
+    r"\+?dora|ada[-_ ]?lora|lo[-_]?ha|lo[-_]?kr|\bia3|\(ia\)|\bvera\b|\bboft|\boft\b|\bqoft|prefix"
     r"|prompt[-_ ]tuning|p[-_]tuning|ln_tuning|shira|\bosf\b|trainable_tokens|adapter(?!s)|bitfit|freeze"
     r"|\bppo\b|\bdpo\b|\bgrpo\b|rlhf|\bkto\b"
-    r"|\borpo\b|reward|distil(?!bert|gpt)|x-?lora|longlora|llama-?pro|lora[-_+ ]?fa|pissa|galore|quantize_moe"
+    r"|\borpo\b|reward|distil(?!bert|gpt)|x-?lora|longlora|llama-?pro|lora[-_+ ]?fa|galore|quantize_moe"
 )
 _SHORT = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "gate": "gate_proj", "up": "up_proj"}
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -370,7 +373,9 @@ def method(text: str, task: str, framework: str, notes: Notes) -> Method:
         not_stated("method", text)
     if found := re.search(_OTHER_METHODS, low):
         raise RefusedError("method", text, f"is not LoRA or full fine-tuning ({found[0].strip('+ ')})")
-    if re.search(r"\bq?lora\b", low):
+    if found := re.search(r"\b(rs[-_]?|o|pissa[-_]?)?q?lora\b", low):
+        if found[1] or re.search(r"pissa|olora|rs-?lora", low):
+            notes.append("method: another scale or start of LoRA's, which changes no size")
         return _lora(text, low, notes)
     if re.search(r"\bfull\b|\bfft\b|\bsft\b|pre-?train|\bfrom scratch\b|full[-_ ]fine|^fine-?tun|continued", low):
         return Method("full")
@@ -389,7 +394,7 @@ def _lora(text: str, low: str, notes: Notes) -> Method:
         r"(?=\s*(?:[()]|$|\+ ?modules|\bmodules_to|\balpha|\bdrop|;))",
         low,
     )
-    saved = re.search(r"modules_to_save\s*[=:]?\s*([\w.,+/ ]+)", low)
+    saved = re.search(r"modules_to_save\s*[=:]?\s*([\w.]+(?:\s*[,+/]\s*[\w.]+)*)", low)
     targets: tuple[str, ...] = ()
     if re.search(r"all[-_ ]linear", low):
         targets = ("all-linear",)
@@ -445,14 +450,14 @@ def engine(text: str, gpus: int, framework: str, notes: Notes) -> Engine:
     bare = plain(text)
     if "/" in bare and "zero" in bare:
         not_stated("zero_stage_or_fsdp", text, "names several")
-    if found := re.search(r"(?:\bzero|deepspeed|\bstage|\bz)[-_ ]*(?:stage|zero)?[-_ ]*([0-3])\b", bare):
+    if found := re.search(r"(?:\bzero|deepspeed|\bstage|\bz)[-_ ]*(?:stage|zero)?[-_ =:]*([0-3])\b", bare):
         hedged("zero_stage_or_fsdp", text, notes)
         return Engine(f"zero{found[1]}")
     if "infinity" in bare:
         return Engine("zero3")
     if "zero" in bare or "deepspeed" in bare:
         not_stated("zero_stage_or_fsdp", text, "does not state the stage")
-    if "fsdp" in bare or "fully_shard" in bare or "fullyshard" in bare:
+    if re.search(r"fsdp|fully_?shard|\b(full|hybrid)_shard|shard_grad_op", bare):
         return _fsdp(text, low)
     if "ddp" in bare or "dataparallel" in bare.replace(" ", "") or re.fullmatch(r"dp ?\d*", bare):
         if "dataparallel" in bare.replace(" ", "") and "distributed" not in bare:
@@ -466,7 +471,9 @@ def engine(text: str, gpus: int, framework: str, notes: Notes) -> Engine:
 
 
 def _fsdp(text: str, low: str) -> Engine:
-    version = 2 if re.search(r"fsdp[-_ ]?v?2\b|fully_shard\b", low) else 1 if re.search(r"fsdp[-_ ]?v?1\b", low) else 0
+    version = (
+        2 if re.search(r"fsdp[-_ (]*v?2\b|fully_shard\b", low) else 1 if re.search(r"fsdp[-_ (]*v?1\b", low) else 0
+    )
     for name in ("HYBRID_SHARD_ZERO2", "HYBRID_SHARD", "SHARD_GRAD_OP", "NO_SHARD"):
         if name.lower() in low.replace("-", "_").replace(" ", "_"):
             version = 1
@@ -527,7 +534,7 @@ def checkpointing(text: str, notes: Notes) -> bool:
     (True, False)
     """
     low = plain(text)
-    if re.search(r"selective|\bsac\b|policy|per-op|partial|offload|unsloth|every \d|\d+ ?/ ?\d+", low):
+    if re.search(r"selective|\bsac\b|policy|per-op|partial|offload|unsloth|every \d|\d+ ?/ ?\d+", text.lower()):
         raise RefusedError("gradient_checkpointing", text, "is not modelled")
     if re.match(_YES, low):
         hedged("gradient_checkpointing", text, notes)

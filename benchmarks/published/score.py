@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+sys.path.append(str(HERE.parents[1] / "src"))  # where memplan is not installed
 
 import adapter  # noqa: E402
 import reading  # noqa: E402
@@ -363,25 +364,38 @@ def shown(rows: Sequence[Row]) -> Iterable[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Score a file. Returns the exit code: 2 for a file that cannot be read or written, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("file", nargs="?", type=Path, default=PUBLISHED, metavar="FILE.csv")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write rows, summary and counts")
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE.csv")
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="OUT",
+        help="also write rows, summary and counts; without OUT print them",
+    )
     parser.add_argument("--quiet", action="store_true", help="print the summary only")
     given = parser.parse_args(arguments)
+    if given.file is None and given.json is not None and given.json.lower().endswith(".csv"):
+        given.file, given.json = Path(given.json), "-"  # --json FILE.csv
+    file, printed = given.file or PUBLISHED, given.json == "-"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        fields = read(given.file)
+        fields = read(file)
     except UnreadableError as error:
         print(error, file=sys.stderr)
         return 2
     rows = []
     for each in fields:
         rows.append(compare(each))
-        if not given.quiet:
+        if not given.quiet and not printed:
             print(line(rows[-1]), flush=True)
+    found = json.dumps(to_dict(file.name, rows), indent=1)
+    if printed:
+        print(found)
+        return 0
     print(*shown(rows), sep="\n")
     if given.json is not None:
         try:
-            given.json.write_text(json.dumps(to_dict(given.file.name, rows), indent=1) + "\n", encoding="utf-8")
+            Path(given.json).write_text(found + "\n", encoding="utf-8")
         except OSError as error:
             print(f"{given.json}: {error.strerror or error}", file=sys.stderr)
             return 2
