@@ -150,3 +150,11 @@ def test_under_cpu_rules_nothing_is_rounded_up_by_a_caching_allocator() -> None:
     result = generate(cluster="cpu", seq_len=64, max_new_tokens=2)
     assert result.gpu.components.fragmentation == 0
     assert result.gpu.peak_reserved == result.gpu.peak_allocated
+
+
+@pytest.mark.parametrize("size", [10**6, 10**12])
+def test_a_batch_beyond_every_address_is_answered(size: int) -> None:
+    """Nothing replays what has more bytes than the allocator has addresses."""
+    found = memplan.estimate("gpt2", {"task": "generate", "micro_batch_size": size, "seq_len": 512}, "1xT4")
+    assert found.verdict == "does-not-fit"
+    assert found.gpu.peak_reserved >= found.gpu.peak_allocated > 1 << 40

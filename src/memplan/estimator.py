@@ -16,6 +16,7 @@ from memplan.constants import Constant
 from memplan.engines import checkpoint, ddp, plain
 from memplan.engines.plain import Parts, Run
 from memplan.errors import SpecError, UnsupportedError
+from memplan.memory.allocator import REPLAYABLE
 from memplan.memory.course import Ledger
 from memplan.memory.evaluation import to_host
 from memplan.memory.optimizers import clip_grad_norm
@@ -99,7 +100,7 @@ def estimate(
     replayed = None
     if setup.rules.kind != "cpu":
         # No bound is known for other settings of the allocator.
-        exact = (replay or training.alloc_conf is not None) and _fullest(placed) < _REPLAYABLE
+        exact = (replay or training.alloc_conf is not None) and _fullest(placed) < REPLAYABLE
         limit = _limit(cluster, gpu, outside) if run.evaluation is not None else None
         if strategy.shards:
             if exact:
@@ -800,8 +801,6 @@ def _other_versions(software: SoftwareSpec) -> list[Assumption]:
 
 
 _STEADY = ("forward", "loss", "backward", "step", "idle")
-_REPLAYABLE = 1 << 48
-"""Bytes above which nothing is replayed: the allocator has addresses for 4 PiB, and no GPU a thousandth of these."""
 
 
 def _fullest(placed: Mapping[str, Parts]) -> int:

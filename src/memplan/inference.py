@@ -10,7 +10,7 @@ from memplan.architectures.nn import Layers, Model, Module
 from memplan.engines.plain import Parts, total
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory import loading
-from memplan.memory.allocator import OutOfMemoryError
+from memplan.memory.allocator import REPLAYABLE, OutOfMemoryError
 from memplan.memory.device_map import Device, device_map
 from memplan.memory.generation import DEFAULT_NEW_TOKENS, Call, Generation, alive_at_peak, fullest, generate, replay
 from memplan.memory.loading import Held
@@ -73,14 +73,16 @@ def infer(root: Module, generating: MakeGenerating, training: TrainingSpec, mach
     placement = _device_map(root, training, machine)
     groups = loading.by_device(held, placement or {"": 0})
     generation, devices = _generation(generating, training, machine, placement)
-    best: tuple[int, int, dict[str, Parts], Replayed] | None = None
+    best: tuple[int, int, dict[str, Parts], Replayed | None] | None = None
     for gpu in [device for device in groups if isinstance(device, int)] or [0]:
         on_gpu = groups.get(gpu, [])
         direct = quantized or placement is not None
         placed = _phases(loading.blocks(on_gpu), generation, devices, gpu, machine)
         conf = training.alloc_conf or AllocatorSpec()
-        replayed = _replay(on_gpu, direct, generation, devices, gpu, machine, conf)
         height = max(total(parts) for parts in placed.values())
+        replayed = None
+        if height < REPLAYABLE:
+            replayed = _replay(on_gpu, direct, generation, devices, gpu, machine, conf)
         if best is None or height > best[0]:
             best = (height, gpu, placed, replayed)
     assert best is not None

@@ -27,6 +27,7 @@ from memplan.units import MiB
 
 __all__ = [
     "EMPTY_CACHE",
+    "REPLAYABLE",
     "CachingAllocator",
     "OutOfMemoryError",
     "ReplayResult",
@@ -56,6 +57,8 @@ EMPTY_CACHE = -(2**62)
 """In a trace: ``torch.cuda.empty_cache()`` is called here."""
 
 _POOL_SHIFT = 52  # an address is its pool's number and 4 PiB of offsets, which are never used twice
+REPLAYABLE = 1 << 48
+"""Bytes above which nothing should be replayed: a sixteenth of a pool's addresses, and no GPU has a thousandth."""
 _UNBOUNDED = 1 << 43  # an expandable segment's address space: torch takes 9/8 of the GPU's memory
 _NEVER = 1 << 62  # a size that nothing reaches
 
