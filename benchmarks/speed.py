@@ -91,6 +91,46 @@ def in_process(
     return milliseconds(run, repeats)
 
 
+SEARCHES: dict[str, tuple[str, str]] = {
+    "memplan plan, 2 x RTX4090, one sequence a rank": ("dict(host_memory='256GiB')", "dict()"),
+    "  16 sequences": ("dict(host_memory='256GiB')", "dict(global_batch_size=16)"),
+    "  1,024 sequences, liger, flash_attention_2, adamw_8bit": (
+        "dict()",
+        "dict(global_batch_size=1024, allow=('liger', 'flash_attention_2', 'adamw_8bit'))",
+    ),
+}
+"""A row, the cluster's other fields, and the plan's options."""
+
+
+def search(cluster: str, options: str) -> str:
+    """Median of three fresh processes that have imported all and planned something else; alone, and as the CLI does."""
+    code = f"""
+import json, resource, sys, time
+import memplan
+memplan.plan("gpt2", {{"seq_len": 64}}, "1xT4", advise=False)
+start = time.perf_counter()
+found = memplan.plan({MODEL!r}, {{"seq_len": 2048}}, dict(gpu="RTX4090", gpus=2, **{cluster}), advise=False,
+                     processes=int(sys.argv[1]), **{options})
+seconds = time.perf_counter() - start
+counts = [found.searched.setups, found.searched.estimated, found.searched.replayed]
+print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, counts]))
+"""
+    shown = []
+    processes = min(len(os.sched_getaffinity(0)), 4) if hasattr(os, "sched_getaffinity") else 1
+    for number in dict.fromkeys((1, processes)):
+        runs = [
+            json.loads(
+                subprocess.run([sys.executable, "-c", code, str(number)], capture_output=True, check=True).stdout
+            )
+            for _ in range(3)
+        ]
+        shown.append(f"{statistics.median(seconds for seconds, *_ in runs) * 1e3:.0f} ms")
+    _, peak, (setups, estimated, replayed) = runs[0]
+    counts = f"{setups:,} setups, {estimated} estimated, {replayed} replayed"
+    together = f", {shown[1]} by {processes} processes" if len(shown) > 1 else ""
+    return f"{shown[0]}{together}; {counts}; {peak // 1024} MB"
+
+
 def accelerate_meta(model: ModelSpec) -> float:
     """accelerate's way: the model on the meta device, then the size of its layers."""
     import torch
@@ -142,6 +182,7 @@ def main() -> None:
         (f"  {name}, on 4 GPUs", f"{in_process(model, replay=True, repeats=5, strategy=each):.1f} ms")
         for name, each in ENGINES.items()
     ]
+    rows += [(name, search(*case)) for name, case in SEARCHES.items()]
     base, base_bytes = process("-c", BASELINE)
     cold, cold_bytes = process("-m", "memplan", "estimate", MODEL, "--json")
     rows.append((f'python -c "{BASELINE}"', f"{base:.0f} ms, {base_bytes / 1e6:.0f} MB"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,8 +19,9 @@ from memplan import api, cli, planner, planning
 from memplan.case import case_of
 from memplan.configs import launch
 from memplan.errors import SpecError, UnsupportedError
+from memplan.estimator import Least
 from memplan.planner import Setup
-from memplan.results import Estimate, Plan, StepTime, verdict_by_place, worst_verdict
+from memplan.results import Estimate, Plan, StepTime, verdict_by_place, verdict_for, worst_verdict
 from memplan.space import SIDES, families
 from memplan.specs import ClusterSpec, Strategy, TrainingSpec
 from memplan.specs.strategy import ZeroSpec
@@ -206,10 +207,27 @@ def test_more_memory_never_makes_a_models_plan_slower() -> None:
     def seconds(setup: Setup) -> float:
         return case.seconds(setup)
 
+    @cache
+    def least(setup: Setup, played: bool) -> Least:
+        assert case.bound is not None
+        return case.bound(setup, played)
+
+    def bound(setup: Setup, played: bool, gpu: int, host: int) -> Least:
+        found = least(setup, played)
+        verdicts = [verdict_for(used, used, size) for used, size in ((found.gpu, gpu), (found.host, host))]
+        return found._replace(verdict=worst_verdict(verdicts))
+
     def paces(sizes: list[tuple[int, int]]) -> list[int]:
         found = []
         for gpu, host in sizes:
-            planned = planner.plan(start, lambda s, e, g=gpu, h=host: estimate(s, e, g, h), seconds)
+
+            def judged(setup: Setup, exact: bool, gpu: int = gpu, host: int = host) -> Estimate:
+                return estimate(setup, exact, gpu, host)
+
+            planned = planner.plan(start, judged, seconds, bound=partial(bound, gpu=gpu, host=host))
+            # Bounds spare estimates, and change nothing.
+            slow = planner.plan(start, judged, seconds)
+            assert planned._replace(searched=slow.searched) == slow
             fits = planned.best is not None and planned.tried[planned.best][1].estimate.verdict == "fits"
             found.append(planner.pace(seconds_of(planned)) if fits else 1 << 62)
         return found

@@ -1,10 +1,16 @@
 """The step-time model beside what others have published (benchmarks/published/throughput.csv)."""
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import pytest
 from tests.scripts import script
+
+from memplan.estimator import resolve
+from memplan.specs.software import SoftwareSpec
+from memplan.throughput import step_time
+from memplan.throughput.rates import CPU_ADAM
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +57,23 @@ def test_the_spread_is_what_the_docs_say(rows) -> None:
     assert within(held_out, 1.25) >= 0.75
     assert within(held_out, 1.5) >= 0.94
     assert sum(row.within for row in held_out) / len(held_out) >= 0.85
+
+
+def test_one_thread_for_each_rank_is_what_offloading_took() -> None:
+    """The rows do not state their launcher; torchrun and accelerate leave each rank one thread."""
+    rows = {fields["id"]: fields for fields in published.read()}
+    longer = []
+    for name, plain in (("a800-03", "a800-02"), ("a800-07", "a800-06"), ("a800-08", "a800-09")):
+        row, beside = published.compare(rows[name]), published.compare(rows[plain])
+        *case, machine = published.specs(rows[name])
+        timing = step_time(resolve(*case[:4], SoftwareSpec()), *case[2:4], replace(machine, threads=1))
+        longer.append(timing.tokens / row.measured - timing.tokens / beside.measured)
+        elements = 6.74e9 / 8
+        slowest = timing.seconds.expected + elements * (16.9e-9 - CPU_ADAM.value)
+        assert row.ratio > 2.3
+        assert 1.4 < timing.tokens_per_second.expected / row.measured < 1.55
+        assert timing.tokens / slowest / row.measured == pytest.approx(beside.ratio, abs=0.08)
+    assert max(longer) - min(longer) < 4  # s, of 8, 4 and 2 micro-batches
 
 
 def test_offloading_costs_what_it_costs_at_least(rows) -> None:
