@@ -24,14 +24,16 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,8 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def _row(model: str, gpus: int = 1, strategy: dict[str, Any] | None = None, **training: Any) -> dict[str, Any]:
+    if "bert" in model:  # whose own head, masked-lm, needs a collator that train.py has not
+        training = {"head": "sequence-classification", **training}
     row: dict[str, Any] = {"model": model, "training": training}
     if gpus > 1:
         row["gpus"] = gpus
@@ -138,6 +142,10 @@ def _options() -> Iterator[dict[str, Any]]:
     yield _row(SMALL, **autocast, seq_len=512, eval_batch_size=8)
     yield _row(SMALL, **autocast, seq_len=512, eval_batch_size=2, eval_accumulation_steps=4)
     yield _row("google-bert/bert-base-uncased", **autocast, seq_len=512, micro_batch_size=16, packed=False)
+    for precision, checkpointing in itertools.product((autocast, bf16), ({}, CHECKPOINTED)):
+        yield _row(MIDDLE, **precision, **checkpointing, seq_len=2048, micro_batch_size=2, liger=True)
+    for precision in (autocast, bf16):
+        yield _row(SMALL, **precision, seq_len=512) | {"run": {"save": True, "pretrained": True}}
 
 
 def _engines() -> Iterator[dict[str, Any]]:
@@ -145,7 +153,7 @@ def _engines() -> Iterator[dict[str, Any]]:
         for kind, offloads in (
             ("zero2", {}), ("zero3", {}), ("fsdp", {}), ("zero1", {}),
             ("zero2", {"offload_optimizer": "cpu"}), ("zero3", {"offload_optimizer": "cpu", "offload_param": "cpu"}),
-            ("fsdp", {"offload_param": "cpu"}),
+            ("fsdp", {"offload_param": "cpu"}), ("zero0", {}),
         ):  # fmt: skip
             strategy = {"kind": kind, **offloads}
             yield _row(MIDDLE, ranks, strategy, seq_len=1024, micro_batch_size=2) | (ALONE if ranks == 8 else {})
@@ -159,6 +167,8 @@ def _engines() -> Iterator[dict[str, Any]]:
         yield _row(MIDDLE, 8, {"kind": kind}, seq_len=1024, lora={"rank": 16})
         small = {"reduce_bucket_size": 10_000_000, "allgather_bucket_size": 10_000_000}
         yield _row(MIDDLE, 8, {"kind": kind, "zero": small}, seq_len=1024)
+    for kind in ("zero2", "zero3", "fsdp"):
+        yield _row(SMALL, 8, {"kind": kind}, seq_len=512) | {"run": {"save": True}}
 
 
 def _boundaries() -> Iterator[dict[str, Any]]:
@@ -227,8 +237,12 @@ def with_its_parent() -> None:
 class Forked:
     """A copy of this process, which has imported what takes long: it runs the worker."""
 
-    def __init__(self, folder: Path, log: Path) -> None:
+    def __init__(self, folder: Path, log: Path, outside: int | None = None) -> None:
+        """``outside`` are bytes outside of torch's allocator, which others on the GPU would hide."""
         self._code: int | None = None
+        if outside is not None:
+            job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+            (folder / "job.json").write_text(json.dumps(job | {"outside": outside}), encoding="utf-8")
         self.pid = os.fork()
         if self.pid == 0:
             try:
@@ -432,6 +446,7 @@ def run(out: Path, seconds: float, how: How, only: str = "", limit: int | None =
     out.mkdir(parents=True, exist_ok=True)
     path = out / "rows.jsonl"
     waiting = pending(path, only, again)[:limit]
+    lines = archive(path)
     room = (_gpu_memory(how.gpu), int((host_memory() or 8 * GiB) * 0.85))
     until, running, archived = time.monotonic() + seconds, list[Running](), 0
     retried: set[str] = set()
@@ -439,7 +454,7 @@ def run(out: Path, seconds: float, how: How, only: str = "", limit: int | None =
         while waiting or running:
             now = time.monotonic()
             if now < until:
-                _admit(waiting, running, how, Path(folder), room)
+                _admit(waiting, running, how, Path(folder), room, lines)
             for each in [each for each in running if each.ended()]:
                 running.remove(each)
                 found = each.found() or {"refused": "its process died", "said": "its process died"}
@@ -449,6 +464,7 @@ def run(out: Path, seconds: float, how: How, only: str = "", limit: int | None =
                     continue
                 said = str(found.pop("said"))
                 line = {"row": each.row, "alongside": each.alongside, **found}
+                lines.append(line)
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -473,19 +489,45 @@ def _gpu_memory(gpu: str | None) -> int:
     return int(memory * 0.93)
 
 
+def known_outside(found: Iterable[dict[str, Any]]) -> int | None:
+    """What processes alone on the GPU had of it outside of torch's allocator; None if no line tells."""
+    told = [
+        sum(line["measurement"]["outside"].values())
+        for line in found
+        if line.get("alongside") == 0 and line.get("measurement", {}).get("outside")
+    ]
+    return round(statistics.median(told)) if told else None
+
+
+def tells_processes(found: Iterable[dict[str, Any]]) -> bool:
+    """Whether the driver says what each process has, so that others hide nothing."""
+    return any(line.get("measurement", {}).get("device", {}).get("counted") == "process" for line in found)
+
+
 def _admit(
-    waiting: list[dict[str, Any]], running: list[Running], how: How, folder: Path, room: tuple[int, int]
+    waiting: list[dict[str, Any]],
+    running: list[Running],
+    how: How,
+    folder: Path,
+    room: tuple[int, int],
+    lines: list[dict[str, Any]],
 ) -> None:
     """Begin rows for which there is room, in their order; one that runs alone waits for the others to end."""
     while waiting and len(running) < how.workers:
-        row = waiting[0]
+        row, outside = waiting[0], None
+        if "cap" in row and how.workers > 1 and how.gpu != "cpu" and not tells_processes(lines):
+            outside = known_outside(lines)
+            if outside is None:
+                row = {**row, "alone": True}
         if running and (row.get("alone") or running[0].row.get("alone")):
             return
         need = needs(row, how.gpu)
         used = [sum(each.gpu for each in running), sum(each.host for each in running)]
         if running and any(have + asked > most for have, asked, most in zip(used, need, room, strict=True)):
             return
-        running.append(Running.begin(waiting.pop(0), how, folder, need))
+        begun = how if outside is None or how.start is None else replace(how, start=partial(Forked, outside=outside))
+        del waiting[0]
+        running.append(Running.begin(row, begun, folder, need))
         for each in running:
             each.alongside = max(each.alongside, len(running) - 1)
 

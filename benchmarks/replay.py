@@ -23,8 +23,8 @@ from memplan.specs.software import SoftwareSpec
 
 MEASUREMENTS = Path(__file__).parent / "measurements"
 
-METRICS = ("phases", "allocated", "reserved", "device")
-"""``phases`` are each phase's allocated bytes; the others the peaks over all phases."""
+METRICS = ("phases", "first_step", "allocated", "reserved", "device")
+"""``phases`` are each phase's allocated bytes, but for the first step's; the others the peaks over all phases."""
 MEAN, MEDIAN, WORST, UNDER = "mean", "median", "worst", "worst under-estimate"
 TARGETS: dict[str, dict[str, float]] = {
     "allocated": {MEAN: 0.005, WORST: 0.03},
@@ -32,8 +32,15 @@ TARGETS: dict[str, dict[str, float]] = {
     "device": {MEDIAN: 0.02, UNDER: 0.05},
 }
 """Of |estimated - measured| / measured, on a GPU."""
-ON_CPU: dict[str, dict[str, float]] = {"allocated": {MEAN: 0.001, WORST: 0.003}, "phases": {WORST: 0.003}}
-"""Where tensors are counted, no kernel, allocator or driver is in between."""
+ON_CPU: dict[str, dict[str, float]] = {
+    "allocated": {MEAN: 0.001, WORST: 0.003},
+    "phases": {WORST: 0.003},
+    "first_step": {UNDER: 0.003, WORST: 0.01},
+}
+"""Where tensors are counted, no kernel, allocator or driver is in between. The first step is estimated from above: an
+optimizer makes the states of weights without decay when those with decay have been stepped, and what that takes is
+gone; the estimate adds both. In small models norms and biases weigh most.
+"""
 INSIDE, WIDTH = 0.95, 0.06
 """Of holdout rows, the share whose device memory is within the interval, and the interval's median width."""
 EXACT, TIGHT = 0.85, 0.15
@@ -175,7 +182,7 @@ def _bounded(row: dict[str, Any], found: Boundary) -> Bounded:
 
 def errors_of(runs: Iterable[Replayed], metric: str) -> list[tuple[float, Replayed]]:
     """Return each run's error, of phases each phase's; of runs that died the phases until then alone."""
-    names = PHASES if metric == "phases" else (metric,)
+    names = [phase for phase in PHASES if phase != "first_step"] if metric == "phases" else [metric]
     return [(run.errors[name], run) for run in runs for name in names if name in run.errors]
 
 

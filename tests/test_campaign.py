@@ -7,14 +7,19 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.introspect import fake_cuda
 from tests.scripts import script
 
-from memplan import api, case, measuring
+from memplan import api, case, estimator, measuring
+from memplan.catalog import detect
+from memplan.introspect import measure
 from memplan.introspect.measurement import Measurement
+from memplan.units import GiB
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,14 @@ def test_the_list_covers_what_it_should(campaign: Any) -> None:
     types = {case.model_spec(model).model_type for model in {row["model"] for row in setups}}
     assert len(types) >= 12
     assert {row.get("gpus", 1) for row in setups} == {1, 2, 8, 64}
-    assert {row.get("strategy", {}).get("kind") for row in setups} >= {"zero1", "zero2", "zero3", "fsdp", "ddp"}
+    assert {row.get("strategy", {}).get("kind") for row in setups} >= {
+        "zero0",
+        "zero1",
+        "zero2",
+        "zero3",
+        "fsdp",
+        "ddp",
+    }
     assert 0.3 <= sum(row["holdout"] for row in listed) / len(listed) <= 0.37
     assert len({campaign.key(row) for row in listed}) == len(listed)
 
@@ -41,6 +53,39 @@ def test_every_row_is_a_setup_that_is_modelled(campaign: Any) -> None:
     for row in campaign.load():
         cluster = {"gpu": "H200", "gpus": row.get("gpus", 1)}
         api.estimate(row["model"], row["training"], cluster, row.get("strategy"), replay=False)
+
+
+def test_every_row_has_files_to_run(campaign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that happens before a run, with a run that ends at once."""
+    monkeypatch.setattr(measure, "read_nvml", lambda: (fake_cuda.DEVICE,))
+    monkeypatch.setattr(detect, "read_nvml", lambda: (fake_cuda.DEVICE,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    estimate = estimator.estimate
+    monkeypatch.setattr(estimator, "estimate", lambda *specs, **_: estimate(*specs, replay=False))
+    jobs: list[dict[str, Any]] = []
+
+    class Ended:
+        pid = 0
+
+        def __init__(self, folder: Path, log: Path) -> None:
+            jobs.append(json.loads((folder / "job.json").read_text()))
+            assert (folder / "train.py").exists()
+            assert json.loads((folder / "training_args.json").read_text())["dataset"] is None
+            record = {"status": "ok", "message": "", "versions": {}, "phases": {}}
+            (folder / "record.json").write_text(json.dumps(record))
+
+        def wait(self, timeout: float | None = None) -> int:
+            return 0
+
+        poll = wait
+
+    how = campaign.How(start=Ended)
+    for row in campaign.load():
+        row.pop("boundary", None)
+        assert "measurement" in campaign.measured(row, how), row
+    assert {job["ranks"] for job in jobs} == {1, 2, 8, 64}
+    assert {job["alloc_conf"] for job in jobs} == {None, "expandable_segments:True", "roundup_power2_divisions:4"}
+    assert {job["cap"] for job in jobs} == {None, *(cap * GiB for cap in (16, 24, 40, 48, 80))}
 
 
 def test_marks_stay(campaign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +151,7 @@ def test_a_campaign_that_is_killed_again_and_again_ends_with_every_row_once(
     monkeypatch.setattr(campaign, "measured", measured)
     monkeypatch.setattr(campaign, "needs", lambda row, gpu: (1, 1))
     chance, out = random.Random(5), tmp_path / "out"
+    out.mkdir()
     kills = 0
     while True:
         pid = os.fork()
@@ -125,9 +171,9 @@ def test_a_campaign_that_is_killed_again_and_again_ends_with_every_row_once(
     lines = campaign.archive(out / "rows.jsonl")
     assert sorted(line["measurement"]["n"] for line in lines) == list(range(1, 25))
     assert max(line["alongside"] for line in lines) == 2
-    time.sleep(0.3)
-    left = [path.name for path in tmp_path.glob("pid-*") if Path("/proc", path.name[4:]).exists()]
-    assert not left
+    until = time.monotonic() + 5
+    while any(Path("/proc", path.name[4:]).exists() for path in tmp_path.glob("pid-*")):
+        assert time.monotonic() < until
 
 
 def test_a_row_that_dies_beside_others_is_run_again_alone(
@@ -162,3 +208,36 @@ def test_rows_wait_for_room(campaign: Any, tmp_path: Path, monkeypatch: pytest.M
     assert [line["alongside"] for line in campaign.archive(tmp_path / "rows.jsonl")] == [0, 0, 0]
     assert campaign.run(tmp_path, 60, campaign.How(gpu="cpu", workers=3)) == 0
     assert campaign.run(tmp_path, 60, campaign.How(gpu="cpu", workers=3), again=True) == 3
+
+
+def test_a_cap_goes_by_what_processes_alone_had_outside(
+    campaign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the driver does not tell processes apart, neighbours would hide it."""
+    plain = {"model": "gpt2", "training": {"seq_len": 1}, "holdout": False, "alone": True}
+    capped = [{"model": "gpt2", "training": {"seq_len": n}, "cap": 24, "holdout": False} for n in (1, 2)]
+    counted = "difference"
+
+    def measured(row: dict[str, Any], how: Any) -> dict[str, Any]:
+        time.sleep(0.3)
+        outside = {"context": 500, "small_step": 30}
+        device = {"counted": counted}
+        told = how.start.keywords["outside"] if isinstance(how.start, partial) else None
+        return {"measurement": {"status": "ok", "outside": outside, "device": device, "told": told}, "said": ""}
+
+    def run(rows: list[dict[str, Any]], out: Path) -> list[tuple[Any, int]]:
+        monkeypatch.setattr(campaign, "load", lambda: json.loads(json.dumps(rows)))
+        campaign.run(out, 60, campaign.How(workers=3))
+        found = campaign.archive(out / "rows.jsonl")
+        return [(line["measurement"]["told"], line["alongside"]) for line in found if "cap" in line["row"]]
+
+    monkeypatch.setattr(campaign, "measured", measured)
+    monkeypatch.setattr(campaign, "needs", lambda row, gpu: (0, 1))
+    assert run([plain, *capped], tmp_path / "known") == [(530, 1), (530, 1)]
+    assert run(capped, tmp_path / "unknown") == [(None, 0), (530, 0)]  # the first one is alone, and tells
+    counted = "process"
+    assert run([plain, *capped], tmp_path / "told") == [(None, 1), (None, 1)]
+    (tmp_path / "job.json").write_text("{}")
+    monkeypatch.setattr(campaign.worker, "main", lambda folder: os._exit(0))
+    assert campaign.Forked(tmp_path, tmp_path / "log", outside=7).wait(10) == 0
+    assert json.loads((tmp_path / "job.json").read_text()) == {"outside": 7}

@@ -122,7 +122,7 @@ def test_what_is_exact_has_nothing_against_it(made_up: str, tmp_path: Path) -> N
     # The interval of a context that nobody has measured is wider than the target, of so small a model.
     assert [line for line in found if "wide in the median" not in line and "are tight" not in line] == []
     archive = replay.replay(tmp_path)
-    assert len(replay.summary(archive)) == 8
+    assert len(replay.summary(archive)) == 10
     assert [run.inside for run in archive.runs] == [True, True, True, None]
     sharded = archive.runs[2]
     assert sharded.estimate.gpu.components.nccl > 0

@@ -173,10 +173,7 @@ def setup(row: Mapping[str, str]) -> Setup:
     if method.kind == "lora":
         fields["lora"] = _lora(method, model, head, stand_in, precision, software, notes)
     if precision.quantization:
-        fields["quantization"] = QuantizationSpec(
-            kind=precision.quantization,
-            prepare_for_kbit_training=framework.prepares and strategy.kind not in ("fsdp", "zero3"),
-        )
+        fields["quantization"] = _quantization(precision, framework, strategy, notes)
     return Setup(model, TrainingSpec(**fields), cluster, strategy, software, tuple(notes), capacity_known)
 
 
@@ -422,6 +419,20 @@ def _strategy(engine: reading.Engine, offload: str, software: SoftwareSpec, note
     return Strategy(kind="fsdp", offload_param=weights, fsdp=fsdp)
 
 
+def _quantization(
+    precision: reading.Precision, framework: Framework, strategy: Strategy, notes: Notes
+) -> QuantizationSpec:
+    """FSDP shards weights that are packed into a float type, and of one type only; TRL leaves them alone then."""
+    shards = strategy.kind in ("fsdp", "zero3")
+    storage = {}
+    if strategy.kind == "fsdp" and precision.quantization != "int8":
+        notes.append(f"weight_dtype: packed into {precision.dtype}, as FSDP needs it")
+        storage["quant_storage"] = precision.dtype
+    return QuantizationSpec(
+        kind=precision.quantization, prepare_for_kbit_training=framework.prepares and not shards, **storage
+    )
+
+
 def _packed(text: str, attn: str, notes: Notes) -> bool:
     full = reading.packed(text, notes)
     if not full and attn == "flash_attention_2":
@@ -444,8 +455,10 @@ def _lora(
             return words
         return tuple(dict.fromkeys(name for word in words for name in _OF_STAND_IN.get(word, (word,))))
 
-    # peft 0.12 (tuners_utils.cast_adapter_dtype): before it, adapters had the type of the weights beside them.
-    casts = software.at_least("peft", "0.12") and not precision.bf16_adapters
+    # tuners/lora/layer.py: from 0.6 on adapters went to the type of the weights beside them, from 0.12 on to float32
+    # again (cast_adapter_dtype).
+    beside = software.at_least("peft", "0.6") and not software.at_least("peft", "0.12")
+    casts = not beside and not precision.bf16_adapters
     return LoraSpec(
         rank=method.rank,
         targets=_there(named(method.targets), model, head, notes),

@@ -110,7 +110,7 @@ def measured(text: str, metric_text: str) -> float | None:
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
-LONGEST = 10**9
+LONGEST = 10**7
 _COUNT = re.compile(r"(\d+(?:[ ,_]\d{3})*|\d+(?:\.\d+)?)\s*(k)?")
 
 

@@ -53,21 +53,38 @@ def month_in(text: str) -> str | None:
 
 
 def month_of(versions: Mapping[str, str]) -> str | None:
-    """The month at which the newest of some versions came out; None if no version is known here."""
-    return max(filter(None, (_released(*item) for item in versions.items())), default=None)
+    """A month at which all of some versions were out and in use; None if no version is known here.
+
+    Of several libraries it is that of the newest; of one alone, the month before its next version.
+
+    >>> month_of({"torch": "2.4.1", "transformers": "4.48.1"}), month_of({"torch": "2.0"})
+    ('2025-01', '2023-09')
+    """
+    spans = [span for item in versions.items() if (span := _in_use(*item)) is not None]
+    if len(spans) == 1:
+        return spans[0][1]
+    return max((since for since, _ in spans), default=None)
 
 
 def newest(library: str, month: str) -> str | None:
-    """The version of a library that was the newest in a month; None before the first and after the last known."""
+    """The version of a library that was the newest in a month, or its first one here; None after the last known."""
     releases = RELEASES[library]
     if month > max(releases.values()):
         return None
-    return next((version for version, since in reversed(releases.items()) if since <= month), None)
+    return next((version for version, since in reversed(releases.items()) if since <= month), next(iter(releases)))
 
 
-def _released(library: str, version: str) -> str | None:
+def _in_use(library: str, version: str) -> tuple[str, str] | None:
+    """The months from a version's release to the next one's."""
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    later = None
     for known, month in reversed(RELEASES.get(library, {}).items()):
         if tuple(map(int, known.split("."))) <= numbers:
-            return month
+            return month, month if later is None else _before(later)
+        later = month
     return None
+
+
+def _before(month: str) -> str:
+    year, number = map(int, month.split("-"))
+    return f"{year - (number == 1)}-{12 if number == 1 else number - 1:02}"

@@ -13,9 +13,8 @@ from memplan.architectures.registry import FAMILIES
 from memplan.catalog import hub
 from memplan.catalog.detect import detect_cluster, free_disk
 from memplan.catalog.gpus import find_gpu, parse_cluster
-from memplan.catalog.profile import RATES, VARIABLE, calibrated
 from memplan.errors import MemplanError, SpecError, UnsupportedError
-from memplan.results import Assumption, Estimate, StepTime
+from memplan.results import Assumption, Estimate, StepTime, verdict_by_place
 from memplan.space import Setup
 from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec
@@ -42,6 +41,7 @@ StrategyLike: TypeAlias = str | Strategy | Mapping[str, Any] | None
 
 SoftwareLike: TypeAlias = str | SoftwareSpec | Mapping[str, Any] | None
 """A spec, its fields as a mapping, or the text that is short for it; None is its defaults."""
+
 
 EngineConfigLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | None
 """A path, or the values of the file."""
@@ -117,8 +117,7 @@ class Case:
         if self.tracer is not None:
             resolved = replace(resolved, traced=self.tracer.trace(resolved))
         timing = throughput.step_time(resolved, self.cluster, setup.strategy)
-        rates = tuple(Assumption.of(rate) for rate in gpu.measured if rate.name in RATES)
-        assumptions = (*found.assumptions, Assumption.of(timing.interval), *rates)
+        assumptions = (*found.assumptions, Assumption.of(timing.interval), *_measured_rates(gpu))
         return found.model_copy(update={"step": timing.result(), "assumptions": assumptions})
 
     def timed(self, setup: Setup, exact: bool) -> Estimate:
@@ -193,6 +192,18 @@ class Case:
         """Whether the GPU has units for the setup's dtype."""
         gpu = self.cluster.gpu
         return not (isinstance(gpu, GPUSpec) and setup.training.dtype == "bfloat16" and not gpu.supports_bf16)
+
+    def fits_where_known(self, setup: Setup) -> bool:
+        """Whether the setup fits for certain on the GPU, and wherever else it is known how much there is.
+
+        Raises what :meth:`estimate` raises.
+        """
+        found = self.estimate(setup, replay=False)
+        places = verdict_by_place(found.gpu, found.host, found.nvme)
+        if places["gpu"] == "tight" and "does-not-fit" not in places.values():  # an upper bound without the replay
+            found = self.estimate(setup)
+            places = verdict_by_place(found.gpu, found.host, found.nvme)
+        return not {"does-not-fit", "tight"} & set(places.values())
 
     def fits(self, setup: Setup) -> bool:
         """Whether the setup fits for certain; what the estimator refuses does not."""
@@ -375,9 +386,20 @@ def known_cluster(cluster: ClusterLike) -> ClusterSpec:
     if spec.gpu is None:
         return _on_this_machine(spec)
     gpu = find_gpu(spec.gpu) if isinstance(spec.gpu, str) else spec.gpu
-    if VARIABLE in os.environ and not gpu.measured:  # a profile that is named
+    if "MEMPLAN_PROFILE" in os.environ and not gpu.measured:  # a profile that is named
+        from memplan.catalog.profile import calibrated
+
         gpu = calibrated(gpu)
     return spec if gpu is spec.gpu else spec.replace(gpu=gpu)
+
+
+def _measured_rates(gpu: GPUSpec) -> tuple[Assumption, ...]:
+    """What decides a step's time of a profile."""
+    if not gpu.measured:
+        return ()
+    from memplan.catalog.profile import RATES
+
+    return tuple(Assumption.of(rate) for rate in gpu.measured if rate.name in RATES)
 
 
 def _on_this_machine(spec: ClusterSpec) -> ClusterSpec:
@@ -386,6 +408,8 @@ def _on_this_machine(spec: ClusterSpec) -> ClusterSpec:
     if here.gpu is None:
         return spec
     gpus = spec.gpus if "gpus" in spec.model_fields_set else here.gpus
+    from memplan.catalog.profile import calibrated  # here, because without a GPU there is none
+
     gpu = calibrated(here.gpu) if isinstance(here.gpu, GPUSpec) else here.gpu
     found: dict[str, Any] = {"gpu": gpu, "gpus": gpus, "gpu_memory": spec.gpu_memory or here.gpu_memory}
     if spec.nodes == 1 and gpus <= here.gpus:

@@ -28,8 +28,8 @@ from memplan.case import (
 from memplan.catalog.detect import detect_cluster, host_memory
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
-from memplan.results import ENGINE_CONFIG, Assumption, Check, Finding, Preflight
-from memplan.space import Setup
+from memplan.results import ENGINE_CONFIG, Assumption, Check, Estimate, Finding, Preflight
+from memplan.space import Setup, changed
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.training import TrainingSpec
@@ -37,6 +37,11 @@ from memplan.specs.training import TrainingSpec
 if TYPE_CHECKING:
     from memplan.configs.run import Run
     from memplan.integrations.live import Live
+    from memplan.lengths import Batches, Lengths
+
+
+LengthsLike: TypeAlias = Any
+"""A path, a list, an array or a column of numbers of tokens."""
 
 
 def check(
@@ -46,24 +51,34 @@ def check(
     cluster: ClusterLike = None,
     *,
     software: SoftwareLike = None,
+    lengths: LengthsLike = None,
 ) -> Check:
     """Say what the files of a run need, and what is wrong with them.
 
     ``path`` is a DeepSpeed JSON, an accelerate YAML, TrainingArguments as a JSON or a YAML, a LLaMA-Factory YAML, a
     file with the command that starts a run, or a folder that a plan has written; or the values of one of them, or a
     list of arguments. ``model`` is needed where they name none. What the other arguments say wins over the files.
+    ``lengths`` are the tokens of the dataset's texts, or a file of them (:mod:`memplan.lengths`): the estimate is then
+    of the longest batch, and a finding says how likely one is that does not fit.
 
     Raises SpecError for files that cannot be read or whose values the libraries refuse, UnsupportedError for what
     memplan does not model. A mistake beside which the rest can still be read is a finding.
     """
     from memplan.configs.run import read_run  # here, because most estimates have no files
+    from memplan.lengths import read_lengths
 
-    _, _, result = _checked(read_run(path), model, training, cluster, software)
+    known = None if lengths is None else read_lengths(lengths)
+    _, _, result = _checked(read_run(path), model, training, cluster, software, known)
     return result
 
 
 def _checked(
-    run: Run, model: ModelLike | None, training: TrainingLike, cluster: ClusterLike, software: SoftwareLike
+    run: Run,
+    model: ModelLike | None,
+    training: TrainingLike,
+    cluster: ClusterLike,
+    software: SoftwareLike,
+    lengths: Lengths | None = None,
 ) -> tuple[Case, Setup | None, Check]:
     """What is checked, the setup that files come to, and what is found; no setup if none can be estimated."""
     from memplan import findings
@@ -82,7 +97,9 @@ def _checked(
     if "gpus" in run.cluster:
         fixed |= run.cluster
         refused = {name: error for name, error in refused.items() if name not in run.cluster}
-    hardware, notes = with_cluster(EngineConfig(run.source, {}, cluster=fixed, refused=refused), hardware)
+    keys = run.engine.keys if run.engine is not None else {}
+    fixing = EngineConfig(run.source, {}, cluster=fixed, refused=refused, keys=keys)
+    hardware, notes = with_cluster(fixing, hardware)
     case = case_of(model, hardware, software)
     found = list(run.findings)
     if not case.software.at_least("transformers", "5"):
@@ -95,13 +112,57 @@ def _checked(
         return case, None, check
     merged, spread, said = runs.setup_of(run, asked, {}, case.cluster.gpus, found)
     notes = [*notes, *said, *(_noted(note) for note in run.notes)]
+    batches = None
+    if lengths is not None and not ("packed" in merged.model_fields_set and merged.packed):
+        from memplan.lengths import collated
+
+        merged = merged.replace(packed=False)
+        arguments = run.raw["arguments"].data if "arguments" in run.raw else {}
+        batches = collated(lengths, arguments, merged.seq_len if "seq_len" in merged.model_fields_set else None)
+        merged = merged.replace(seq_len=max(batches.padded.longest, 1))
     setup = Setup(merged, spread, case.cluster.gpus)
-    estimated = case.with_time(setup, case.estimate(setup))
+    try:
+        estimated = case.with_time(setup, case.estimate(setup))
+    except SpecError as error:
+        raise runs.as_written(run, asked, error) from None
     estimated = estimated.model_copy(update={"assumptions": (*estimated.assumptions, *notes)})
-    checked = findings.Checked(run, merged, spread, case.cluster, case.model, case.software, estimated)
+    if batches is not None:
+        batches = _limited(case, setup, estimated, batches)
+    checked = findings.Checked(run, merged, spread, case.cluster, case.model, case.software, estimated, batches)
     found += findings.find(checked)
     check = Check(estimate=estimated, verdict=estimated.verdict, findings=findings.sorted_by_severity(found))
     return case, setup, check
+
+
+def _limited(case: Case, setup: Setup, estimated: Estimate, batches: Batches) -> Batches:
+    """The batches with the length up to which they fit for certain, where it is known how much there is."""
+    if estimated.gpu.capacity is None:
+        return batches
+    if case.fits_where_known(setup):
+        return replace(batches, limit=batches.padded.longest)
+    tokens = [length for length, _ in batches.padded.counts if length]
+    # A mask whose rows are no multiple of 8 is copied, so that 1,545 tokens may need more than 1,600.
+    kinds = [[each for each in tokens if each % 8 == 0], [each for each in tokens if each % 8]]
+    limits = [_first_that_fails(case, setup, each) for each in kinds if each]
+    limit = max((each for each in tokens if all(failing is None or each < failing for failing in limits)), default=0)
+    rest = batches.padded.texts % setup.training.micro_batch_size
+    last = None
+    if setup.gpus == 1 and 0 < batches.padded.beyond(limit) <= rest and not batches.drop_last:
+        fits = case.fits_where_known(changed(setup, micro_batch_size=rest))
+        last = batches.padded.longest if fits else None
+    return replace(batches, limit=limit, limit_of_last=last)
+
+
+def _first_that_fails(case: Case, setup: Setup, tokens: Sequence[int]) -> int | None:
+    """The shortest of these lengths that does not fit for certain; None if all do."""
+    fitting, failing = -1, len(tokens)
+    while failing - fitting > 1:
+        middle = (fitting + failing) // 2
+        if case.fits_where_known(changed(setup, seq_len=tokens[middle])):
+            fitting = middle
+        else:
+            failing = middle
+    return tokens[failing] if failing < len(tokens) else None
 
 
 def _noted(note: str) -> Assumption:
@@ -115,6 +176,7 @@ def preflight(
     training: TrainingLike = None,
     cluster: ClusterLike = None,
     software: SoftwareLike = None,
+    lengths: LengthsLike = None,
     on_failure: OnFailure = "raise",
 ) -> Preflight:
     """Check a run from within its script, before a weight is loaded; return what is found, the worst first.
@@ -128,6 +190,7 @@ def preflight(
         cluster: as for :func:`estimate`; without one, the GPUs that are visible, with the memory that is free on them
             now, the ranks that the launcher has started, and this machine's memory.
         software: versions; None are those that are installed.
+        lengths: tokens of the dataset's texts, as for :func:`check`.
         on_failure: what is done about an error: ``raise`` PreflightError, ``warn``, or ``exit`` with 1. On the first
             rank only: the launcher ends the others.
 
@@ -135,6 +198,7 @@ def preflight(
     is a warning.
     """
     from memplan.integrations import live
+    from memplan.lengths import read_lengths
 
     if on_failure not in get_args(OnFailure):
         raise SpecError.at("on_failure", on_failure, "is not known", f"Use {' or '.join(get_args(OnFailure))}.")
@@ -142,9 +206,10 @@ def preflight(
     if isinstance(hardware.gpu, str):
         hardware = known_cluster(hardware)
     versions = None if software is None else software_spec(software)
+    known = None if lengths is None else read_lengths(lengths)
     with uncollected():
         try:
-            found = _found_before(live.read(model, args), asked, hardware, versions or installed_software())
+            found = _found_before(live.read(model, args), asked, hardware, versions or installed_software(), known)
         except UnsupportedError as error:
             found = Preflight([_excused("not-modelled", "warning", error)])
         except ResolutionError as error:
@@ -221,28 +286,43 @@ class Examined:
     """What is to be said of the machine and of the objects."""
 
 
-def examine(run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec) -> Examined:
+def examine(
+    run: Live,
+    training: TrainingSpec,
+    cluster: ClusterSpec,
+    software: SoftwareSpec,
+    lengths: Lengths | None = None,
+) -> Examined:
     """Estimate a run that is about to start, on the machine that is there. Raises SpecError and UnsupportedError."""
     from memplan.integrations import live
 
+    if lengths is not None:  # of the texts is known how long they are
+        run = replace(run, assumed={name: value for name, value in run.assumed.items() if name != "seq_len"})
     hardware, beside = _here(cluster, run)
-    case, setup, check = _of_objects(run, training, hardware, software)
+    case, setup, check = _of_objects(run, training, hardware, software, lengths)
     if run.unread is not None:
         beside.append(_not_read(run.unread))
     if run.module is not None and run.model is not run.module and check.estimate is not None:
         model, (weights, trained) = check.estimate.model, live.counted(run.module)
         if (model.parameters, model.trainable_parameters) != (weights, trained):
             try:
-                case, setup, check = _checked(*as_files(live.as_module(run), training), hardware, software)
+                files = as_files(live.as_module(run), training)
+                case, setup, check = _checked(*files, hardware, software, lengths)
             except MemplanError as error:
                 beside.append(_other_model(model.parameters, model.trainable_parameters, weights, trained, error))
     return Examined(case, setup, check, tuple(beside))
 
 
-def _found_before(run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec) -> Preflight:
+def _found_before(
+    run: Live,
+    training: TrainingSpec,
+    cluster: ClusterSpec,
+    software: SoftwareSpec,
+    lengths: Lengths | None = None,
+) -> Preflight:
     from memplan import findings
 
-    examined = examine(run, training, cluster, software)
+    examined = examine(run, training, cluster, software, lengths)
     case, setup, check = examined.case, examined.setup, examined.check
     found = [*examined.beside, *(each for each in check.findings if each.code not in _LEGAL or run.as_written)]
     if check.estimate is not None and setup is not None:
@@ -268,7 +348,11 @@ def memory_said(examined: Examined) -> Finding | None:
 
 
 def _of_objects(
-    run: Live, training: TrainingSpec, cluster: ClusterSpec, software: SoftwareSpec
+    run: Live,
+    training: TrainingSpec,
+    cluster: ClusterSpec,
+    software: SoftwareSpec,
+    lengths: Lengths | None = None,
 ) -> tuple[Case, Setup | None, Check]:
     """What is checked. A model that is there is legal: if memplan has no words for it, it is traced.
 
@@ -277,12 +361,12 @@ def _of_objects(
     from memplan.integrations import live
 
     try:
-        return _checked(*as_files(run, training), cluster, software)
+        return _checked(*as_files(run, training), cluster, software, lengths)
     except MemplanError as error:
         if run.module is None or run.model is run.module:
             raise
         try:
-            return _checked(*as_files(live.as_module(run), training), cluster, software)
+            return _checked(*as_files(live.as_module(run), training), cluster, software, lengths)
         except MemplanError as other:
             if str(other) == str(error):
                 raise error from None

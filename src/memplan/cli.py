@@ -143,7 +143,7 @@ _PATHS = {option.name: option.flag for option in OPTIONS} | {
         name: f"--{name.replace('_', '-')}"
         for name in (
             *("global_batch_size", "target", "objective", "solve", "allow", "out", "html", "cap", "boundary", "steps"),
-            *("record", "runs"),
+            *("record", "runs", "diff", "save", "lengths"),
         )
     },
 }
@@ -161,6 +161,9 @@ _TRAINING = (
     "gradient_checkpointing", "liger", "head", "vocab_size", "eval_batch_size", "eval_accumulation_steps",
     "alloc_conf", "peft_type", "quantization", "task", "device_map", "max_new_tokens",
 )  # fmt: skip
+
+
+_LENGTHS = "Tokens of the dataset's texts: a .txt, .csv, .json, .npy or .parquet. The longest batch is estimated."
 
 
 class _Answer(NamedTuple):
@@ -249,6 +252,7 @@ def _annotation(option: Option) -> Any:
 @_with_options
 def estimate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder or a config.json.")],
+    lengths: Annotated[str | None, typer.Option(metavar="FILE", help=_LENGTHS)] = None,
     **options: Any,
 ) -> _Answer:
     """Estimate the memory that a run needs on each GPU.
@@ -259,6 +263,13 @@ def estimate(
 
     given = {name: value for name, value in options.items() if value is not None}
     training, cluster, strategy = _training(given), _cluster(given), _strategy(given)
+    if lengths is not None:
+        from memplan.lengths import read_lengths
+
+        # As a Trainer's collator has them: cut at --seq-len if it is given, and padded to the longest of a batch.
+        longest = read_lengths(lengths).padded(training.seq_len if "seq_len" in given else None).longest
+        padded = {} if "packed" in given else {"packed": False}
+        training = training.replace(**({"seq_len": max(longest, 1)} if not given.get("packed") else {}), **padded)
     software = given.get("software")
     mode: dict[str, Any] = {
         "replay": not given.get("no_replay", False),
@@ -412,6 +423,7 @@ def check(
         ),
     ],
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="A hub id, a folder or a config.json.")] = None,
+    lengths: Annotated[str | None, typer.Option(metavar="FILE", help=_LENGTHS)] = None,
     **options: Any,
 ) -> _Answer:
     """Say what the files of a run need, whether it fits, and what is wrong with them.
@@ -422,7 +434,8 @@ def check(
 
     given = {name: value for name, value in options.items() if value is not None}
     _only_estimated(given, _ONE_ESTIMATE)
-    result = checks.check(path, model, _training(given), _cluster(given), software=given.get("software"))
+    specs = (_training(given), _cluster(given))
+    result = checks.check(path, model, *specs, software=given.get("software"), lengths=lengths)
     code = 1 if result.has_errors else EXIT_CODES[result.verdict]
     if given.get("json"):
         return _Answer(result.to_json(indent=2), code)
@@ -495,6 +508,9 @@ def measure(
         "steps": int(steps) if _INTEGER.fullmatch(steps) else steps,
         "pretrained": pretrained,
     }
+    for name, value in (("diff", diff), ("save", save)):
+        if boundary is not None and value:
+            raise SpecError.at(name, value, "is of one run, and not of a search", "Leave one of the two out.")
     specs = (model, _training(given), _cluster(given), _strategy(given))
     from memplan.render import measured as render
 

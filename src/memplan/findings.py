@@ -15,6 +15,7 @@ from memplan.configs.arguments import argument
 from memplan.configs.run import Run
 from memplan.errors import MemplanError
 from memplan.estimator import resolve
+from memplan.lengths import Batches
 from memplan.results import Estimate, Finding, verdict_by_place
 from memplan.sharded import play_ranks
 from memplan.specs.hardware import ClusterSpec, GPUSpec
@@ -40,6 +41,8 @@ class Checked:
     model: ModelSpec
     software: SoftwareSpec
     estimate: Estimate
+    batches: Batches | None = None
+    """Of the dataset's texts, where their lengths are known."""
 
     @property
     def deepspeed(self) -> Mapping[str, Any]:
@@ -436,7 +439,7 @@ def save_needs_more(checked: Checked) -> Finding | None:
 
 def padding(checked: Checked) -> Finding | None:
     """Collators pad to the longest text of a batch."""
-    if checked.training.packed or not checked.arguments:
+    if checked.training.packed or not checked.arguments or checked.batches is not None:
         return None
     return Finding(
         code="padding",
@@ -446,6 +449,67 @@ def padding(checked: Checked) -> Finding | None:
         f"{checked.training.seq_len} tokens, however rare it is.",
         remedy="Cut texts at a length that fits, or pack them.",
     )
+
+
+def longest_batch(checked: Checked) -> Finding | None:
+    """What the lengths of a dataset's texts come to: all of an epoch is drawn, so the longest will be there."""
+    batches = checked.batches
+    if batches is None:
+        return None
+    given, padded, limit = batches.given, batches.padded, batches.limit
+    if limit is None or padded.longest <= limit:
+        cut = "" if given.longest <= padded.longest else f", of {given.longest:,} before they are cut"
+        return Finding(
+            code="longest-batch",
+            severity="info",
+            path=batches.source,
+            message=f"The longest of {given.texts:,} texts makes a batch of {padded.longest:,} tokens in length{cut}, "
+            f"which is what was estimated; the median text has {given.median():,}.",
+            remedy="Cut texts shorter, or pack them, to need less.",
+        )
+    micro, ranks, accumulated = (
+        checked.training.micro_batch_size,
+        checked.cluster.gpus,
+        checked.training.grad_accum_steps,
+    )
+    if not limit:
+        return Finding(
+            code="longest-batch",
+            severity="warning",
+            path=batches.source,
+            message=f"Not even the shortest of {given.texts:,} texts fits for certain in batches of {micro}.",
+            remedy="Take a smaller micro-batch, or see memplan plan for what would fit.",
+        )
+    said = (
+        f"{padded.beyond(limit):,} of {given.texts:,} texts are longer than the {limit:,} tokens that fit for certain"
+    )
+    if batches.order is None:
+        said += "; how soon one is drawn is not modelled for this train_sampling_strategy"
+    else:
+        steps = None if batches.max_steps is None else batches.max_steps * accumulated
+        risk = padded.risk(
+            limit, micro, ranks, steps=steps, order=batches.order, drop_last=batches.drop_last,
+            limit_of_last=batches.limit_of_last,
+        )  # fmt: skip
+        within = "an epoch" if steps is None else f"{batches.max_steps:,} steps"
+        said += f": within {within} a batch has one with a probability of {_percent(risk)}"
+        half = padded.step_by_which(limit, micro, ranks, order=batches.order)
+        if half is not None:
+            said += f", by step {-(-half // accumulated):,} with one of 50%"
+    return Finding(
+        code="longest-batch",
+        severity="warning",
+        path=batches.source,
+        message=f"{said}.",
+        remedy=f"Cut texts at {limit:,} tokens, pack them, or take a smaller micro-batch.",
+    )
+
+
+def _percent(share: float) -> str:
+    """A probability, in which neither certainty nor impossibility is made of what is neither."""
+    if share in (0.0, 1.0):
+        return f"{share:.0%}"
+    return "less than 0.1%" if share < 0.001 else "more than 99.9%" if share > 0.999 else f"{share:.1%}"
 
 
 _RTX_40 = re.compile(r"(?:GeForce )?RTX ?40\d0")
@@ -483,6 +547,7 @@ CHECKS: tuple[Callable[[Checked], Finding | None], ...] = (
     default_buckets,
     fsdp_wraps_nothing,
     padding,
+    longest_batch,
     geforce_p2p,
 )
 """The checks of a run; what reading it finds comes before."""

@@ -148,6 +148,7 @@ def _generation(
     cache = DynamicCache()
     root = make(Tape(machine.rules), cache)
     assert isinstance(root, Model)
+    cache.tuples = not root.b.software.at_least("transformers", "4.42")
     new_tokens = training.max_new_tokens or DEFAULT_NEW_TOKENS
     generation = generate(root.b, root, training.micro_batch_size, training.seq_len, new_tokens)
     devices = _layer_devices(root, placement or {"": 0})

@@ -216,6 +216,14 @@ def alike(setup: Setup) -> Setup:
     return replace(setup, training=training)
 
 
+def as_on_tape(setup: Setup) -> Setup:
+    """The same for all setups of which a step's micro-batches, after the first, are the same on the tape."""
+    training, others = setup.training, alike(setup)
+    accumulated = {"grad_accum_steps": min(training.grad_accum_steps, 2)}
+    sizes = {"micro_batch_size": training.micro_batch_size, "seq_len": training.seq_len}
+    return replace(others, training=others.training.replace(**sizes, **accumulated))
+
+
 def _sizes(training: TrainingSpec, evaluation: bool) -> tuple[int, int]:
     """Sequences of a batch, and their length."""
     batch = training.eval_batch_size if evaluation else None
@@ -287,6 +295,8 @@ class Recordings:
     """Recordings of one setup, and runs. Which way the code goes differs between short and long, one and several
     sequences.
     """
+    KEPT = 8
+    """Micro-batches of one setup: a search comes back to those of the same batch and length under other engines."""
 
     def __init__(self, run: Callable[[Any, Any], MicroBatch]) -> None:
         self._run = run
@@ -295,12 +305,15 @@ class Recordings:
         self._firsts: deque[MicroBatch] = deque(maxlen=self.MOST)
         """Runs that went different ways."""
         self._last: dict[tuple[int, int], MicroBatch] = {}
+        """Those that were asked for last."""
 
     def micro_batch(self, batch: int, length: int) -> MicroBatch:
         """The one of this batch and length."""
-        if (batch, length) not in self._last:
-            self._last = {(batch, length): self._told(batch, length) or self._ran(batch, length)}
-        return self._last[batch, length]
+        found = self._last.pop((batch, length), None) or self._told(batch, length) or self._ran(batch, length)
+        self._last[batch, length] = found
+        if len(self._last) > self.KEPT:
+            del self._last[next(iter(self._last))]
+        return found
 
     def _told(self, batch: int, length: int) -> MicroBatch | None:
         found = (recording.micro_batch(batch, length) for recording in tuple(self._recordings))
@@ -380,7 +393,7 @@ def _formulas(state: Any) -> Any:
     return ("symbol", state.place) if isinstance(state, Symbol) else state
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def recordings(setup: Setup, accumulated: bool, evaluation: bool) -> Recordings:
     """Those of all setups that differ in batch and length only, which ``setup`` stands for."""
     return Recordings(partial(_run, setup, full_depth=False, accumulated=accumulated, evaluation=evaluation))
@@ -478,7 +491,7 @@ def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], setup: Setup)
 
 # A search, a ladder and a notebook ask for the same step again and again, under other strategies and on other
 # clusters. What the tape says of a setup is remembered.
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def run_of(setup: Setup, gpu: GPUSpec | None) -> tuple[Run, MicroBatch]:
     """What the engines need to know of the setup, and the micro-batch that says it."""
     training = setup.training

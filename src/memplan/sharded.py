@@ -255,7 +255,7 @@ def _played(
     return _play(alike(setup), optim, strategy, ranks, per_node, rank, run.workspaces, micro_batches, played, evaluated)
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=256)
 def _play(
     setup: Setup,
     optim: str,
@@ -573,7 +573,7 @@ def _ranks(strategy: Strategy, micro: MicroBatch, ranks: int) -> list[int]:
     return _fullest_ranks(micro.first, strategy.zero.ds_optimizer, ranks, strategy.zero.round_robin_gradients)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _fullest_ranks(micro: MicroBatch, one_group: bool, ranks: int, round_robin: bool) -> list[int]:
     return zero.fullest_ranks(zero.parameter_groups(micro.layout(one_group), ranks, round_robin))
 

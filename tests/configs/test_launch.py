@@ -707,7 +707,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"strategy": Strategy(kind="fsdp", fsdp=FsdpSpec(version=1, limit_all_gathers=False))},
-        "limit_all_gathers: False",
+        "limit_all_gathers: false",
     ),
     (
         {

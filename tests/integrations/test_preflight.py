@@ -748,21 +748,56 @@ def test_a_large_model_takes_no_time(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-import sys
+import json, sys
 import memplan
-from transformers import LlamaConfig, TrainingArguments
-args = TrainingArguments(output_dir=sys.argv[1], use_cpu=True, report_to=[])
-large = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=8, num_attention_heads=64)
-memplan.preflight(large, args, training={"seq_len": 2048}, cluster=memplan.ClusterSpec(gpu="RTX 3090"))
-import torch.distributed
-torch.distributed.init_process_group("gloo")  # waits for all ranks
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+folder, on_failure, fields = sys.argv[1:]
+args = TrainingArguments(
+    output_dir=folder, use_cpu=True, report_to=[], bf16=True, per_device_train_batch_size=16, **json.loads(fields)
+)
+large = LlamaConfig(
+    hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, max_position_embeddings=4096
+)
+cluster = memplan.ClusterSpec(gpu="RTX 3090")
+memplan.preflight(large, args, training={"seq_len": 2048}, cluster=cluster, on_failure=on_failure)
+if "RANK" in __import__("os").environ:
+    import torch.distributed
+    torch.distributed.barrier()  # waits for all ranks
+print("LOADED")
+LlamaForCausalLM(large)
 """
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "zero2": {"deepspeed": {**ZERO_3, "zero_optimization": {"stage": 2}}},
+    "fsdp": {"fsdp": True, "fsdp_config": FSDP},
+}
 
 
-def test_under_torchrun_one_rank_speaks_and_all_end(tmp_path: Path) -> None:
-    ended = on_two_ranks(SCRIPT, tmp_path)
+@pytest.mark.parametrize(("kind", "on_failure"), [("ddp", "raise"), ("zero2", "exit"), ("fsdp", "raise")])
+def test_under_torchrun_one_rank_speaks_and_all_end(kind: str, on_failure: str, tmp_path: Path) -> None:
+    ended = on_two_ranks(SCRIPT, tmp_path, on_failure, json.dumps(ENGINES[kind]))
     assert ended.returncode == 1, ended.stderr
-    assert ended.stderr.count("This run is stopped before it starts") == 1
+    assert ended.stderr.count("GiB of the memory of each GPU") == 1
+    assert "What fits: " in ended.stderr
+    assert "per_device_train_batch_size=1" in ended.stderr
+    assert "LOADED" not in ended.stdout
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "exit"])
+def test_one_process_ends_with_1_before_it_loads(on_failure: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    ended = subprocess.run(
+        [sys.executable, "script.py", str(tmp_path), on_failure, "{}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.count("GiB of the memory of each GPU") == 1
+    assert "What fits: " in ended.stderr
+    assert "LOADED" not in ended.stdout
 
 
 def on_two_ranks(script: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

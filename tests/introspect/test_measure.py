@@ -19,7 +19,7 @@ from memplan.errors import SpecError
 from memplan.introspect import measure
 from memplan.introspect.measure import Job, boundary
 from memplan.introspect.measurement import Measured, Measurement, beside
-from memplan.introspect.worker import Recorder, _failure, blocks_at_peak
+from memplan.introspect.worker import Recorder, _failure, blocks_at_peak, resident
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
@@ -45,8 +45,9 @@ T5 = {
             {"pretrained": True, "save": True},
         ),
         (T5, {"seq_len": 40, "mixed_precision": "no", "eval_batch_size": 3}, {}),
+        (T5, {"seq_len": 40, "micro_batch_size": 4, "packed": False, "attn": "eager"}, {}),
     ],
-    ids=["autocast", "lora, loaded and saved", "t5, evaluated"],
+    ids=["autocast", "lora, loaded and saved", "t5, evaluated", "padded"],
 )
 def test_a_real_run_is_what_was_estimated(config: Any, training: Any, options: Any) -> None:
     found = measuring.measure(config, training, {"gpu": "cpu"}, **options)
@@ -108,6 +109,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
         (["--steps", "many"], "--steps"),
         (["--cap", "0"], "--cap"),
         (["--boundary", "rank"], "--boundary"),
+        (["--boundary", "seq-len", "--diff"], "--diff"),
         (["--task", "load"], "--task"),
     ],
 )
@@ -215,3 +217,13 @@ def test_a_job_needs_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "find_spec", lambda name: None)
     with pytest.raises(Exception, match="torch, transformers, accelerate are not installed"):
         measure.needs(job)
+
+
+def test_resident_memory_has_a_peak_of_its_own_between_two_questions() -> None:
+    resident("peak")
+    large = b"x" * (64 << 20)
+    filled = resident()
+    del large
+    peak = resident("peak")
+    assert peak >= filled - (1 << 20)  # the kernel counts per processor
+    assert resident("peak") <= peak - (32 << 20)

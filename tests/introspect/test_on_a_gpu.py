@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.introspect import fake_cuda
 from tests.introspect.test_measure import TINY
 
@@ -83,14 +84,14 @@ def test_a_run_is_recorded_whole(training: Any, options: Any, tells: bool) -> No
     assert {"load", "first_step", "forward", "loss", "backward", "step", "idle"} <= found.phases.keys()
     assert all(counters.keys() >= COUNTERS for counters in found.phases.values())
     assert found.peak("device") == pytest.approx(found.phases["idle"]["allocated"] + fake_cuda.CONTEXT, rel=0.1)
-    assert found.outside == {"context": fake_cuda.CONTEXT, "first_kernel": 0, "first_matmul": 0}
+    assert found.outside == {"context": fake_cuda.CONTEXT, "first_kernel": 0, "first_matmul": 0, "small_step": 0}
     told = {"name": "NVIDIA H200", "total_memory": fake_cuda.TOTAL, "capability": "9.0", "driver": "580.1"}
     assert told.items() <= dict(found.device).items()
     assert found.device["counted"] == ("process" if tells else "difference")
     assert found.device["other_processes"] == (1 if tells else None)
     assert found.device["environment"]["CUDA_VISIBLE_DEVICES"] == "0"
     assert "PYTORCH_CUDA_ALLOC_CONF" not in found.device["environment"]  # as it is before the run
-    assert found.versions["cuda"] == "None"  # of torch's build here
+    assert found.versions.get("cuda") == torch.version.cuda
     assert found.ran["skipped_steps"] == 0
     assert len(found.step_seconds) == len(found.losses) == 3
     assert (found.blocks is not None) == ("snapshot" in options)
@@ -102,6 +103,11 @@ def test_a_run_dies_of_a_smaller_gpu() -> None:
     assert found.measurement.cap == fake_cuda.CONTEXT + 12 * MiB
     assert "load" in found.measurement.phases
     assert not [row for row in found.differences if row.name.startswith("peak")]
+
+
+def test_a_larger_gpu_cannot_be_played() -> None:
+    with pytest.raises(SpecError, match=r"cap: .* more than this GPU has"):
+        measuring.measure(TINY, {"seq_len": 64}, cap=200 * GiB)
 
 
 def test_a_boundary_is_searched_under_a_cap() -> None:

@@ -105,6 +105,18 @@ def test_the_cache_holds_what_the_real_generate_leaves(config: dict[str, Any], s
     assert run(config, dtype="float32", **shape).kv_cache == kept_by_generate(config, **shape)
 
 
+def test_tuples_hold_what_they_were_handed_until_the_step_is_over() -> None:
+    """Before transformers 4.42: then there are two caches at a step's end, one of them a position shorter."""
+    grown = run(LLAMA, seq_len=400, new_tokens=9)
+    b = Build(Tape(CPU), dtypes.bfloat16, cache=DynamicCache(tuples=True))
+    model = ModelSpec(id="test", model_type="llama", architecture="LlamaForCausalLM", config=LLAMA, source="test")
+    handed = generate(b, build_model(b, model, None), 2, 400, 9)
+    assert handed.kv_cache == grown.kv_cache
+    assert peaks(handed)[0] == peaks(grown)[0]
+    more = peaks(handed)[1] - peaks(grown)[1]
+    assert 0.4 * grown.kv_cache < more <= grown.kv_cache
+
+
 def test_a_sliding_layer_caches_no_more_than_its_window() -> None:
     short, long = (run(WINDOW, seq_len=seq_len).kv_cache for seq_len in (21, 400))
     assert short == long

@@ -16,8 +16,12 @@ class DynamicCache:
     window - 1 positions, as a view of all that the last call saw.
     """
 
-    def __init__(self, windows: Sequence[int | None] = ()) -> None:
+    def __init__(self, windows: Sequence[int | None] = (), tuples: bool = False) -> None:
         self.windows = windows
+        self.tuples = tuples
+        """Before transformers 4.42 generate handed a tuple on (no ``_supports_default_dynamic_cache``), which holds all
+        that was there until the call is over."""
+        self._handed: list[tuple[Tensor, Tensor]] = []
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.past_length = 0
         """Positions that the calls before the present one have seen."""
@@ -29,6 +33,8 @@ class DynamicCache:
         self._next += 1
         window = self._window(index)
         keys, values = self.layers[index] if index < len(self.layers) else (None, None)
+        if self.tuples and keys is not None and values is not None:
+            self._handed.append((keys, values))
         if keys is None:
             self.layers.append((key, value))  # until both are copied
         full_keys = _extended(keys, key)
@@ -43,6 +49,7 @@ class DynamicCache:
         """A call with ``length`` new positions is over."""
         self.past_length += length
         self._next = 0
+        self._handed.clear()
 
     def kv_length(self, length: int, window: int | None) -> int:
         """How many positions a layer's attention looks at in a call with ``length`` new ones (get_mask_sizes)."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memplan.configs.deepspeed import parse_deepspeed
-from memplan.configs.files import read_mapping
+from memplan.configs.files import read_mapping, refuse_outside
 from memplan.configs.keys import ACCELERATE
 from memplan.configs.section import Section
 from memplan.configs.setup import EngineConfig
@@ -42,6 +42,8 @@ _SHARDING = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_
 _PREFETCH = ("BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH")
 _STATE_DICTS = ("FULL_STATE_DICT", "LOCAL_STATE_DICT", "SHARDED_STATE_DICT")
 _WRAPS = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
+_KEYS = {"gpus": "num_processes", "nodes": "num_machines", "fsdp.": "fsdp_config.fsdp_"}
+"""Fields of specs -> keys, for messages."""
 _MARKS = frozenset({"distributed_type", "compute_environment", "deepspeed_config", "fsdp_config", "num_processes"})
 
 
@@ -135,7 +137,9 @@ class _Reader:
         elif self._sizes()[0] > 1:
             name = self._optional("parallelism_config").name("parallelism_config_dp_replicate_size")
             raise UnsupportedError(f"{name}: is not modelled without FSDP. Leave it out.")
-        return EngineConfig(self.source, strategy, training, cluster=cluster, refused=refused, notes=tuple(self.notes))
+        return EngineConfig(
+            self.source, strategy, training, cluster=cluster, refused=refused, keys=_KEYS, notes=tuple(self.notes)
+        )
 
     def _section(self, path: str, values: object) -> Section:
         """accelerate refuses unknown keys at the top, and ignores them below."""
@@ -231,6 +235,7 @@ class _Reader:
             cluster={**cluster, **parsed.cluster},
             batch=parsed.batch,
             refused={**refused, **parsed.refused},
+            keys={**_KEYS, **parsed.keys},
             notes=(*self.notes, *parsed.notes),
         )
 
@@ -267,6 +272,8 @@ class _Reader:
         if not path.exists() and self.folder is not None and (self.folder / path).exists():
             path = self.folder / path
             self.notes.append(f"{named} is read beside {self.source}; accelerate looks in the folder it is started in")
+        if self.folder is not None:
+            refuse_outside(path, self.folder, section.name("deepspeed_config_file"))
         data, _ = read_mapping(path)
         if "gradient_accumulation_steps" not in data:
             data = {**data, "gradient_accumulation_steps": 1}

@@ -88,7 +88,29 @@ def parse_arguments(
     ddp = {field: data[key] for key, field in DDP.items() if data.get(key) is not None}
     if data.get("auto_find_batch_size"):
         notes.append("auto_find_batch_size: per_device_train_batch_size is where it starts")
-    return EngineConfig(source, {"ddp": ddp} if ddp else {}, training, notes=tuple(notes))
+    return EngineConfig(source, {"ddp": ddp} if ddp else {}, training, keys=_keys(data), notes=tuple(notes))
+
+
+def _keys(data: Mapping[str, Any]) -> dict[str, str]:
+    """Fields, and the arguments that set them here."""
+    length = next((name for name in LENGTHS if data.get(name) is not None), "seq_len")
+    nested = isinstance(data.get("lora"), Mapping)
+    lora = {field: f"lora.{name}" if nested else f"lora_{name}" for name, field in _LORA.items()}
+    four_bits = {f"quantization.{name}": f"bnb_4bit_{name}" for name in ("compute_dtype", "quant_storage")}
+    return {
+        "micro_batch_size": "per_device_train_batch_size",
+        "grad_accum_steps": "gradient_accumulation_steps",
+        "eval_batch_size": "per_device_eval_batch_size",
+        "attn": "attn_implementation",
+        "seq_len": length,
+        **{f"ddp.{field}": name for name, field in DDP.items()},
+        **{f"lora.{field}": name for field, name in lora.items()},
+        **{field: f"quantization.{name}" if "quantization" in data else name for field, name in four_bits.items()},
+    }
+
+
+_LORA = {"r": "rank", "alpha": "alpha", "dropout": "dropout", "target_modules": "targets", "bias": "bias"}
+"""What follows ``lora_`` in the names of arguments, and fields of LoraSpec."""
 
 
 def fsdp_config(data: Mapping[str, Any], source: str, findings: list[Finding] | None = None) -> dict[str, Any]:

@@ -146,6 +146,7 @@ class _Reader:
             cluster=cluster,
             batch=self._batch(),
             refused=self.refused,
+            keys={"zero.": "zero_optimization."},
             notes=tuple(self.notes),
         )
 

@@ -11,10 +11,12 @@ from typing import Any
 
 from memplan.errors import SpecError
 
-__all__ = ["LARGEST_FILE", "parse_mapping", "read_mapping", "read_text"]
+__all__ = ["ANCESTORS", "LARGEST_FILE", "parse_mapping", "read_mapping", "read_text", "refuse_outside"]
 
 LARGEST_FILE = 2**20
 """Bytes: engine configs have a few KiB."""
+ANCESTORS = 6
+"""Folders above a file in which what it names is looked for, its own being the first."""
 MOST_KEYS = 500
 """In one section. TrainingArguments have about 120 fields, with all of which a name that is not known is compared."""
 MOST_VALUES = 20_000
@@ -84,6 +86,29 @@ def read_text(path: Path, field: str = "engine_config") -> str:
         raise SpecError(
             f"{path}: is not UTF-8 text: byte {error.start} is {byte:#04x}. Give a JSON or YAML file."
         ) from None
+
+
+def refuse_outside(path: Path, folder: Path, where: str, roots: Iterable[Path] = ()) -> None:
+    """Raise SpecError for a path, named in a file of ``folder``, that leads elsewhere, by a link or otherwise.
+
+    A config is trusted to lead to the folder that memplan is started in, to its own, to the repository around it and to
+    ``roots``: who checks what others have written is not led to what else is there.
+    """
+    allowed = [Path(), folder, *roots, *_repository(folder)]
+    try:
+        real = path.resolve()
+        inside = any(real.is_relative_to(root.resolve()) for root in allowed)
+    except (OSError, RuntimeError, ValueError):  # a link to itself, a null byte
+        inside = False
+    if not inside:
+        remedy = "Copy it beside the file that names it, or start memplan in a folder that both are in."
+        raise SpecError.at(where, str(path), "leads elsewhere, where memplan does not follow a config", remedy)
+
+
+def _repository(folder: Path) -> list[Path]:
+    """The repository that a folder is in, if it is in one."""
+    above = [folder.absolute(), *folder.absolute().parents][:ANCESTORS]
+    return [each for each in above if (each / ".git").exists()][:1]
 
 
 def _json(text: str, source: str) -> Any:

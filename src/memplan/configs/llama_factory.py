@@ -15,8 +15,16 @@ from memplan.adapters.lora import ALL_LINEAR
 from memplan.configs.section import quoted
 from memplan.errors import SpecError, UnsupportedError
 
-__all__ = ["is_llama_factory", "known_names", "to_arguments"]
+__all__ = ["KEYS", "is_llama_factory", "known_names", "to_arguments"]
 
+KEYS = {
+    "seq_len": "cutoff_len",
+    "lora.rank": "lora_rank",
+    "lora.targets": "lora_target",
+    "lora.modules_to_save": "additional_target",
+    "quantization.kind": "quantization_bit",
+}
+"""Fields that have another name here than among TrainingArguments and TRL's."""
 _MARKS = frozenset({"finetuning_type", "cutoff_len", "template", "dataset_dir", "lora_target", "quantization_bit"})
 _STAGES = ("pt", "sft", "rm", "ppo", "dpo", "kto")
 _OTHER_STAGES = {

@@ -21,15 +21,15 @@ from memplan.configs.argument_keys import REMOVED_ARGUMENTS, SCRIPT_ARGUMENTS, T
 from memplan.configs.arguments import fsdp_config, parse_arguments
 from memplan.configs.command import Command, is_command, parse_command, plain
 from memplan.configs.deepspeed import parse_deepspeed
-from memplan.configs.files import parse_mapping, read_mapping, read_text
+from memplan.configs.files import ANCESTORS, parse_mapping, read_mapping, read_text, refuse_outside
 from memplan.configs.keys import ACCELERATE, DEEPSPEED
-from memplan.configs.setup import Batch, EngineConfig, batch_finding, merged, of_file, with_training
+from memplan.configs.setup import Batch, EngineConfig, batch_finding, in_keys, merged, of_file, with_training
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.results import Assumption, Finding
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 
-__all__ = ["Run", "Values", "is_arguments", "of_texts", "read_folder", "read_run", "setup_of"]
+__all__ = ["Run", "Values", "as_written", "is_arguments", "of_texts", "read_folder", "read_run", "setup_of"]
 
 _ALLOCATOR = re.compile(
     r'^export PYTORCH_(?:CUDA_)?ALLOC_CONF="\$\{PYTORCH_(?:CUDA_)?ALLOC_CONF:-([^}"]*)\}"$', re.MULTILINE
@@ -39,7 +39,6 @@ _ACCELERATE_ONLY = frozenset(ACCELERATE[""]) - {"fsdp_config", "debug", "fp16"}
 _DEEPSPEED_ONLY = frozenset(DEEPSPEED[""]) - TRAINING_ARGUMENTS.keys() - {"bf16", "fp16", "optimizer", "scheduler"}
 _ARGUMENTS_ONLY = (TRAINING_ARGUMENTS.keys() | SCRIPT_ARGUMENTS.keys()) - DEEPSPEED[""].keys() - {"fsdp_config"}
 _AXOLOTL = frozenset({"base_model", "sequence_len", "adapter", "val_set_size", "sample_packing", "micro_batch_size"})
-_ANCESTORS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,13 +216,16 @@ def _of_arguments(values: Values, folder: Path | None, run: Run) -> Run:
         raw.setdefault("deepspeed", Values(source, data["deepspeed"]))
         engine = parse_deepspeed(data["deepspeed"], source, trainer=True, findings=findings)
     elif data.get("fsdp") or data.get("fsdp") == "":
-        engine = EngineConfig(values.source, fsdp_config(data, values.source, findings))
+        fields = fsdp_config(data, values.source, findings)
+        engine = EngineConfig(values.source, fields, keys={"fsdp.": "fsdp_config."})
     shards = engine is not None and engine.strategy.get("kind") in ("zero3", "fsdp")
     known: tuple[str, ...] = ()
     if llama_factory.is_llama_factory(data):
         data = llama_factory.to_arguments(data, values.source, shards=shards)
         known = llama_factory.known_names()
     arguments = parse_arguments(data, values.source, findings, known=known)
+    if known:
+        arguments = dataclasses.replace(arguments, keys={**arguments.keys, **llama_factory.KEYS})
     name = data.get("model_name_or_path")
     model = name if isinstance(name, str) and name else run.model
     return dataclasses.replace(
@@ -313,19 +315,21 @@ def _referenced(
 
 def _file(name: str, source: str, field: str, folder: Path | None, notes: list[str]) -> Values:
     """A file that another one names: from the folder a run is started in, or one above the file that names it."""
-    path = Path(name)
+    path, roots = Path(name), list[Path]()
     if "$" in name:
         remedy = "Write the path out."
         raise SpecError.at(f"{source}: {field}", name, "has a variable of the shell, which is not known", remedy)
     if not path.exists() and folder is not None and not path.is_absolute():
-        above = [folder, *folder.absolute().parents][:_ANCESTORS]
-        beside = next((each / path for each in above if (each / path).exists()), None)
-        if beside is not None:
-            notes.append(f"{name} is read as {beside}; a run looks for it in the folder it is started in")
-            path = beside
+        above = [folder, *folder.absolute().parents][:ANCESTORS]
+        root = next((each for each in above if each != each.parent and (each / path).exists()), None)
+        if root is not None:
+            notes.append(f"{name} is read as {root / path}; a run looks for it in the folder it is started in")
+            path, roots = root / path, [root]
     if not path.exists():
         remedy = "Check from the folder that the run is started in."
         raise SpecError.at(f"{source}: {field}", name, "does not exist", remedy)
+    if folder is not None:
+        refuse_outside(path, folder, f"{source}: {field}", roots)
     data, _ = read_mapping(path, f"{source}: {field}")
     return Values(str(path), data)
 
@@ -342,8 +346,9 @@ def read_folder(folder: Path) -> Run:
     if "training_args.json" in found:
         named = _named(found["training_args.json"])
         if named is not None and (folder / named).exists():
+            refuse_outside(folder / named, folder, f"{folder / 'training_args.json'}: deepspeed")
             found[named] = read_text(folder / named, "path")
-    return of_texts(found, f"{folder}{os.sep}")
+    return of_texts(found, f"{folder}{os.sep}", folder)
 
 
 def _named(text: str) -> str | None:
@@ -354,8 +359,11 @@ def _named(text: str) -> str | None:
     return named if isinstance(named, str) and named else None
 
 
-def of_texts(files: Mapping[str, str], source: str = "") -> Run:
-    """Read the files of a folder, as text by name; ``source`` is put before the names in messages. Raises SpecError."""
+def of_texts(files: Mapping[str, str], source: str = "", folder: Path | None = None) -> Run:
+    """Read the files of a folder, as text by name; ``source`` is put before the names in messages. Raises SpecError.
+
+    What they name beside is looked for in ``folder``.
+    """
 
     def values(name: str) -> Values:
         if name not in files:
@@ -389,7 +397,7 @@ def of_texts(files: Mapping[str, str], source: str = "") -> Run:
     else:
         engine = EngineConfig(source, {"kind": "single"})
         run = dataclasses.replace(run, engine=engine, launcher="python")
-    return _of_arguments(Values(given.source, data), None, run)
+    return _of_arguments(Values(given.source, data), folder, run)
 
 
 def _count(text: str, key: str, source: str) -> int:
@@ -418,7 +426,8 @@ def setup_of(
         training, engine, notes = _of_trainer(run, run.arguments, engine, training)
         ddp = run.arguments.strategy.get("ddp")
         if ddp is not None and engine.strategy.get("kind") == "ddp":
-            engine = dataclasses.replace(engine, strategy={**engine.strategy, "ddp": ddp})
+            keys = {**engine.keys, **run.arguments.keys}
+            engine = dataclasses.replace(engine, strategy={**engine.strategy, "ddp": ddp}, keys=keys)
     elif findings is not None:
         engine = dataclasses.replace(engine, batch=_asked_of_the_trainer(engine.batch, training))
         found = batch_finding(engine, training, gpus)
@@ -428,6 +437,17 @@ def setup_of(
     merged_training, merged_strategy, said = with_training(engine, training, strategy, gpus)
     parts = (run.arguments, engine) if run.arguments is not None else (engine,)
     return merged_training, merged_strategy, (*notes, *(each for part in parts for each in part.assumptions), *said)
+
+
+def as_written(run: Run, training: TrainingSpec, error: SpecError) -> SpecError:
+    """An error of the estimate about what the arguments say, in their words; ``training`` is what options say."""
+    arguments = run.arguments
+    field = str(error).partition(":")[0]
+    if type(error) is not SpecError or arguments is None or field.partition(".")[0] not in arguments.training:
+        return error
+    if field.partition(".")[0] in training.model_fields_set:
+        return error
+    return SpecError(in_keys(arguments, str(error)))
 
 
 def _without_total(batch: Batch, gpus: int) -> Batch:

@@ -12,7 +12,7 @@ from memplan.specs.hardware import ClusterSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 
-__all__ = ["Batch", "EngineConfig", "batch_finding", "merged", "of_file", "with_cluster", "with_training"]
+__all__ = ["Batch", "EngineConfig", "batch_finding", "in_keys", "merged", "of_file", "with_cluster", "with_training"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,8 @@ class EngineConfig:
     batch: Batch | None = None
     refused: Mapping[str, MemplanError] = field(default_factory=dict)
     """What is wrong with a field, unless an option takes its place."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """A field's path -> the key of the file that sets it; one that ends with a dot is the beginning of several."""
     notes: tuple[str, ...] = ()
     """What the engine does with the config that its text does not say."""
 
@@ -60,7 +62,7 @@ def with_cluster(config: EngineConfig, cluster: ClusterSpec) -> tuple[ClusterSpe
     """Return the cluster with what the config fixes, and the notes. Raises SpecError."""
     _check_refused(config, cluster)
     changes, notes = merged(config, config.cluster, cluster)
-    return cluster.replace(**changes), notes
+    return of_file(config, lambda: cluster.replace(**changes)) if changes else cluster, notes
 
 
 def with_training(
@@ -115,11 +117,20 @@ def _check_refused(config: EngineConfig, spec: ClusterSpec | TrainingSpec) -> No
 
 
 def of_file(config: EngineConfig, make: Callable[[], Any]) -> Any:
-    """What ``make`` returns; its errors name the file."""
+    """What ``make`` returns; its errors name the file, and its keys."""
     try:
         return make()
     except SpecError as error:
-        raise SpecError("\n".join(f"{config.source}: {line}" for line in str(error).split("\n"))) from None
+        raise SpecError("\n".join(in_keys(config, line) for line in str(error).split("\n"))) from None
+
+
+def in_keys(config: EngineConfig, line: str) -> str:
+    """A line of a message as the file has it: its name, and the key in place of the field."""
+    path, colon, rest = line.partition(":")
+    prefixes = [prefix for prefix in config.keys if prefix.endswith(".") and path.startswith(prefix)]
+    for prefix in prefixes:
+        path = config.keys[prefix] + path.removeprefix(prefix)
+    return f"{config.source}: {config.keys.get(path, path)}{colon}{rest}"
 
 
 def batch_finding(config: EngineConfig, training: TrainingSpec, gpus: int) -> Finding | None:

@@ -540,7 +540,7 @@ def _flat_params(units: Sequence[Unit], keys: FsdpSpec, ranks: int, dtype: DType
     strategy = keys.sharding_strategy or "FULL_SHARD"
     if not keys.limit_all_gathers:
         raise UnsupportedError(
-            "limit_all_gathers: False lets the CPU run ahead, and how many units are gathered at a time depends on how "
+            "limit_all_gathers: false lets the CPU run ahead, and how many units are gathered at a time depends on how "
             "far. That is not modelled. Leave it out."
         )
     is_sharded = strategy != "NO_SHARD" and ranks > 1

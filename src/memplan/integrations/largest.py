@@ -8,7 +8,6 @@ from typing import Any
 
 from memplan.errors import MemplanError, PreflightError, SpecError
 from memplan.integrations import live
-from memplan.results import verdict_by_place
 from memplan.solving import MOST
 from memplan.space import Setup, changed, divisors
 
@@ -22,6 +21,7 @@ def largest_batch(
     training: Any = None,
     cluster: Any = None,
     software: Any = None,
+    lengths: Any = None,
     global_batch_size: int | None = None,
 ) -> int:
     """Return the largest micro-batch, in sequences per GPU, with which a run fits for certain.
@@ -41,6 +41,7 @@ def largest_batch(
         training: as for :func:`memplan.preflight`.
         cluster: as for :func:`memplan.preflight`.
         software: as for :func:`memplan.preflight`.
+        lengths: as for :func:`memplan.preflight`.
         global_batch_size: sequences of one optimizer step over all ranks, which stay as many: the micro-batch divides
             a rank's share, and what is left is accumulated. None is any micro-batch up to 4096, with the accumulation
             that the arguments have. A DeepSpeed config that fixes ``train_batch_size`` has said it.
@@ -50,7 +51,9 @@ def largest_batch(
     DeepSpeed config of the Trainer's that fixes the micro-batch; UnsupportedError for what is not modelled. Where a
     process group is there, all ranks return the least that any of them finds.
     """
-    return in_step(model, args, training=training, cluster=cluster, software=software, total=global_batch_size)
+    return in_step(
+        model, args, training=training, cluster=cluster, software=software, lengths=lengths, total=global_batch_size
+    )
 
 
 def in_step(model: Any, args: Any, *, total: int | None = None, share: int | None = None, **asked: Any) -> int:
@@ -73,17 +76,19 @@ def _largest(
     training: Any = None,
     cluster: Any = None,
     software: Any = None,
+    lengths: Any = None,
 ) -> int:
     from memplan import case, checks
+    from memplan.lengths import read_lengths
 
     asked = case.training_spec(training)
     hardware = case.cluster_spec(None) if cluster is None else case.known_cluster(cluster)
-    run = live.read(model, args)
+    run, known = live.read(model, args), None if lengths is None else read_lengths(lengths)
     versions = checks.installed_software() if software is None else case.software_spec(software)
     with checks.uncollected():
         files, _, _ = checks.as_files(run, asked)
         total = _of_config(files.raw, total, of_a_trainer=run.of_a_trainer)
-        examined = checks.examine(run, asked.replace(micro_batch_size=1), hardware, versions)
+        examined = checks.examine(run, asked.replace(micro_batch_size=1), hardware, versions, known)
         setup = examined.setup
         if setup is None or examined.check.estimate is None:
             said = "\n".join(f"{each.path}: {each.message} {each.remedy}" for each in examined.check.findings)
@@ -140,31 +145,20 @@ class _Sizes(Sequence[Setup]):
 def _last_that_fits(examined: Any, sizes: Sequence[Setup]) -> int:
     """The place of the largest that fits, or -1; what a micro-batch needs grows with it."""
     if isinstance(sizes, list):  # with the accumulation, which some engines need memory for, it need not
-        return next((place for place in range(len(sizes) - 1, -1, -1) if _fits(examined, sizes[place])), -1)
+        return next(
+            (place for place in range(len(sizes) - 1, -1, -1) if examined.case.fits_where_known(sizes[place])), -1
+        )
     fitting, failing = -1, 1
-    while failing <= len(sizes) and _fits(examined, sizes[failing - 1]):
+    while failing <= len(sizes) and examined.case.fits_where_known(sizes[failing - 1]):
         fitting, failing = failing - 1, 2 * failing
     failing = min(failing - 1, len(sizes))
     while failing - fitting > 1:
         middle = (fitting + failing) // 2
-        if _fits(examined, sizes[middle]):
+        if examined.case.fits_where_known(sizes[middle]):
             fitting = middle
         else:
             failing = middle
     return fitting
-
-
-def _fits(examined: Any, setup: Setup) -> bool:
-    """Whether it fits for certain on the GPU, and wherever else it is known how much there is."""
-    case = examined.case
-    found = case.estimate(setup, replay=False)
-    places = verdict_by_place(found.gpu, found.host, found.nvme)
-    if "does-not-fit" in places.values():
-        return False
-    if places["gpu"] == "tight":  # an upper bound without the allocator's replay
-        found = case.estimate(setup)
-        places = verdict_by_place(found.gpu, found.host, found.nvme)
-    return not {"does-not-fit", "tight"} & set(places.values())
 
 
 def _none(examined: Any, least: Setup) -> PreflightError:

@@ -37,6 +37,9 @@ class MemplanArguments:
     preflight_dtype: str | None = field(
         default=None, metadata={"help": "What from_pretrained loads: auto, float32, bfloat16 or float16."}
     )
+    preflight_lengths: str | None = field(
+        default=None, metadata={"help": "A file with the number of tokens of each text of the dataset."}
+    )
     preflight_cluster: str | None = field(
         default=None, metadata={"help": "Where it will run, as in 2x8xH100-80GB, if that is not here."}
     )
@@ -83,7 +86,8 @@ class MemplanArguments:
         if training is not None and not isinstance(training, dict):
             training = {name: getattr(training, name) for name in training.model_fields_set}
         asked = {**options, "training": {**(training or {}), **self._training()}}
-        return asked if self.preflight_cluster is None else {**asked, "cluster": self.preflight_cluster}
+        given = {"cluster": self.preflight_cluster, "lengths": self.preflight_lengths}
+        return asked | {name: value for name, value in given.items() if value is not None}
 
 
 def _with_largest_batch(model: Any, args: Any, asked: dict[str, Any]) -> Any:

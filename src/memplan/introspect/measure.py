@@ -61,6 +61,8 @@ class Job:
     steps: int = 3
     cap: int | None = None
     """Bytes of a smaller GPU to be."""
+    outside: int | None = None
+    """Bytes of it that the process has outside of torch's allocator; None is what it sees, if nobody else is there."""
     alloc_conf: str | None = None
     """Settings of torch's allocator, as PYTORCH_ALLOC_CONF has them; None is the defaults."""
     pretrained: bool = False
@@ -73,9 +75,13 @@ class Job:
 
 def needs(job: Job) -> None:
     """Raise if this machine cannot run the job: SpecError without a GPU, UnsupportedError without a library."""
-    if job.device == "cuda" and not visible_devices(read_nvml()):
+    devices = visible_devices(read_nvml()) if job.device == "cuda" else ()
+    if job.device == "cuda" and not devices:
         remedy = "Run it where nvidia-smi shows one, or use --gpu cpu to count a small model's tensors."
         raise SpecError.at("gpu", None, "is needed, and there is no NVIDIA GPU here", remedy)
+    if devices and job.cap is not None and job.cap > devices[0].memory:
+        problem = f"bytes are more than this GPU has ({devices[0].memory})"
+        raise SpecError.at("cap", job.cap, problem, "Name a smaller one.")
     if job.device == "cpu" and job.engine != "single":
         remedy = "Use --strategy single."
         raise SpecError.at("strategy", job.engine, "allocates what cannot be counted on a CPU", remedy)

@@ -114,7 +114,7 @@ class CudaMeter:
         }
         found = {name: int(stats.get(f"{key}.all.{which}", 0)) for name, key in names.items()}
         found["pinned"] = int(host.get(f"allocated_bytes.{which}", 0))
-        return found | {"retries": int(stats.get("num_alloc_retries", 0)), "host": resident()}
+        return found | {"retries": int(stats.get("num_alloc_retries", 0)), "host": resident(which)}
 
     def _on_device(self) -> int:
         """Of this process, now: neither keeps a peak. Only NVML can tell it from others; it is too slow for a step."""
@@ -145,7 +145,7 @@ class CpuMeter:
     def read(self) -> dict[str, int]:
         peak = max(self.tracker.phases.values(), default=self.tracker.live)
         self.start()
-        return {"allocated": peak, "host": resident()}
+        return {"allocated": peak, "host": resident("peak")}
 
     def level(self) -> dict[str, int]:
         return {"allocated": self.tracker.live, "host": resident()}
@@ -257,6 +257,7 @@ def _run(job: dict[str, Any], record: dict[str, Any], recorders: list[Recorder])
 
     train: Any = importlib.import_module("train")
     train.check = lambda _: None  # what does not fit is to be seen
+    train.RandomData = padded(train.RandomData)
     transformers = train.transformers  # which need not be what an import finds here: it puts itself in its own place
     arguments = json.loads(Path("training_args.json").read_text(encoding="utf-8"))
     arguments |= _arguments(job)
@@ -270,18 +271,22 @@ def _run(job: dict[str, Any], record: dict[str, Any], recorders: list[Recorder])
     else:
         model_class.from_pretrained = functools.partial(random_model, model_class, job, meter)
     if on_gpu and job["cap"] is not None:
-        be_smaller(job["cap"], record)
+        be_smaller(job["cap"], job["outside"], record)
     transformers.Trainer = _watched(transformers.Trainer, recorder)
     tracked: Any = getattr(meter, "tracker", None) or contextlib.nullcontext()
     gc.collect()
     if job["snapshot"] and on_gpu:
         torch.cuda.memory._record_memory_history(max_entries=1_000_000, stacks="python")
-    with tracked:
-        meter.start()
-        trainer = train.main(arguments)
-        recorder.close()
-    if job["snapshot"]:
-        record["blocks"] = blocks_at_peak(torch.cuda.memory._snapshot()) if on_gpu else tracked_blocks(tracked.events)
+    try:
+        with tracked:
+            meter.start()
+            trainer = train.main(arguments)
+            recorder.close()
+    finally:  # of a run that dies too
+        if job["snapshot"]:
+            with contextlib.suppress(Exception):  # why it died is what is to be told
+                history = torch.cuda.memory._snapshot() if on_gpu else None
+                record["blocks"] = tracked_blocks(tracked.events) if history is None else blocks_at_peak(history)
     record["ran"] = _facts(trainer) | {"skipped_steps": recorder.skipped}
     record["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -304,6 +309,21 @@ def _arguments(job: dict[str, Any]) -> dict[str, Any]:
     if job["evaluates"]:
         values |= {"eval_strategy": "steps", "eval_steps": job["steps"]}
     return values
+
+
+def padded(data_class: Any) -> Any:
+    """Rows whose mask hides something: one of ones alone makes no difference, and transformers drops it
+    (masking_utils.py, ``_ignore_causal_mask_sdpa``, ``_ignore_bidirectional_mask_sdpa``).
+    """
+
+    class Padded(data_class):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            row: dict[str, Any] = super().__getitem__(index)
+            if "attention_mask" in row:
+                row["attention_mask"][-1] = 0
+            return row
+
+    return Padded
 
 
 def become_rank_zero(job: dict[str, Any]) -> None:
@@ -391,11 +411,11 @@ def random_model(model_class: Any, job: dict[str, Any], meter: Meter, _: str, **
         model = model_class.from_config(config, dtype=getattr(torch, dtype), **options)
     untie_head(model, job["config"])
     if on_gpu:
-        drawn = list(model.parameters())
         if job["engine"] in ("single", "ddp"):
-            model.memplan_draws = functools.partial(_fill_all, drawn)  # once the Trainer has moved them
+            model.memplan_draws = list(model.parameters())  # once the Trainer has moved them
         else:
-            _fill_all(drawn)
+            for parameter in model.parameters():
+                _fill(parameter)
         torch.cuda.empty_cache()
     meter.start()
     return model
@@ -407,11 +427,6 @@ def _not_initialized() -> Any:
         with contextlib.suppress(ImportError, AttributeError):
             return importlib.import_module(module).no_init_weights()
     return contextlib.nullcontext()
-
-
-def _fill_all(parameters: Sequence[Any]) -> None:
-    for parameter in parameters:
-        _fill(parameter)
 
 
 def save_checkpoint(model_class: Any, job: dict[str, Any]) -> None:
@@ -508,9 +523,10 @@ def _watched(trainer_class: Any, recorder: Recorder) -> Any:
 def _draw(model: Any) -> None:
     """Draw the weights that :func:`random_model` has left, of the model itself or of what peft has wrapped."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    draws = vars(base).pop("memplan_draws", None)
-    if draws is not None:
-        draws()
+    there = {id(parameter) for parameter in model.parameters()}
+    for parameter in vars(base).pop("memplan_draws", ()):
+        if id(parameter) in there:
+            _fill(parameter)
 
 
 def _mark_loss(model: Any, recorder: Recorder) -> None:
@@ -581,10 +597,9 @@ def _cuda_meter(job: dict[str, Any], record: dict[str, Any]) -> CudaMeter:
     one @ one
     outside["first_matmul"] = beside() - outside["context"] - outside["first_kernel"]
     del one
-    if job["cap"] is not None:  # a smaller GPU has no room for kernels that come later either
-        small_step()
-        gc.collect()
-        outside["small_step"] = beside() - sum(outside.values())
+    small_step()  # whose kernels most runs load
+    gc.collect()
+    outside["small_step"] = beside() - sum(outside.values())
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     record["outside"] = outside
@@ -609,11 +624,12 @@ def use_allocator(settings: str) -> None:
         torch.cuda.memory._set_allocator_settings(settings)
 
 
-def be_smaller(cap: int, record: dict[str, Any]) -> None:
+def be_smaller(cap: int, outside: int | None, record: dict[str, Any]) -> None:
     """Leave torch's allocator what a smaller GPU would: it has as much less; what is outside of it stays."""
     import torch
 
-    outside = sum(record["outside"].values())
+    if outside is None:
+        outside = sum(record["outside"].values())
     fraction = max(0, cap - outside) / record["device"]["total_memory"]
     torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0))
     record["cap"] = cap
@@ -631,7 +647,7 @@ def cuda_versions() -> dict[str, str]:
     """What torch was built with and has loaded, by the names of :class:`~memplan.specs.software.SoftwareSpec`."""
     import torch
 
-    found = {"cuda": str(torch.version.cuda)}
+    found = {"cuda": torch.version.cuda} if torch.version.cuda else {}
     number = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     if number:
         major, rest = divmod(number, 10_000) if number >= 90_000 else divmod(number, 1_000)  # as in cudnn_version.h
@@ -642,13 +658,21 @@ def cuda_versions() -> dict[str, str]:
     return found
 
 
-def resident() -> int:
-    """Bytes of this process in the host's memory."""
-    with contextlib.suppress(OSError):
+def resident(which: str = "current") -> int:
+    """Bytes of this process in the host's memory: now, or at their ``peak`` since that was asked for the last time."""
+    found: dict[str, int] = {}
+    with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").split("\n"):
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    return 0
+            name, _, value = line.partition(":")
+            if name in ("VmRSS", "VmHWM"):
+                found[name] = int(value.split()[0]) * 1024
+    if which == "peak":
+        try:  # proc(5), clear_refs: 5 resets the high water mark
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:  # what the mark says may be of long ago
+            return found.get("VmRSS", 0)
+        return found.get("VmHWM", found.get("VmRSS", 0))
+    return found.get("VmRSS", 0)
 
 
 def blocks_at_peak(snapshot: dict[str, Any]) -> list[list[Any]]:

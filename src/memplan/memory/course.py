@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from operator import add
 from typing import Literal
 
+from memplan.errors import UnsupportedError
 from memplan.memory.optimizers import OUTSIDE
 from memplan.memory.timeline import COMPONENTS, Segment, Unrolled
 from memplan.tape.tape import Event, Tape
 
+_UNREACHED = (
+    "model: a weight of its layers is used where the loss does not reach, so that its gradient is late, which is not "
+    "modelled with an engine. Use strategy single or ddp."
+)
 Key = tuple[int, int]
 """A weight or a module of the whole model: the number of the made one that stands for it, and the layer, or OUTSIDE."""
 
@@ -73,6 +78,8 @@ def course(unrolled: Unrolled, numbers: Mapping[int, Key], *, measured: bool = T
                     layer = depth - 1 - layer
             for leg in legs:
                 key = None if leg.event is None or leg.event.kind == "step" else numbers[leg.event.subject]
+                if key is not None and key[1] != OUTSIDE and layer == OUTSIDE:
+                    raise UnsupportedError(_UNREACHED)
                 found.append((leg, key if key is None or key[1] == OUTSIDE else (key[0], layer)))
         if final.get(id(segment)) == position:
             found.append((_dying(unrolled, segment), None))

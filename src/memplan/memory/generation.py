@@ -50,6 +50,8 @@ class Generation:
     which no call has seen. transformers/generation/utils.py: _sample."""
     growth: list[list[tuple[int, int]]]
     """For each step between prefill and ``decode``, bytes of every layer's keys and values after it."""
+    tuples: bool = False
+    """A step holds the keys and values that it was handed until it is over."""
 
     @property
     def calls(self) -> dict[str, Call]:
@@ -86,7 +88,7 @@ def generate(b: Build, root: Model, batch: int, prompt: int, new_tokens: int) ->
             input_ids = tape.new((batch, prompt + new_tokens - 1), int64, "input_ids")
             next_token = tape.new((batch, 1), int64, "next_token")
         decode = _call(b, root, next_token, layers)
-    return Generation(tape, prefill, decode, kv_cache, growth)
+    return Generation(tape, prefill, decode, kv_cache, growth, cache.tuples)
 
 
 def _lengths(prompt: int, new_tokens: int, layers: int) -> range:
@@ -167,7 +169,8 @@ def replay(generation: Generation, allocator: CachingAllocator, devices: Sequenc
     if generation.decode is not None:
         allocator.reset_peak()
         caches = [[alive[storage] for storage in alive if generation.prefill.layer[storage] == layer] for layer in mine]
-        _grow(allocator, caches, [[blocks[layer] for layer in mine] for blocks in generation.growth])
+        growth = [[blocks[layer] for layer in mine] for blocks in generation.growth]
+        _grow(allocator, caches, growth, at_once=generation.tuples)
         seeded = [storage for storage in generation.decode.log if storage >= 0]
         held: dict[int, int] = {}
         for pair, layer in zip(caches, mine, strict=True):
@@ -203,19 +206,24 @@ def _replay_call(
     return {storage: addresses[storage] for storage in alive}
 
 
-def _grow(allocator: CachingAllocator, caches: list[list[int]], steps: Sequence[Sequence[tuple[int, int]]]) -> None:
-    """Keys and values of each layer grow step by step: made anew, then the old ones are freed."""
+def _grow(
+    allocator: CachingAllocator, caches: list[list[int]], steps: Sequence[Sequence[tuple[int, int]]], at_once: bool
+) -> None:
+    """Keys and values of each layer grow step by step: made anew, then the old ones are freed; or all at once then."""
     addresses = [address for cache in caches for address in cache]
     firsts = [0, *accumulate(map(len, caches))]
     now = list(range(len(addresses)))
     events: list[int] = []
     sizes = [0] * len(addresses)
     for step in steps:
+        freed: list[int] = []
         for first, blocks in zip(firsts, step):
             for place, nbytes in enumerate(blocks, start=first):
-                events += (len(sizes), ~now[place])
+                events.append(len(sizes))
+                (freed if at_once else events).append(~now[place])
                 now[place] = len(sizes)
                 sizes.append(nbytes)
+        events += freed
     addresses += [0] * (len(sizes) - len(addresses))
     allocator.run(events, sizes, addresses)
     for first, cache in zip(firsts, caches):

@@ -408,7 +408,7 @@ class _Spots:
         self.order += legs * count
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def _spots(course: Course) -> _Spots:
     """Plays have courses in common."""
     return _Spots(course)

@@ -18,7 +18,7 @@ from memplan.engines.ddp import bucket_bytes
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import COLLECTIVES, Move
 from memplan.memory.optimizers import AdamW
-from memplan.micro_batch import Setup, run_in_full, run_of
+from memplan.micro_batch import Setup, as_on_tape, run_in_full, run_of
 from memplan.results import StepTime
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.strategy import Strategy
@@ -116,7 +116,7 @@ def step_time(setup: Setup, cluster: ClusterSpec, strategy: Strategy, machine: M
         raise SpecError.at("gpu", gpu, "is no GPU whose speed is known", "Name one, as in A100-80GB.")
     if gpu.is_cpu:
         raise UnsupportedError("gpu: how fast a CPU trains is not modelled. Name a GPU, as in A100-80GB.")
-    work = _work(setup, gpu)
+    work = _work(as_on_tape(setup), gpu)
     moves = _moves(setup, gpu, strategy, cluster)
     rates = {case: Rates(gpu, cluster, machine, case) for case in CASES}
     times = {case: _Step(setup, gpu, strategy, cluster, rates[case], work, moves) for case in CASES}
@@ -152,7 +152,7 @@ def _span(by_case: Mapping[Case, float]) -> Span:
     return Span(by_case["fast"], by_case["expected"], by_case["slow"])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def _work(setup: Setup, gpu: GPUSpec) -> dict[Stage, Work]:
     """The kernels of one micro-batch."""
     _, micro = run_of(setup, gpu)
@@ -161,7 +161,7 @@ def _work(setup: Setup, gpu: GPUSpec) -> dict[Stage, Work]:
     return work_of(micro.unrolled)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2048)
 def _kernel_seconds(setup: Setup, gpu: GPUSpec, case: Case) -> dict[Stage, tuple[float, float]]:
     """Of one micro-batch, by stage: seconds of products and attention, and of the other kernels."""
     package = setup.training.attn == "flash_attention_2"
@@ -278,9 +278,10 @@ class _Step:
         slower of both.
         """
         computed, moved, asked = (dict.fromkeys(_SPANS, 0.0) for _ in range(3))
+        kernel_seconds = _kernel_seconds(as_on_tape(self.setup), self.gpu, self.rates.case)
         for stage in STAGES:
             work, span = self.work[stage], "forward" if stage == "forward" else "backward"
-            computing, moving = _kernel_seconds(self.setup, self.gpu, self.rates.case)[stage]
+            computing, moving = kernel_seconds[stage]
             seconds = self.micro_batches * (computing + moving)
             per_result = HOST_BACKWARD if stage == "backward" else HOST_FORWARD
             asked[span] += self.micro_batches * work.results * self.rates.cost(per_result)

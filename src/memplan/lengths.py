@@ -1,0 +1,370 @@
+"""Lengths of a dataset's texts: the longest batch under a collator, and how likely a batch is that does not fit.
+
+The Trainer draws each epoch's order without replacement and cuts it into batches, which accelerate deals out to the
+ranks in turn. So what a run has seen after some steps is a random sample of the texts, and a text that is longer than
+what fits is among them with a hypergeometric probability: nothing is simulated. Sources: transformers 5.23
+``trainer.py`` (``_get_train_sampler``), ``trainer_pt_utils.py`` (``get_length_grouped_indices``),
+``data/data_collator.py``; accelerate 1.15 ``data_loader.py`` (``BatchSamplerShard``).
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+from memplan.errors import SpecError
+
+__all__ = ["Batches", "Lengths", "Order", "Padding", "collated", "read_lengths"]
+
+Padding: TypeAlias = Literal["longest", "max_length"]
+"""``padding`` of a collator: to the longest text of a batch, or all to ``max_length``."""
+Order: TypeAlias = Literal["random", "sequential", "group_by_length"]
+"""``train_sampling_strategy`` of TrainingArguments, as far as it is modelled."""
+LARGEST_FILE = 2**27
+"""Bytes: sixteen million lengths of 8 bytes."""
+LONGEST_TEXT = 2**31
+"""Tokens."""
+_NAMES = ("length", "lengths", "num_tokens", "n_tokens", "seq_len", "input_ids")
+"""Columns that are looked for, the first that is there."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many texts of each length a dataset has, in tokens."""
+
+    counts: tuple[tuple[int, int], ...]
+    """(tokens, texts), the shortest first."""
+    first: tuple[int, ...] = ()
+    """Lengths in their order, where it counts (``order="sequential"``)."""
+
+    @classmethod
+    def of(cls, lengths: Iterable[Any]) -> Lengths:
+        """Count lengths: a list, an array, a column of ``datasets``; of texts that are tokenized, how long they are.
+
+        Raises SpecError for none at all, and for what is no length.
+
+        >>> Lengths.of([3, 1, 3]).counts
+        ((1, 1), (3, 2))
+        """
+        if isinstance(lengths, Mapping):
+            lengths = _column(lengths)
+        if isinstance(lengths, (str, bytes)) or not hasattr(lengths, "__iter__"):
+            raise SpecError.at("lengths", lengths, "are no lengths", "Give numbers of tokens, or the path of a file.")
+        values = lengths.tolist() if hasattr(lengths, "tolist") else lengths  # an array, whose items are not ints
+        ordered = tuple(_length(each) for each in values)
+        if not ordered:
+            raise SpecError("lengths: are none. Give the number of tokens of each text.")
+        return cls(tuple(sorted(Counter(ordered).items())), ordered)
+
+    @property
+    def texts(self) -> int:
+        """How many there are."""
+        return sum(count for _, count in self.counts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest."""
+        return self.counts[-1][0]
+
+    @property
+    def tokens(self) -> int:
+        """Of all texts together."""
+        return sum(length * count for length, count in self.counts)
+
+    def median(self) -> int:
+        """Tokens of the text in the middle, the lower of two."""
+        seen = accumulate(count for _, count in self.counts)
+        return next(length for (length, _), below in zip(self.counts, seen) if 2 * below >= self.texts)
+
+    def beyond(self, limit: int) -> int:
+        """How many texts have more than ``limit`` tokens."""
+        return sum(count for length, count in self.counts if length > limit)
+
+    def padded(
+        self, max_length: int | None = None, padding: Padding = "longest", pad_to_multiple_of: int | None = None
+    ) -> Lengths:
+        """Return the lengths as a collator makes them: cut at ``max_length``, and padded up to a multiple.
+
+        With ``padding="max_length"`` every text has that many tokens, which has to be given. Raises SpecError.
+        """
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise SpecError.at(name, value, "is not a positive integer", "Use 1 or more.")
+        if padding not in get_args(Padding):
+            raise SpecError.at("padding", padding, "is not known", f"Use {' or '.join(get_args(Padding))}.")
+        if padding == "max_length" and max_length is None:
+            raise SpecError("max_length: missing: padding is to it. Say how many tokens it is.")
+        step = pad_to_multiple_of or 1
+
+        def length(tokens: int) -> int:
+            cut = tokens if max_length is None else max_length if padding == "max_length" else min(tokens, max_length)
+            return -(-cut // step) * step
+
+        found: Counter[int] = Counter()
+        for tokens, count in self.counts:
+            found[length(tokens)] += count
+        return Lengths(tuple(sorted(found.items())), tuple(map(length, self.first)))
+
+    def batch_longest(self, micro_batch_size: int) -> dict[int, float]:
+        """Return the distribution of the longest text of a random batch: tokens -> probability.
+
+        Of ``n`` texts of which ``k`` have at most ``t`` tokens, a batch of ``b`` has no longer one with probability
+        C(k, b) / C(n, b).
+        """
+        size = min(micro_batch_size, self.texts)
+        found: dict[int, float] = {}
+        below, before = 0, 0.0
+        for length, count in self.counts:
+            below += count
+            here = _all_within(below, self.texts, size)
+            if here > before:
+                found[length] = here - before
+            before = here
+        return found
+
+    def risk(
+        self,
+        limit: int,
+        micro_batch_size: int,
+        ranks: int = 1,
+        *,
+        steps: int | None = None,
+        order: Order = "random",
+        drop_last: bool = False,
+        limit_of_last: int | None = None,
+    ) -> float:
+        """Return the probability that a batch of an epoch, on any rank, has a text of more than ``limit`` tokens.
+
+        Args:
+            limit: tokens of the longest text that fits.
+            micro_batch_size: sequences of a batch on one rank.
+            ranks: data-parallel ranks, to which batches are dealt out in turn.
+            steps: forwards of each rank, if they are fewer than the epoch has; a step of the optimizer has as many as
+                ``gradient_accumulation_steps``.
+            order: how texts are drawn.
+            drop_last: ``dataloader_drop_last``: what makes up no whole round of batches is left out.
+            limit_of_last: the same as ``limit`` for the last batch of one rank, which is smaller; None is ``limit``.
+                Several ranks fill it up with texts from the beginning.
+        """
+        seen = self.seen(micro_batch_size, ranks, steps=steps, drop_last=drop_last)
+        if order == "sequential":
+            return float(any(length > limit for length in self.first[:seen]))
+        long = self.beyond(limit)
+        if order == "group_by_length":  # the batch with the longest text of all is the first
+            return float(long > 0 and seen > 0)
+        risk = 1.0 - _all_within(self.texts - long, self.texts, seen)
+        rest = self.texts % micro_batch_size
+        if ranks > 1 or not rest or seen < self.texts or limit_of_last is None or self.longest > limit_of_last:
+            return risk
+        # All that are too long for a whole batch may come to lie in the last one.
+        return risk - (math.comb(rest, long) / math.comb(self.texts, long) if 0 < long <= rest else 0.0)
+
+    def step_by_which(
+        self, limit: int, micro_batch_size: int, ranks: int = 1, *, risk: float = 0.5, order: Order = "random"
+    ) -> int | None:
+        """Return the first forward of an epoch by which the risk is at least ``risk``; None if that is never."""
+        last = -(-self.texts // (micro_batch_size * ranks))
+        if self.risk(limit, micro_batch_size, ranks, order=order) < risk:
+            return None
+        low, high = 0, last  # not by low, but by high
+        while high - low > 1:
+            middle = (low + high) // 2
+            enough = self.risk(limit, micro_batch_size, ranks, steps=middle, order=order) >= risk
+            low, high = (low, middle) if enough else (middle, high)
+        return high
+
+    def seen(self, micro_batch_size: int, ranks: int = 1, *, steps: int | None = None, drop_last: bool = False) -> int:
+        """Return how many different texts an epoch, or the first ``steps`` forwards of one, go through."""
+        round_ = micro_batch_size * ranks
+        whole = self.texts // round_ * round_ if drop_last else self.texts
+        return whole if steps is None else min(whole, steps * round_)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A dataset's lengths as a run's collator and sampler make batches of them."""
+
+    source: str
+    """What messages call the lengths."""
+    given: Lengths
+    padded: Lengths
+    order: Order | None
+    """None is one that is not modelled."""
+    drop_last: bool = False
+    max_steps: int | None = None
+    """Of the optimizer, if the run ends by them."""
+    limit: int | None = None
+    """Tokens of the longest that fits for certain, 0 if none does; None if it is not known how much there is."""
+    limit_of_last: int | None = None
+    """Likewise for the smaller batch at the end, on one rank; None is ``limit``."""
+
+
+def collated(
+    lengths: Lengths, arguments: Mapping[str, Any], max_length: int | None, source: str = "lengths"
+) -> Batches:
+    """Return a dataset's batches as a script's arguments ask for them; ``max_length`` is where texts are cut.
+
+    Arguments are those of TrainingArguments (``train_sampling_strategy``, of older versions ``group_by_length``,
+    ``dataloader_drop_last``, ``max_steps``), and ``pad_to_max_length`` and ``pad_to_multiple_of`` of scripts. Raises
+    SpecError.
+    """
+    padding: Padding = "max_length" if arguments.get("pad_to_max_length") and max_length is not None else "longest"
+    multiple = arguments.get("pad_to_multiple_of")
+    named = arguments.get("train_sampling_strategy") or (
+        "group_by_length" if arguments.get("group_by_length") else "random"
+    )
+    order: Order | None = next((each for each in get_args(Order) if each == named), None)
+    most = arguments.get("max_steps")
+    return Batches(
+        source,
+        lengths,
+        lengths.padded(max_length, padding, multiple),
+        order,
+        bool(arguments.get("dataloader_drop_last")),
+        most if isinstance(most, int) and most > 0 else None,
+    )
+
+
+def _all_within(good: int, of: int, drawn: int) -> float:
+    """The probability that all of ``drawn`` texts are among ``good`` ones of all: C(good, drawn) / C(of, drawn)."""
+    if drawn > good:
+        return 0.0
+    if good == of:
+        return 1.0
+    # The same, drawn the other way around: none of the bad ones is among the drawn.
+    fewer, more = sorted((of - good, drawn))
+    if fewer <= 10_000:
+        return math.exp(math.fsum(math.log1p(-more / (of - number)) for number in range(fewer)))
+    # Logarithms of gamma functions lose 1e-16 of numbers up to n log n each: some 1e-7 for a hundred million texts.
+    return math.exp(
+        math.lgamma(good + 1) - math.lgamma(good - drawn + 1) - math.lgamma(of + 1) + math.lgamma(of - drawn + 1)
+    )
+
+
+def _length(value: Any) -> int:
+    """A number of tokens; of a text that is tokenized, how many it has."""
+    if hasattr(value, "__len__") and not isinstance(value, (str, bytes, Mapping)):
+        value = len(value)
+    number = value
+    if isinstance(value, float) and value.is_integer():
+        number = int(value)
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= LONGEST_TEXT:
+        problem, remedy = "is not a number of tokens", f"Use integers from 0 to {LONGEST_TEXT}."
+        raise SpecError.at("lengths", value, problem, remedy)
+    return number
+
+
+def _column(data: Mapping[str, Any]) -> Any:
+    """The lengths among the columns of a table."""
+    for name in _NAMES:
+        if name in data:
+            return data[name]
+    if len(data) == 1:
+        return next(iter(data.values()))
+    names = ", ".join(map(str, list(data)[:5])) or "nothing"
+    raise SpecError(f"lengths: {names} are the columns, none of which is known. Call it length.")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def read_lengths(source: Any) -> Lengths:
+    """Read lengths from a file, or count those that are given.
+
+    A file is ``.txt`` (a number on each line), ``.csv`` (a column ``length``, or the only one), ``.json`` (a list, or
+    an object with one), ``.npy`` (an array of integers; nothing is unpickled) or ``.parquet`` (where pyarrow is there).
+
+    Raises SpecError for what cannot be read, naming the file.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return source if isinstance(source, Lengths) else Lengths.of(source)
+    path = Path(source)
+    _refuse_what_is_no_file(path)
+    try:
+        return Lengths.of(_READERS.get(path.suffix.lower(), _text)(path))
+    except SpecError as error:
+        raise SpecError(f"{path}: {str(error).removeprefix('lengths: ')}") from None
+    except RecursionError:
+        raise SpecError(f"{path}: is nested too deeply. Give a list of numbers.") from None
+    except (OSError, ValueError, csv.Error) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise SpecError(f"{path}: cannot be read ({reason}). Give a list of numbers.") from None
+
+
+def _refuse_what_is_no_file(path: Path) -> None:
+    try:
+        status = path.stat() if path.is_file() else None
+    except (OSError, ValueError):
+        status = None
+    if status is None:
+        raise SpecError.at("lengths", str(path), "is not a file that can be read", "Give a file, or the numbers.")
+    if status.st_size > LARGEST_FILE:
+        raise SpecError(f"{path}: has {status.st_size} bytes, too many. Save the lengths alone, as .npy.")
+
+
+def _text(path: Path) -> Iterator[int]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            text = line.strip()
+            if text:
+                yield _number(text, f"line {number}")
+
+
+def _number(text: str, where: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 12):
+        raise SpecError.at(where, text, "is not a number of tokens", "Write one on each line.")
+    return int(text)
+
+
+def _csv(path: Path) -> Iterator[int]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file)
+        head = next(rows, [])
+        if len(head) == 1 and head[0].strip().isdigit():
+            yield int(head[0])
+            place = 0
+        else:
+            columns: dict[str, int] = {name.strip(): number for number, name in enumerate(head)}
+            place = _column(columns)
+        for number, row in enumerate(rows, 2):
+            if row:
+                yield _number(row[place].strip() if place < len(row) else "", f"line {number}")
+
+
+def _json(path: Path) -> Any:
+    import json
+
+    data = json.loads(path.read_bytes())
+    return _column(data) if isinstance(data, dict) else data
+
+
+def _npy(path: Path) -> Any:
+    import numpy as np
+
+    array = np.load(path, allow_pickle=False)
+    if array.ndim != 1:
+        raise SpecError(f"lengths: have {array.ndim} dimensions. Give one number for each text.")
+    return array
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise SpecError("lengths: are in a .parquet, for which pyarrow is missing. Save them as .npy.") from None
+    try:
+        file = parquet.ParquetFile(path)
+        name = _column({each: each for each in file.schema_arrow.names})
+        return file.read(columns=[name]).column(name).to_pylist()
+    except (OSError, ValueError, LookupError) as error:  # pyarrow's own errors are among these
+        raise SpecError(f"lengths: cannot be read ({str(error)[:200]}). Save them as .npy.") from None
+
+
+_READERS: dict[str, Any] = {".csv": _csv, ".json": _json, ".npy": _npy, ".parquet": _parquet}

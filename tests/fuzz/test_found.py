@@ -1,0 +1,99 @@
+"""What fuzzing has found, each as it was written."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.fuzz.targets import HERE, LLAMA, SHORT
+
+import memplan
+from memplan.errors import MemplanError, SpecError, UnsupportedError
+
+UNREACHED: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+    "model_type": "deberta-v2",
+    "architectures": ["DebertaV2ForSequenceClassification"],
+    "relative_attention": True,
+    "pos_att_type": None,
+    "position_biased_input": False,
+    "position_buckets": 8,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "type_vocab_size": 0,
+}
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_a_weight_whose_gradient_is_late(strategy: str) -> None:
+    """KeyError: without pos_att_type a layer projects positions that nothing looks at."""
+    with pytest.raises(UnsupportedError, match="where the loss does not reach"):
+        memplan.estimate(UNREACHED, SHORT, HERE, strategy)
+    assert memplan.estimate(UNREACHED, SHORT, HERE, "ddp").verdict == "fits"
+
+
+def test_a_long_name_is_not_repeated_whole(tmp_path: Path) -> None:
+    """A message of 5000 letters: the keys that were there, of which one was as long."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"9" * 5000: 1, "architectures": ["A"]}))
+    with pytest.raises(SpecError) as raised:
+        memplan.estimate(path, SHORT, HERE, "single")
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.yaml", "a: " + "[" * 10**6, "nested too deeply"),
+        ("a.yaml", "".join(" " * depth + "a:\n" for depth in range(1000)), "nested too deeply"),
+        ("a.json", "[" * 10**6, "nested too deeply"),
+        ("a.json", '{"a":' * 10**5, "nested too deeply"),
+        ("a.yaml", "a:\n" + "- 1\n" * 250_000, "more than 20000 values"),
+        ("a.yaml", "\n".join(f"learning_rat{number}: 1" for number in range(9000)), "a section of 9000 keys"),
+        ("a.json", json.dumps({f"learning_rat{number}": 1 for number in range(9000)}), "a section of 9000 keys"),
+        ("a.json", '{"train_batch_size": ' + "9" * 10**6 + "}", "is not JSON that can be read"),
+        ("a.sh", "A=aaaaaaaa\n" + "A=$A$A\n" * 40 + "torchrun a.py --output_dir $A", "grows beyond 65536 letters"),
+        ("a.sh", "torchrun a.py " + "--bf16 " * 9000, "too many for a command"),
+        ("a.sh", "torchrun a.py\n" + "#\n" * 400_000, "too many for a script"),
+    ],
+)
+def test_what_takes_long_is_refused_soon(name: str, text: str, said: str, tmp_path: Path) -> None:
+    """Minutes, or all memory: PyYAML's time grows with the square of the depth, a variable doubles forty times."""
+    path = tmp_path / name
+    path.write_text(text[: 2**20])
+    start = time.process_time()
+    with pytest.raises(SpecError, match=said):
+        memplan.check(path, LLAMA, SHORT, HERE)
+    assert time.process_time() - start < 10  # a second on a machine that does nothing else
+
+
+def test_five_hundred_keys_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    values = {"per_device_train_batch_size": 1, "output_dir": "out", **{f"own_{number}": 1 for number in range(498)}}
+    path.write_text(json.dumps(values))
+    assert memplan.check(path, LLAMA, SHORT, HERE).verdict == "fits"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe{}", b"\0", b"{\"a\": \"\0\"}", b"\xef\xbb\xbf", b"per_device_train_batch_size: &a 1\nb: *a",
+        b"a: !!python/object/apply:os.system ['touch done']", b"? [a]\n: b", b"a: 2001-99-99", b"<<: {a: 1}\nb: 1",
+        b'{"zero_optimization": {"stage": 1e308}}', b'{"zero_optimization": {"stage": NaN}}', b"--- a\n--- b",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["a.json", "a.yaml", "a.sh"])
+def test_odd_files_are_refused(content: bytes, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MemplanError):
+        memplan.check(name, LLAMA, SHORT, HERE)
+    assert not (tmp_path / "done").exists()
