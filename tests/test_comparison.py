@@ -232,6 +232,6 @@ def test_round_trip() -> None:
 def test_html_has_every_row_and_no_markup_of_the_users() -> None:
     comparison = compared(CONFIG | {"_name_or_path": "<b>x"})
     page = comparison._repr_html_()
-    assert page.count("<tr>") == len(comparison.rows) + 1
+    assert page.count("<tr") == len(comparison.rows) + 1
     assert "<b>x" not in page
     assert f"{comparison.rows[0].gpu / GiB:,.2f}" in page  # type: ignore[operator]
