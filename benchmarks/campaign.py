@@ -302,6 +302,10 @@ def copies_reach_the_gpu() -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+MOST_BLOCKS = 200
+"""Kinds of blocks of a snapshot that are archived, the largest sums first: the others are scalars."""
+
+
 @dataclass(frozen=True)
 class How:
     """How rows are run."""
@@ -338,7 +342,9 @@ def measured(row: dict[str, Any], how: How) -> dict[str, Any]:
             return {"boundary": found.to_dict(), "said": said}
         options["snapshot"] = how.snapshots and not row.get("alone", False)
         result = measuring.measure(*specs(row, how.gpu), **options | row.get("run", {}))
-        return {"measurement": result.measurement.to_dict(), "said": in_words(result)}
+        kept = result.measurement.to_dict()
+        kept["blocks"] = kept["blocks"] and kept["blocks"][:MOST_BLOCKS]
+        return {"measurement": kept, "said": in_words(result)}
     except MemplanError as error:
         return {"refused": str(error), "said": f"refused: {error}"}
 
