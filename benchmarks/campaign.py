@@ -522,7 +522,7 @@ def _admit(
     while waiting and len(running) < how.workers:
         row, outside = waiting[0], None
         if "cap" in row and how.workers > 1 and how.gpu != "cpu" and not tells_processes(lines):
-            outside = known_outside(lines)
+            outside = None if how.start is None else known_outside(lines)  # a new process cannot be told
             if outside is None:
                 row = {**row, "alone": True}
         if running and (row.get("alone") or running[0].row.get("alone")):
@@ -531,7 +531,7 @@ def _admit(
         used = [sum(each.gpu for each in running), sum(each.host for each in running)]
         if running and any(have + asked > most for have, asked, most in zip(used, need, room, strict=True)):
             return
-        begun = how if outside is None or how.start is None else replace(how, start=partial(Forked, outside=outside))
+        begun = how if outside is None else replace(how, start=partial(Forked, outside=outside))
         del waiting[0]
         running.append(Running.begin(row, begun, folder, need))
         for each in running:
