@@ -302,6 +302,10 @@ def copies_reach_the_gpu() -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+MOST_BLOCKS = 200
+"""Kinds of blocks of a snapshot that are archived, the largest sums first: the others are scalars."""
+
+
 @dataclass(frozen=True)
 class How:
     """How rows are run."""
@@ -338,7 +342,9 @@ def measured(row: dict[str, Any], how: How) -> dict[str, Any]:
             return {"boundary": found.to_dict(), "said": said}
         options["snapshot"] = how.snapshots and not row.get("alone", False)
         result = measuring.measure(*specs(row, how.gpu), **options | row.get("run", {}))
-        return {"measurement": result.measurement.to_dict(), "said": in_words(result)}
+        kept = result.measurement.to_dict()
+        kept["blocks"] = kept["blocks"] and kept["blocks"][:MOST_BLOCKS]
+        return {"measurement": kept, "said": in_words(result)}
     except MemplanError as error:
         return {"refused": str(error), "said": f"refused: {error}"}
 
@@ -516,7 +522,7 @@ def _admit(
     while waiting and len(running) < how.workers:
         row, outside = waiting[0], None
         if "cap" in row and how.workers > 1 and how.gpu != "cpu" and not tells_processes(lines):
-            outside = known_outside(lines)
+            outside = None if how.start is None else known_outside(lines)  # a new process cannot be told
             if outside is None:
                 row = {**row, "alone": True}
         if running and (row.get("alone") or running[0].row.get("alone")):
@@ -525,7 +531,7 @@ def _admit(
         used = [sum(each.gpu for each in running), sum(each.host for each in running)]
         if running and any(have + asked > most for have, asked, most in zip(used, need, room, strict=True)):
             return
-        begun = how if outside is None or how.start is None else replace(how, start=partial(Forked, outside=outside))
+        begun = how if outside is None else replace(how, start=partial(Forked, outside=outside))
         del waiting[0]
         running.append(Running.begin(row, begun, folder, need))
         for each in running:

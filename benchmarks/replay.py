@@ -1,6 +1,7 @@
 """What was measured on real devices beside what is estimated today: every archive of the campaign, without a GPU.
 
-    python benchmarks/replay.py          a line per metric, and what misses its target
+    python benchmarks/replay.py                 a line per metric, and what misses its target
+    python benchmarks/replay.py --diff TEXT     blocks that only one side has, of rows that contain TEXT
 
 An archive is a folder of measurements/ with rows.jsonl, as campaign.py writes it. A row of the list that is marked
 ``holdout`` is judged apart: no rule was made from it. Where a row was run more than once, the last one counts.
@@ -8,6 +9,7 @@ An archive is a folder of measurements/ with rows.jsonl, as campaign.py writes i
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -18,6 +20,7 @@ from typing import Any
 
 from memplan import api, measuring
 from memplan.introspect.measurement import Boundary, Measurement
+from memplan.render.measured import measured_text
 from memplan.results import PHASES, Estimate
 from memplan.specs.software import SoftwareSpec
 
@@ -263,7 +266,24 @@ def _about_boundaries(found: Sequence[Bounded]) -> list[str]:
     return said
 
 
+def differences(folder: Path, text: str) -> str:
+    """Return what :func:`memplan.render.measured.measured_text` says of rows with ``text`` whose blocks were kept."""
+    found = []
+    for line in lines(folder):
+        row = json.dumps(line["row"], sort_keys=True)
+        if text in row and line.get("measurement", {}).get("blocks"):
+            again = measuring.estimate_again(Measurement.from_dict(line["measurement"]), blocks=True)
+            found.append(f"{row}\n\n{measured_text(again)}\n")
+    return "\n".join(found)
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--diff", metavar="TEXT", help="rows whose JSON contains it")
+    options = parser.parse_args()
+    if options.diff is not None:
+        sys.stdout.write("".join(differences(folder, options.diff) for folder in folders()))
+        return 0
     missed = 0
     for folder in folders():
         archive = replay(folder)

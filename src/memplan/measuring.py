@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from memplan import estimator
 from memplan.api import estimate
 from memplan.case import (
+    Case,
     ClusterLike,
     EngineConfigLike,
     ModelLike,
@@ -25,6 +26,7 @@ from memplan.catalog.detect import detect_cluster
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import SpecError, UnsupportedError
 from memplan.results import Estimate
+from memplan.space import Setup
 from memplan.specs.hardware import GPUSpec
 from memplan.specs.software import SoftwareSpec
 
@@ -62,7 +64,7 @@ def measure(
     from memplan.configs import launch
     from memplan.introspect import measure as instrument
     from memplan.introspect.extrapolate import installed
-    from memplan.introspect.measurement import align, beside, fullest_phase
+    from memplan.introspect.measurement import beside
 
     for option, value, smallest in (("steps", steps, 2), ("cap", cap, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
@@ -106,30 +108,43 @@ def measure(
     )
     estimated = case.estimate(written)
     fields = as_asked(case, written)
-    result = beside(estimated, instrument.measure(job, files, estimated, fields, timeout, start))
-    taken = result.measurement.blocks
+    return _with_blocks(
+        case, written, beside(estimated, instrument.measure(job, files, estimated, fields, timeout, start))
+    )
+
+
+def _with_blocks(case: Case, setup: Setup, found: Measured) -> Measured:
+    """With the blocks that only one side has, if the run's were kept."""
+    from memplan.introspect.measurement import align, fullest_phase
+
+    taken = found.measurement.blocks
     if taken is None:
-        return result
-    named = {phase.name for phase in estimated.gpu.phases}
-    fullest = fullest_phase(result.measurement)
-    phase = fullest if fullest in named - {"first_step"} else estimated.gpu.peak_phase
-    specs = (case.model, written.training, case.cluster, written.strategy, case.software)
-    return result.model_copy(update={"blocks": align(estimator.alive_blocks(*specs, phase), taken)})
+        return found
+    named = {phase.name for phase in found.estimate.gpu.phases}
+    fullest = fullest_phase(found.measurement)
+    phase = fullest if fullest in named - {"first_step"} else found.estimate.gpu.peak_phase
+    specs = (case.model, setup.training, case.cluster, setup.strategy, case.software)
+    return found.model_copy(update={"blocks": align(estimator.alive_blocks(*specs, phase), taken)})
 
 
-def estimate_again(measurement: Measurement) -> Measured:
-    """Estimate what was measured, with the versions that were, and put both beside each other."""
+def estimate_again(measurement: Measurement, *, blocks: bool = False) -> Measured:
+    """Estimate what was measured, with the versions that were, and put both beside each other.
+
+    With ``blocks`` those of a snapshot are aligned again too.
+    """
     from memplan.introspect.measurement import beside
 
     asked, versions = measurement.asked, measurement.versions
     software = SoftwareSpec(
         **{name: versions[name].partition("+")[0] for name in SoftwareSpec.model_fields if name in versions}
     )
-    result = estimate(
-        {**measurement.model["config"], "_name_or_path": measurement.model["id"]},
-        dict(asked["training"]), dict(asked["cluster"]), dict(asked["strategy"]), software=software,
-    )  # fmt: skip
-    return beside(result, measurement)
+    model = {**measurement.model["config"], "_name_or_path": measurement.model["id"]}
+    training, cluster, strategy = (dict(asked[name]) for name in ("training", "cluster", "strategy"))
+    found = beside(estimate(model, training, cluster, strategy, software=software), measurement)
+    if not blocks:
+        return found
+    case = case_of(model, cluster, software, None)
+    return _with_blocks(case, asked_setup(case, training_spec(training), strategy, None), found)
 
 
 BOUNDARIES = {"micro-batch": ("micro_batch_size", 1, 1024), "seq-len": ("seq_len", 64, 131_072)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.introspect.test_measure import T5, TINY
+from tests.scripts import script
 
 from memplan import case, estimator, measuring
 from memplan.catalog.gpus import find_gpu
@@ -75,7 +77,7 @@ def test_blocks_are_those_of_the_phase(strategy: Strategy, accumulated: int) -> 
     ],
     ids=["autocast", "lora", "t5"],
 )
-def test_a_real_run_has_the_blocks_of_the_estimate(config: Any, training: Any) -> None:
+def test_a_real_run_has_the_blocks_of_the_estimate(config: Any, training: Any, tmp_path: Path) -> None:
     found = measuring.measure(config, training, {"gpu": "cpu"}, snapshot=True)
     assert found.measurement.status == "ok", found.measurement.message
     assert found.blocks is not None
@@ -87,6 +89,12 @@ def test_a_real_run_has_the_blocks_of_the_estimate(config: Any, training: Any) -
     assert largest <= 0.005 * measured  # scalars, and tokens of the next batch
     assert Measured.from_json(found.to_json()) == found
     assert "one side has more" in measured_text(found)
+    assert measuring.estimate_again(found.measurement, blocks=True).blocks == found.blocks
+    line = {"row": {"model": "this", "training": training}, "measurement": found.measurement.to_dict()}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(line) + "\n")
+    archived = script("benchmarks/replay.py")
+    assert "one side has more" in archived.differences(tmp_path, "this")
+    assert archived.differences(tmp_path, "that") == ""
 
 
 def snapshot(*events: tuple[str, int, int, str]) -> dict[str, Any]:
