@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.fuzz.targets import HERE, LLAMA, SHORT
 
 import memplan
 from memplan.errors import MemplanError, SpecError, UnsupportedError
-from tests.fuzz.targets import HERE, LLAMA, SHORT
 
 UNREACHED: dict[str, Any] = {
     "hidden_size": 64,
