@@ -234,12 +234,55 @@ CASES: dict[str, Wild] = {
         model=LLAMA,  # its own brings code
         cluster=OF_FILE,
     ),
+    "baichuan2.json": Wild(
+        "baichuan-inc/Baichuan2, fine-tune/ds_config.json",
+        "a fixed clipping beside a batch that is auto; a profiler that is off, with a null in it",
+        {"strategy": "zero3", "offload_optimizer": "none", "mixed_precision": "bf16"},
+    ),
+    "longlora_stage2.json": Wild(
+        "dvlab-research/LongLoRA, ds_configs/stage2.json",
+        "bf16 with the loss scaling of fp16, which DeepSpeed took then and refuses today",
+        {"strategy": "zero2", "offload_optimizer": "none", "mixed_precision": "bf16"},
+        ("unknown-key",) * 5,
+    ),
+    "internvl_stage3.json": Wild(
+        "OpenGVLab/InternVL, internvl_chat/zero_stage3_config.json",
+        "buckets of 1e9 elements and a persistence threshold of 1e7; auto_cast; both precisions are auto",
+        {"strategy": "zero3", "offload_param": "none", "mixed_precision": "bf16"},
+    ),
+    "moss_sft.yaml": Wild(
+        "OpenMOSS/MOSS, configs/sft.yaml",
+        "keys of other engines, empty; offloading to none",
+        {"strategy": "zero3", "offload_optimizer": "none", "mixed_precision": "fp16", "gpus": 8},
+        cluster=OF_FILE,
+    ),
+    "belle.json": Wild(
+        "LianjiaTech/BELLE, train/configs/deepspeed_config.json",
+        "DeepSpeed's AdamW as torch's, without betas and eps; WarmupDecayLR with everything auto",
+        {"strategy": "zero2", "offload_optimizer": "none", "mixed_precision": "fp16"},
+    ),
+    "xtuner_zero2_offload.json": Wild(
+        "InternLM/xtuner, xtuner/configs/deepspeed/deepspeed_zero2_offload.json",
+        "zero_force_ds_cpu_optimizer false, and gradients that are not contiguous",
+        {"strategy": "zero2", "offload_optimizer": "cpu", "mixed_precision": "fp16"},
+    ),
+    "lmflow_fsdp.yaml": Wild(
+        "OptimalScale/LMFlow, configs/accelerate_fsdp_config.yaml",
+        "units by size, of 1e6 parameters; downcast_bf16 true, and not 'no'",
+        {"strategy": "fsdp", "offload_param": "none", "mixed_precision": "bf16", "gpus": 8},
+        cluster=OF_FILE,
+    ),
+    "open_instruct_stage3.json": Wild(
+        "allenai/open-instruct, configs/ds_configs/stage3_offloading_accelerate.conf",
+        "a JSON that is called .conf; steps_per_print as a float",
+        {**ZERO3_OFFLOADED, "mixed_precision": "bf16"},
+    ),
 }
 
 
 def test_every_file_has_its_case() -> None:
     assert {path.name for path in WILD.iterdir()} == set(CASES)
-    assert len(CASES) >= 12
+    assert len({case.source.partition(",")[0] for case in CASES.values()}) >= 20
 
 
 @pytest.fixture(autouse=True)
@@ -278,6 +321,7 @@ def test_a_refusal(name: str) -> None:
 
 
 def test_deepspeed_refuses_what_is_refused_for_it() -> None:
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -289,6 +333,9 @@ def test_deepspeed_refuses_what_is_refused_for_it() -> None:
         with pytest.raises(ValidationError, match=key):
             DeepSpeedZeroConfig(**values)
         DeepSpeedZeroConfig(**{known: value for known, value in values.items() if known != key})
+    section = json.loads(Path("longlora_stage2.json").read_text())["bf16"] | {"enabled": True}
+    with pytest.raises(ValidationError, match="5 validation errors"):
+        DeepSpeedBF16Config(**section)
 
 
 def test_a_model_with_its_own_code_is_refused_by_name() -> None:
