@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from memplan.answers import Plan
 from memplan.render import svg, words
-from memplan.results import Plan
 
 PICTURE = Path(__file__).with_name("ladder.svg")
 ACCURACY = Path(__file__).with_name("accuracy.md")

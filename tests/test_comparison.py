@@ -12,7 +12,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is importe
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 
 import memplan
-from memplan.results import Comparison, ComparisonRow
+from memplan.answers import Comparison, ComparisonRow
 from memplan.units import GiB
 
 T0 = "bigscience/T0_3B"

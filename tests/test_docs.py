@@ -20,7 +20,7 @@ import yaml
 
 import memplan
 from memplan import cli
-from memplan.results import Plan
+from memplan.answers import Plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

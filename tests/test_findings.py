@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan import case, checks, findings, planning
+from memplan.answers import Check, Finding
 from memplan.catalog import detect
 from memplan.configs import launch
 from memplan.errors import SpecError
-from memplan.results import Check, Finding
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
 GPT2 = "gpt2"

@@ -16,12 +16,19 @@ from hypothesis import strategies as st
 from tests.test_api import LLAMA, TINY
 
 from memplan import api, cli, planner, planning
+from memplan.answers import Plan
 from memplan.case import case_of
 from memplan.configs import launch
 from memplan.errors import SpecError, UnsupportedError
 from memplan.estimator import Least
 from memplan.planner import Setup
-from memplan.results import Estimate, Plan, StepTime, verdict_by_place, verdict_for, worst_verdict
+from memplan.results import (
+    Estimate,
+    StepTime,
+    verdict_by_place,
+    verdict_for,
+    worst_verdict,
+)
 from memplan.space import SIDES, families
 from memplan.specs import ClusterSpec, Strategy, TrainingSpec
 from memplan.specs.strategy import ZeroSpec

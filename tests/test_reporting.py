@@ -12,8 +12,8 @@ from tests.browser import CHROMIUM, CONTRAST, Browser
 
 import memplan
 from memplan import cli
+from memplan.answers import Report
 from memplan.errors import SpecError
-from memplan.results import Report
 from memplan.units import gib
 
 RUN = ("gpt2", "--seq-len", "64")

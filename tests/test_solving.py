@@ -12,11 +12,11 @@ from tests.test_api import LLAMA, TINY
 from tests.test_planner import MEDIUM, Answers, asked, by_batch, by_engine
 
 from memplan import api, planning, space
+from memplan.answers import Plan
 from memplan.catalog.gpus import all_gpus, find_gpu
 from memplan.configs import launch
 from memplan.errors import SpecError
 from memplan.planner import Setup
-from memplan.results import Plan
 from memplan.solving import Scale, solve
 from memplan.space import changed, levels
 from memplan.specs import ClusterSpec, Strategy, TrainingSpec

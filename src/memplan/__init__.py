@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from memplan.answers import Check, Comparison, Finding, Plan, Report, Rung
     from memplan.api import compare, estimate, ladder
     from memplan.checks import check, preflight
     from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from memplan.measuring import measure
     from memplan.planning import plan
     from memplan.reporting import report
-    from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Report, Rung
+    from memplan.results import (
+        Estimate,
+        EstimateList,
+    )
     from memplan.specs import (
         ClusterSpec,
         GPUSpec,
@@ -53,14 +57,14 @@ _HOME = {
     "ResolutionError": "errors",
     "SpecError": "errors",
     "UnsupportedError": "errors",
-    "Check": "results",
-    "Comparison": "results",
+    "Check": "answers",
+    "Comparison": "answers",
     "Estimate": "results",
     "EstimateList": "results",
-    "Finding": "results",
-    "Plan": "results",
-    "Report": "results",
-    "Rung": "results",
+    "Finding": "answers",
+    "Plan": "answers",
+    "Report": "answers",
+    "Rung": "answers",
     "ClusterSpec": "specs",
     "GPUSpec": "specs",
     "LoraSpec": "specs",

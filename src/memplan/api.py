@@ -20,10 +20,14 @@ from memplan.case import (
 )
 from memplan.errors import SpecError, UnsupportedError
 from memplan.parallel import shared_out
-from memplan.results import Comparison, Estimate, EstimateList
+from memplan.results import (
+    Estimate,
+    EstimateList,
+)
 from memplan.space import Setup, rungs
 
 if TYPE_CHECKING:
+    from memplan.answers import Comparison
     from memplan.introspect.extrapolate import Inputs
 
 

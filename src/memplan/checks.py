@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from memplan.advice import cures_of
+from memplan.answers import Check, Finding, Preflight
 from memplan.case import (
     Case,
     ClusterLike,
@@ -28,7 +29,11 @@ from memplan.case import (
 from memplan.catalog.detect import detect_cluster, host_memory
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
-from memplan.results import ENGINE_CONFIG, Assumption, Check, Estimate, Finding, Preflight
+from memplan.results import (
+    ENGINE_CONFIG,
+    Assumption,
+    Estimate,
+)
 from memplan.space import Setup, changed
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.software import SoftwareSpec

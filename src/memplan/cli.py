@@ -589,16 +589,15 @@ def schema() -> _Answer:
     """Print the JSON schema of every input and every answer."""
     from pydantic.json_schema import models_json_schema
 
-    from memplan import results, specs
-
-    inputs = (specs.ModelSpec, specs.TrainingSpec, specs.ClusterSpec, specs.Strategy, specs.SoftwareSpec)
+    from memplan import answers, results, specs
     from memplan.introspect import calibrate, measurement
 
-    answers = (
-        *(results.Estimate, results.EstimateList, results.Plan, results.Check, results.Comparison, results.Report),
+    inputs = (specs.ModelSpec, specs.TrainingSpec, specs.ClusterSpec, specs.Strategy, specs.SoftwareSpec)
+    outputs = (
+        *(results.Estimate, results.EstimateList, answers.Plan, answers.Check, answers.Comparison, answers.Report),
         *(measurement.Measured, measurement.Boundary, calibrate.Profile),
     )
-    _, definitions = models_json_schema([(root, "validation") for root in (*inputs, *answers)])
+    _, definitions = models_json_schema([(root, "validation") for root in (*inputs, *outputs)])
     return _Answer(_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **definitions}))
 
 

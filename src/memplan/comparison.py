@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from memplan import estimator, peers
+from memplan.answers import Comparison, ComparisonRow, CountedModel, Tool
 from memplan.architectures.nn import Build, Module
 from memplan.architectures.registry import FAMILIES, attention_implementations, build_model, head_of
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.memory.timeline import COMPONENTS
 from memplan.micro_batch import resized, run_of
-from memplan.results import Comparison, ComparisonRow, CountedModel, Estimate, Tool
+from memplan.results import (
+    Estimate,
+)
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec

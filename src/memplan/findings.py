@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from memplan.answers import Finding
 from memplan.configs.arguments import argument
 from memplan.configs.run import Run
 from memplan.errors import MemplanError
 from memplan.estimator import resolve
 from memplan.lengths import Batches
-from memplan.results import Estimate, Finding, verdict_by_place
+from memplan.results import (
+    Estimate,
+    verdict_by_place,
+)
 from memplan.sharded import play_ranks
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.model import ModelSpec

@@ -13,10 +13,16 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from memplan.answers import Point, Rung, Searched
 from memplan.errors import SpecError, UnsupportedError
 from memplan.estimator import Least
 from memplan.parallel import shared_out
-from memplan.results import Estimate, Point, Rung, Searched, Verdict, best_verdict, verdict_by_place
+from memplan.results import (
+    Estimate,
+    Verdict,
+    best_verdict,
+    verdict_by_place,
+)
 from memplan.space import (
     FSDP_LADDER,
     LADDER,

@@ -10,6 +10,7 @@ from typing import get_args
 
 from memplan import planner, solving
 from memplan.advice import all_changed, options_between
+from memplan.answers import Plan, Question, Remedy, Rung, Solved
 from memplan.case import (
     Case,
     ClusterLike,
@@ -24,7 +25,10 @@ from memplan.case import (
 from memplan.catalog.gpus import all_gpus
 from memplan.errors import SpecError
 from memplan.planner import Done, Objective, nothing
-from memplan.results import Estimate, Plan, Question, Remedy, Rung, Solved, verdict_by_place
+from memplan.results import (
+    Estimate,
+    verdict_by_place,
+)
 from memplan.space import SIDES, Setup, Target, divisors, in_nf4, with_8bit_adam, with_liger, with_lora
 from memplan.specs._base import Spec
 from memplan.specs.hardware import ClusterSpec, GPUSpec

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from memplan import __version__, api, planning
+from memplan.answers import Report
 from memplan.case import ClusterLike, EngineConfigLike, ModelLike, SoftwareLike, StrategyLike, TrainingLike
 from memplan.errors import SpecError
 from memplan.planner import Done, nothing
 from memplan.render import words
-from memplan.results import Report
 from memplan.space import Target
 
 __all__ = ["report"]

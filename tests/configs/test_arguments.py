@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from memplan.answers import Finding
 from memplan.configs.argument_keys import DEFAULTS, REMOVED_ARGUMENTS, SCRIPT_ARGUMENTS, TRAINING_ARGUMENTS
 from memplan.configs.arguments import fsdp_config, parse_arguments
 from memplan.errors import SpecError, UnsupportedError
-from memplan.results import Finding
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 

@@ -26,11 +26,11 @@ from transformers.integrations import HfDeepSpeedConfig
 
 import memplan
 from memplan import case, checks
+from memplan.answers import Preflight
 from memplan.catalog import detect
 from memplan.catalog.detect import Device
 from memplan.errors import PreflightError, SpecError
 from memplan.integrations import live
-from memplan.results import Preflight
 from memplan.units import MiB
 
 GiB = 2**30

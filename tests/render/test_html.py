@@ -6,7 +6,10 @@ from tests.browser import CHROMIUM, CONTRAST, Browser
 from tests.render.samples import estimate, several
 
 import memplan
-from memplan.results import Check, EstimateList, Finding, Preflight
+from memplan.answers import Check, Finding, Preflight
+from memplan.results import (
+    EstimateList,
+)
 from memplan.units import GiB
 
 WRONG = Finding(code="some-code", severity="error", path="ds.json: a.b", message="is <wrong>.", remedy="Mend it.")

@@ -6,9 +6,12 @@ import pytest
 from tests.render.samples import PARTS, estimate, several
 
 import memplan
+from memplan.answers import Plan, Point, Rung
 from memplan.errors import SpecError, UnsupportedError
 from memplan.render import plots
-from memplan.results import Estimate, Plan, Point, Rung
+from memplan.results import (
+    Estimate,
+)
 from memplan.units import GiB
 
 BATCH = {"micro_batch_size": 1, "grad_accum_steps": 2}

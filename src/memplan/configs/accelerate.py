@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from memplan.answers import Finding
 from memplan.configs.deepspeed import parse_deepspeed
 from memplan.configs.files import read_mapping, refuse_outside
 from memplan.configs.keys import ACCELERATE
 from memplan.configs.section import Section
 from memplan.configs.setup import EngineConfig
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
-from memplan.results import Finding
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.strategy import FsdpSpec, Strategy
 from memplan.specs.training import MixedPrecision

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memplan.adapters.lora import ALL_LINEAR
+from memplan.answers import Finding
 from memplan.configs.argument_keys import (
     DEFAULTS,
     LENGTHS,
@@ -23,7 +24,6 @@ from memplan.configs.argument_keys import (
 from memplan.configs.section import quoted
 from memplan.configs.setup import EngineConfig
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
-from memplan.results import Finding
 
 __all__ = ["argument", "fsdp_config", "parse_arguments"]
 

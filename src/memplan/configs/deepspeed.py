@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from memplan.answers import Finding
 from memplan.configs.keys import DEEPSPEED, LENIENT, OPTIMIZERS, REMOVED, RENAMED
 from memplan.configs.section import Section, quoted
 from memplan.configs.setup import Batch, EngineConfig
 from memplan.errors import MemplanError, SpecError, UnsupportedError, did_you_mean
-from memplan.results import Finding
 from memplan.specs.strategy import AioSpec, Strategy
 from memplan.specs.training import TrainingSpec
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memplan.answers import Finding
 from memplan.configs import llama_factory
 from memplan.configs.accelerate import parse_accelerate
 from memplan.configs.argument_keys import REMOVED_ARGUMENTS, SCRIPT_ARGUMENTS, TRAINING_ARGUMENTS
@@ -25,7 +26,9 @@ from memplan.configs.files import ANCESTORS, parse_mapping, read_mapping, read_t
 from memplan.configs.keys import ACCELERATE, DEEPSPEED
 from memplan.configs.setup import Batch, EngineConfig, batch_finding, in_keys, merged, of_file, with_training
 from memplan.errors import MemplanError, SpecError, UnsupportedError
-from memplan.results import Assumption, Finding
+from memplan.results import (
+    Assumption,
+)
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 

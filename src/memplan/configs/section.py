@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from memplan.answers import Finding
 from memplan.configs.keys import Key
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
-from memplan.results import Finding
 
 __all__ = ["Section", "quoted"]
 

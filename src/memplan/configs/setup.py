@@ -6,8 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from memplan.answers import Finding
 from memplan.errors import MemplanError, SpecError
-from memplan.results import ENGINE_CONFIG, Assumption, Finding
+from memplan.results import (
+    ENGINE_CONFIG,
+    Assumption,
+)
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec

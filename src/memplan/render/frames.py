@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from memplan.answers import Comparison, ComparisonRow, Finding, Plan
 from memplan.errors import UnsupportedError
-from memplan.results import Comparison, ComparisonRow, EstimateList, Finding, Plan
+from memplan.results import (
+    EstimateList,
+)
 
 if TYPE_CHECKING:
     import pandas as pd

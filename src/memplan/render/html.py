@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from memplan.answers import Check, Comparison, Finding, Plan, Preflight
 from memplan.render import words
 from memplan.render.colors import BAR, VERDICTS
-from memplan.results import Check, Comparison, Estimate, EstimateList, Finding, Plan, Preflight, Verdict
+from memplan.results import (
+    Estimate,
+    EstimateList,
+    Verdict,
+)
 
 __all__ = [
     "check_html",

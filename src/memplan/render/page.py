@@ -14,10 +14,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from memplan.answers import Report
 from memplan.errors import SpecError
 from memplan.render import svg, words
 from memplan.render.colors import VERDICTS
-from memplan.results import COMPONENTS, Estimate, Report, Verdict
+from memplan.results import (
+    COMPONENTS,
+    Estimate,
+    Verdict,
+)
 
 __all__ = ["check_path", "report_page", "write"]
 

@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from memplan.answers import Plan
 from memplan.errors import SpecError, UnsupportedError
 from memplan.render import words
 from memplan.render.colors import BLUE, COMPONENTS, SERIES, VERDICTS
-from memplan.results import Estimate, EstimateList, Plan
+from memplan.results import (
+    Estimate,
+    EstimateList,
+)
 from memplan.units import GiB
 
 if TYPE_CHECKING:

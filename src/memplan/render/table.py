@@ -12,9 +12,16 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from memplan.answers import Check, Comparison, Plan
 from memplan.render import words
 from memplan.render.explain import explanation, levers
-from memplan.results import ENGINE_CONFIG, Assumption, Check, Comparison, Estimate, EstimateList, Plan, Verdict
+from memplan.results import (
+    ENGINE_CONFIG,
+    Assumption,
+    Estimate,
+    EstimateList,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from memplan.catalog.models import CatalogModel

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from memplan.answers import Comparison, CountedModel, Finding, Plan, Point
 from memplan.results import (
     Assumption,
-    Comparison,
-    CountedModel,
     Estimate,
-    Finding,
-    Plan,
-    Point,
     StepTime,
     Verdict,
     verdict_by_place,
