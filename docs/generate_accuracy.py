@@ -232,6 +232,8 @@ def engine_lines(archives: Iterable[str] | None = None) -> dict[str, str]:
     """A line per archive of O2: all phases of every row, of estimates and of the real engines."""
     from tests.oracles import o2, test_engines
 
+    from memplan.units import MiB
+
     found = {}
     for name, archive in sorted(o2.load_archives().items()):
         if archives is not None and name not in archives:
@@ -243,7 +245,9 @@ def engine_lines(archives: Iterable[str] | None = None) -> dict[str, str]:
             number += 1
             mine, truth = test_engines.estimated(test_engines.played(row)), test_engines.measured(row)
             errors += [
-                _apart(mine[p], truth[p], test_engines.scratch(row, p)) for p in truth.keys() - {"idle", "load", "save"}
+                _apart(mine[p], truth[p], test_engines.scratch(row, p))
+                for p in truth.keys() - {"idle", "load", "save"}
+                if truth[p] >= MiB
             ]
         if errors:
             found[name] = f"{name} | {number} | {_spread(errors)}"
@@ -275,6 +279,8 @@ def oracles(lines: dict[str, str], engines: dict[str, str]) -> str:
             "### Real engines as rank 0 of N (O2)",
             "",
             *_table(f"Archive | rows | phases | {spread}", *engines.values()),
+            "",
+            "Phases of at least 1 MiB: of smaller ones a tensor of one number, 512 bytes, is a large part.",
             "",
         ]
     )

@@ -92,7 +92,7 @@ def accuracy() -> str:
         ("### Traces of the real models (O1)", "real models, traced on CPU tensors"),
         (
             "### Real engines as rank 0 of N (O2)",
-            "real engines on CPU tensors, phases of small models (the worst are of a few KiB)",
+            "real engines on CPU tensors, phases of small models of at least 1 MiB",
         ),
     ):
         rows = _table(page, heading)
