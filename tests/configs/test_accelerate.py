@@ -328,7 +328,7 @@ def test_gpus_and_nodes() -> None:
     assert (cluster.gpus, cluster.nodes) == (4, 2)
     assert [note.source for note in notes] == ["gpus 4, as asked, in place of 16 in a.yaml"]
     assert found.strategy == {"kind": "ddp"}
-    with pytest.raises(SpecError, match="gpus: 6 cannot be shared evenly by 4 nodes"):
+    with pytest.raises(SpecError, match="num_processes: 6 cannot be shared evenly by 4 nodes"):
         with_cluster(parsed({"distributed_type": "FSDP", "num_processes": 6, "num_machines": 4}), ClusterSpec())
 
 

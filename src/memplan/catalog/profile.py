@@ -73,4 +73,4 @@ def _read(path: Path, _changed: int, _size: int) -> tuple[str, tuple[Constant, .
         problem = f"is no profile: it has no {error}"
     except (ValueError, TypeError) as error:
         problem = f"is no profile: {error}"
-    raise SpecError.at("profile", str(path), problem, "Run memplan calibrate again, or delete it.")
+    raise SpecError(f"{path}: {problem}. Run memplan calibrate again, or delete it.")
