@@ -121,7 +121,11 @@ BAD: list[tuple[str, object, str]] = [
     ("ds.json", '{"train_micro_batch_size_per_gpu": 1e30}', "1e+30 is not a positive integer"),
     ("ds.json", '{"train_micro_batch_size_per_gpu": Infinity}', "inf is not a positive integer"),
     ("ds.json", '{"train_micro_batch_size_per_gpu": true}', "true is not a positive integer"),
-    ("ds.json", {**AUTO, "zero_optimization": {"stage": 2, "reduce_bucket_size": 1e18}}, "ds.json: zero_optimization.reduce_bucket"),
+    (
+        "ds.json",
+        {**AUTO, "zero_optimization": {"stage": 2, "reduce_bucket_size": 1e18}},
+        "zero_optimization.reduce_bucket",
+    ),
     ("a.yaml", "distributed_type: !!python/none\n", "a.yaml: is not plain YAML"),
     ("a.yaml", "distributed_type: FSDP\nnum_processes: 6\nnum_machines: 4\n", "6 cannot be shared evenly by 4 nodes"),
     ("a.yaml", "distributed_type: FSDP\nnum_processes: two\n", "a.yaml: num_processes: 'two' is not a positive"),
