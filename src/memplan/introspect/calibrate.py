@@ -85,7 +85,7 @@ def calibrate(
     devices = visible_devices(read_nvml())
     if not devices:
         remedy = "Run it where nvidia-smi shows one."
-        raise SpecError.at("gpu", None, "is needed, and there is no NVIDIA GPU here", remedy)
+        raise SpecError(f"gpu: there is no NVIDIA GPU here, and one is needed. {remedy}")
     gpu = match_device(devices[0].name, devices[0].memory)
     if gpu is None:
         remedy = "Name the nearest GPU of the catalog in estimates; constants of this one cannot be kept."

@@ -78,7 +78,7 @@ def needs(job: Job) -> None:
     devices = visible_devices(read_nvml()) if job.device == "cuda" else ()
     if job.device == "cuda" and not devices:
         remedy = "Run it where nvidia-smi shows one, or use --gpu cpu to count a small model's tensors."
-        raise SpecError.at("gpu", None, "is needed, and there is no NVIDIA GPU here", remedy)
+        raise SpecError(f"gpu: there is no NVIDIA GPU here, and one is needed. {remedy}")
     if devices and job.cap is not None and job.cap > devices[0].memory:
         problem = f"bytes are more than this GPU has ({devices[0].memory})"
         raise SpecError.at("cap", job.cap, problem, "Name a smaller one.")

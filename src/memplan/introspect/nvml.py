@@ -43,7 +43,7 @@ class Driver:
         """``library`` is libnvidia-ml, by default this machine's."""
         devices = visible_devices(read_nvml()) if library is None else None
         if devices is not None and not devices:
-            raise SpecError.at("gpu", None, "is needed, and there is no NVIDIA GPU here", "Look at nvidia-smi.")
+            raise SpecError("gpu: there is no NVIDIA GPU here, and one is needed. Look at nvidia-smi.")
         self._nvml = ctypes.CDLL("libnvidia-ml.so.1") if library is None else library
         self._nvml.nvmlInit_v2()
         self._handle = ctypes.c_void_p()
