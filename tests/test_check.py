@@ -141,3 +141,21 @@ def test_a_total_that_no_micro_batch_makes_up_is_a_finding_too(tmp_path: Path) -
     assert [each.code for each in found.findings] == ["batch-product"]
     assert found.estimate is not None
     assert found.estimate.setup["micro_batch_size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "training", "lengths", "asked"),
+    [
+        ({}, {}, None, True),
+        ({}, {"seq_len": 64}, None, False),
+        ({}, {}, [20, 30], False),
+        ({"max_length": 128}, {}, None, False),
+    ],
+)
+def test_the_length_is_asked_for_where_nothing_says_it(
+    more: dict[str, Any], training: dict[str, Any], lengths: list[int] | None, asked: bool
+) -> None:
+    arguments = {"output_dir": "out", "per_device_train_batch_size": 1} | more
+    found = checks.check(arguments, "EleutherAI/pythia-70m", training, "1xT4", lengths=lengths)
+    assert found.estimate is not None
+    assert any("how long sequences are" in each.source for each in found.estimate.assumptions) == asked

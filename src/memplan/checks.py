@@ -125,6 +125,9 @@ def _checked(
         arguments = run.raw["arguments"].data if "arguments" in run.raw else {}
         batches = collated(lengths, arguments, merged.seq_len if "seq_len" in merged.model_fields_set else None)
         merged = merged.replace(seq_len=max(batches.padded.longest, 1))
+    if run.arguments is not None and "seq_len" not in merged.model_fields_set and _has_tokens(case):
+        unsaid = f"{run.arguments.source} does not say how long sequences are: give --seq-len or --lengths"
+        notes.append(_noted(unsaid))
     setup = Setup(merged, spread, case.cluster.gpus)
     try:
         estimated = case.with_time(setup, case.estimate(setup))

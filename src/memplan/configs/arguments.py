@@ -80,7 +80,7 @@ def parse_arguments(
     checkpointing = _first(data, "activation_checkpointing", "gradient_checkpointing")
     if checkpointing is not None:
         training["gradient_checkpointing"] = bool(checkpointing)
-    training |= _sequences(data, source, notes) | _model(data, source) | _adapters(data, source, notes)
+    training |= _sequences(data) | _model(data, source) | _adapters(data, source, notes)
     if _evaluates(data):
         training["eval_batch_size"] = argument(data, "per_device_eval_batch_size")
         if data.get("eval_accumulation_steps") is not None:
@@ -278,10 +278,9 @@ def _mixed_precision(data: Mapping[str, Any], source: str) -> str:
     return "bf16" if bf16 else "fp16" if fp16 else "no"
 
 
-def _sequences(data: Mapping[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
+def _sequences(data: Mapping[str, Any]) -> dict[str, Any]:
     name = next((name for name in LENGTHS if data.get(name) is not None), None)
     if name is None:
-        notes.append(f"{source} does not say how long sequences are: give --seq-len")
         return {}
     packed = _first(data, "packed", "packing")
     # run_clm.py cuts blocks from one stream of tokens; the other scripts pad, unless they are told to pack.
