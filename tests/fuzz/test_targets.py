@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.fuzz.strategies import STRATEGIES
 from tests.fuzz.targets import TARGETS
 
-ROUNDS = int(os.environ.get("MEMPLAN_FUZZ_ROUNDS", "60"))
+ROUNDS = int(os.environ.get("MEMPLAN_FUZZ_ROUNDS", "25"))
 
 
 @pytest.fixture(autouse=True)
