@@ -69,6 +69,9 @@ def test_full_and_lora_fine_tuning_of_one_source_agree(rows) -> None:
     prepared = [row for row in found if row.setup.training.quantization and "baseline" in row.fields["framework"]]
     assert len(prepared) == 2
     assert all(abs(row.ratio - 1) < 0.005 for row in found if row not in prepared)
+    plain = [row for row in found if not row.setup.training.quantization and "santacoder" not in row.fields["model"]]
+    assert len(plain) == 6
+    assert all(abs(row.ratio - 1) < 0.001 for row in plain)
     assert all(0 < row.ratio - 1 < 0.05 for row in prepared)  # TRL casts embeddings back
 
 
