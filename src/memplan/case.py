@@ -198,21 +198,23 @@ class Case:
 
         Raises what :meth:`estimate` raises.
         """
-        found = self.estimate(setup, replay=False)
-        places = verdict_by_place(found.gpu, found.host, found.nvme)
-        if places["gpu"] == "tight" and "does-not-fit" not in places.values():  # an upper bound without the replay
-            found = self.estimate(setup)
-            places = verdict_by_place(found.gpu, found.host, found.nvme)
-        return not {"does-not-fit", "tight"} & set(places.values())
+        found = self._looked_at(setup)
+        return not {"does-not-fit", "tight"} & set(verdict_by_place(found.gpu, found.host, found.nvme).values())
 
     def fits(self, setup: Setup) -> bool:
         """Whether the setup fits for certain; what the estimator refuses does not."""
         try:
-            verdict = self.estimate(setup, replay=False).verdict
-            # Without the replay, high is an upper bound: between the two only the replay can tell.
-            return verdict == "fits" or (verdict == "tight" and self.estimate(setup).verdict == "fits")
+            return self._looked_at(setup).verdict == "fits"
         except MemplanError:
             return False
+
+    def _looked_at(self, setup: Setup) -> Estimate:
+        """The estimate, replayed where only that can tell: without it the GPU's high end is an upper bound."""
+        found = self.estimate(setup, replay=False)
+        places = verdict_by_place(found.gpu, found.host, found.nvme)
+        if places["gpu"] == "tight" and "does-not-fit" not in places.values():
+            found = self.estimate(setup)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
