@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ pytest.importorskip("transformers")
 
 import accelerate
 import transformers
+from tests.ranks import on_two_ranks
 
 import memplan
 from memplan import checks
@@ -233,24 +232,18 @@ trainer = transformers.Trainer(model=model, args=args, train_dataset=Rows(), cal
 trainer.train()
 if trainer.is_world_process_zero():
     print("SEEN", json.dumps(seen))
-torch.distributed.destroy_process_group()
 """
 
 
 @pytest.mark.parametrize("stage", [None, 2], ids=["ddp", "zero2"])
 def test_a_script_trains_with_the_batch_that_was_found(stage: int | None, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
     words = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "--report_to", "none", "--max_steps", "2"]
     words += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4", "--save_strategy", "no"]
     words += ["--largest_batch", "--preflight_cluster", "2xT4", "--preflight_seq_len", "24", "--disable_tqdm", "true"]
     if stage is not None:
         (tmp_path / "ds.json").write_text(json.dumps({**ZERO, "zero_optimization": {"stage": stage}}))
         words += ["--deepspeed", str(tmp_path / "ds.json")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py", *words]
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    ended = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240
-    )
+    ended = on_two_ranks(SCRIPT, tmp_path, *words)
     assert ended.returncode == 0, ended.stderr[-3000:]
     seen = json.loads(next(line for line in ended.stdout.split("\n") if line.startswith("SEEN"))[5:])
     assert seen == [[4, 24]] * 2

@@ -22,6 +22,7 @@ import accelerate
 import peft
 import torch
 import transformers
+from tests.ranks import on_two_ranks
 from transformers.integrations import HfDeepSpeedConfig
 
 import memplan
@@ -775,7 +776,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("kind", "on_failure"), [("ddp", "raise"), ("zero2", "exit"), ("fsdp", "raise")])
 def test_under_torchrun_one_rank_speaks_and_all_end(kind: str, on_failure: str, tmp_path: Path) -> None:
-    ended = on_two_ranks(SCRIPT, tmp_path, on_failure, json.dumps(ENGINES[kind]))
+    ended = on_two_ranks(SCRIPT, tmp_path, str(tmp_path), on_failure, json.dumps(ENGINES[kind]))
     assert ended.returncode == 1, ended.stderr
     assert ended.stderr.count("GiB of the memory of each GPU") == 1
     assert "What fits: " in ended.stderr
@@ -798,20 +799,6 @@ def test_one_process_ends_with_1_before_it_loads(on_failure: str, tmp_path: Path
     assert ended.stderr.count("GiB of the memory of each GPU") == 1
     assert "What fits: " in ended.stderr
     assert "LOADED" not in ended.stdout
-
-
-def on_two_ranks(script: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    (folder / "script.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(
-        [*command, "script.py", str(folder), *words],
-        cwd=folder,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
 
 
 TRAINING = """
@@ -844,7 +831,6 @@ assert not memplan.preflight(trainer, training={"seq_len": 24, "packed": True}).
 trainer.train()
 if trainer.is_world_process_zero():
     print("SETUP", json.dumps({"before": before.check.estimate.setup, "gpus": before.check.estimate.cluster["gpus"]}))
-torch.distributed.destroy_process_group()
 """
 
 
@@ -861,7 +847,7 @@ def test_a_script_is_checked_trains_and_is_recorded(kind: str, fields: dict[str,
     from memplan.integrations.watch import RECORD
     from memplan.introspect.measurement import Measured
 
-    ended = on_two_ranks(TRAINING, tmp_path, json.dumps(fields))
+    ended = on_two_ranks(TRAINING, tmp_path, str(tmp_path), json.dumps(fields))
     assert ended.returncode == 0, ended.stderr[-3000:]
     said = json.loads(next(line for line in ended.stdout.split("\n") if line.startswith("SETUP"))[6:])
     assert (said["before"]["strategy"], said["gpus"]) == (kind, 2)

@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,6 @@ def facts(trainer: transformers.Trainer) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads outlive their group: one that frees a tensor after the interpreter aborts the rank

@@ -1,0 +1,35 @@
+"""Scripts on two CPU ranks, as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+END = """
+import os, sys
+import torch
+torch.distributed.destroy_process_group()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
+"""
+"""gloo's threads outlive its process group, even destroyed and collected (torch 2.13). One that still frees a tensor
+while the interpreter is torn down aborts the process ("terminate called without an active exception"): on a busy
+machine it happened once."""
+
+
+def on_two_ranks(script: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run ``script`` in ``folder`` with ``words`` as its arguments."""
+    (folder / "script.py").write_text(script + END)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        [*command, "script.py", *words],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
