@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -132,6 +132,7 @@ OPTIONS: tuple[Option, ...] = (
 )
 """The options of the commands that estimate, in the order of their help."""
 
+_OPTION_NAMES = frozenset(option.name for option in OPTIONS)
 _PATHS = {option.name: option.flag for option in OPTIONS} | {
     "kind": "--strategy",
     "packed": "--packed/--padded",
@@ -691,19 +692,39 @@ def _hurry() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 
-def _only(name: str) -> typer.Typer:
-    """The program with the command of that name alone, if there is one: each takes some milliseconds to set up."""
-    named = [command for command in app.registered_commands if command.callback and command.callback.__name__ == name]
-    if not named:
-        return app
+def _needed(arguments: Sequence[str]) -> typer.Typer:
+    """The program with the command that is asked for alone, if there is one: each takes some milliseconds to set up."""
+    name, *words = arguments
     narrow = _typer()
-    narrow.registered_callback, narrow.registered_commands = app.registered_callback, named
+    narrow.registered_callback = app.registered_callback
+    for info in app.registered_commands:
+        if info.callback is not None and info.callback.__name__ == name:
+            narrow.command(cls=info.cls)(_with_given(info.callback, words))
+            return narrow
+    return app
+
+
+def _with_given(command: Callable[..., _Answer], words: Iterable[str]) -> Callable[..., _Answer]:
+    """The command without those of :data:`OPTIONS` that are not given; as it is where a word may be another's."""
+    flags = {word.partition("=")[0] for word in words if word.startswith("-")}
+    given = {option.name for option in OPTIONS if option.flag in flags or f"--{option.off}" in flags}
+    if not flags <= {flag for option in OPTIONS for flag in (option.flag, f"--{option.off}")}:
+        return command
+    whole = inspect.signature(command, eval_str=True)
+    taken = [each for name, each in whole.parameters.items() if name in given or name not in _OPTION_NAMES]
+
+    @wraps(command)
+    def narrow(**values: Any) -> _Answer:
+        return command(**values)
+
+    narrow.__signature__ = whole.replace(parameters=taken)  # type: ignore[attr-defined]
+    narrow.__annotations__ = {each.name: each.annotation for each in taken}
     return narrow
 
 
 def _run(arguments: Sequence[str]) -> int:
     try:
-        answer = _only(arguments[0])(list(arguments), prog_name="memplan", standalone_mode=False)
+        answer = _needed(arguments)(list(arguments), prog_name="memplan", standalone_mode=False)
     except MemplanError as error:
         return _failed(_in_options(str(error)), BAD_INPUT)
     except _UsageError as error:
