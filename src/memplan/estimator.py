@@ -30,6 +30,7 @@ from memplan.micro_batch import (
     build,
     compute_dtype,
     evaluation_batch,
+    finds_gradients,
     prepares_for_kbit_training,
     reference_gpu,
     replayable,
@@ -349,8 +350,7 @@ def _explanation(
         found = sharded.explained(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node, rank, memory.peak_phase)
         return explain_sharded(strategy, found, memory)
 
-    accumulated = run.grad_accum_steps > 1
-    tape = all_layers(setup, accumulated).tape
+    tape = all_layers(setup, finds_gradients(setup)).tape
     return explain(run, tape, memory.peak_phase, placed[memory.peak_phase], memory)
 
 
@@ -377,7 +377,7 @@ def alive_blocks(
         ranks = (cluster.gpus, cluster.gpus_per_node, played.rank)
         return blocks_sharded(sharded.explained(setup, gpu, strategy, *ranks, phase), dict(played.gpu[phase]))
     placed = _placed(setup, training, run, micro, gpu, strategy, cluster)
-    every = all_layers(setup, run.grad_accum_steps > 1)
+    every = all_layers(setup, finds_gradients(setup))
     trainable = [(p, 1) for p in every.layout().parameters.values() if p.node is not None]
     buckets = ddp.bucket_bytes(trainable, strategy.ddp) if strategy.kind == "ddp" else ()
     return blocks(run, every.tape, every.inventory.buffer_blocks, buckets, phase, placed[phase])
@@ -392,15 +392,17 @@ def _levers(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, cluster: Clus
 def device_rules(gpu: GPUSpec | None, software: SoftwareSpec) -> DeviceRules:
     """The dispatch rules of a GPU; without one, of a GPU with flash attention (compute capability 8.0)."""
     if gpu is None:
-        return cuda((8, 0))
-    if gpu.is_cpu:
-        return CPU
-    return cuda(
-        gpu.compute_capability or (8, 0),
-        software.at_least("cudnn", "9.15.1"),
-        gpu.sm_count,
-        cudnn_wide_attention=software.at_least("cudnn", "9.22.1"),
-    )
+        rules = cuda((8, 0))
+    elif gpu.is_cpu:
+        rules = CPU
+    else:
+        rules = cuda(
+            gpu.compute_capability or (8, 0),
+            software.at_least("cudnn", "9.15.1"),
+            gpu.sm_count,
+            cudnn_wide_attention=software.at_least("cudnn", "9.22.1"),
+        )
+    return rules if software.at_least("torch", "1.11") else replace(rules, softmax_keeps_input=True)
 
 
 def _checkpoint_dtype(model: ModelSpec) -> Any:
@@ -448,8 +450,9 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) ->
     trainable = run.trainable
     kept = [(size, count) for p, count in trainable for size in run.optimizer.state_bytes(p)]
     kept += [(size, 1) for size in (*run.optimizer.shared_bytes(trainable), *run.workspaces)]
-    if run.grad_accum_steps > 1:
+    if finds_gradients(setup):
         kept += [(p.nbytes, count) for p, count in trainable]
+    if run.grad_accum_steps > 1:
         kept += [(size, 1) for size in (*_inputs(micro.tape), *_waiting(run, micro.tape))]
     kept += clip_grad_norm(trainable, run.rules)
     others = [(size, count, count) for size, count in kept]
@@ -468,7 +471,7 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) ->
 def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, limit: int | None) -> Replayed:
     """The allocator on every layer's allocations: two steps, and evaluation in what CUDA has to give."""
     run, micro = run_of(setup, gpu)
-    asked = [(False, False)] + [(True, False)] * (run.grad_accum_steps > 1)
+    asked = [(False, False)] + [(True, False)] * finds_gradients(setup)
     asked += [(False, True)] * (run.evaluation is not None)
     batches = [Batch(every, every.sizes(each.tape), each.tape.input_count) for each, every in replayable(setup, asked)]
     parameters = list(micro.layout().parameters.values())
@@ -480,11 +483,13 @@ def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, l
         parameters,
         _held(run, trainable, strategy),
         batches,
+        min(run.grad_accum_steps, 2),
         run.optimizer,
         run.workspaces,
         setup.training.alloc_conf,
         _waiting(run, micro.tape),
         evaluation,
+        keeps_gradients=run.keeps_gradients,
         gradients_in_buckets=strategy.kind == "ddp" and strategy.ddp.gradient_as_bucket_view,
     )
 

@@ -202,6 +202,19 @@ def micro_batch(setup: Setup, *, full_depth: bool, accumulated: bool, evaluation
     return recordings(alike(setup), accumulated, evaluation).micro_batch(batch, length)
 
 
+def finds_gradients(setup: Setup) -> bool:
+    """Whether a micro-batch, other than the very first, finds gradients to add to."""
+    return setup.training.grad_accum_steps > 1 or keeps_gradients(setup.software)
+
+
+def keeps_gradients(software: SoftwareSpec) -> bool:
+    """Whether zero_grad, as the Trainer calls it, fills gradients with zeros rather than freeing them.
+
+    Source: torch/nn/modules/module.py, whose set_to_none is True since 2.0 (pytorch#92731).
+    """
+    return not software.at_least("torch", "2.0")
+
+
 def alike(setup: Setup) -> Setup:
     """The same for all setups of which one recording tells: those that differ in what is not on the tape."""
     training = setup.training.replace(
@@ -234,9 +247,9 @@ def run_in_full(setup: Setup) -> MicroBatch:
     """The micro-batch of a step, run on a tape that tells what its storages are; a recorded one tells their sizes."""
     training = setup.training
     if setup.traced is not None:
-        return micro_batch(setup, full_depth=False, accumulated=training.grad_accum_steps > 1)
+        return micro_batch(setup, full_depth=False, accumulated=finds_gradients(setup))
     sizes = training.micro_batch_size, training.seq_len
-    return _run(setup, *sizes, full_depth=False, accumulated=training.grad_accum_steps > 1, evaluation=False)
+    return _run(setup, *sizes, full_depth=False, accumulated=finds_gradients(setup), evaluation=False)
 
 
 def _run(
@@ -495,8 +508,11 @@ def _forward(tape: Tape, root: Module, inputs: tuple[Tensor, ...], setup: Setup)
 def run_of(setup: Setup, gpu: GPUSpec | None) -> tuple[Run, MicroBatch]:
     """What the engines need to know of the setup, and the micro-batch that says it."""
     training = setup.training
-    accumulated = training.grad_accum_steps > 1
-    micro = micro_batch(setup, full_depth=False, accumulated=accumulated)
+    micro = micro_batch(setup, full_depth=False, accumulated=finds_gradients(setup))
+    keeps = keeps_gradients(setup.software)
+    first = micro
+    if keeps and training.grad_accum_steps == 1:
+        first = micro_batch(setup, full_depth=False, accumulated=False)
     evaluation = None
     if training.eval_batch_size is not None:
         pass_ = evaluation_batch(setup, full_depth=False)
@@ -507,9 +523,11 @@ def run_of(setup: Setup, gpu: GPUSpec | None) -> tuple[Run, MicroBatch]:
         parameters=micro.inventory.parameters,
         buffer_bytes=sum(micro.inventory.buffer_blocks),
         unrolled=micro.unrolled,
+        first=first.unrolled,
         evaluation=evaluation,
         optimizer=micro.optimizer(training.optim, setup.rules),
         grad_accum_steps=training.grad_accum_steps,
+        keeps_gradients=keeps,
         rules=setup.rules,
         workspaces=cublas_workspaces(
             gpu or reference_gpu(),

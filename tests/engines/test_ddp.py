@@ -108,7 +108,8 @@ def test_buckets_beside_torch(tmp_path: Path) -> None:
         wrapped = DistributedDataParallel(model)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
-    buckets = sum(event["args"]["Bytes"] for event in events if event.get("name") == "[memory]")
+    sizes = [event["args"]["Bytes"] for event in events if event.get("name") == "[memory]"]
+    buckets = sum(size for size in sizes if abs(size) >= 4096)  # c10d's threads allocate some bytes when they will
     del wrapped
     assert buckets == json.loads(ARCHIVE.read_text(encoding="utf-8"))["buckets"]
     assert estimated_buckets() == pytest.approx(buckets, rel=0.001)

@@ -55,8 +55,8 @@ def comparable(row: Row) -> bool:
     return row.result is not None and not any(name in row.setup.options for name in NOT_ASKED)
 
 
-def compare(row: Row) -> Comparison:
-    """Estimate the row's setup."""
+def compare(row: Row, software: SoftwareSpec | None = None) -> Comparison:
+    """Estimate the row's setup, by default with the versions that memplan's rules were read from."""
     options: dict[str, Any] = dict(row.setup.options)
     config = {**row.setup.values}
     depth = options.pop("num_layers", None)
@@ -78,7 +78,7 @@ def compare(row: Row) -> Comparison:
         source="oracle",
     )
     cluster = ClusterSpec(gpu=find_gpu("cpu"))
-    question = (model, TrainingSpec(**options), cluster, Strategy(), SoftwareSpec())
+    question = (model, TrainingSpec(**options), cluster, Strategy(), software or SoftwareSpec())
     micro = micro_batch(resolve(*question), full_depth=False, accumulated=False)
     saved = micro.unrolled.profile().saved
     return Comparison(row, estimate(*question), saved.total - saved.parts[INPUT])

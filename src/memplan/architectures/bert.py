@@ -202,10 +202,17 @@ class BertModel(Module):
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         embedding_output = self.embeddings(input_ids)
-        mask = bidirectional_mask(self.b, embedding_output)
+        mask = self._mask(embedding_output)
         sequence_output = self.encoder(embedding_output, mask)
         pooled_output = self.pooler(sequence_output) if self.pooler is not None else None
         return sequence_output, pooled_output
+
+    def _mask(self, embedding_output: Tensor) -> Tensor | None:
+        """Before transformers 4.57 eager attention adds a mask [B, 1, 1, S] in the model's dtype, padding or not."""
+        if self.b.attn != "eager" or self.b.software.at_least("transformers", "4.57"):
+            return bidirectional_mask(self.b, embedding_output)
+        batch, length = embedding_output.shape[:2]
+        return embedding_output.tape.new((batch, 1, 1, length), embedding_output.dtype, "extended_attention_mask")
 
 
 class BertPredictionHeadTransform(Module):

@@ -37,10 +37,14 @@ class Run:
     """Each made parameter once, with how many of the model it stands for."""
     buffer_bytes: int
     unrolled: Unrolled
-    """One micro-batch."""
+    """A micro-batch; where gradients are there to add to, one that finds them."""
+    first: Unrolled
+    """That of the first step which is fullest: the first, or a later one."""
     evaluation: Evaluation | None
     optimizer: Optimizer
     grad_accum_steps: int
+    keeps_gradients: bool
+    """From one step to the next, rather than from backward to zero_grad."""
     rules: DeviceRules
     workspaces: tuple[int, ...]
     """cuBLAS's, inside the allocator's memory: from the first step on."""
@@ -73,7 +77,7 @@ class States(NamedTuple):
 
     weights: int
     gradients: int
-    """While they exist: from a parameter's backward to zero_grad."""
+    """While they exist: from a parameter's backward on."""
     optimizer: int
     step_temporaries: int
     """At the fullest moment of clipping the gradients and stepping."""
@@ -108,7 +112,8 @@ def phases(run: Run, communication: int = 0, ranks: int = 1, *, gradients_in_buc
     accumulating = run.grad_accum_steps > 1
     resting = base | {"optimizer": held.optimizer}
     end = run.profile.end
-    between = resting | {"activations": end.total - end.parts[GRADIENT] + run.waiting_inputs}
+    kept = held.gradients if run.keeps_gradients and not gradients_in_buckets else 0
+    between = resting | {"activations": end.total - end.parts[GRADIENT] + run.waiting_inputs, "gradients": kept}
 
     def during(parts: Parts, moment: Moment, gradients: int) -> Parts:
         result = dict(parts)
@@ -117,7 +122,8 @@ def phases(run: Run, communication: int = 0, ranks: int = 1, *, gradients_in_buc
         result["gradients"] = result.get("gradients", 0) + gradients
         return result
 
-    old = held.gradients if accumulating else 0
+    before = held.gradients if accumulating else 0
+    old = before or kept
     result = {"load": {"weights": held.weights, "communication": communication}}
     if run.optimizer.made_at_construction:
         result["load"]["optimizer"] = held.optimizer
@@ -125,7 +131,7 @@ def phases(run: Run, communication: int = 0, ranks: int = 1, *, gradients_in_buc
     if not gradients_in_buckets:
         stepping["gradients"] = held.gradients
     before_step = resting if run.optimizer.made_at_construction else base
-    first: list[Parts] = [during(before_step, moment, old) for moment in run.profile.peaks.values()]
+    first: list[Parts] = [during(before_step, moment, before) for moment in run.first.profile().peaks.values()]
     fullest: Parts = max([*first, stepping], key=total)
     result["first_step"] = dict(fullest)
     for name, moment in run.profile.peaks.items():

@@ -33,14 +33,24 @@ CONTEXT_PER_THOUSAND_THREADS = Constant(
 CONTEXT_SPREAD = exact("CUDA context, largest miss of the fit", 85, "MiB", f"{_POINTS}, 83 MiB (H100 NVL), rounded up")
 FITTED_THREADS = (40 * 1024, 148 * 2048)
 """Resident threads of the smallest and the largest GPU of the fit: T4 and B200."""
+_EAGER = "without lazy loading (pytorch#86509), which torch 1.13 has with CUDA 11.7"
+_OVERHEAD = "ml-engineering's training/performance"
 EAGER_CONTEXT = Constant(
     "CUDA context with all kernels loaded at start",
-    1000,
+    922,
     700,
-    1700,
+    1200,
     "MiB",
-    "torch before 1.13 or CUDA before 11.7, without lazy loading (pytorch#86509): 721 to 1687 MiB in pytorch#28394, "
-    "#49481, #49877, #55277 and stylegan2-ada#70",
+    f"{_EAGER}: 922 MiB with torch 1.13.1, 942 with 2.1.1, on an A100 told to load all ({_OVERHEAD})",
+)
+OLD_EAGER_CONTEXT = Constant(
+    "CUDA context with all kernels loaded at start, torch before 1.13",
+    1343,
+    700,
+    1830,
+    "MiB",
+    f"{_EAGER}: 1343 MiB on a V100 (January 2022, transformers' perf_train_gpu_one), 1823 with torch 1.10.2 on an A100 "
+    f"({_OVERHEAD}), 721 to 1687 in pytorch#28394, #49481, #49877, #55277 and stylegan2-ada#70",
 )
 HIP_CONTEXT = Constant(
     "HIP context",
@@ -71,7 +81,9 @@ def cuda_context(gpu: GPUSpec, software: SoftwareSpec) -> Constant:
         return own
     if gpu.vendor == "amd":
         return _in_bytes("cuda_context", HIP_CONTEXT)
-    if not (software.at_least("torch", "1.13") and software.at_least("cuda", "11.7")):
+    if not software.at_least("torch", "1.13"):
+        return _in_bytes("cuda_context", OLD_EAGER_CONTEXT)
+    if not software.at_least("cuda", "11.7"):
         return _in_bytes("cuda_context", EAGER_CONTEXT)
     threads = gpu.sm_count * gpu.max_threads_per_sm
     expected = CONTEXT_FIXED.value + CONTEXT_PER_THOUSAND_THREADS.value * threads / 1000

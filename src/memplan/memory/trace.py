@@ -181,20 +181,24 @@ def _evaluate(replay: _Replay, loop: EvaluationLoop) -> None:
 def replay_steps(
     parameters: Sequence[Parameter],
     held: Sequence[int],
-    micro_batches: Sequence[Batch],
+    batches: Sequence[Batch],
+    micro_batches: int,
     optimizer: Optimizer,
     workspaces: Sequence[int],
     conf: AllocatorSpec | None = None,
     waiting: Sequence[int] = (),
     evaluation: EvaluationLoop | None = None,
     *,
+    keeps_gradients: bool = False,
     gradients_in_buckets: bool = False,
 ) -> Replayed:
     """Load the weights, run two steps and the evaluation, and report the peaks.
 
-    ``held`` are further sizes held throughout (buffers, DDP's buckets); ``micro_batches`` are those of a step;
+    ``held`` are further sizes held throughout (buffers, DDP's buckets); ``batches`` are the first micro-batch, and
+    the last, which finds gradients if any does; ``micro_batches`` is how many of them a step has;
     ``workspaces`` are cuBLAS's, the first taken in forward, the others in backward; ``waiting`` are inputs of further
-    micro-batches, which a step has from its start. With ``gradients_in_buckets`` backward ends with the gradients in
+    micro-batches, which a step has from its start. With ``keeps_gradients`` they stay after
+    a step, filled with zeros. With ``gradients_in_buckets`` backward ends with the gradients in
     the buckets, and their own memory free.
     """
     replay = _Replay(conf or AllocatorSpec())
@@ -204,18 +208,20 @@ def replay_steps(
         replay.allocate("load", [nbytes for p in trainable for nbytes in optimizer.state_bytes(p)])
     replay.allocate("first_step", workspaces)
     clipping = [(nbytes, count) for nbytes, count in clip_grad_norm([(p, 1) for p in trainable], optimizer.rules)]
+    gradients: list[int] = []
     for step in range(STEPS):
-        gradients: list[int] = []
         inputs = replay.allocate("forward" if step else "first_step", waiting)
-        for number, batch in enumerate(micro_batches):
+        for number in range(micro_batches):
+            finds = number > 0 or (keeps_gradients and step > 0)
+            batch = batches[-1 if finds else 0]
             addresses: list[int] | None = None
             log, phases = batch.every.log, batch.every.phases
             for (phase, start), end in zip(phases, [*(position for _, position in phases[1:]), len(log)]):
                 addresses = replay.run(phase if step else "first_step", log[start:end], batch.sizes, addresses)
             assert addresses is not None
             alive = [addresses[tensor] for tensor in batch.every.left_alive]
-            # Inputs are allocated first; whatever else is left is a gradient, made by the first micro-batch.
-            kept = len(alive) if number else batch.input_count
+            # Inputs are allocated first; whatever else is left is a gradient, made where there is none.
+            kept = len(alive) if finds else batch.input_count
             inputs += alive[:kept]
             gradients += alive[kept:]
         if gradients_in_buckets:
@@ -225,7 +231,9 @@ def replay_steps(
         replay.free(replay.allocate(phase, [nbytes for nbytes, count in clipping for _ in range(count)]))
         stepped = optimizer.step(first=step == 0)
         replay.run(phase, stepped.log, stepped.sizes)
-        replay.free(gradients)
+        if not keeps_gradients:
+            replay.free(gradients)
+            gradients = []
         if step == STEPS - 1 and evaluation is not None:
             _evaluate(replay, evaluation)
         replay.free(inputs)

@@ -31,6 +31,8 @@ class DeviceRules:
     """cuDNN is newer than 9.22.0 and takes heads of up to 256 there."""
     accumulate_in_place: bool = True
     """Whether the engine adds a gradient into one that it alone holds. Not under a dispatch mode (O1's tracker)."""
+    softmax_keeps_input: bool = False
+    """softmax and log_softmax save their input too, which no backward reads: torch before 1.11 (pytorch#66018)."""
     multiprocessors: int = 1
     """Streaming multiprocessors: kernels that sum by block keep one partial sum for each."""
 

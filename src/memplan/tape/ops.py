@@ -921,7 +921,7 @@ def softmax(x: Tensor, dtype: DType | None = None) -> Tensor:
     source = x  # not x itself: the caller may have left the input to us, and torch keeps it until the end
     if dtype is not None and dtype is not x.dtype:
         source = t.rules.softmax_input(x, dtype, to)
-    node = t.node(_softmax_backward, (source,), (), (source.dtype,)) if x.node is not None else None
+    node = t.node(_softmax_backward, (source,), _kept(source), (source.dtype,)) if x.node is not None else None
     out = t.new(x.shape, dtype or x.dtype, "softmax")
     if node is not None:
         t.save(node, out)
@@ -935,6 +935,11 @@ def safe_softmax(x: Tensor) -> Tensor:
     if x.storage.tape.rules.kind == "cuda":  # inside one operation, which a dispatch mode cannot see
         x.storage.tape.scratch(x.numel, "isneginf")
     return out
+
+
+def _kept(x: Tensor) -> tuple[Tensor, ...]:
+    """What softmax saves of its input."""
+    return (x,) if x.storage.tape.rules.softmax_keeps_input else ()
 
 
 def _softmax_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
@@ -1037,7 +1042,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     t = logits.storage.tape
     logits = _upper(t, logits, "cross_entropy_loss")
-    node = t.node(_log_softmax_backward, (logits,), (), logits.dtype) if logits.node is not None else None
+    node = t.node(_log_softmax_backward, (logits,), _kept(logits), logits.dtype) if logits.node is not None else None
     log_probs = t.new(logits.shape, logits.dtype, "log_softmax")
     if node is not None:
         t.save(node, log_probs)
