@@ -47,6 +47,16 @@ T5: dict[str, Any] = {
     "num_heads": 6,
     "decoder_start_token_id": 0,
 }
+XLM_ROBERTA: dict[str, Any] = {
+    "model_type": "xlm-roberta",
+    "architectures": ["XLMRobertaForMaskedLM"],
+    "vocab_size": 2003,
+    "hidden_size": 192,
+    "intermediate_size": 520,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "pad_token_id": 1,
+}
 VIT: dict[str, Any] = {
     "model_type": "vit",
     "architectures": ["ViTForImageClassification"],
@@ -84,6 +94,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("Conv1D, saved embedding", GPT2, {"targets": ("all-linear",), "modules_to_save": ("wte",)}, {}),
     ("T5 asks for a weight's dtype", T5, {"targets": ("all-linear",)}, {"dtype": "bfloat16"}),
     ("T5 asks for a saved weight's dtype", T5, {"targets": ("q",), "modules_to_save": ("wo",)}, {"dtype": "bfloat16"}),
+    (
+        "a saved head shares its bias with its decoder",
+        XLM_ROBERTA,
+        {"targets": ("query",), "modules_to_save": ("lm_head",)},
+        {"dtype": "bfloat16"},
+    ),
     (
         "patches are ViT's input embeddings, checkpointed",
         VIT,

@@ -246,14 +246,19 @@ def _save_modules(b: Build, root: Module, names: Sequence[str]) -> None:
         parent.replace_child(child, ModulesToSave(b, module))
 
 
-def _trainable_copy(b: Build, module: Module) -> Module:
-    """copy.deepcopy(module).requires_grad_(True): new parameters of the same dtypes, untied from what they shared."""
-    made = copy.copy(module)
+def _trainable_copy(b: Build, module: Module, copied: dict[int, Parameter] | None = None) -> Module:
+    """copy.deepcopy(module).requires_grad_(True): new parameters of the same dtypes, untied from what they shared.
+
+    What two places inside of the module share, as a head for masked tokens does its bias, its copy shares too.
+    """
+    made, copied = copy.copy(module), {} if copied is None else copied
     for name, value in module.__dict__.items():
         if isinstance(value, Parameter):
-            setattr(made, name, b.tape.parameter("", value.shape, value.dtype))
+            if id(value) not in copied:
+                copied[id(value)] = b.tape.parameter("", value.shape, value.dtype)
+            setattr(made, name, copied[id(value)])
         elif isinstance(value, Buffer):
             setattr(made, name, b.tape.buffer(value.shape, value.dtype, value.registered))
         elif isinstance(value, Module):
-            setattr(made, name, _trainable_copy(b, value))
+            setattr(made, name, _trainable_copy(b, value, copied))
     return made

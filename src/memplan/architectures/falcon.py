@@ -64,6 +64,12 @@ class FalconConfig:
         if self.new_decoder_architecture and not self.parallel_attn:
             problem = "does not work with new_decoder_architecture in transformers"
             raise fields.wrong("parallel_attn", False, problem, "Set it to true.")
+        # FalconDecoderLayer makes layer norms by num_ln_in_parallel_attn, and runs them by new_decoder_architecture too.
+        unknown = layer_norms not in (1, 2) if self.new_decoder_architecture else self.parallel_attn and layer_norms == 2
+        if unknown:
+            kind = "with" if self.new_decoder_architecture else "without"
+            problem = f"does not work {kind} new_decoder_architecture in transformers"
+            raise fields.wrong("num_ln_in_parallel_attn", layer_norms, problem, "Use 1, or leave it out.")
 
 
 class FalconLinear(Linear):
