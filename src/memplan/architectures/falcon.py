@@ -64,9 +64,9 @@ class FalconConfig:
         if self.new_decoder_architecture and not self.parallel_attn:
             problem = "does not work with new_decoder_architecture in transformers"
             raise fields.wrong("parallel_attn", False, problem, "Set it to true.")
-        # FalconDecoderLayer makes layer norms by num_ln_in_parallel_attn, and runs them by new_decoder_architecture too.
-        unknown = layer_norms not in (1, 2) if self.new_decoder_architecture else self.parallel_attn and layer_norms == 2
-        if unknown:
+        # FalconDecoderLayer makes layer norms by this alone, and runs them by new_decoder_architecture too.
+        works = (1, 2) if self.new_decoder_architecture or not self.parallel_attn else (1,)
+        if layer_norms not in works:
             kind = "with" if self.new_decoder_architecture else "without"
             problem = f"does not work {kind} new_decoder_architecture in transformers"
             raise fields.wrong("num_ln_in_parallel_attn", layer_norms, problem, "Use 1, or leave it out.")
@@ -230,8 +230,8 @@ class FalconModel(Module):
         t = self.b.tape
         batch, length, _ = inputs_embeds.shape
         length = self.b.kv_length(length)
-        mask = t.new((batch, length), int64, "attention_mask")
-        arange_tensor = t.new(mask.shape, int64, "arange_tensor")
+        mask = None if self.b.padded else t.new((batch, length), int64, "attention_mask")  # or else the batch's
+        arange_tensor = t.new((batch, length), int64, "arange_tensor")
         del mask
         alibi = t.new((batch * self.c.num_attention_heads, 1, length), bfloat16, "alibi")
         del arange_tensor

@@ -644,6 +644,10 @@ class Model(Module):
         t = self.b.tape
         return t.new((batch, length), int64, "input_ids"), t.new((batch, length), int64, "labels")
 
+    def attention_mask(self, batch: int, length: int) -> Tensor | None:
+        """What the collator adds to a padded batch: which tokens count, int64 [B, S]. It stays as long as the batch."""
+        return self.b.tape.new((batch, length), int64, "attention_mask") if self.b.padded else None
+
     def output_embeddings(self) -> Module | None:
         """transformers' get_output_embeddings(): the projection to the vocabulary, if there is one."""
         head: Module | None = self
