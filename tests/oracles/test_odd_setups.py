@@ -40,6 +40,31 @@ DEBERTA: dict[str, Any] = {
     "relative_attention": True,
     "pos_att_type": ["p2c", "c2p"],
 }
+STABLELM: dict[str, Any] = {
+    "model_type": "stablelm",
+    "architectures": ["StableLmForCausalLM"],
+    "hidden_size": 96,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "qk_layernorm": True,
+    "vocab_size": 307,
+}
+QWEN2_MOE: dict[str, Any] = {
+    "model_type": "qwen2_moe",
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "hidden_size": 96,
+    "intermediate_size": 100,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "num_experts": 5,
+    "num_experts_per_tok": 3,
+    "vocab_size": 307,
+}
 PADDED: dict[str, Any] = {"padded": True, "micro_batch_size": 5, "seq_len": 131, "grad_accum_steps": 3}
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -48,6 +73,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "alibi is made of the mask": (FALCON, PADDED),
     "a mask that the model looks at itself": (DEBERTA, {**PADDED, "attn": "eager"}),
     "a bias that nothing uses": ({**BERT, "tie_word_embeddings": False}, {"grad_accum_steps": 2}),
+    "a norm for each head, of which there is one": (STABLELM, {"attn": "eager"}),
+    "all-linear beside experts that are no layers": (
+        QWEN2_MOE,
+        {"lora": {"rank": 4, "targets": "all-linear"}, "gradient_checkpointing": True},
+    ),
     "a bias that nothing uses, saved": (
         {**BERT, "tie_word_embeddings": False},
         {"lora": {"rank": 4, "targets": ["query"], "modules_to_save": ["cls"]}},
