@@ -184,13 +184,13 @@ class FalconDecoderLayer(CheckpointLayer):
         self.c = c
         self.self_attention = FalconAttention(b, c)
         self.mlp = FalconMLP(b, c)
+        if not c.parallel_attn:
+            self.post_attention_layernorm = LayerNorm(b, c.hidden_size)
         if c.two_layer_norms:
             self.ln_attn = LayerNorm(b, c.hidden_size)
             self.ln_mlp = LayerNorm(b, c.hidden_size)
         else:
             self.input_layernorm = LayerNorm(b, c.hidden_size)
-        if not c.parallel_attn:
-            self.post_attention_layernorm = LayerNorm(b, c.hidden_size)
 
     def forward(
         self, hidden_states: Tensor, alibi: Tensor | None, mask: Tensor | None, positions: tuple[Tensor, Tensor]
