@@ -254,7 +254,7 @@ class FalconModel(Module):
         alibi: Tensor | None = None
         if self.c.alibi:
             alibi = self.build_alibi_tensor(inputs_embeds)
-        ids = position_ids(inputs_embeds)
+        ids = position_ids(self.b, inputs_embeds)
         mask = causal_mask(self.b, inputs_embeds, allow_is_causal_skip=False)
         if alibi is not None and mask is not None:
             alibi = alibi.reshape(batch, self.c.num_attention_heads, 1, -1)

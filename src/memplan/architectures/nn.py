@@ -489,9 +489,11 @@ def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dim: in
     return q_embed, k_embed
 
 
-def position_ids(inputs_embeds: Tensor) -> Tensor:
-    """arange(S) + past, as [1, S]."""
+def position_ids(b: Build, inputs_embeds: Tensor) -> Tensor:
+    """arange(S) + past, as [1, S]; in generation [B, S], which generate() counts by the attention mask."""
     t = inputs_embeds.tape
+    if b.cache is not None:
+        return t.new(inputs_embeds.shape[:2], int64, "position_ids")
     ids = ops.arange(t, inputs_embeds.shape[1])
     ids = t.new(ids.shape, int64, "position_ids")
     return ids.unsqueeze(0)
