@@ -378,3 +378,12 @@ def test_what_no_gpu_will_ever_hold_does_not_fit(field: str, strategy: str) -> N
     found = api.estimate(TINY, {"seq_len": 64, field: 10**12}, ClusterSpec(gpu="T4", gpus=gpus), strategy)
     assert found.verdict == "does-not-fit"
     assert found.gpu.low <= found.gpu.high
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_predictions_of_very_many_batches_do_not_fit(strategy: str) -> None:
+    """What is kept of all batches is made anew with each: in sum more than the addresses of a replay."""
+    run = {"seq_len": 1024, "eval_batch_size": 64, "eval_accumulation_steps": 2**16}
+    found = api.estimate(TINY, run, "2xT4", strategy)
+    assert found.verdict == "does-not-fit"
+    assert found.gpu.low <= found.gpu.high

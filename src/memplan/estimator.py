@@ -101,7 +101,7 @@ def estimate(
     replayed = None
     if setup.rules.kind != "cpu":
         # No bound is known for other settings of the allocator.
-        exact = (replay or training.alloc_conf is not None) and _fullest(placed) < REPLAYABLE
+        exact = (replay or training.alloc_conf is not None) and _fullest(placed) + _piled_up(run, cluster) < REPLAYABLE
         limit = _limit(cluster, gpu, outside) if run.evaluation is not None else None
         if strategy.shards:
             if exact:
@@ -443,23 +443,33 @@ def _waiting(run: Run, tape: Tape) -> list[int]:
     return [size * others for size in _inputs(tape) if others]
 
 
+def _piled_up(run: Run, cluster: ClusterSpec) -> int:
+    """Bytes that evaluation allocates for predictions: a replay never gives out an address twice, and what is kept of
+    all batches is made anew with each.
+    """
+    if run.evaluation is None:
+        return 0
+    kept = run.evaluation.kept
+    return sum(nbytes for nbytes, _ in kept.predictions) * cluster.gpus * kept.steps * (kept.steps + 1) // 2
+
+
 @lru_cache(maxsize=64)
 def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) -> int:
     """What peak reserved cannot exceed, without running every layer."""
     run, micro = run_of(setup, gpu)
-    trainable = run.trainable
-    kept = [(size, count) for p, count in trainable for size in run.optimizer.state_bytes(p)]
-    kept += [(size, 1) for size in (*run.optimizer.shared_bytes(trainable), *run.workspaces)]
+    stepped = run.stepped
+    kept = [(size, count) for p, count in stepped for size in run.optimizer.state_bytes(p)]
+    kept += [(size, 1) for size in (*run.optimizer.shared_bytes(stepped), *run.workspaces)]
     if finds_gradients(setup):
-        kept += [(p.nbytes, count) for p, count in trainable]
+        kept += [(p.nbytes, count) for p, count in stepped]
     if run.grad_accum_steps > 1:
         kept += [(size, 1) for size in (*_inputs(micro.tape), *_waiting(run, micro.tape))]
-    kept += clip_grad_norm(trainable, run.rules)
+    kept += clip_grad_norm(stepped, run.rules)
     others = [(size, count, count) for size, count in kept]
     others += [(size, *counts) for size, counts in run.optimizer.temporaries.counts.items()]
     counts = micro.unrolled.size_counts()
     micro_batches = min(run.grad_accum_steps, 2)
-    held = _held(run, trainable, strategy)
+    held = _held(run, run.trainable, strategy)
     bound = reserved_bound(run.parameters, held, counts, micro_batches, others)
     if run.evaluation is not None:
         batch = evaluation_batch(setup, full_depth=False)
@@ -643,7 +653,7 @@ def _host_memory(setup: Setup, run: Run, micro: MicroBatch, cluster: ClusterSpec
     the driver does not find room for them on the GPU.
     """
     ranks = cluster.gpus_per_node
-    paged = sum(run.optimizer.paged_bytes(p) * count for p, count in run.trainable) * ranks
+    paged = sum(run.optimizer.paged_bytes(p) * count for p, count in run.stepped) * ranks
     parts: dict[str, Parts] = {phase: {"optimizer": paged} if paged and phase != "load" else {} for phase in phases}
     if setup.rules.kind != "cpu":
         parts["load"] |= {name: size * ranks for name, size in _loaded(setup, run, micro).items()}
@@ -695,7 +705,7 @@ def _loaded(setup: Setup, run: Run, micro: MicroBatch) -> Parts:
 def _saved(setup: Setup, run: Run) -> tuple[int, int]:
     """Bytes that the main process copies to the host to write the fullest file of the model, then the largest state."""
     model = run.trainable if setup.training.lora is not None else run.parameters
-    states = [nbytes for p, _ in run.trainable for nbytes in run.optimizer.state_bytes(p)]
+    states = [nbytes for p, _ in run.stepped for nbytes in run.optimizer.state_bytes(p)]
     whole = sum(p.nbytes * count for p, count in model)
     if whole > checkpoint.MAX_SHARD_SIZE:
         whole = checkpoint.largest_file(p.nbytes for p, count in model for _ in range(count))
@@ -753,7 +763,7 @@ def _of_checkpoint(model: ModelSpec) -> list[Assumption]:
 
 def _paged(run: Run) -> list[Assumption]:
     """What a paged optimizer leaves to the driver."""
-    paged = sum(run.optimizer.paged_bytes(p) * count for p, count in run.trainable)
+    paged = sum(run.optimizer.paged_bytes(p) * count for p, count in run.stepped)
     if not paged:
         return []
     source = (

@@ -126,14 +126,14 @@ def blocks(
         text = f"{COMPONENTS[tape.components[i]]}: {name} {' x '.join(map(str, shape)) or 1} {dtype.name}"
         found[tape.sizes[i], text] += 1
     of_tape = sum(tape.sizes[i] for i in alive if COMPONENTS[tape.components[i]] == "gradients")
-    for p, count in run.trainable:
+    for p, count in run.stepped:
         if parts.get("gradients", 0) > of_tape:
             found[rounded(p.nbytes), f"gradients: of {_shape(p)}"] += count
         if parts.get("optimizer"):
             for nbytes in run.optimizer.state_bytes(p):
                 found[nbytes, f"optimizer: state of {type(run.optimizer).__name__}"] += count
     if parts.get("optimizer"):
-        for nbytes in run.optimizer.shared_bytes(run.trainable):
+        for nbytes in run.optimizer.shared_bytes(run.stepped):
             found[nbytes, "optimizer: shared state"] += 1
     for nbytes in run.workspaces if parts.get("workspace") else ():
         found[rounded(nbytes), "workspace: cuBLAS"] += 1
@@ -306,14 +306,16 @@ def _states(run: Run, parts: Parts) -> list[Term]:
     rest = parts.get("weights", 0) - weights
     if rest:
         terms.append(_rounding(run.buffer_bytes, rest))
-    trainable = run.trainable
-    kept = sum(rounded(p.nbytes) * count for p, count in trainable)
+    stepped: Counter[int] = Counter()
+    for p, count in run.stepped:
+        stepped[p.dtype.itemsize] += p.numel * count
+    kept = sum(rounded(p.nbytes) * count for p, count in run.stepped)
     if parts.get("gradients") == kept:
         terms.append(
             Term(
                 name="gradients: of all trained weights",
                 formula="trained elements x bytes",
-                filled=" + ".join(f"{n:,} x {size}" for (_, size, trained), n in by_dtype.items() if trained),
+                filled=" + ".join(f"{n:,} x {size}" for size, n in stepped.items()),
                 bytes=kept,
                 source=SOURCES["gradients"],
             )

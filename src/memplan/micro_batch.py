@@ -283,6 +283,7 @@ def _run(
         tape.training = tape.grad_enabled = False
     with tape.tagged(INPUT):
         inputs = root.inputs(batch, length)
+        attention_mask = root.attention_mask(batch, length)
     tape.input_count = len(tape.sizes)
     loss, outputs = _forward(tape, root, inputs, setup)
     found = (outputs, *inputs[1:]) if isinstance(outputs, Tensor) else ()
@@ -292,7 +293,10 @@ def _run(
     if not evaluation:
         tape.mark("backward")
         tape.backward(loss)
+        for p, _ in inventory.parameters:
+            p.unused = isinstance(p.node, AccumulateGrad) and not p.node.reached
     tape.close()
+    del attention_mask  # it has waited here, as the batch does
     return MicroBatch(tape, root, inventory, tuple(tape.assumptions.values()), predictions)
 
 

@@ -9,7 +9,7 @@ import pytest
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from tests.adapters.tape_step import TapeStep, build, peak, step
 
-from memplan.adapters.lora import DEFAULT_TARGETS, apply_lora
+from memplan.adapters.lora import DEFAULT_TARGETS, FUSED_EXPERTS, apply_lora
 from memplan.architectures.nn import Build, Inventory, Model
 from memplan.architectures.registry import FAMILIES
 from memplan.errors import SpecError, UnsupportedError
@@ -46,6 +46,16 @@ T5: dict[str, Any] = {
     "num_layers": 2,
     "num_heads": 6,
     "decoder_start_token_id": 0,
+}
+XLM_ROBERTA: dict[str, Any] = {
+    "model_type": "xlm-roberta",
+    "architectures": ["XLMRobertaForMaskedLM"],
+    "vocab_size": 2003,
+    "hidden_size": 192,
+    "intermediate_size": 520,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "pad_token_id": 1,
 }
 VIT: dict[str, Any] = {
     "model_type": "vit",
@@ -84,6 +94,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("Conv1D, saved embedding", GPT2, {"targets": ("all-linear",), "modules_to_save": ("wte",)}, {}),
     ("T5 asks for a weight's dtype", T5, {"targets": ("all-linear",)}, {"dtype": "bfloat16"}),
     ("T5 asks for a saved weight's dtype", T5, {"targets": ("q",), "modules_to_save": ("wo",)}, {"dtype": "bfloat16"}),
+    (
+        "a saved head shares its bias with its decoder",
+        XLM_ROBERTA,
+        {"targets": ("query",), "modules_to_save": ("lm_head",)},
+        {"dtype": "bfloat16"},
+    ),
     (
         "patches are ViT's input embeddings, checkpointed",
         VIT,
@@ -160,6 +176,20 @@ def test_a_layer_that_is_named_by_its_index_is_adapted_alone() -> None:
 def test_default_targets_are_pefts_mapping() -> None:
     pefts = {family: tuple(names) for family, names in PEFT_TARGETS.items() if family in FAMILIES}
     assert {family: DEFAULT_TARGETS.get(family) for family in pefts} == pefts
+
+
+def test_names_of_fused_experts_are_pefts() -> None:
+    conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    pattern, mapping = conversion._MODEL_TO_CONVERSION_PATTERN, conversion._MOE_TARGET_MODULE_MAPPING
+    pefts = {family: tuple(mapping[pattern[family]]) for family in FAMILIES if pattern.get(family) in mapping}
+    assert {family: set(names) for family, names in FUSED_EXPERTS.items()} == {f: set(n) for f, n in pefts.items()}
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "gate_proj", "up_proj"), ("mlp.down_proj",), ("all-linear",)])
+def test_layers_named_like_fused_experts_are_refused(targets: tuple[str, ...]) -> None:
+    b, root = build(LLAMA, "float32")
+    with pytest.raises(UnsupportedError, match="experts' fused 3-D weights"):
+        apply_lora(b, root, LoraSpec(rank=4, targets=targets), "deepseek_v3")
 
 
 def test_a_family_without_default_needs_targets() -> None:

@@ -77,6 +77,8 @@ def test_a_tied_head_is_the_embedding(model_type: str, tied: bool) -> None:
         ("bloom", {"slow_but_exact": True, "pretraining_tp": 4}, UnsupportedError, "slow_but_exact"),
         ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4}, SpecError, "num_kv_heads: 4 does not divide"),
         ("falcon", {"new_decoder_architecture": True, "parallel_attn": False}, SpecError, "parallel_attn"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, SpecError, "num_ln_in_parallel_attn"),
+        ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 3}, SpecError, "num_ln_in_parallel"),
         ("phi", {"num_key_value_heads": 4}, SpecError, "not divisible by num_key_value_heads 4"),
     ],
 )

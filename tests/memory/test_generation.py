@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tests.oracles.families import CONFIGS
-from tests.oracles.generation import kept_by_generate, trace_generation
+from tests.oracles.generation import kept_by_generate, peak_of_generate, trace_generation
 
 from memplan.architectures.cache import DynamicCache
 from memplan.architectures.nn import Build
@@ -76,6 +76,17 @@ def test_prefill_and_last_step_are_the_real_models(config: dict[str, Any], optio
     prefill, decode = peaks(run(config, **options))
     assert prefill == pytest.approx(traced.prefill, abs=SMALL_TENSORS)
     assert decode == pytest.approx(traced.decode, abs=SMALL_TENSORS)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neox", "gptj", "smollm3"])
+def test_the_real_generate_needs_as_much(family: str) -> None:
+    """With several prompts: positions have a row for each, and a step's scores wait for the next one's."""
+    config = CONFIGS[family]["small"] | {"vocab_size": 5003, "pad_token_id": 0}
+    options: dict[str, Any] = {"dtype": "float32", "attn": "eager", "micro_batch_size": 3, "new_tokens": 6}
+    for seq_len in (5, 150):
+        real = peak_of_generate(config, **options, seq_len=seq_len)
+        positions = 4 * 3 * (seq_len + options["new_tokens"]) * 8  # of tokens, masks and positions that it keeps
+        assert 0 <= real - max(peaks(run(config, **options, seq_len=seq_len))) <= SMALL_TENSORS + positions
 
 
 def test_the_cache_is_two_tensors_of_every_layer() -> None:

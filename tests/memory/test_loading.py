@@ -54,9 +54,8 @@ def test_every_familys_footprint_is_transformers(family: str, dtype: str) -> Non
         if bias is not None:  # from_pretrained keeps it so (_keep_in_fp32_modules_strict)
             module.e_score_correction_bias = bias.float()
     assert footprint(held) == model.get_memory_footprint()
-    if family != "xlm-roberta":  # whose head is registered first, and names the weight it shares
-        real = [name for name, _ in model.named_parameters()] + [name for name, _ in model.named_buffers()]
-        assert sorted(each.name for each in held) == sorted(real)
+    real = [name for name, _ in model.named_parameters()] + [name for name, _ in model.named_buffers()]
+    assert sorted(each.name for each in held) == sorted(real)
 
 
 def test_layers_that_stand_for_others_are_named_as_all() -> None:

@@ -96,6 +96,7 @@ def test_parse_asks_the_resolver() -> None:
     [
         ({"gpus": 3, "nodes": 2}, r"^gpus: 3 cannot be shared evenly by 2 nodes\. Use a multiple of 2, such as 4\.$"),
         ({"gpus": 1, "nodes": 2}, r"such as 2\.$"),
+        ({"gpus": 2**18 + 1}, r"^gpus: 262145 is more than one data-parallel run has\. Use at most 262144\.$"),
         ({"gpu_memory": 24}, r"^gpu_memory: 24 is a size in bytes, and below 1 MiB\. Write a unit, as in '24GiB'\.$"),
         ({"gpu_memory": "24"}, r"^gpu_memory: '24' has no unit"),
         ({"host_memory": float("nan")}, r"^host_memory: nan is not a size"),

@@ -106,3 +106,5 @@ def test_every_method_of_peft_is_modelled_or_refused_by_name() -> None:
 def test_predictions_are_kept_in_evaluation_only() -> None:
     with pytest.raises(SpecError, match="eval_accumulation_steps: 4 has no evaluation"):
         TrainingSpec(eval_accumulation_steps=4)
+    with pytest.raises(SpecError, match="eval_accumulation_steps: 65537 is more batches than any memory holds"):
+        TrainingSpec(eval_batch_size=1, eval_accumulation_steps=65537)

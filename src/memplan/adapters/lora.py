@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from memplan.adapters.quantization import Linear4bit, Linear8bitLt
-from memplan.architectures.moe import Experts
 from memplan.architectures.nn import Build, Conv1D, Layers, Linear, Model, Module, ModuleList, looked_at
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
 from memplan.specs.training import LoraSpec
@@ -53,6 +52,17 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     "qwen3": ("q_proj", "v_proj"),
 }
 """TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING of peft 0.21.2, for the families memplan has."""
+
+
+FUSED_EXPERTS: dict[str, tuple[str, ...]] = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    **dict.fromkeys(
+        ("qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"), ("gate", "gate_proj", "up_proj", "down_proj")
+    ),
+}
+"""Names that stand for the routers' weights and the experts' fused ones, whatever else has them, in the model types
+that lost these layers with transformers 5: _MOE_TARGET_MODULE_MAPPING in peft/utils/transformers_weight_conversion.py.
+"""
 
 
 class LoraLinear(Module):
@@ -176,8 +186,9 @@ def apply_lora(b: Build, root: Module, lora: LoraSpec, model_type: str) -> None:
 
 
 def _targets(root: Module, lora: LoraSpec, model_type: str) -> Sequence[str]:
+    fused = FUSED_EXPERTS.get(model_type, ())
     if [target.lower() for target in lora.targets] == [ALL_LINEAR]:
-        if any(isinstance(module, Experts) for _, module in root.named_modules()):
+        if fused:
             raise UnsupportedError(
                 f"lora_targets: {ALL_LINEAR!r} also adapts the experts' fused 3-D weights in PEFT, which is not "
                 "modelled. Name linear layers, as in q_proj,v_proj."
@@ -194,6 +205,10 @@ def _targets(root: Module, lora: LoraSpec, model_type: str) -> Sequence[str]:
             f"lora_targets: PEFT has no default for model_type {model_type!r}. Name the modules, as in q_proj,v_proj, "
             f"or use {ALL_LINEAR}."
         )
+    for target in targets:
+        if target.rpartition(".")[2] in fused:
+            problem = f"stands in PEFT for the experts' fused 3-D weights of {model_type}, which is not modelled"
+            raise UnsupportedError.at("lora_targets", target, problem, "Name other layers, as in q_proj,v_proj.")
     return targets
 
 
@@ -246,14 +261,19 @@ def _save_modules(b: Build, root: Module, names: Sequence[str]) -> None:
         parent.replace_child(child, ModulesToSave(b, module))
 
 
-def _trainable_copy(b: Build, module: Module) -> Module:
-    """copy.deepcopy(module).requires_grad_(True): new parameters of the same dtypes, untied from what they shared."""
-    made = copy.copy(module)
+def _trainable_copy(b: Build, module: Module, copied: dict[int, Parameter] | None = None) -> Module:
+    """copy.deepcopy(module).requires_grad_(True): new parameters of the same dtypes, untied from what they shared.
+
+    What two places inside of the module share, as a head for masked tokens does its bias, its copy shares too.
+    """
+    made, copied = copy.copy(module), {} if copied is None else copied
     for name, value in module.__dict__.items():
         if isinstance(value, Parameter):
-            setattr(made, name, b.tape.parameter("", value.shape, value.dtype))
+            if id(value) not in copied:
+                copied[id(value)] = b.tape.parameter("", value.shape, value.dtype)
+            setattr(made, name, copied[id(value)])
         elif isinstance(value, Buffer):
             setattr(made, name, b.tape.buffer(value.shape, value.dtype, value.registered))
         elif isinstance(value, Module):
-            setattr(made, name, _trainable_copy(b, value))
+            setattr(made, name, _trainable_copy(b, value, copied))
     return made

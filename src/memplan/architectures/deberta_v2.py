@@ -305,8 +305,8 @@ class DebertaV2Model(Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         t = input_ids.tape
-        # Without padding the model makes a mask of its own, of ones in float32.
-        attention_mask = t.new(input_ids.shape, int64 if self.b.padded else float32, "attention_mask")
+        # Without padding the model makes a mask of its own, of ones in float32; the batch's looks like its tokens.
+        attention_mask = input_ids if self.b.padded else t.new(input_ids.shape, float32, "attention_mask")
         token_type_ids = t.new(input_ids.shape, int64, "token_type_ids")
         embedding_output = self.embeddings(input_ids, token_type_ids, attention_mask)
         encoded_layers = self.encoder(embedding_output, attention_mask)

@@ -64,6 +64,12 @@ class FalconConfig:
         if self.new_decoder_architecture and not self.parallel_attn:
             problem = "does not work with new_decoder_architecture in transformers"
             raise fields.wrong("parallel_attn", False, problem, "Set it to true.")
+        # FalconDecoderLayer makes layer norms by this alone, and runs them by new_decoder_architecture too.
+        works = (1, 2) if self.new_decoder_architecture or not self.parallel_attn else (1,)
+        if layer_norms not in works:
+            kind = "with" if self.new_decoder_architecture else "without"
+            problem = f"does not work {kind} new_decoder_architecture in transformers"
+            raise fields.wrong("num_ln_in_parallel_attn", layer_norms, problem, "Use 1, or leave it out.")
 
 
 class FalconLinear(Linear):
@@ -178,13 +184,13 @@ class FalconDecoderLayer(CheckpointLayer):
         self.c = c
         self.self_attention = FalconAttention(b, c)
         self.mlp = FalconMLP(b, c)
+        if not c.parallel_attn:
+            self.post_attention_layernorm = LayerNorm(b, c.hidden_size)
         if c.two_layer_norms:
             self.ln_attn = LayerNorm(b, c.hidden_size)
             self.ln_mlp = LayerNorm(b, c.hidden_size)
         else:
             self.input_layernorm = LayerNorm(b, c.hidden_size)
-        if not c.parallel_attn:
-            self.post_attention_layernorm = LayerNorm(b, c.hidden_size)
 
     def forward(
         self, hidden_states: Tensor, alibi: Tensor | None, mask: Tensor | None, positions: tuple[Tensor, Tensor]
@@ -224,8 +230,8 @@ class FalconModel(Module):
         t = self.b.tape
         batch, length, _ = inputs_embeds.shape
         length = self.b.kv_length(length)
-        mask = t.new((batch, length), int64, "attention_mask")
-        arange_tensor = t.new(mask.shape, int64, "arange_tensor")
+        mask = None if self.b.padded else t.new((batch, length), int64, "attention_mask")  # or else the batch's
+        arange_tensor = t.new((batch, length), int64, "arange_tensor")
         del mask
         alibi = t.new((batch * self.c.num_attention_heads, 1, length), bfloat16, "alibi")
         del arange_tensor
@@ -248,7 +254,7 @@ class FalconModel(Module):
         alibi: Tensor | None = None
         if self.c.alibi:
             alibi = self.build_alibi_tensor(inputs_embeds)
-        ids = position_ids(inputs_embeds)
+        ids = position_ids(self.b, inputs_embeds)
         mask = causal_mask(self.b, inputs_embeds, allow_is_causal_skip=False)
         if alibi is not None and mask is not None:
             alibi = alibi.reshape(batch, self.c.num_attention_heads, 1, -1)

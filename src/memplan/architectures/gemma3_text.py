@@ -66,7 +66,7 @@ class Gemma3TextModel(GemmaModel):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         inputs_embeds = self.embed_tokens(input_ids)
-        ids = position_ids(inputs_embeds)
+        ids = position_ids(self.b, inputs_embeds)
         masks = self.masks(inputs_embeds)
         hidden_states = inputs_embeds
         positions = {kind: self.rotary_emb(hidden_states, ids) for kind in sorted(set(self.c.layer_types))}

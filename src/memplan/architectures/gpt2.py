@@ -161,7 +161,7 @@ class GPT2Model(Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         check_position_table(input_ids, self.max_position_embeddings, self.b.past_length)
         inputs_embeds = self.wte(input_ids)
-        ids = position_ids(inputs_embeds)
+        ids = position_ids(self.b, inputs_embeds)
         position_embeds = self.wpe(ids)
         hidden_states = inputs_embeds + position_embeds
         mask = causal_mask(self.b, inputs_embeds)

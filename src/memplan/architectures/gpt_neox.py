@@ -138,7 +138,7 @@ class GPTNeoXModel(Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         inputs_embeds = self.embed_in(input_ids)
-        ids = position_ids(inputs_embeds)
+        ids = position_ids(self.b, inputs_embeds)
         mask = causal_mask(self.b, inputs_embeds)
         hidden_states = self.emb_dropout(inputs_embeds)
         positions = self.rotary_emb(hidden_states, ids)

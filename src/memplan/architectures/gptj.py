@@ -109,7 +109,7 @@ class GPTJAttention(Module):
         key = key.view(batch, length, -1, self.c.head_dim)
         value = value.view(batch, length, -1, self.c.head_dim).permute(0, 2, 1, 3)
         rotary_dim, passed = self.c.rotary_dim, self.c.head_dim - self.c.rotary_dim
-        embed_positions = t.new((1, *self.embed_positions.shape), float32, "embed_positions")
+        embed_positions = t.new((ids.shape[0], *self.embed_positions.shape), float32, "embed_positions")
         repeated_position_ids = t.new((*ids.shape, rotary_dim), int64, "repeated_position_ids")
         sincos = t.new(repeated_position_ids.shape, embed_positions.dtype, "gather").to(key.dtype)
         sin, cos = sincos.split(rotary_dim // 2)
@@ -175,7 +175,7 @@ class GPTJModel(Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         check_position_table(input_ids, self.max_position_embeddings, self.b.past_length)
         inputs_embeds = self.wte(input_ids)
-        ids = position_ids(inputs_embeds)
+        ids = position_ids(self.b, inputs_embeds)
         mask = causal_mask(self.b, inputs_embeds)
         hidden_states = inputs_embeds
         hidden_states = self.drop(hidden_states)

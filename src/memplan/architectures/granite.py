@@ -30,7 +30,7 @@ class GraniteModel(LlamaModel):
     def forward(self, input_ids: Tensor) -> Tensor:
         inputs_embeds = self.embed_tokens(input_ids)
         inputs_embeds = inputs_embeds * 12.0
-        ids = position_ids(inputs_embeds)
+        ids = position_ids(self.b, inputs_embeds)
         masks = self.masks(inputs_embeds)
         hidden_states = inputs_embeds
         positions = self.rotary_emb(hidden_states, ids)

@@ -224,7 +224,7 @@ class LlamaModel(Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         inputs_embeds = self.embed_tokens(input_ids)
-        ids = position_ids(inputs_embeds)
+        ids = position_ids(self.b, inputs_embeds)
         masks = self.masks(inputs_embeds)
         hidden_states = inputs_embeds
         positions = self.rotary_emb(hidden_states, ids)

@@ -489,9 +489,11 @@ def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dim: in
     return q_embed, k_embed
 
 
-def position_ids(inputs_embeds: Tensor) -> Tensor:
-    """arange(S) + past, as [1, S]."""
+def position_ids(b: Build, inputs_embeds: Tensor) -> Tensor:
+    """arange(S) + past, as [1, S]; in generation [B, S], which generate() counts by the attention mask."""
     t = inputs_embeds.tape
+    if b.cache is not None:
+        return t.new(inputs_embeds.shape[:2], int64, "position_ids")
     ids = ops.arange(t, inputs_embeds.shape[1])
     ids = t.new(ids.shape, int64, "position_ids")
     return ids.unsqueeze(0)
@@ -643,6 +645,10 @@ class Model(Module):
         """What the data collator puts on the device: input_ids and labels, int64 [B, S]."""
         t = self.b.tape
         return t.new((batch, length), int64, "input_ids"), t.new((batch, length), int64, "labels")
+
+    def attention_mask(self, batch: int, length: int) -> Tensor | None:
+        """What the collator adds to a padded batch: which tokens count, int64 [B, S]. It stays as long as the batch."""
+        return self.b.tape.new((batch, length), int64, "attention_mask") if self.b.padded else None
 
     def output_embeddings(self) -> Module | None:
         """transformers' get_output_embeddings(): the projection to the vocabulary, if there is one."""

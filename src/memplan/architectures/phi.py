@@ -123,7 +123,7 @@ class PhiModel(Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         inputs_embeds = self.embed_tokens(input_ids)
-        ids = position_ids(inputs_embeds)
+        ids = position_ids(self.b, inputs_embeds)
         mask = causal_mask(self.b, inputs_embeds)
         inputs_embeds = self.embed_dropout(inputs_embeds)
         hidden_states = inputs_embeds

@@ -26,7 +26,9 @@ from memplan.tape.tensor import Tensor, bool_, int32, int64
 class RobertaConfig(BertConfig):
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)
-        if fields.str("model_type", "roberta") == "roberta":  # xlm-roberta's default is BERT's
+        self.head_first = fields.str("model_type", "roberta") == "xlm-roberta"
+        """XLMRobertaFor... makes its head before its encoder, and so the parameters stand in this order."""
+        if not self.head_first:  # xlm-roberta's default is BERT's
             self.vocab_size = fields.int("vocab_size", 50265)
         self.pad_token_id = fields.int("pad_token_id", 1, minimum=0)
 
@@ -86,6 +88,8 @@ class RobertaForMaskedLM(Model):
         self.b = b
         self.roberta = RobertaModel(b, c, add_pooling_layer=False)
         self.lm_head = RobertaLMHead(b, c, self.roberta.embeddings.word_embeddings)
+        if c.head_first:
+            self.roberta = self.__dict__.pop("roberta")
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         sequence_output, _ = self.roberta(input_ids)
@@ -114,6 +118,8 @@ class RobertaForSequenceClassification(Classifier):
         self.b = b
         self.roberta = RobertaModel(b, c, add_pooling_layer=False)
         self.classifier = RobertaClassificationHead(b, c)
+        if c.head_first:
+            self.roberta = self.__dict__.pop("roberta")
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         sequence_output, _ = self.roberta(input_ids)

@@ -88,7 +88,7 @@ class Starcoder2Model(LlamaModel):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         inputs_embeds = self.embed_tokens(input_ids)
-        ids = position_ids(inputs_embeds)
+        ids = position_ids(self.b, inputs_embeds)
         masks = self.masks(inputs_embeds)
         hidden_states = inputs_embeds
         hidden_states = ops.dropout(hidden_states, self.c.embedding_dropout)

@@ -205,6 +205,9 @@ class ViTForImageClassification(Model):
         t = self.b.tape
         return t.new((batch, *self.shape), float32, "pixel_values"), t.new((batch,), int64, "labels")
 
+    def attention_mask(self, batch: int, length: int) -> None:
+        """Images are not padded."""
+
     def forward(self, pixel_values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         sequence_output, _ = self.vit(pixel_values)
         with self.b.tape.tagged(LOGITS):

@@ -56,8 +56,13 @@ class Run:
 
     @cached_property
     def trainable(self) -> list[tuple[Parameter, int]]:
-        """The parameters that get a gradient."""
+        """The parameters that require a gradient."""
         return [(p, count) for p, count in self.parameters if p.node is not None]
+
+    @cached_property
+    def stepped(self) -> list[tuple[Parameter, int]]:
+        """Those of them that get one, and so are clipped and have optimizer states."""
+        return [(p, count) for p, count in self.trainable if not p.unused]
 
     @property
     def inputs(self) -> int:
@@ -90,11 +95,11 @@ def states(run: Run) -> States:
     ViT's class token at micro-batch 1 has a view of all positions' gradient.
     """
     weights = sum(rounded(p.nbytes) * count for p, count in run.parameters) + run.buffer_bytes
-    trainable = run.trainable
-    gradients = sum(rounded(p.nbytes) * count for p, count in trainable)
-    optimizer = sum(sum(run.optimizer.state_bytes(p)) * count for p, count in trainable)
-    optimizer += sum(run.optimizer.shared_bytes(trainable))
-    clipping = sum(size * count for size, count in clip_grad_norm(trainable, run.rules))
+    stepped = run.stepped
+    gradients = sum(rounded(p.nbytes) * count for p, count in stepped)
+    optimizer = sum(sum(run.optimizer.state_bytes(p)) * count for p, count in stepped)
+    optimizer += sum(run.optimizer.shared_bytes(stepped))
+    clipping = sum(size * count for size, count in clip_grad_norm(stepped, run.rules))
     return States(weights, gradients, optimizer, max(clipping, run.optimizer.temporaries.peak))
 
 

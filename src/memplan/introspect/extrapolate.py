@@ -485,6 +485,8 @@ class _Tracing:
         trace._to_fake(model, self.fake_mode)
         self.loose = list(trace._loose_tensors(model))
         """Tensors that modules hold as plain attributes before anything has run; a forward may leave more there."""
+        self.reached: set[str] = set()
+        """Kinds of parameters that have had a gradient; none where an engine takes them."""
         self.mixed_precision = "no" if setup.autocast is None else setup.precision.mixed_precision
         self.forward = trace._prepared_forward(model, self.mixed_precision)
 
@@ -551,6 +553,8 @@ class _Tracing:
         step.after_backward = recorder.step if self.setup.engine in ("zero12", "zero3") else None
         loss = step._training_step(step.inputs[0])
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        found = self.model.named_parameters(remove_duplicate=False)
+        self.reached.update(_kind(name) for name, p in found if p.grad is not None)
         recording = recorder.finish(gradients, depths)
         del loss  # it outlives the micro-batch, in the Trainer's running loss
         return recording
@@ -740,6 +744,7 @@ def _mirror(tracing: _Tracing, stacks: Sequence[_Stack]) -> tuple[Module, dict[s
     def parameter(tensor: Any, name: str) -> Parameter:
         if id(tensor) not in parameters:
             made = tape.parameter(name, tuple(tensor.shape), _dtype(tensor), tensor.requires_grad)
+            made.unused = bool(tracing.reached) and tensor.requires_grad and _kind(name) not in tracing.reached
             parameters[id(tensor)] = made
         subjects[name] = id(parameters[id(tensor)])
         return parameters[id(tensor)]
@@ -769,6 +774,11 @@ def _mirror(tracing: _Tracing, stacks: Sequence[_Stack]) -> tuple[Module, dict[s
         return made
 
     return visit(tracing.model, ""), subjects
+
+
+def _kind(name: str) -> str:
+    """A parameter's name but for the number of its layer: of deeper layers than were traced only these tell."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _dtype(tensor: Any) -> DType:

@@ -75,7 +75,9 @@ def generate(b: Build, root: Model, batch: int, prompt: int, new_tokens: int) ->
     tape.training = tape.grad_enabled = False
     with tape.tagged(INPUT):
         input_ids = tape.new((batch, prompt), int64, "input_ids")
-    prefill = _call(b, root, input_ids, layers)
+    scores: list[Tensor] = []
+    prefill = _call(b, root, input_ids, layers, scores)
+    vocabulary = scores.pop().shape
     if len(cache.layers) != layers:
         raise UnsupportedError("task: generation is not modelled for this architecture: it keeps no key-value cache.")
     kv_cache = cache.nbytes(prompt + new_tokens - 1)
@@ -87,7 +89,9 @@ def generate(b: Build, root: Model, batch: int, prompt: int, new_tokens: int) ->
         with tape.tagged(INPUT):
             input_ids = tape.new((batch, prompt + new_tokens - 1), int64, "input_ids")
             next_token = tape.new((batch, 1), int64, "next_token")
-        decode = _call(b, root, next_token, layers)
+        scores.append(tape.new(vocabulary, float32, "next_token_logits"))  # of the step before
+        decode = _call(b, root, next_token, layers, scores)
+        scores.clear()
     return Generation(tape, prefill, decode, kv_cache, growth, cache.tuples)
 
 
@@ -106,8 +110,10 @@ def windows(root: Module) -> list[int | None]:
     return [None if config.windows[kind] == 1 else config.windows[kind] for kind in config.layer_types]
 
 
-def _call(b: Build, root: Model, input_ids: Tensor, layers: int) -> Call:
-    """One forward pass, and the sampling after it."""
+def _call(b: Build, root: Model, input_ids: Tensor, layers: int, scores: list[Tensor]) -> Call:
+    """One forward pass, and the sampling after it. ``scores`` are those of the step before, a local of the loop that
+    lives until this step's are there.
+    """
     tape, cache = b.tape, b.cache
     assert cache is not None
     freed = {~event for event in tape.log if event < 0}
@@ -117,8 +123,8 @@ def _call(b: Build, root: Model, input_ids: Tensor, layers: int) -> Call:
     cached = {x.storage.id for pair in cache.layers for x in pair}
     begun, first_mark = len(tape.log), len(tape.marks)
     _, logits = root(input_ids, None)
-    next_token_logits = tape.new((logits.shape[0], logits.shape[-1]), float32, "next_token_logits")
-    del logits, next_token_logits
+    scores[:] = [tape.new((logits.shape[0], logits.shape[-1]), float32, "next_token_logits")]
+    del logits
     cache.step(input_ids.shape[1])
     cached |= {x.storage.id for pair in cache.layers for x in pair}
     marks = [mark for mark in tape.marks[first_mark:] if mark.name == "layer"]

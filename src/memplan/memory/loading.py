@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from memplan.adapters.quantization import Linear4bit, Linear8bitLt, is_packed
-from memplan.architectures.nn import Layers, Module
+from memplan.architectures.nn import Embedding, Layers, Module
 from memplan.memory import device_map as placement
 from memplan.memory.allocator import CachingAllocator
 from memplan.memory.device_map import Device, Place
@@ -84,7 +84,8 @@ def blocks(held: Sequence[Held]) -> int:
 
 def placed_model(root: Module) -> placement.Model:
     """The model as ``device_map`` sees it."""
-    return placement.Model(_place(root, set()), tied_names(root))
+    embeddings = {id(module.weight) for _, module in root.named_modules() if isinstance(module, Embedding)}
+    return placement.Model(_place(root, set(), embeddings), tied_names(root))
 
 
 def tied_names(root: Module) -> list[list[str]]:
@@ -96,17 +97,19 @@ def tied_names(root: Module) -> list[list[str]]:
     return [sorted(group) for group in names.values() if len(group) > 1]
 
 
-def _place(module: Module, seen: set[int], repeated: bool = False) -> Place:
+def _place(module: Module, seen: set[int], embeddings: set[int], repeated: bool = False) -> Place:
+    """``seen`` are parameters placed before; a head that shares its weight with one of ``embeddings`` has none."""
     place = Place(whole=module.no_split)
+    others = seen if isinstance(module, Embedding) else seen | embeddings
     for name, value in module.__dict__.items():
-        if isinstance(value, Parameter) and (repeated or id(value) not in seen):
+        if isinstance(value, Parameter) and (repeated or id(value) not in others):
             seen.add(id(value))
             place.parameters[name] = value.nbytes
         elif isinstance(value, Buffer) and value.registered:
             place.buffers[name] = value.nbytes
     for name, child, again in children(module):
         if _has_tensors(child):
-            place.children[name] = _place(child, seen, repeated or again)
+            place.children[name] = _place(child, seen, embeddings, repeated or again)
     return place
 
 

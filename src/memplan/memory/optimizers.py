@@ -91,7 +91,8 @@ def groups_of(root: Module) -> Groups:
         for name, p in module.parameters():
             if p.node is not None and id(p) not in seen:
                 seen.add(id(p))
-                found.append((p, OUTSIDE))
+                if not p.unused:
+                    found.append((p, OUTSIDE))
                 if isinstance(module, LayerNorm) or _NO_DECAY.search(f"{path}{name}".lower()):
                     groups.undecayed.add(id(p))
         parts = {name: visit(child, f"{path}{name}.") for name, child in module.children()}

@@ -203,7 +203,7 @@ def replay_steps(
     """
     replay = _Replay(conf or AllocatorSpec())
     replay.allocate("load", [*(p.nbytes for p in parameters), *held])
-    trainable = [p for p in parameters if p.node is not None]
+    trainable = [p for p in parameters if p.node is not None and not p.unused]
     if optimizer.made_at_construction:
         replay.allocate("load", [nbytes for p in trainable for nbytes in optimizer.state_bytes(p)])
     replay.allocate("first_step", workspaces)

@@ -100,13 +100,17 @@ def _gpu(value: object) -> object:
     raise SpecError.at("", value, "is not a GPU", "Name one, as in A100-80GB, give a GPUSpec, or leave it out.")
 
 
+LARGEST_CLUSTER = 2**18
+"""Ranks beyond those of any cluster that is known: engines are played over every rank's partition."""
+
+
 class ClusterSpec(Spec):
     """GPUs of one model on equal nodes. Raises SpecError for a wrong field, or GPUs that nodes cannot share evenly."""
 
     gpu: Annotated[GPUSpec | str | None, BeforeValidator(_gpu)] = None
     """A catalog name, a full spec, or None for the local GPU (capacity unknown if there is none)."""
     gpus: PositiveInt = 1
-    """Data-parallel ranks in total, over all nodes."""
+    """Data-parallel ranks in total, over all nodes; at most :data:`LARGEST_CLUSTER`."""
     nodes: PositiveInt = 1
     """Machines; divides ``gpus``."""
     gpu_memory: MemorySize | None = None
@@ -120,6 +124,9 @@ class ClusterSpec(Spec):
 
     @model_validator(mode="after")
     def _equal_nodes(self) -> ClusterSpec:
+        if self.gpus > LARGEST_CLUSTER:
+            problem = "is more than one data-parallel run has"
+            raise SpecError.at("gpus", self.gpus, problem, f"Use at most {LARGEST_CLUSTER}.")
         if self.gpus % self.nodes:
             remedy = f"Use a multiple of {self.nodes}, such as {self.nodes * (self.gpus // self.nodes + 1)}."
             raise SpecError.at("gpus", self.gpus, f"cannot be shared evenly by {self.nodes} nodes", remedy)

@@ -303,6 +303,9 @@ class TrainingSpec(Spec):
         if self.eval_accumulation_steps is not None and self.eval_batch_size is None:
             problem, remedy = "has no evaluation to accumulate over", "Give --eval-batch-size too."
             raise SpecError.at("eval_accumulation_steps", self.eval_accumulation_steps, problem, remedy)
+        if (self.eval_accumulation_steps or 0) > MOST_ACCUMULATED:
+            problem, remedy = "is more batches than any memory holds", f"Use at most {MOST_ACCUMULATED}."
+            raise SpecError.at("eval_accumulation_steps", self.eval_accumulation_steps, problem, remedy)
         if self.peft_type == "lora" and self.lora is None:
             raise SpecError.at("peft_type", self.peft_type, "needs a rank", "Give --lora-rank.")
         if self.device_map is not None and self.task == "train":
@@ -325,6 +328,8 @@ class TrainingSpec(Spec):
                 raise SpecError.at(name, value, f"has no use in task {self.task}", remedy)
 
 
+MOST_ACCUMULATED = 2**16
+"""Batches of logits that are looked at one by one: each makes what is kept of all before it anew."""
 STEPS_ONLY = (
     "grad_accum_steps", "optim", "gradient_checkpointing", "liger", "eval_batch_size", "eval_accumulation_steps",
 )  # fmt: skip

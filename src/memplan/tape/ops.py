@@ -198,9 +198,10 @@ def chunk(x: Tensor, chunks: int, dim: int = -1) -> list[Tensor]:
     return split(x, -(-x.shape[dim] // chunks), dim)
 
 
-def _split_backward(t: Tape, node: Node, grads: list[Tensor | None], saved: Any) -> Grads:
+def _split_backward(t: Tape, node: Node, grads: Any, saved: Any) -> Grads:
     shape, shapes, dtype = node.ctx
-    zeros = [t.new(shapes[i], dtype, "zeros") for i, g in enumerate(grads) if g is None]
+    parts = grads if len(shapes) > 1 else [grads]  # a node of one output is given its gradient alone
+    zeros = [t.new(shapes[i], dtype, "zeros") for i, g in enumerate(parts) if g is None]
     out = t.new(shape, dtype, "cat")
     del zeros
     return (out,)

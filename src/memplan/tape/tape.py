@@ -106,7 +106,7 @@ class Node:
 class AccumulateGrad:
     """The sink of a leaf's gradient: ``grad`` once it has one."""
 
-    __slots__ = ("accumulated", "grad", "grads", "is_weight", "leaf", "pending", "shape", "strides")
+    __slots__ = ("accumulated", "grad", "grads", "is_weight", "leaf", "pending", "reached", "shape", "strides")
 
     def __init__(self, leaf: Tensor) -> None:
         self.leaf = id(leaf)
@@ -118,6 +118,8 @@ class AccumulateGrad:
         self.accumulated = False
         """A gradient of an earlier micro-batch is there already."""
         self.pending = 0
+        self.reached = False
+        """A backward has brought a gradient."""
 
 
 class _Frame:
@@ -262,6 +264,7 @@ class Tape:
         p.name = name
         p.elements = p.numel
         p.loaded = None
+        p.unused = False
         if requires_grad:
             p.node = AccumulateGrad(p)
         return p
@@ -666,6 +669,7 @@ class Tape:
         buffer: Any = sink.grads
         sink.grads = None
         sink.pending = 0
+        sink.reached = True
         if sink.accumulated:
             self._hand_over(sink, -1)
             return  # added in place to the gradient that is there

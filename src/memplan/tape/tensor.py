@@ -266,13 +266,15 @@ class Tensor:
 class Parameter(Tensor):
     """A leaf weight, made by ``Tape.parameter``; ``name`` is its name in the state dict."""
 
-    __slots__ = ("elements", "loaded", "name")
+    __slots__ = ("elements", "loaded", "name", "unused")
 
     name: str
     elements: int
     """How many numbers it stands for: more than it has elements where several are packed into one."""
     loaded: DType | None
     """In which it was loaded and prepared, if an engine casts it; None: not told."""
+    unused: bool
+    """It is to be trained, but a backward has not reached it: it has no gradient, and optimizers pass it by."""
 
 
 class Buffer(Tensor):

@@ -175,7 +175,7 @@ def _stepped_bytes(setup: Setup, gpu: GPUSpec, strategy: Strategy) -> float:
     run, _ = run_of(setup, gpu)
     masters = strategy.is_deepspeed or (strategy.kind == "fsdp" and setup.autocast is not None)
     found = 0.0
-    for p, count in run.trainable:
+    for p, count in run.stepped:
         itemsize = 4 if masters else p.nbytes / p.numel  # the optimizer's own copy is in float32
         own = itemsize * p.numel
         if isinstance(run.optimizer, AdamW):
