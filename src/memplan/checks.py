@@ -26,7 +26,7 @@ from memplan.case import (
     software_spec,
     training_spec,
 )
-from memplan.catalog.detect import detect_cluster, host_memory
+from memplan.catalog.detect import detect_cluster, free_disk_of, host_memory
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
 from memplan.results import (
@@ -84,8 +84,13 @@ def _checked(
     cluster: ClusterLike,
     software: SoftwareLike,
     lengths: Lengths | None = None,
+    *,
+    here: bool = False,
 ) -> tuple[Case, Setup | None, Check]:
-    """What is checked, the setup that files come to, and what is found; no setup if none can be estimated."""
+    """What is checked, the setup that files come to, and what is found; no setup if none can be estimated.
+
+    ``here`` is whether it will run on this machine, whose disk it offloads to.
+    """
     from memplan import findings
     from memplan.configs import run as runs
     from memplan.configs.setup import EngineConfig, with_cluster
@@ -105,6 +110,8 @@ def _checked(
     keys = run.engine.keys if run.engine is not None else {}
     fixing = EngineConfig(run.source, {}, cluster=fixed, refused=refused, keys=keys)
     hardware, notes = with_cluster(fixing, hardware)
+    if here and hardware.nvme is None and hardware.nvme_path is not None:
+        hardware = hardware.replace(nvme=free_disk_of(hardware.nvme_path))
     case = case_of(model, hardware, software)
     found = list(run.findings)
     if not case.software.at_least("transformers", "5"):
@@ -307,7 +314,8 @@ def examine(
     if lengths is not None:  # of the texts is known how long they are
         run = replace(run, assumed={name: value for name, value in run.assumed.items() if name != "seq_len"})
     hardware, beside = _here(cluster, run)
-    case, setup, check = _of_objects(run, training, hardware, software, lengths)
+    here = cluster.gpu is None and cluster.gpu_memory is None
+    case, setup, check = _of_objects(run, training, hardware, software, lengths, here=here)
     if run.unread is not None:
         beside.append(_not_read(run.unread))
     if run.module is not None and run.model is not run.module and check.estimate is not None:
@@ -315,7 +323,7 @@ def examine(
         if (model.parameters, model.trainable_parameters) != (weights, trained):
             try:
                 files = as_files(live.as_module(run), training)
-                case, setup, check = _checked(*files, hardware, software, lengths)
+                case, setup, check = _checked(*files, hardware, software, lengths, here=here)
             except MemplanError as error:
                 beside.append(_other_model(model.parameters, model.trainable_parameters, weights, trained, error))
     return Examined(case, setup, check, tuple(beside))
@@ -361,6 +369,8 @@ def _of_objects(
     cluster: ClusterSpec,
     software: SoftwareSpec,
     lengths: Lengths | None = None,
+    *,
+    here: bool,
 ) -> tuple[Case, Setup | None, Check]:
     """What is checked. A model that is there is legal: if memplan has no words for it, it is traced.
 
@@ -369,12 +379,12 @@ def _of_objects(
     from memplan.integrations import live
 
     try:
-        return _checked(*as_files(run, training), cluster, software, lengths)
+        return _checked(*as_files(run, training), cluster, software, lengths, here=here)
     except MemplanError as error:
         if run.module is None or run.model is run.module:
             raise
         try:
-            return _checked(*as_files(live.as_module(run), training), cluster, software, lengths)
+            return _checked(*as_files(live.as_module(run), training), cluster, software, lengths, here=here)
         except MemplanError as other:
             if str(other) == str(error):
                 raise error from None
@@ -414,9 +424,32 @@ def as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec]
         raw = {**engine.raw, **files.raw}
         files = replace(files, engine=engine.engine, raw=raw, launcher=files.launcher or engine.launcher)
         files = replace(files, findings=(*files.findings, *engine.findings))
+    if run.module is not None:
+        files = _without_init(files, run.module)
     known |= run.training
     known = {name: value for name, value in known.items() if name not in training.model_fields_set}
     return files, run.model, training.replace(**known)
+
+
+def _without_init(files: Run, module: Any) -> Run:
+    """A run under ZeRO-3 whose model is there already, and whole: its engine partitions it as it is set up."""
+    from memplan.integrations import live
+
+    engine = files.engine
+    if engine is None or engine.strategy.get("kind") != "zero3" or not live.made_whole(module):
+        return files
+    if getattr(getattr(module, "config", None), "quantization_config", None) is not None:
+        return files  # which no zero.Init partitions (PreTrainedModel.get_init_context)
+    strategy = {**engine.strategy, "zero": {**engine.strategy.get("zero", {}), "zero3_init_flag": False}}
+    found = Finding(
+        code="made-whole",
+        severity="warning",
+        path="model",
+        message="Every rank has made the whole model in its host memory: ZeRO-3 partitions weights as they are made "
+        "only where TrainingArguments, or an HfDeepSpeedConfig, are there before.",
+        remedy="Make TrainingArguments first, and the model by from_pretrained or from_config.",
+    )
+    return replace(files, engine=replace(engine, strategy=strategy), findings=(*files.findings, found))
 
 
 def _other_model(weights: int, trained: int, real: int, really_trained: int, error: MemplanError) -> Finding:

@@ -1,6 +1,7 @@
 """memplan.preflight with the libraries' own objects, on CPU."""
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
@@ -98,6 +99,13 @@ def codes(found: Preflight) -> set[str]:
     return {each.code for each in found}
 
 
+def partitioned(model: Any) -> Any:
+    """As ``zero.Init`` leaves a model: each weight knows its number and how many elements there are in all."""
+    for number, weight in enumerate(model.parameters()):
+        weight.ds_id, weight.ds_numel = number, weight.numel()
+    return model
+
+
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return 8
@@ -136,7 +144,8 @@ def test_arguments_are_what_their_file_is(fields: dict[str, Any], tmp_path: Path
     (tmp_path / "training_args.json").write_text(json.dumps(values))
     installed = checks.installed_software()
     of_files = memplan.check(tmp_path / "training_args.json", config, cluster=TWO, software=installed)
-    found = memplan.preflight(llama(), arguments(tmp_path, **fields), training={"seq_len": 128}, cluster=TWO)
+    model = partitioned(llama()) if "deepspeed" in fields else llama()
+    found = memplan.preflight(model, arguments(tmp_path, **fields), training={"seq_len": 128}, cluster=TWO)
     assert setup_of(found) == of_files.estimate.setup
     assert found.check.estimate.gpu == of_files.estimate.gpu
     assert found.check.estimate.host == of_files.estimate.host
@@ -272,6 +281,50 @@ def test_what_was_done_to_the_model_is_seen(tmp_path: Path) -> None:
     setup = setup_of(found)
     assert (setup["dtype"], setup["gradient_checkpointing"]) == ("bfloat16", True)
     assert found.check.estimate.model.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_weights_are_partitioned_as_they_are_made_only_after_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not by the class alone. ``get_init_context`` is what from_pretrained makes a model in."""
+    import deepspeed
+
+    made: list[object] = []
+
+    def init(**options: object) -> contextlib.AbstractContextManager[None]:
+        made.append(options)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(deepspeed.zero, "Init", init)
+    config = transformers.LlamaConfig(**TINY)
+
+    def inits() -> list[int]:
+        counts = []
+        for make in (
+            lambda: transformers.LlamaForCausalLM.get_init_context(torch.float32, False, False, None),
+            lambda: transformers.LlamaForCausalLM(config),
+        ):
+            made.clear()
+            make()
+            counts.append(len(made))
+        return counts
+
+    assert inits() == [0, 0]
+    there = HfDeepSpeedConfig(ZERO_3)  # as TrainingArguments have one
+    assert inits() == [1, 0]
+    del there
+
+
+def test_a_model_that_was_made_before_the_arguments_is_whole_on_every_rank(tmp_path: Path) -> None:
+    args = arguments(tmp_path, bf16=True, deepspeed=ZERO_3)
+    asked: dict[str, Any] = {"training": {"seq_len": 64}, "cluster": memplan.ClusterSpec(gpu="A100-80GB", gpus=2)}
+    early, late = memplan.preflight(llama(), args, **asked), memplan.preflight(partitioned(llama()), args, **asked)
+    assert ("made-whole" in codes(early), "made-whole" in codes(late)) == (True, False)
+    assert early.check.estimate.host.peak > late.check.estimate.host.peak
+    other = {**ZERO_3, "zero_optimization": {"stage": 2}}
+    assert "made-whole" not in codes(
+        memplan.preflight(llama(), arguments(tmp_path, bf16=True, deepspeed=other), **asked)
+    )
+    with torch.device("meta"):
+        assert not live.made_whole(llama())
 
 
 def test_tied_embeddings_count_once(tmp_path: Path) -> None:
@@ -627,6 +680,33 @@ def test_a_containers_limit_is_the_hosts_memory(monkeypatch: pytest.MonkeyPatch,
     assert raised.value.report.host.capacity == 2 * GiB
 
 
+@pytest.mark.parametrize("free", [4 * GiB, 4096 * GiB])
+def test_what_is_free_on_the_disk_is_what_may_be_offloaded(
+    free: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The folder is not there yet: DeepSpeed makes it, on the disk of the one above."""
+    seen(monkeypatch, A100)
+    asked: list[str] = []
+
+    def usage(path: str) -> Any:
+        asked.append(path)
+        return types.SimpleNamespace(total=2 * free, used=free, free=free)
+
+    monkeypatch.setattr(detect.shutil, "disk_usage", usage)
+    monkeypatch.setattr(checks, "host_memory", lambda: 512 * GiB)
+    nvme = {"device": "nvme", "nvme_path": str(tmp_path / "swap" / "here")}
+    config = {**ZERO_3, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
+    config["zero_optimization"] = {**ZERO_3["zero_optimization"], "offload_optimizer": nvme}
+    large = transformers.LlamaConfig(**TINY | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8})
+    found = memplan.preflight(large, config, training={"seq_len": 64}, on_failure="warn")
+    assert asked == [str(tmp_path)]
+    assert found.check.estimate.nvme.capacity == free
+    assert ("does-not-fit" in codes(found)) == (free < 5 * GiB)
+    assert free > 5 * GiB or "NVMe of a node, and there are 4.00 GiB" in str(found)
+    elsewhere = memplan.preflight(large, config, training={"seq_len": 64}, cluster="1xA100-80GB", on_failure="warn")
+    assert elsewhere.check.estimate.nvme.capacity is None
+
+
 def test_without_a_launcher_several_gpus_are_no_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen(monkeypatch, A100, device("GPU-2"))
     args = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[])
@@ -701,7 +781,7 @@ def test_a_wrong_argument_of_preflight_is_said(options: dict[str, Any]) -> None:
 
 
 def test_a_mistake_of_memplan_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by zero")
 
     monkeypatch.setattr(checks, "_checked", broken)

@@ -17,7 +17,7 @@ from memplan.errors import SpecError, UnsupportedError
 from memplan.specs.hardware import ClusterSpec
 from memplan.units import KiB, MiB
 
-__all__ = ["Device", "detect_cluster", "free_disk", "host_memory", "read_nvml", "visible_devices"]
+__all__ = ["Device", "detect_cluster", "free_disk", "free_disk_of", "host_memory", "read_nvml", "visible_devices"]
 
 
 _NAME_IT = "Name the nearest GPU of the catalog with gpu, and its size with gpu_memory."
@@ -195,6 +195,12 @@ def free_disk(path: str) -> int:
     if free < MiB:
         raise SpecError.at("nvme_path", path, "is on a disk without free space", "Name a folder on another disk.")
     return free
+
+
+def free_disk_of(path: str) -> int:
+    """As :func:`free_disk`, of a folder that may not be there yet: DeepSpeed makes it (``os.makedirs``)."""
+    folder = Path(path).absolute()
+    return free_disk(str(next((each for each in (folder, *folder.parents) if os.path.exists(each)), folder)))
 
 
 class _Memory(ctypes.Structure):

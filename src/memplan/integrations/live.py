@@ -18,7 +18,7 @@ from memplan.catalog.detect import Device
 from memplan.configs.run import is_arguments
 from memplan.errors import UnsupportedError
 
-__all__ = ["Live", "as_module", "counted", "free_memory", "rank", "read", "slice_memory", "world"]
+__all__ = ["Live", "as_module", "counted", "free_memory", "made_whole", "rank", "read", "slice_memory", "world"]
 
 _ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps", "optim")
 """Of TrainingArguments, what is read even where it is the default."""
@@ -443,6 +443,12 @@ def _quantization(config: Any) -> dict[str, Any] | None:
         if values.get(name) is not None:
             found[name] = str(values[name]).removeprefix("torch.")
     return found
+
+
+def made_whole(model: Any) -> bool:
+    """Whether a model's weights are there, none of them partitioned by DeepSpeed's ``zero.Init``."""
+    weights = list(model.parameters())
+    return any(not each.is_meta for each in weights) and not any(hasattr(each, "ds_id") for each in weights)
 
 
 # -- where it runs -----------------------------------------------------------------------------------------------------
