@@ -122,9 +122,11 @@ def test_an_accelerate_launch_brings_its_config(tmp_path: Path) -> None:
     assert (run.launcher, run.model, dict(run.cluster)) == ("accelerate", "gpt2", {"gpus": 4, "nodes": 2})
     training, strategy, _ = setup_of(run, TrainingSpec(), {}, 4, [])
     assert (strategy.kind, training.mixed_precision, training.seq_len) == ("fsdp", "bf16", 32)
-    path.write_text("accelerate launch --use_fsdp train.py --model_name_or_path gpt2\n")
-    with pytest.raises(UnsupportedError, match="use_fsdp: accelerate's options are not read"):
+    path.write_text("accelerate launch --use_megatron_lm train.py --model_name_or_path gpt2\n")
+    with pytest.raises(UnsupportedError, match="distributed_type: 'MEGATRON_LM' is not modelled"):
         read_run(path)
+    path.write_text("accelerate launch train.py --model_name_or_path gpt2 --max_length 32\n")
+    assert any("default config" in note for note in read_run(path).notes)
 
 
 def test_llama_factory_takes_a_yaml_and_what_wins_over_it(tmp_path: Path) -> None:

@@ -589,6 +589,45 @@ def test_what_accelerate_launch_sets(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert not found.errors
 
 
+OPTIONS = (
+    "--mixed_precision bf16",
+    "--multi_gpu --mixed_precision fp16",
+    "--multi_gpu --mixed-precision bf16",
+    "--use_fsdp --fsdp_version 2 --mixed_precision bf16 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP",
+    "--use_fsdp --fsdp_version 1 --fsdp_sharding_strategy SHARD_GRAD_OP --fsdp_offload_params true",
+    "--use_deepspeed --zero_stage 3 --offload_param_device cpu --zero3_save_16bit_model true",
+    "--use_deepspeed --offload_optimizer_device cpu --gradient_accumulation_steps 1",
+    "--use_deepspeed --deepspeed_config_file ds.json",
+    "--config_file fsdp.yaml --fsdp_auto_wrap_policy SIZE_BASED_WRAP --mixed_precision no",
+    "--config_file fsdp.yaml --multi_gpu",
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_of_accelerate_launch_are_what_it_sets(
+    options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ds.json").write_text(json.dumps(ZERO_3))
+    fsdp = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "NO_WRAP", "fsdp_offload_params": True}
+    yaml = {"distributed_type": "FSDP", "mixed_precision": "bf16", "num_processes": 2, "fsdp_config": fsdp}
+    Path("fsdp.yaml").write_text(json.dumps(yaml))
+    bf16 = "deepspeed" in options
+    arguments = {"output_dir": "x", "max_length": 64, "packing": True, "bf16": bf16}
+    said = " ".join(f"--{name} {value}" for name, value in arguments.items())
+    Path("run.sh").write_text(f"accelerate launch --num_processes 2 {options} train.py {said}")
+    values = transformers.LlamaConfig(**TINY, architectures=["LlamaForCausalLM"])
+    asked = {"training": {"dtype": "float32"}, "cluster": memplan.ClusterSpec(gpu="A100-80GB", host_memory=2**40)}
+    of_files = memplan.check("run.sh", values.to_dict(), software=checks.installed_software(), **asked)
+    for name, value in launched(*options.split()).items():
+        if name.startswith(("ACCELERATE_", "FSDP_")):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = memplan.preflight(values, arguments, on_failure="warn", **asked)
+    assert setup_of(found) == of_files.estimate.setup
+    assert found.check.estimate.gpu == of_files.estimate.gpu
+
+
 # -- where it runs -----------------------------------------------------------------------------------------------------
 
 

@@ -200,7 +200,8 @@ def free_disk(path: str) -> int:
 def free_disk_of(path: str) -> int:
     """As :func:`free_disk`, of a folder that may not be there yet: DeepSpeed makes it (``os.makedirs``)."""
     folder = Path(path).absolute()
-    return free_disk(str(next((each for each in (folder, *folder.parents) if os.path.exists(each)), folder)))
+    there = (each for each in (folder, *folder.parents) if os.path.exists(each))  # noqa: PTH110  # no PermissionError
+    return free_disk(str(next(there, folder)))
 
 
 class _Memory(ctypes.Structure):
