@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from memplan.advice import cures_of
-from memplan.answers import Check, Finding, Preflight
+from memplan.answers import Check, Code, Finding, Preflight
 from memplan.case import (
     Case,
     ClusterLike,
@@ -132,9 +132,9 @@ def _checked(
         arguments = run.raw["arguments"].data if "arguments" in run.raw else {}
         batches = collated(lengths, arguments, merged.seq_len if "seq_len" in merged.model_fields_set else None)
         merged = merged.replace(seq_len=max(batches.padded.longest, 1))
-    if run.arguments is not None and "seq_len" not in merged.model_fields_set and _has_tokens(case):
-        unsaid = f"{run.arguments.source} does not say how long sequences are: give --seq-len or --lengths"
-        notes.append(_noted(unsaid))
+    if "seq_len" not in merged.model_fields_set and "vocab_size" in case.model.config:
+        merged = merged.replace(seq_len=_at_most(merged.seq_len, case.model.config))
+        found.append(_unknown_length((run.arguments or run).source, merged.seq_len))
     setup = Setup(merged, spread, case.cluster.gpus)
     try:
         estimated = case.with_time(setup, case.estimate(setup))
@@ -254,9 +254,12 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _excused(code: str, severity: Literal["error", "warning"], error: MemplanError) -> Finding:
+def _excused(code: Code, severity: Literal["error", "warning"], error: MemplanError) -> Finding:
     path, _, rest = str(error).partition(": ")
-    return Finding(code=code, severity=severity, path=path, message=rest or str(error), remedy="")
+    problem, stop, remedy = rest.partition(". ")
+    if "\n" in rest or not stop:  # several mistakes, or none of the usual form
+        return Finding(code=code, severity=severity, path=path, message=rest or str(error), remedy="")
+    return Finding(code=code, severity=severity, path=path, message=f"{problem}.", remedy=remedy)
 
 
 def _of_memplan(error: Exception) -> Finding:
@@ -311,8 +314,6 @@ def examine(
     """Estimate a run that is about to start, on the machine that is there. Raises SpecError and UnsupportedError."""
     from memplan.integrations import live
 
-    if lengths is not None:  # of the texts is known how long they are
-        run = replace(run, assumed={name: value for name, value in run.assumed.items() if name != "seq_len"})
     hardware, beside = _here(cluster, run)
     here = cluster.gpu is None and cluster.gpu_memory is None
     case, setup, check = _of_objects(run, training, hardware, software, lengths, here=here)
@@ -342,8 +343,6 @@ def _found_before(
     case, setup, check = examined.case, examined.setup, examined.check
     found = [*examined.beside, *(each for each in check.findings if each.code not in _LEGAL or run.as_written)]
     if check.estimate is not None and setup is not None:
-        if "seq_len" not in setup.training.model_fields_set - run.assumed.keys() and _has_tokens(case):
-            found.append(_unknown_length(setup.training.seq_len))
         memory = memory_said(examined)
         if memory is not None and not (run.on_cpu and memory.severity == "info"):
             found.insert(0, memory)
@@ -463,17 +462,19 @@ def _other_model(weights: int, trained: int, real: int, really_trained: int, err
     )
 
 
-def _has_tokens(case: Case) -> bool:
-    return "vocab_size" in case.model.config
+def _at_most(tokens: int, config: Mapping[str, Any]) -> int:
+    """As many tokens, or fewer if the model has no positions for them, as far as its config says so."""
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    return min(tokens, longest) if isinstance(longest, int) and longest > 0 else tokens
 
 
-def _unknown_length(taken: int) -> Finding:
+def _unknown_length(path: str, taken: int) -> Finding:
     return Finding(
         code="seq-len-unknown",
         severity="info",
-        path="seq_len",
+        path=path,
         message=f"Nothing says how many tokens a sequence has: {taken} are taken.",
-        remedy='Say it by training={"seq_len": ...}.',
+        remedy='Say it, by --seq-len or --lengths, or training={"seq_len": ...} or lengths=.',
     )
 
 

@@ -74,7 +74,7 @@ def read(model: Any, args: Any = None) -> Live:
     values, said = _model(model)
     found = _trained_by(values, said, args)
     module = model if hasattr(model, "named_parameters") else None
-    assumed = _longest(values, model) | ({"packed": False} if found.of_a_trainer else {})  # its collators pad
+    assumed = {"packed": False} if found.of_a_trainer else {}  # its collators pad
     return dataclasses.replace(found, module=module, assumed=assumed)
 
 
@@ -115,17 +115,6 @@ def _unwrapped(model: Any) -> Any:
         if hasattr(model, "named_parameters") and hasattr(inner, "named_parameters"):
             return _unwrapped(inner)
     return model
-
-
-_DEFAULT_LENGTH = 2048  # TrainingSpec's
-
-
-def _longest(values: Any, model: Any) -> dict[str, Any]:
-    """The length that is taken where none is known: as long as the model can, if that is less than the default."""
-    config = values if isinstance(values, Mapping) else getattr(model, "config", None)
-    known = config if isinstance(config, Mapping) else vars(config) if hasattr(config, "model_type") else {}
-    longest = next((known[name] for name in ("max_position_embeddings", "n_positions") if known.get(name)), None)
-    return {"seq_len": longest} if isinstance(longest, int) and 0 < longest < _DEFAULT_LENGTH else {}
 
 
 def _beside(live: Live, trainer: Any) -> Live:
