@@ -54,7 +54,11 @@ def test_a_folder_of_a_plan_needs_what_was_planned(tmp_path: Path) -> None:
     [
         ("ds.json", None, "model: null is not in the files. Name it, as in --model MODEL."),
         ("nothing.json", "gpt2", "path: "),
-        (".", None, "training_args.json: missing"),
+        (
+            ".",
+            None,
+            "training_args.json: missing. Give a folder that memplan has written, or the file in it that starts the",
+        ),
     ],
 )
 def test_bad_input(config: Path, path: str, model: Any, message: str) -> None:

@@ -232,7 +232,7 @@ def test_what_differs_from_the_arguments_is_what_the_trainer_refuses(
 
 def test_a_mismatch_names_both_values() -> None:
     found = the("trainer-mismatch", run(zero() | {"gradient_accumulation_steps": 4}, gradient_accumulation_steps=2))
-    assert "gradient_accumulation_steps 4, but gradient_accumulation_steps 2" in found.message
+    assert "gradient_accumulation_steps is 4, but gradient_accumulation_steps of the arguments is 2" in found.message
     assert found.severity == "error"
     assert check(run(zero() | {"gradient_accumulation_steps": 4}, gradient_accumulation_steps=2)).has_errors
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import traceback
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -170,14 +171,8 @@ def _limited(case: Case, setup: Setup, estimated: Estimate, batches: Batches) ->
 
 def _first_that_fails(case: Case, setup: Setup, tokens: Sequence[int]) -> int | None:
     """The shortest of these lengths that does not fit for certain; None if all do."""
-    fitting, failing = -1, len(tokens)
-    while failing - fitting > 1:
-        middle = (fitting + failing) // 2
-        if case.fits_where_known(changed(setup, seq_len=tokens[middle])):
-            fitting = middle
-        else:
-            failing = middle
-    return tokens[failing] if failing < len(tokens) else None
+    place = bisect_left(tokens, True, key=lambda each: not case.fits_where_known(changed(setup, seq_len=each)))
+    return tokens[place] if place < len(tokens) else None
 
 
 def _noted(note: str) -> Assumption:

@@ -522,7 +522,7 @@ def _without_removed(data: Mapping[str, Any], source: str, findings: list[Findin
         if not isinstance(there, Mapping) or key not in there:
             continue
         remedy = f"Leave it out; see {near}." if "_" in near else "Leave it out."
-        problem = "is given to a key that DeepSpeed has removed"
+        problem = "is given to a key that DeepSpeed 0.19 has removed"
         if findings is None:
             raise SpecError.at(f"{source}: {path}", there[key], problem, remedy)
         message = f"{quoted(there[key])} {problem}: it does not start."

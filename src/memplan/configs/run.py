@@ -358,6 +358,11 @@ def read_folder(folder: Path) -> Run:
     if not folder.is_dir():
         raise SpecError.at("folder", str(folder), "is not a folder", "Give one that memplan has written.")
     names = [name for name in ("training_args.json", "accelerate.yaml", "launch.sh") if (folder / name).exists()]
+    if "training_args.json" not in names:
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in _SUFFIXES)[:5]
+        remedy = "Give a folder that memplan has written"
+        remedy += f", or the file in it that starts the run, such as {folder / others[0]}." if others else "."
+        raise SpecError(f"{folder / 'training_args.json'}: missing. {remedy}")
     found = {name: read_text(folder / name, "path") for name in names}
     if "training_args.json" in found:
         named = _named(found["training_args.json"])
@@ -365,6 +370,9 @@ def read_folder(folder: Path) -> Run:
             refuse_outside(folder / named, folder, f"{folder / 'training_args.json'}: deepspeed")
             found[named] = read_text(folder / named, "path")
     return of_texts(found, f"{folder}{os.sep}", folder)
+
+
+_SUFFIXES = frozenset({".sh", ".slurm", ".sbatch", ".yaml", ".yml", ".json"})
 
 
 def _named(text: str) -> str | None:
