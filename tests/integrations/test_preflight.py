@@ -867,57 +867,11 @@ def test_a_large_model_takes_no_time(tmp_path: Path) -> None:
     assert time.process_time() - start < 3  # a third of it on a machine that does nothing else
 
 
-SCRIPT = """
-import json, sys
-import memplan
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-folder, on_failure, fields = sys.argv[1:]
-args = TrainingArguments(
-    output_dir=folder, use_cpu=True, report_to=[], bf16=True, per_device_train_batch_size=16, **json.loads(fields)
-)
-large = LlamaConfig(
-    hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, max_position_embeddings=4096
-)
-cluster = memplan.ClusterSpec(gpu="RTX 3090")
-memplan.preflight(large, args, training={"seq_len": 2048}, cluster=cluster, on_failure=on_failure)
-if "RANK" in __import__("os").environ:
-    import torch.distributed
-    torch.distributed.barrier()  # waits for all ranks
-print("LOADED")
-LlamaForCausalLM(large)
-"""
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "zero2": {"deepspeed": {**ZERO_3, "zero_optimization": {"stage": 2}}},
     "fsdp": {"fsdp": True, "fsdp_config": FSDP},
 }
-
-
-@pytest.mark.parametrize(("kind", "on_failure"), [("ddp", "raise"), ("zero2", "exit"), ("fsdp", "raise")])
-def test_under_torchrun_one_rank_speaks_and_all_end(kind: str, on_failure: str, tmp_path: Path) -> None:
-    ended = on_two_ranks(SCRIPT, tmp_path, str(tmp_path), on_failure, json.dumps(ENGINES[kind]))
-    assert ended.returncode == 1, ended.stderr
-    assert ended.stderr.count("GiB of the memory of each GPU") == 1
-    assert "What fits: " in ended.stderr
-    assert "per_device_train_batch_size=1" in ended.stderr
-    assert "LOADED" not in ended.stdout
-
-
-@pytest.mark.parametrize("on_failure", ["raise", "exit"])
-def test_one_process_ends_with_1_before_it_loads(on_failure: str, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    ended = subprocess.run(
-        [sys.executable, "script.py", str(tmp_path), on_failure, "{}"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert ended.returncode == 1, ended.stderr
-    assert ended.stderr.count("GiB of the memory of each GPU") == 1
-    assert "What fits: " in ended.stderr
-    assert "LOADED" not in ended.stdout
 
 
 TRAINING = """
@@ -933,16 +887,19 @@ class Rows(torch.utils.data.Dataset):
         tokens = torch.arange(24) + index
         return {"input_ids": tokens, "labels": tokens}
 
-folder, fields = sys.argv[1:]
+folder, fields, asked = sys.argv[1:]
 args = transformers.TrainingArguments(
-    output_dir=folder, use_cpu=True, report_to=[], max_steps=3, per_device_train_batch_size=2, disable_tqdm=True,
-    save_strategy="no", **json.loads(fields),
+    output_dir=folder, use_cpu=True, report_to=[], max_steps=3, disable_tqdm=True, save_strategy="no",
+    **json.loads(fields),
 )
 config = transformers.LlamaConfig(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=256, max_position_embeddings=64,
 )
-before = memplan.preflight(config, args, training={"seq_len": 24, "packed": True})
+before = memplan.preflight(config, args, training={"seq_len": 24, "packed": True}, **json.loads(asked))
+if args.world_size > 1:
+    torch.distributed.barrier()  # waits for all ranks
+print("LOADED")
 trainer = transformers.Trainer(
     model=transformers.LlamaForCausalLM(config), args=args, train_dataset=Rows(), callbacks=[memplan.MemoryCallback()]
 )
@@ -966,7 +923,8 @@ def test_a_script_is_checked_trains_and_is_recorded(kind: str, fields: dict[str,
     from memplan.integrations.watch import RECORD
     from memplan.introspect.measurement import Measured
 
-    ended = on_two_ranks(TRAINING, tmp_path, str(tmp_path), json.dumps(fields))
+    fields = {"per_device_train_batch_size": 2, **fields}
+    ended = on_two_ranks(TRAINING, tmp_path, str(tmp_path), json.dumps(fields), "{}")
     assert ended.returncode == 0, ended.stderr[-3000:]
     said = json.loads(next(line for line in ended.stdout.split("\n") if line.startswith("SETUP"))[6:])
     assert (said["before"]["strategy"], said["gpus"]) == (kind, 2)
@@ -975,3 +933,35 @@ def test_a_script_is_checked_trains_and_is_recorded(kind: str, fields: dict[str,
     assert measured.to_dict()["estimate"]["setup"] == said["before"]
     assert measured.measurement.phases["run"]["host"] > 100 * MiB
     assert measured.measurement.ran["steps"] == 3
+
+
+TOO_LARGE = {"per_device_train_batch_size": 2**18, "bf16": True}
+
+
+def stopped(ended: subprocess.CompletedProcess[str]) -> None:
+    """Before a weight was loaded, with one message that says what would fit."""
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.count("GiB of the memory of each GPU") == 1
+    assert "What fits: per_device_train_batch_size=" in ended.stderr
+    assert "LOADED" not in ended.stdout
+
+
+@pytest.mark.parametrize(("kind", "on_failure"), [("ddp", "raise"), ("zero2", "exit"), ("fsdp", "raise")])
+def test_the_same_script_under_torchrun_stops_if_it_cannot_fit(kind: str, on_failure: str, tmp_path: Path) -> None:
+    asked = {"cluster": {"gpu": "T4"}, "on_failure": on_failure}
+    stopped(on_two_ranks(TRAINING, tmp_path, str(tmp_path), json.dumps(TOO_LARGE | ENGINES[kind]), json.dumps(asked)))
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "exit"])
+def test_the_same_script_in_one_process_stops_if_it_cannot_fit(on_failure: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(TRAINING)
+    asked = {"cluster": {"gpu": "T4"}, "on_failure": on_failure}
+    ended = subprocess.run(
+        [sys.executable, "script.py", str(tmp_path), json.dumps(TOO_LARGE), json.dumps(asked)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    stopped(ended)

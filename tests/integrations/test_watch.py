@@ -216,13 +216,18 @@ def test_a_folder_that_cannot_be_written_is_a_warning(cuda: Counters, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_step_costs_less_than_a_millisecond(cuda: Counters) -> None:
-    watch = watching.Watch(predicted(), say=lambda _: None)
-    steps(watch)
-    start = time.process_time()
-    steps(watch, 1000)
+def test_a_step_costs_less_than_a_millisecond(cuda: Counters, tmp_path: Path) -> None:
+    """The callback's own part, 2 microseconds, and one read of the allocator's counters."""
+    callback = MemoryCallback(predicted())
+    args = types.SimpleNamespace(output_dir=str(tmp_path))
+    callback.on_train_begin(args, None, None)
+    for _ in range(2):
+        callback.on_step_end(args, None, None)
+    calls, start = cuda.calls, time.process_time()
+    for _ in range(1000):
+        callback.on_step_end(args, None, None)
     assert time.process_time() - start < 1
-    assert cuda.calls < 2000
+    assert cuda.calls == calls + 1000
 
 
 # -- the Trainer -------------------------------------------------------------------------------------------------------
