@@ -528,8 +528,16 @@ def test_the_default_bucket_on_a_small_gpu() -> None:
     assert "default-buckets" not in codes(llama, small)
 
 
-def test_a_model_that_is_one_unit() -> None:
+def test_a_model_that_is_one_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plugin of a process has no policy; what is gathered then is measured by tests/oracles (NO_WRAP)."""
+    import torch
+    from tests.configs.test_accelerate import launched
+
     yaml = {"distributed_type": "FSDP", "num_processes": 2, "mixed_precision": "bf16", "fsdp_config": {}}
+    with monkeypatch.context() as patched:
+        plugin = launched(patched, tmp_path, yaml)
+        plugin.set_auto_wrap_policy(torch.nn.Linear(1, 1))
+    assert plugin.auto_wrap_policy is None
     options: dict[str, Any] = {"cluster": {"gpu": "A100-80GB"}, "model": GPT2, "training": {"seq_len": 64}}
     assert codes(yaml, **options) == ["fsdp-wraps-nothing"]
     wrapped = {**yaml, "fsdp_config": {"fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}

@@ -753,6 +753,10 @@ def test_without_a_launcher_several_gpus_are_no_ranks(monkeypatch: pytest.Monkey
         found = memplan.preflight(llama(), args, training={"seq_len": 64})
     assert found.check.estimate.cluster["gpus"] == 1
     assert "data-parallel" in codes(found)
+    real = trainer(arguments(tmp_path))
+    assert not isinstance(real._wrap_model(real.model), torch.nn.DataParallel)
+    real.args._n_gpu = 2  # what _setup_devices counts without a launcher
+    assert isinstance(real._wrap_model(real.model), torch.nn.DataParallel)
 
 
 # -- what becomes of it ------------------------------------------------------------------------------------------------
