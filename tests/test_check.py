@@ -52,7 +52,7 @@ def test_a_folder_of_a_plan_needs_what_was_planned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "model", "message"),
     [
-        ("ds.json", None, "model: null is not in the files. Name it, as in --model MODEL."),
+        ("ds.json", None, "ds.json: does not name the model. Give it, as in --model MODEL."),
         ("nothing.json", "gpt2", "path: "),
         (
             ".",

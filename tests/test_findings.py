@@ -586,6 +586,8 @@ def test_padding_is_to_the_longest_of_a_batch() -> None:
     assert DataCollatorWithPadding(tokenizer)(rows)["input_ids"].shape == (3, 50)
     assert the("padding", run(packed=False)).severity == "info"
     assert not check(run(packed=False)).has_errors
+    images = {"model_name_or_path": "google/vit-base-patch16-224", "output_dir": "out", "bf16": True, "max_steps": 3}
+    assert codes(images) == []
 
 
 @pytest.mark.parametrize(

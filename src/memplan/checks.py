@@ -98,7 +98,7 @@ def _checked(
 
     model = run.model if model is None else model
     if model is None:
-        raise SpecError.at("model", None, "is not in the files", "Name it, as in --model MODEL.")
+        raise SpecError(f"{run.source}: does not name the model. Give it, as in --model MODEL.")
     asked, hardware = training_spec(training), cluster_spec(cluster)
     if asked.task != "train":
         problem = "is not a training run, which files are of"

@@ -448,7 +448,8 @@ def save_needs_more(checked: Checked) -> Finding | None:
 
 def padding(checked: Checked) -> Finding | None:
     """Collators pad to the longest text of a batch."""
-    if checked.training.packed or not checked.arguments or checked.batches is not None:
+    is_of_text = "vocab_size" in checked.model.config
+    if checked.training.packed or not is_of_text or not checked.arguments or checked.batches is not None:
         return None
     return Finding(
         code="padding",

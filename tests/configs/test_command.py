@@ -111,6 +111,17 @@ def test_arrays_of_a_script() -> None:
         parse_command(doubled, "run.sh")
 
 
+def test_a_shell_that_is_started_on_each_node() -> None:
+    text = """#!/bin/bash
+    LAUNCHER="torchrun --nproc_per_node 8 --nnodes $SLURM_NNODES"
+    CMD="train.py --output_dir o --max_steps 3"
+    srun --jobid $SLURM_JOB_ID bash -c "$LAUNCHER --node_rank \\$SLURM_PROCID $CMD"
+    """
+    command = parse_command(text, "run.sh")
+    assert (command.launcher, command.per_node, command.nodes) == ("torchrun", 8, None)
+    assert command.arguments == {"output_dir": "o", "max_steps": 3}
+
+
 @pytest.mark.parametrize("text", ["trl sft --bf16 True", "axolotl train a.yaml", "tune run a --config b.yaml"])
 def test_commands_with_defaults_of_their_own_are_refused_by_name(text: str) -> None:
     with pytest.raises(UnsupportedError, match="its defaults are its own"):

@@ -126,6 +126,8 @@ def parse_command(command: str | Sequence[str], source: str) -> Command:
                 if assigned := _ASSIGNMENT.fullmatch(word):
                     variables[assigned[1]] = _expanded(assigned[2], variables, source)
             continue
+        if (inner := _of_a_shell(words)) is not None:
+            words = _words(_expanded(inner, variables, source), source)
         if (words and any(word.startswith("--") for word in words)) or any(
             word.endswith((".yaml", ".yml")) for word in words
         ):
@@ -195,6 +197,14 @@ def _split(word: str, variables: Mapping[str, str], arrays: Mapping[str, list[st
         return arrays[named[1]]
     expanded = _expanded(word, variables, source)
     return expanded.split() if _VARIABLE.fullmatch(word) and expanded != word else [expanded]
+
+
+def _of_a_shell(words: Sequence[str]) -> str | None:
+    """What a shell is given by ``bash -c``, as srun is asked to start one on each node."""
+    for place in range(len(words) - 2):
+        if words[place].rsplit("/", 1)[-1] in ("bash", "sh") and words[place + 1] in ("-c", "-lc"):
+            return words[place + 2]
+    return None
 
 
 def _is_start(words: Sequence[str]) -> bool:

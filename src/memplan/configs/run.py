@@ -276,7 +276,8 @@ def _launched(run: Run, command: Command, values: Values, folder: Path | None) -
     file = command.options.get("config_file")
     if isinstance(file, str):
         named = _file(file, values.source, "config_file", folder, [])
-    config = of_options(command.options, named.data)
+    unknown = {name: value for name, value in command.options.items() if "$" in str(value)}
+    config = of_options({k: v for k, v in command.options.items() if k not in unknown}, named.data)
     precision = config.get("mixed_precision") or command.options.get("mixed_precision")
     if precision:
         run = dataclasses.replace(run, environment={**run.environment, _PRECISION: str(precision).lower()})
@@ -287,6 +288,13 @@ def _launched(run: Run, command: Command, values: Values, folder: Path | None) -
     engine = started.engine
     if engine is not None and not named.data:  # it takes as many processes as there are GPUs
         engine = dataclasses.replace(engine, refused={k: v for k, v in engine.refused.items() if k != "gpus"})
+    count = next((name for name in ("num_processes", "num_machines") if name in unknown), None)
+    if engine is not None and count is not None:
+        problem, remedy = "is a variable of the shell, which is not known", "Give --gpus and --nodes."
+        value = unknown[count] if isinstance(unknown[count], str) else " ".join(map(str, unknown[count]))
+        refused = SpecError.at(f"{values.source}: {count}", value, problem, remedy)
+        kept = {name: value for name, value in engine.cluster.items() if name not in ("gpus", "nodes")}
+        engine = dataclasses.replace(engine, cluster=kept, refused={**engine.refused, "gpus": refused})
     cluster = {**(engine.cluster if engine else {}), **run.cluster}
     run = run if named.data else dataclasses.replace(run, notes=(*run.notes, _UNSEEN))
     return dataclasses.replace(run, engine=engine, raw=started.raw, findings=started.findings, cluster=cluster)
