@@ -194,8 +194,14 @@ def test_a_deepspeed_file_is_what_its_values_are(tmp_path: Path) -> None:
     assert setup_of(by_path)["strategy"] == "zero3"
 
 
-@pytest.mark.parametrize("give", [dict, HfDeepSpeedConfig, lambda values: values], ids=["dict", "Hf", "as is"])
-def test_a_deepspeed_config_alone(give: Any, tmp_path: Path) -> None:
+def in_a_file(values: dict[str, Any]) -> Path:
+    Path("ds.json").write_text(json.dumps(values))
+    return Path("ds.json")
+
+
+@pytest.mark.parametrize("give", [dict, HfDeepSpeedConfig, in_a_file, lambda values: str(in_a_file(values))])
+def test_a_deepspeed_config_alone(give: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     values = {**ZERO_3, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3, "train_batch_size": 12}
     values["bf16"] = {"enabled": True}
     found = setup_of(memplan.preflight(llama(), give(values), cluster=TWO))
@@ -540,6 +546,17 @@ def test_an_accelerator(tmp_path: Path) -> None:
     setup = setup_of(memplan.preflight(llama(), accelerator, cluster=TWO))
     assert (setup["strategy"], setup["mixed_precision"], setup["grad_accum_steps"]) == ("ddp", "bf16", 4)
     assert (setup["micro_batch_size"], setup["dtype"]) == (1, "float32")
+
+
+def test_an_accelerator_with_a_plugin() -> None:
+    """As a launcher's process has it; making one asks for the process group."""
+    deepspeed = accelerate.DeepSpeedPlugin(zero_stage=3, offload_optimizer_device="cpu", gradient_accumulation_steps=2)
+    fsdp = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    for plugins, kind in (({"deepspeed_plugin": deepspeed}, "zero3"), ({"fsdp_plugin": fsdp}, "fsdp")):
+        state = types.SimpleNamespace(**{"deepspeed_plugin": None, "fsdp_plugin": None, **plugins})
+        accelerator = types.SimpleNamespace(state=state, mixed_precision="bf16", gradient_accumulation_steps=2)
+        setup = setup_of(memplan.preflight(llama(), accelerator, training={"seq_len": 64}, cluster=TWO))
+        assert (setup["strategy"], setup["mixed_precision"], setup["grad_accum_steps"]) == (kind, "bf16", 2)
 
 
 def test_plugins(tmp_path: Path) -> None:

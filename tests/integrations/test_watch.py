@@ -118,6 +118,17 @@ def test_what_others_have_of_the_gpu_is_not_the_runs(cuda: Counters, tmp_path: P
     assert measured.device["before"] == 10 * GiB
 
 
+def test_calibrate_reads_the_record(cuda: Counters, tmp_path: Path) -> None:
+    """What the process had beside torch's allocator, by the real record: here a context of 300 MiB."""
+    from memplan.introspect import calibrate
+
+    cuda.reserved = 0
+    with memplan.watch(predicted(), tmp_path, lambda _: None) as watch:
+        cuda.reserved = 2 * GiB
+        steps(watch)
+    assert calibrate._outside(calibrate.read_record(tmp_path / RECORD)) == cuda.context
+
+
 def steps(watch: watching.Watch, number: int = 2) -> None:
     for _ in range(number):
         watch.step()
