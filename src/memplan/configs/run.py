@@ -477,7 +477,7 @@ def as_written(run: Run, training: TrainingSpec, error: SpecError) -> SpecError:
     """An error of the estimate about what the arguments say, in their words; ``training`` is what options say."""
     arguments, engine = run.arguments, run.engine
     field = str(error).partition(":")[0]
-    top = field.partition(".")[0]
+    top = "lora" if field == "lora_targets" else field.partition(".")[0]
     if type(error) is not SpecError or top in training.model_fields_set:
         return error
     if arguments is not None and top in arguments.training:
