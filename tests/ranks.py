@@ -25,11 +25,18 @@ def on_two_ranks(script: str, folder: Path, *words: str) -> subprocess.Completed
     (folder / "script.py").write_text(script + END)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(
+    with subprocess.Popen(
         [*command, "script.py", *words],
         cwd=folder,
         env={**os.environ, **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
-    )
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # ends its ranks too, which a kill leaves behind
+            process.communicate(timeout=60)
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

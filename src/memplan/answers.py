@@ -50,11 +50,56 @@ __all__ = [
 Tool: TypeAlias = Literal["DeepSpeed", "accelerate", "rule of thumb", "memplan"]
 
 
+Code: TypeAlias = Literal[
+    # of files
+    "batch-product",
+    "bf16-emulated",
+    "bf16-in-fp16",
+    "default-buckets",
+    "device-map",
+    "fsdp-wraps-nothing",
+    "fsdp1-sharding-ignored",
+    "geforce-p2p",
+    "host-memory",
+    "longest-batch",
+    "misplaced-key",
+    "misspelt-argument",
+    "misspelt-key",
+    "no-weights-saved",
+    "nvme-below-stage-3",
+    "offload-param-ignored",
+    "optimizer-replaced",
+    "padding",
+    "quantized-full",
+    "removed-argument",
+    "removed-key",
+    "save-needs-more",
+    "scheduler-total-steps",
+    "scheduler-warmup-steps",
+    "seq-len-unknown",
+    "trainer-mismatch",
+    "unknown-key",
+    # of a running script
+    "data-parallel",
+    "does-not-fit",
+    "made-whole",
+    "memory-unknown",
+    "memplan-error",
+    "not-modelled",
+    "not-read",
+    "other-model",
+    "refused",
+    "tight",
+    "unknown-model",
+]
+"""What a finding may be. Each has a heading in ``docs/checks.md``, and a row in ``tests/test_every_finding.py``."""
+
+
 class Finding(Result):
     """What is wrong with a run's files, beside memory."""
 
-    code: str
-    """Its name, which stays, and has a heading in ``docs/checks.md``."""
+    code: Code
+    """Its name, which stays."""
     severity: Literal["error", "warning", "info"]
     """An error does not start, or does something else than is asked for; a warning costs something; info is to be
     known."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import traceback
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from memplan.advice import cures_of
-from memplan.answers import Check, Finding, Preflight
+from memplan.answers import Check, Code, Finding, Preflight
 from memplan.case import (
     Case,
     ClusterLike,
@@ -26,7 +27,7 @@ from memplan.case import (
     software_spec,
     training_spec,
 )
-from memplan.catalog.detect import detect_cluster, host_memory
+from memplan.catalog.detect import detect_cluster, free_disk_of, host_memory
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
 from memplan.results import (
@@ -84,15 +85,20 @@ def _checked(
     cluster: ClusterLike,
     software: SoftwareLike,
     lengths: Lengths | None = None,
+    *,
+    here: bool = False,
 ) -> tuple[Case, Setup | None, Check]:
-    """What is checked, the setup that files come to, and what is found; no setup if none can be estimated."""
+    """What is checked, the setup that files come to, and what is found; no setup if none can be estimated.
+
+    ``here`` is whether it will run on this machine, whose disk it offloads to.
+    """
     from memplan import findings
     from memplan.configs import run as runs
     from memplan.configs.setup import EngineConfig, with_cluster
 
     model = run.model if model is None else model
     if model is None:
-        raise SpecError.at("model", None, "is not in the files", "Name it, as in --model MODEL.")
+        raise SpecError(f"{run.source}: does not name the model. Give it, as in --model MODEL.")
     asked, hardware = training_spec(training), cluster_spec(cluster)
     if asked.task != "train":
         problem = "is not a training run, which files are of"
@@ -105,6 +111,8 @@ def _checked(
     keys = run.engine.keys if run.engine is not None else {}
     fixing = EngineConfig(run.source, {}, cluster=fixed, refused=refused, keys=keys)
     hardware, notes = with_cluster(fixing, hardware)
+    if here and hardware.nvme is None and hardware.nvme_path is not None:
+        hardware = hardware.replace(nvme=free_disk_of(hardware.nvme_path))
     case = case_of(model, hardware, software)
     found = list(run.findings)
     if not case.software.at_least("transformers", "5"):
@@ -125,9 +133,9 @@ def _checked(
         arguments = run.raw["arguments"].data if "arguments" in run.raw else {}
         batches = collated(lengths, arguments, merged.seq_len if "seq_len" in merged.model_fields_set else None)
         merged = merged.replace(seq_len=max(batches.padded.longest, 1))
-    if run.arguments is not None and "seq_len" not in merged.model_fields_set and _has_tokens(case):
-        unsaid = f"{run.arguments.source} does not say how long sequences are: give --seq-len or --lengths"
-        notes.append(_noted(unsaid))
+    if "seq_len" not in merged.model_fields_set and "vocab_size" in case.model.config:
+        merged = merged.replace(seq_len=_at_most(merged.seq_len, case.model.config))
+        found.append(_unknown_length((run.arguments or run).source, merged.seq_len))
     setup = Setup(merged, spread, case.cluster.gpus)
     try:
         estimated = case.with_time(setup, case.estimate(setup))
@@ -163,14 +171,8 @@ def _limited(case: Case, setup: Setup, estimated: Estimate, batches: Batches) ->
 
 def _first_that_fails(case: Case, setup: Setup, tokens: Sequence[int]) -> int | None:
     """The shortest of these lengths that does not fit for certain; None if all do."""
-    fitting, failing = -1, len(tokens)
-    while failing - fitting > 1:
-        middle = (fitting + failing) // 2
-        if case.fits_where_known(changed(setup, seq_len=tokens[middle])):
-            fitting = middle
-        else:
-            failing = middle
-    return tokens[failing] if failing < len(tokens) else None
+    place = bisect_left(tokens, True, key=lambda each: not case.fits_where_known(changed(setup, seq_len=each)))
+    return tokens[place] if place < len(tokens) else None
 
 
 def _noted(note: str) -> Assumption:
@@ -247,9 +249,12 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _excused(code: str, severity: Literal["error", "warning"], error: MemplanError) -> Finding:
+def _excused(code: Code, severity: Literal["error", "warning"], error: MemplanError) -> Finding:
     path, _, rest = str(error).partition(": ")
-    return Finding(code=code, severity=severity, path=path, message=rest or str(error), remedy="")
+    problem, stop, remedy = rest.partition(". ")
+    if "\n" in rest or not stop:  # several mistakes, or none of the usual form
+        return Finding(code=code, severity=severity, path=path, message=rest or str(error), remedy="")
+    return Finding(code=code, severity=severity, path=path, message=f"{problem}.", remedy=remedy)
 
 
 def _of_memplan(error: Exception) -> Finding:
@@ -304,10 +309,9 @@ def examine(
     """Estimate a run that is about to start, on the machine that is there. Raises SpecError and UnsupportedError."""
     from memplan.integrations import live
 
-    if lengths is not None:  # of the texts is known how long they are
-        run = replace(run, assumed={name: value for name, value in run.assumed.items() if name != "seq_len"})
     hardware, beside = _here(cluster, run)
-    case, setup, check = _of_objects(run, training, hardware, software, lengths)
+    here = cluster.gpu is None and cluster.gpu_memory is None
+    case, setup, check = _of_objects(run, training, hardware, software, lengths, here=here)
     if run.unread is not None:
         beside.append(_not_read(run.unread))
     if run.module is not None and run.model is not run.module and check.estimate is not None:
@@ -315,7 +319,7 @@ def examine(
         if (model.parameters, model.trainable_parameters) != (weights, trained):
             try:
                 files = as_files(live.as_module(run), training)
-                case, setup, check = _checked(*files, hardware, software, lengths)
+                case, setup, check = _checked(*files, hardware, software, lengths, here=here)
             except MemplanError as error:
                 beside.append(_other_model(model.parameters, model.trainable_parameters, weights, trained, error))
     return Examined(case, setup, check, tuple(beside))
@@ -334,8 +338,6 @@ def _found_before(
     case, setup, check = examined.case, examined.setup, examined.check
     found = [*examined.beside, *(each for each in check.findings if each.code not in _LEGAL or run.as_written)]
     if check.estimate is not None and setup is not None:
-        if "seq_len" not in setup.training.model_fields_set - run.assumed.keys() and _has_tokens(case):
-            found.append(_unknown_length(setup.training.seq_len))
         memory = memory_said(examined)
         if memory is not None and not (run.on_cpu and memory.severity == "info"):
             found.insert(0, memory)
@@ -361,6 +363,8 @@ def _of_objects(
     cluster: ClusterSpec,
     software: SoftwareSpec,
     lengths: Lengths | None = None,
+    *,
+    here: bool,
 ) -> tuple[Case, Setup | None, Check]:
     """What is checked. A model that is there is legal: if memplan has no words for it, it is traced.
 
@@ -369,12 +373,12 @@ def _of_objects(
     from memplan.integrations import live
 
     try:
-        return _checked(*as_files(run, training), cluster, software, lengths)
+        return _checked(*as_files(run, training), cluster, software, lengths, here=here)
     except MemplanError as error:
         if run.module is None or run.model is run.module:
             raise
         try:
-            return _checked(*as_files(live.as_module(run), training), cluster, software, lengths)
+            return _checked(*as_files(live.as_module(run), training), cluster, software, lengths, here=here)
         except MemplanError as other:
             if str(other) == str(error):
                 raise error from None
@@ -414,9 +418,32 @@ def as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec]
         raw = {**engine.raw, **files.raw}
         files = replace(files, engine=engine.engine, raw=raw, launcher=files.launcher or engine.launcher)
         files = replace(files, findings=(*files.findings, *engine.findings))
+    if run.module is not None:
+        files = _without_init(files, run.module)
     known |= run.training
     known = {name: value for name, value in known.items() if name not in training.model_fields_set}
     return files, run.model, training.replace(**known)
+
+
+def _without_init(files: Run, module: Any) -> Run:
+    """A run under ZeRO-3 whose model is there already, and whole: its engine partitions it as it is set up."""
+    from memplan.integrations import live
+
+    engine = files.engine
+    if engine is None or engine.strategy.get("kind") != "zero3" or not live.made_whole(module):
+        return files
+    if getattr(getattr(module, "config", None), "quantization_config", None) is not None:
+        return files  # which no zero.Init partitions (PreTrainedModel.get_init_context)
+    strategy = {**engine.strategy, "zero": {**engine.strategy.get("zero", {}), "zero3_init_flag": False}}
+    found = Finding(
+        code="made-whole",
+        severity="warning",
+        path="model",
+        message="Every rank has made the whole model in its host memory: ZeRO-3 partitions weights as they are made "
+        "only where TrainingArguments, or an HfDeepSpeedConfig, are there before.",
+        remedy="Make TrainingArguments first, and the model by from_pretrained or from_config.",
+    )
+    return replace(files, engine=replace(engine, strategy=strategy), findings=(*files.findings, found))
 
 
 def _other_model(weights: int, trained: int, real: int, really_trained: int, error: MemplanError) -> Finding:
@@ -430,17 +457,19 @@ def _other_model(weights: int, trained: int, real: int, really_trained: int, err
     )
 
 
-def _has_tokens(case: Case) -> bool:
-    return "vocab_size" in case.model.config
+def _at_most(tokens: int, config: Mapping[str, Any]) -> int:
+    """As many tokens, or fewer if the model has no positions for them, as far as its config says so."""
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    return min(tokens, longest) if isinstance(longest, int) and longest > 0 else tokens
 
 
-def _unknown_length(taken: int) -> Finding:
+def _unknown_length(path: str, taken: int) -> Finding:
     return Finding(
         code="seq-len-unknown",
         severity="info",
-        path="seq_len",
+        path=path,
         message=f"Nothing says how many tokens a sequence has: {taken} are taken.",
-        remedy='Say it by training={"seq_len": ...}.',
+        remedy='Say it, by --seq-len or --lengths, or training={"seq_len": ...} or lengths=.',
     )
 
 

@@ -415,9 +415,9 @@ def _check_attention(training: TrainingSpec, precision: Precision, rules: Device
     if training.attn != "flash_attention_2":
         return
     if rules.kind != "cuda" or rules.compute_capability < (8, 0):
-        raise SpecError.at("attn", training.attn, "needs an NVIDIA GPU of compute capability 8.0", "Use --attn sdpa.")
+        raise SpecError.at("attn", training.attn, "needs an NVIDIA GPU of compute capability 8.0", "Use sdpa.")
     if precision.dtype == "float32" and precision.mixed_precision == "no":
-        raise SpecError.at("attn", training.attn, "has no float32 kernels", "Use --attn sdpa, or 16-bit precision.")
+        raise SpecError.at("attn", training.attn, "has no float32 kernels", "Use sdpa, or 16-bit precision.")
     if not training.packed:
         raise UnsupportedError(
             "attn: 'flash_attention_2' with padding (unpadding copies) is not modelled. Use --packed."

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memplan.answers import Finding
+from memplan.configs.argument_keys import DEFAULTS
 from memplan.configs.arguments import argument
 from memplan.configs.run import Run
 from memplan.errors import MemplanError
@@ -126,7 +127,11 @@ def trainer_mismatch(checked: Checked) -> Finding | None:
     ]
     if not found:
         return None
-    said = "; ".join(f"{key} {_shown(value)}, but {name} {_shown(theirs)}" for key, value, name, theirs in found)
+    said = "; ".join(
+        f"{key} is {_shown(value)}, but {name}{' of the arguments' if name == key else ''} is {_shown(theirs)}"
+        f"{', its default' if name in DEFAULTS and name not in arguments else ''}"
+        for key, value, name, theirs in found
+    )
     return Finding(
         code="trainer-mismatch",
         severity="error",
@@ -443,7 +448,8 @@ def save_needs_more(checked: Checked) -> Finding | None:
 
 def padding(checked: Checked) -> Finding | None:
     """Collators pad to the longest text of a batch."""
-    if checked.training.packed or not checked.arguments or checked.batches is not None:
+    is_of_text = "vocab_size" in checked.model.config
+    if checked.training.packed or not is_of_text or not checked.arguments or checked.batches is not None:
         return None
     return Finding(
         code="padding",

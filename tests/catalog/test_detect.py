@@ -175,6 +175,52 @@ def test_cgroup_version_1(machine: Path) -> None:
     assert host_memory(machine) == 3 * GiB
 
 
+def test_cgroup_version_1_counts_every_level(machine: Path) -> None:
+    """As on a machine with both versions, where the second one has no memory controller."""
+    files(machine, proc__self__cgroup="9:name=systemd:/\n4:memory:/kubepods/pod7/c1\n0::/\n")
+    mount = machine / "sys/fs/cgroup/memory"
+    leaf = mount / "kubepods/pod7/c1"
+    leaf.mkdir(parents=True)
+    (mount.parent / "unified").mkdir()
+    for folder, limit in (
+        (mount, NO_LIMIT_V1),
+        (leaf.parent.parent, 32 * GiB),
+        (leaf.parent, 6 * GiB),
+        (leaf, 8 * GiB),
+    ):
+        (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    assert host_memory(machine) == 6 * GiB
+    (leaf / "memory.limit_in_bytes").write_text(f"{5 * GiB}\n")
+    assert host_memory(machine) == 5 * GiB
+
+
+def test_a_limit_above_a_container_of_version_1(machine: Path) -> None:
+    """The container's own cgroup is its mount; what its pod may have is in memory.stat alone."""
+    files(machine, proc__self__cgroup="4:memory:/kubepods/pod7/c1\n")
+    mount = machine / "sys/fs/cgroup/memory"
+    mount.mkdir(parents=True)
+    (mount / "memory.limit_in_bytes").write_text(f"{NO_LIMIT_V1}\n")
+    stat = "cache 4096\nhierarchical_memory_limit {}\nhierarchical_memsw_limit 1\ntotal_cache 4096\n"
+    (mount / "memory.stat").write_text(stat.format(7 * GiB))
+    assert host_memory(machine) == 7 * GiB
+    (mount / "memory.stat").write_text(stat.format(NO_LIMIT_V1))
+    assert host_memory(machine) == 65536000 * 1024
+
+
+@pytest.mark.parametrize("swap", ["0", "max", str(64 * GiB)])
+def test_swap_is_no_memory(swap: str, machine: Path) -> None:
+    """Neither the machine's nor a cgroup's: what is page-locked cannot be swapped out."""
+    files(machine, proc__meminfo="MemTotal:       65536000 kB\nSwapTotal:      65536000 kB\n")
+    files(machine, proc__self__cgroup="0::/job\n")
+    assert host_memory(machine) == 65536000 * 1024
+    folder = machine / "sys/fs/cgroup/job"
+    folder.mkdir(parents=True)
+    (folder / "memory.max").write_text(f"{4 * GiB}\n")
+    (folder / "memory.swap.max").write_text(f"{swap}\n")
+    (folder / "memory.high").write_text("max\n")
+    assert host_memory(machine) == 4 * GiB
+
+
 @pytest.mark.parametrize("text", ["", "nonsense\n", "0\n", "MemTotal:\n", "MemTotal: many kB\n"])
 def test_odd_files_are_no_memory_and_no_crash(tmp_path: Path, text: str) -> None:
     files(tmp_path, proc__meminfo=text, proc__self__cgroup=text)

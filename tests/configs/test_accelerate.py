@@ -311,13 +311,12 @@ def test_the_flag_of_zero_init_has_no_effect() -> None:
 
 
 def test_what_deepspeed_refuses_of_an_accelerate_config() -> None:
-    seen = "a.yaml: deepspeed_config, as DeepSpeed sees it: zero_optimization."
     with pytest.raises(SpecError) as caught:
         parsed(deepspeed(zero_stage=7))
-    assert str(caught.value).startswith(f"{seen}stage: 7 is not a stage of ZeRO")
+    assert str(caught.value).startswith("a.yaml: deepspeed_config.zero_stage: 7 is not a stage of ZeRO")
     with pytest.raises(SpecError) as caught:
         with_cluster(parsed(deepspeed(zero_stage=3, offload_param_device="nvme")), ClusterSpec())
-    assert str(caught.value).startswith(f"{seen}offload_param.nvme_path: missing")
+    assert str(caught.value).startswith("a.yaml: deepspeed_config.offload_param_nvme_path: missing")
 
 
 def test_gpus_and_nodes() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from memplan.configs.command import is_command, parse_command
-from memplan.errors import SpecError
+from memplan.errors import SpecError, UnsupportedError
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,10 @@ from memplan.errors import SpecError
         ("distributed_type: FSDP\nmain_training_function: main\n", False),
         ("### model\nmodel_name_or_path: a\ndeepspeed: x.json\n", False),
         ("- a\n- b", False),
+        ("uv run accelerate launch a.py --x 1", True),
+        ("docker run --rm image torchrun a.py --x 1", True),
+        ("trl sft --model_name_or_path gpt2", True),
+        ("srun: torchrun\nmain: python a.py", False),
     ],
 )
 def test_commands_are_told_from_configs(text: str, expected: bool) -> None:
@@ -41,6 +45,17 @@ def test_commands_are_told_from_configs(text: str, expected: bool) -> None:
         ("accelerate launch --num_processes 8 --num_machines 2 train.py --bf16", "accelerate", 4, 2),
         ("FORCE_TORCHRUN=1 NPROC_PER_NODE=4 llamafactory-cli train --bf16 true", "llamafactory-cli", 4, None),
         ("--bf16 True", "", None, None),
+        ("deepspeed --include localhost:0,1,3 --master_port 1 a.py --bf16", "deepspeed", 3, 1),
+        ("deepspeed --include='worker-0:0,1@worker-1:2,3' a.py --bf16", "deepspeed", 2, 2),
+        ("deepspeed --include worker-0@worker-1:2 a.py --bf16", "deepspeed", None, None),
+        ("uv run --python 3.12 accelerate launch --num_processes 2 a.py --bf16", "accelerate", 2, None),
+        (
+            "docker run --gpus all -v /a:/b --ipc=host --rm -it -e A=1 -w /x -u 1 image "
+            "torchrun --nproc_per_node 2 a.py --bf16",
+            "torchrun",
+            2,
+            None,
+        ),
     ],
 )
 def test_launchers(text: str, launcher: str, per_node: int | None, nodes: int | None) -> None:
@@ -76,6 +91,41 @@ def test_a_script_with_variables_over_lines() -> None:
         "use_lora": True,
         "bf16": True,
     }
+
+
+def test_arrays_of_a_script() -> None:
+    text = """#!/bin/bash
+    LR=1e-4
+    ARGS=(
+        --output_dir "my out"   # with a space
+        --learning_rate $LR
+    )
+    ARGS+=(--bf16)
+    declare -a MORE=(--max_steps 3)
+    torchrun --nproc_per_node 2 train.py "${ARGS[@]}" ${MORE[*]}
+    """
+    arguments = parse_command(text, "run.sh").arguments
+    assert arguments == {"output_dir": "my out", "learning_rate": 1e-4, "bf16": True, "max_steps": 3}
+    doubled = "A=(--aaaaaaaa)\n" + 'A+=("${A[@]}")\n' * 40 + 'torchrun a.py "${A[@]}"'
+    with pytest.raises(SpecError, match="too many for a command"):
+        parse_command(doubled, "run.sh")
+
+
+def test_a_shell_that_is_started_on_each_node() -> None:
+    text = """#!/bin/bash
+    LAUNCHER="torchrun --nproc_per_node 8 --nnodes $SLURM_NNODES"
+    CMD="train.py --output_dir o --max_steps 3"
+    srun --jobid $SLURM_JOB_ID bash -c "$LAUNCHER --node_rank \\$SLURM_PROCID $CMD"
+    """
+    command = parse_command(text, "run.sh")
+    assert (command.launcher, command.per_node, command.nodes) == ("torchrun", 8, None)
+    assert command.arguments == {"output_dir": "o", "max_steps": 3}
+
+
+@pytest.mark.parametrize("text", ["trl sft --bf16 True", "axolotl train a.yaml", "tune run a --config b.yaml"])
+def test_commands_with_defaults_of_their_own_are_refused_by_name(text: str) -> None:
+    with pytest.raises(UnsupportedError, match="its defaults are its own"):
+        parse_command(text, "run.sh")
 
 
 def test_words_are_what_transformers_parser_makes_of_them() -> None:

@@ -428,7 +428,10 @@ def test_what_the_text_does_not_say_is_noted(config: dict[str, Any], said: str) 
             "DeepSpeed does not have, and would ignore. Did you mean zero_optimization?",
         ),
         (zero(stage=3, stage3_max_live_paramters=5), "does not have. Did you mean stage3_max_live_parameters?"),
-        (zero(mics_shard_size=4), "zero_optimization.mics_shard_size: 4 is given to a key that DeepSpeed has removed"),
+        (
+            zero(mics_shard_size=4),
+            "zero_optimization.mics_shard_size: 4 is given to a key that DeepSpeed 0.19 has removed",
+        ),
         (
             zero(stage=2, offload_optimizer={"device": "nvme", "nvme_path": "/nvme"}),
             "at stage 2 DeepSpeed keeps the states in host memory. Use cpu, or stage 3.",

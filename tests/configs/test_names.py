@@ -36,6 +36,19 @@ ACCELERATE = {"distributed_type": "FSDP", "num_processes": 2}
             {**RUN, "fsdp": "full_shard", "fsdp_config": {"state_dict_type": "y"}},
             "fsdp_config.state_dict_type: 'Y' is not a choice",
         ),
+        ({**RUN, "use_peft": True, "lora_target_modules": "qproj"}, "lora_target_modules: 'qproj' matches no module"),
+        ({**RUN, "attn_implementation": "flash_attention_2"}, "attn_implementation: 'flash_attention_2' needs"),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_param": {"device": "nvme", "nvme_path": "/x", "buffer_size": 1000},
+                },
+                "bf16": {"enabled": True},
+                "train_micro_batch_size_per_gpu": 1,
+            },
+            "zero_optimization.offload_param.buffer_size: 1000 is less than the largest partition",
+        ),
         ({"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu: 0"),
         (
             {"zero_optimization": {"stage": 2, "reduce_bucket_size": 10**14}, "train_micro_batch_size_per_gpu": 1},

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import memplan
 from memplan.configs.read import read_engine_config
 from memplan.configs.run import Run, read_run, setup_of
 from memplan.errors import SpecError, UnsupportedError
@@ -122,9 +123,16 @@ def test_an_accelerate_launch_brings_its_config(tmp_path: Path) -> None:
     assert (run.launcher, run.model, dict(run.cluster)) == ("accelerate", "gpt2", {"gpus": 4, "nodes": 2})
     training, strategy, _ = setup_of(run, TrainingSpec(), {}, 4, [])
     assert (strategy.kind, training.mixed_precision, training.seq_len) == ("fsdp", "bf16", 32)
-    path.write_text("accelerate launch --use_fsdp train.py --model_name_or_path gpt2\n")
-    with pytest.raises(UnsupportedError, match="use_fsdp: accelerate's options are not read"):
+    path.write_text("accelerate launch --use_megatron_lm train.py --model_name_or_path gpt2\n")
+    with pytest.raises(UnsupportedError, match="distributed_type: 'MEGATRON_LM' is not modelled"):
         read_run(path)
+    words = "accelerate launch --config_file a.yaml --num_processes $((NODES * 8)) train.py --max_length 32"
+    path.write_text(f"{words} --model_name_or_path gpt2 --packing True\n")
+    with pytest.raises(SpecError, match=r"num_processes: '\$\(\(NODES \* 8\)\)' is a variable of the shell"):
+        memplan.check(path, cluster={"gpu": "A100-80GB"})
+    assert memplan.check(path, cluster="2x8xA100-80GB").estimate.cluster["gpus"] == 16  # type: ignore[union-attr]
+    path.write_text("accelerate launch train.py --model_name_or_path gpt2 --max_length 32\n")
+    assert any("default config" in note for note in read_run(path).notes)
 
 
 def test_llama_factory_takes_a_yaml_and_what_wins_over_it(tmp_path: Path) -> None:

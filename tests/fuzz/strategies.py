@@ -178,13 +178,30 @@ def _raw(draw: Any) -> bytes:
     """Bytes of a file: any, or what means something with pieces put in and cut off."""
     if draw(st.booleans()):
         return draw(st.binary(max_size=300))
-    data = draw(_deepspeed() | _accelerate() | _arguments() | _models())
-    text = json.dumps(data) if draw(st.booleans()) else yaml.safe_dump(json.loads(json.dumps(data)))
+    text = draw(_texts() | _scripts())
     content = text.encode("utf-8", "surrogatepass")
     place = draw(st.integers(0, len(content)))
     piece = draw(st.sampled_from(_PIECES) | st.binary(max_size=8))
     rest = content[place:] if draw(st.booleans()) else b""
     return content[:place] + piece + rest
+
+
+@st.composite
+def _texts(draw: Any) -> str:
+    data = draw(_deepspeed() | _accelerate() | _arguments() | _models())
+    return json.dumps(data) if draw(st.booleans()) else yaml.safe_dump(json.loads(json.dumps(data)))
+
+
+@st.composite
+def _scripts(draw: Any) -> str:
+    """A launching script: variables, a launcher, a Trainer's arguments over several lines."""
+    launcher = draw(_mostly("torchrun --nproc_per_node $N", "accelerate launch", "deepspeed --num_gpus=2", "python"))
+    lines = [
+        f"export N={draw(_mostly(1, 2))}",
+        draw(_mostly("set -e", "B=${N:-4}", "# run", "cd /tmp", "if true; then")),
+    ]
+    pairs = [f"--{name} {value}" for name, value in draw(_arguments()).items() if not isinstance(value, (dict, list))]
+    return "\n".join([*map(_text, lines), " \\\n  ".join([f"{_text(launcher)} train.py", *pairs])])
 
 
 _PIECES = (
@@ -212,6 +229,10 @@ _PIECES = (
         b"'",
         b'"',
         b"$(x)",
+        b"${N",
+        b" | tee x",
+        b" && ",
+        b"<<EOF\n",
         b"`",
     ),
 )

@@ -12,7 +12,7 @@ from memplan.results import (
 )
 from memplan.units import GiB
 
-WRONG = Finding(code="some-code", severity="error", path="ds.json: a.b", message="is <wrong>.", remedy="Mend it.")
+WRONG = Finding(code="unknown-key", severity="error", path="ds.json: a.b", message="is <wrong>.", remedy="Mend it.")
 
 
 class Page(HTMLParser):
@@ -104,7 +104,7 @@ def test_findings_are_below_the_estimate() -> None:
     check = Check(estimate=found, verdict=found.verdict, findings=(WRONG,))
     page = Page(check._repr_html_())
     assert "fits: 15.50 GiB to spare" in page.text
-    assert page.rows[-1] == ["error", "some-code", "ds.json: a.b", "is <wrong>.Mend it."]
+    assert page.rows[-1] == ["error", "unknown-key", "ds.json: a.b", "is <wrong>.Mend it."]
     assert Page(Preflight([WRONG], check)._repr_html_()).rows == page.rows
     assert "no findings" in Preflight()._repr_html_()
 

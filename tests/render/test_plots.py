@@ -142,8 +142,8 @@ def test_results_as_data_frames() -> None:
     assert list(frame.chosen) == [False, True, False]
     assert list(frame.high) == [each.gpu.high for each in several().estimates]
     assert estimate().to_dataframe().query("component == 'weights'").bytes.item() == 25 * GiB
-    finding = memplan.Finding(code="c", severity="info", path="p", message="m", remedy="r")
-    assert memplan.Check(estimate=None, verdict="unknown", findings=(finding,)).to_dataframe().code.item() == "c"
+    finding = memplan.Finding(code="padding", severity="info", path="p", message="m", remedy="r")
+    assert memplan.Check(estimate=None, verdict="unknown", findings=(finding,)).to_dataframe().code.item() == "padding"
 
 
 def test_without_pandas_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

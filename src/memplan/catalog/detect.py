@@ -17,7 +17,7 @@ from memplan.errors import SpecError, UnsupportedError
 from memplan.specs.hardware import ClusterSpec
 from memplan.units import KiB, MiB
 
-__all__ = ["Device", "detect_cluster", "free_disk", "host_memory", "read_nvml", "visible_devices"]
+__all__ = ["Device", "detect_cluster", "free_disk", "free_disk_of", "host_memory", "read_nvml", "visible_devices"]
 
 
 _NAME_IT = "Name the nearest GPU of the catalog with gpu, and its size with gpu_memory."
@@ -139,7 +139,8 @@ def host_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes of RAM that this process may use: the machine's, or its cgroup's limit if that is less.
 
     None where /proc/meminfo cannot be read (it is Linux's). Limits of every level of the cgroup count,
-    version 1 or 2, since the kernel enforces each of them.
+    version 1 or 2, since the kernel enforces each of them; of version 1 also those above a container, which it does not
+    see, but of which ``memory.stat`` has the least (``hierarchical_memory_limit``). Swap is no RAM, whatever its limit.
     """
     total = _meminfo(root / "proc" / "meminfo")
     return None if total is None else min([total, *_cgroup_limits(root)])
@@ -162,17 +163,22 @@ def _cgroup_limits(root: Path) -> list[int]:
         controllers, _, path = membership.partition(":")
         if "memory" in controllers.split(","):
             limits += _limits(mount / "memory", path, "memory.limit_in_bytes")
+            limits += _limits(mount / "memory", path, "memory.stat", "hierarchical_memory_limit ")
         elif not controllers:  # version 2 has one hierarchy, without controllers' names
             limits += _limits(mount, path, "memory.max")
     return limits
 
 
-def _limits(mount: Path, path: str, file: str) -> list[int]:
-    """Return the limits from a cgroup up to the mount. A container may see its own cgroup as the mount itself."""
+def _limits(mount: Path, path: str, file: str, key: str = "") -> list[int]:
+    """Return the limits from a cgroup up to the mount: a number alone in a file, or what follows a key in it.
+
+    A container may see its own cgroup as the mount itself.
+    """
     relative = PurePosixPath(path.lstrip("/"))
-    texts = (_lines(mount / level / file) for level in (relative, *relative.parents))
+    lines = (line for level in (relative, *relative.parents) for line in _lines(mount / level / file))
+    texts = [line.removeprefix(key) for line in lines if line.startswith(key)]
     # "max" is no limit; version 1 writes about 2**63 for none, which no minimum keeps.
-    return [int(lines[0]) for lines in texts if lines and lines[0].isdigit()]
+    return [int(text) for text in texts if text.isdigit()]
 
 
 def _lines(path: Path) -> list[str]:
@@ -195,6 +201,13 @@ def free_disk(path: str) -> int:
     if free < MiB:
         raise SpecError.at("nvme_path", path, "is on a disk without free space", "Name a folder on another disk.")
     return free
+
+
+def free_disk_of(path: str) -> int:
+    """As :func:`free_disk`, of a folder that may not be there yet: DeepSpeed makes it (``os.makedirs``)."""
+    folder = Path(path).absolute()
+    there = (each for each in (folder, *folder.parents) if os.path.exists(each))  # noqa: PTH110  # no PermissionError
+    return free_disk(str(next(there, folder)))
 
 
 class _Memory(ctypes.Structure):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from memplan.configs.files import read_mapping, refuse_outside
 from memplan.configs.keys import ACCELERATE
 from memplan.configs.section import Section
 from memplan.configs.setup import EngineConfig
-from memplan.errors import SpecError, UnsupportedError, did_you_mean
+from memplan.errors import MemplanError, SpecError, UnsupportedError, did_you_mean
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.strategy import FsdpSpec, Strategy
 from memplan.specs.training import MixedPrecision
 
-__all__ = ["is_accelerate", "parse_accelerate", "to_accelerate"]
+__all__ = ["is_accelerate", "of_options", "parse_accelerate", "to_accelerate"]
 
 _KINDS = {"NO": "single", "MULTI_GPU": "ddp", "DEEPSPEED": "zero", "FSDP": "fsdp"}
 _OTHER_KINDS = ("MULTI_CPU", "MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA", "MULTI_XPU", "MULTI_HPU",
@@ -38,6 +39,15 @@ _BESIDE_A_FILE = (
     "zero3_save_16bit_model",
 )
 """What DeepSpeedPlugin._deepspeed_config_checks refuses beside deepspeed_config_file, and mixed_precision."""
+_OWN = {
+    "zero_optimization.stage": "zero_stage",
+    "zero_optimization.offload_optimizer.device": "offload_optimizer_device",
+    "zero_optimization.offload_param.device": "offload_param_device",
+    "zero_optimization.offload_optimizer.nvme_path": "offload_optimizer_nvme_path",
+    "zero_optimization.offload_param.nvme_path": "offload_param_nvme_path",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+}
+"""Keys of the DeepSpeed config that DeepSpeedPlugin makes -> those of ``deepspeed_config`` that it makes them of."""
 _SHARDING = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
 _PREFETCH = ("BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH")
 _STATE_DICTS = ("FULL_STATE_DICT", "LOCAL_STATE_DICT", "SHARDED_STATE_DICT")
@@ -63,6 +73,37 @@ def parse_accelerate(
     not modelled.
     """
     return _Reader(data, source, folder, findings).config()
+
+
+_FLAGS = {"use_deepspeed": "DEEPSPEED", "use_fsdp": "FSDP", "multi_gpu": "MULTI_GPU", "tpu": "XLA",
+          "use_megatron_lm": "MEGATRON_LM"}  # fmt: skip
+
+
+def of_options(options: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config that options of ``accelerate launch`` come to; they win over those of a ``config`` file.
+
+    Without ``distributed_type``, neither says how many processes share the work: that is what GPUs there are.
+    Source: accelerate 1.15 ``commands/launch.py``, ``_validate_launch_command``.
+    """
+    given = {name.replace("-", "_"): value for name, value in options.items()}
+    merged = dict(config)
+    kind = next((kind for flag, kind in _FLAGS.items() if given.get(flag)), None)
+    if kind is not None:
+        merged["distributed_type"] = kind
+    if given.get("cpu"):
+        merged["use_cpu"] = True
+    merged |= {name: given[name] for name in ACCELERATE[""] if name in given and name != "debug"}
+    for path in ("deepspeed_config", "fsdp_config", "parallelism_config"):
+        own = {name: given[name] for name in ACCELERATE[path] if name in given}
+        before = merged.get(path) or {}
+        if own and isinstance(before, Mapping):
+            merged[path] = {**before, **own}
+    if merged.get("distributed_type") == "DEEPSPEED" and "deepspeed_config_file" in given:
+        # What stands beside a file is refused in a config (_deepspeed_config_checks), and idle on the command line.
+        kept = {name: value for name, value in merged["deepspeed_config"].items() if name not in _BESIDE_A_FILE}
+        merged |= {"deepspeed_config": kept}
+        merged.pop("mixed_precision", None)
+    return merged
 
 
 def to_accelerate(strategy: Strategy, cluster: ClusterSpec, mixed_precision: MixedPrecision) -> dict[str, Any]:
@@ -214,10 +255,10 @@ class _Reader:
         section = self._optional("deepspeed_config")
         named = section.get("deepspeed_config_file")
         if named is None:
-            seen = f"{section.name()}, as DeepSpeed sees it"
-            parsed = parse_deepspeed(self._plugin(section, precision), seen, trainer=True, findings=self.findings)
+            parsed = self._of_plugin(section, precision)
         else:
             parsed = self._referenced(section, str(named))
+        where = "deepspeed_config, as DeepSpeed sees it" if named is None else "deepspeed_config_file"
         stage = parsed.strategy["zero"].get("stage", int(parsed.strategy["kind"][-1]))
         section.refuse_unmodelled(stage)
         if section.get("zero3_init_flag") is False and stage == 3:
@@ -235,9 +276,29 @@ class _Reader:
             cluster={**cluster, **parsed.cluster},
             batch=parsed.batch,
             refused={**refused, **parsed.refused},
-            keys={**_KEYS, **parsed.keys},
+            keys={**_KEYS, **{field: f"{where}: {key}" for field, key in parsed.keys.items()}},
             notes=(*self.notes, *parsed.notes),
         )
+
+    def _of_plugin(self, section: Section, precision: str | None) -> EngineConfig:
+        """What is made of accelerate's own keys, by whose names it is called."""
+        seen = f"{section.name()}, as DeepSpeed sees it"
+
+        def own(text: str) -> str:
+            for theirs, ours in _OWN.items():
+                text = text.replace(f"{seen}: {theirs}:", f"{section.name(ours)}:")
+            return text
+
+        findings = None if self.findings is None else list[Finding]()
+        try:
+            parsed = parse_deepspeed(self._plugin(section, precision), seen, trainer=True, findings=findings)
+        except MemplanError as error:
+            raise type(error)(own(str(error))) from None
+        if self.findings is not None:
+            found = (each.model_copy(update={"path": own(f"{each.path}:")[:-1]}) for each in findings or ())
+            self.findings += found
+        refused = {name: type(error)(own(str(error))) for name, error in parsed.refused.items()}
+        return dataclasses.replace(parsed, refused=refused)
 
     def _plugin(self, section: Section, precision: str | None) -> dict[str, Any]:
         """What DeepSpeedPlugin makes of the environment (__post_init__, set_mixed_precision)."""

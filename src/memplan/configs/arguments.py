@@ -105,6 +105,7 @@ def _keys(data: Mapping[str, Any]) -> dict[str, str]:
         "seq_len": length,
         **{f"ddp.{field}": name for name, field in DDP.items()},
         **{f"lora.{field}": name for field, name in lora.items()},
+        "lora_targets": lora["targets"],
         **{field: f"quantization.{name}" if "quantization" in data else name for field, name in four_bits.items()},
     }
 

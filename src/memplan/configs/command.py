@@ -12,12 +12,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memplan.configs.argument_keys import SCRIPT_ARGUMENTS, TRAINING_ARGUMENTS
-from memplan.errors import SpecError
+from memplan.errors import SpecError, UnsupportedError
 
 __all__ = ["Command", "is_command", "parse_command", "plain"]
 
 _LAUNCHERS = ("accelerate", "deepspeed", "torchrun", "llamafactory-cli")
+_WRAPPERS = frozenset(
+    {
+        *("srun", "mpirun", "uv", "poetry", "pipenv", "conda", "mamba", "docker", "podman", "apptainer", "singularity"),
+        *("nohup", "exec", "env", "time", "sudo", "numactl", "nsys"),
+    }
+)
+"""Programs that start what stands after them."""
+_OTHERS = {"trl": "trl", "axolotl": "axolotl", "swift": "ms-swift", "tune": "torchtune", "xtuner": "xtuner"}
+"""Commands of other projects, which have defaults of their own."""
 _ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_ARRAY = re.compile(r"(?:(?:export|local|declare(?:\s+-\w+)*)\s+)?([A-Za-z_]\w*)(\+?)=\((.*)\)", re.DOTALL)
+_ITEMS = re.compile(r"\$\{(\w+)\[[@*]\]\}")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 _TRUTH = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
 """As HfArgumentParser's ``string_to_bool``."""
@@ -46,6 +57,8 @@ class Command:
     def per_node(self) -> int | None:
         """Processes that it starts on a node, as far as it says so."""
         found = next((str(self.options[name]) for name in _PER_NODE if name in self.options), "")
+        if self.launcher == "deepspeed" and self._included:
+            return max(map(len, self._included))
         if not found and self.launcher == "python":
             return 1
         found = found or self.environment.get("NPROC_PER_NODE", "")
@@ -56,7 +69,16 @@ class Command:
     def nodes(self) -> int | None:
         """Nodes that it starts on, as far as it says so."""
         found = next((str(self.options[name]) for name in _NODES if name in self.options), None)
+        if self.launcher == "deepspeed" and self._included:
+            return len(self._included)
         return int(found) if found is not None and found.isdigit() and int(found) > 0 else None
+
+    @property
+    def _included(self) -> list[list[str]]:
+        """The GPUs of each node that ``--include`` of DeepSpeed names, as in ``worker-0@worker-1:0,2``, if all do."""
+        nodes = str(self.options.get("include", "")).split("@")
+        listed = [slots.split(",") for _, colon, slots in (node.partition(":") for node in nodes) if colon]
+        return listed if len(listed) == len(nodes) and len(set(map(len, listed))) == 1 else []
 
 
 def is_command(text: str) -> bool:
@@ -71,8 +93,14 @@ def _starts_something(line: str) -> bool:
     words = line.split()
     while words and _ASSIGNMENT.fullmatch(words[0]):
         words = words[1:]
-    name = words[0].rsplit("/", 1)[-1] if words else ""
-    return len(words) > 1 and (name in (*_LAUNCHERS, "srun") or re.fullmatch(r"python[\d.]*", name) is not None)
+    names = [word.rsplit("/", 1)[-1] for word in words]
+    if len(names) < 2 or names[0] in _OTHERS:
+        return len(names) > 1
+    return _is_launcher(names[0]) or (names[0] in _WRAPPERS and any(map(_is_launcher, names)))
+
+
+def _is_launcher(name: str) -> bool:
+    return name in _LAUNCHERS or re.fullmatch(r"python[\d.]*", name) is not None
 
 
 def parse_command(command: str | Sequence[str], source: str) -> Command:
@@ -82,8 +110,13 @@ def parse_command(command: str | Sequence[str], source: str) -> Command:
     if len(command) > _LONGEST:
         raise SpecError(f"{source}: has {len(command)} letters, too many for a script. Give the command alone.")
     variables: dict[str, str] = {}
+    arrays: dict[str, list[str]] = {}
     started: list[list[str]] = []
     for line in _lines(command):
+        if array := _ARRAY.fullmatch(line):
+            items = [each for word in _words(array[3], source) for each in _split(word, variables, arrays, source)]
+            arrays[array[1]] = _bounded([*arrays.get(array[1], ()), *items] if array[2] else items, source)
+            continue
         words = _words(line, source)
         while words and (match := _ASSIGNMENT.fullmatch(words[0])) and len(words) == 1:
             variables[match[1]] = _expanded(match[2], variables, source)
@@ -93,10 +126,12 @@ def parse_command(command: str | Sequence[str], source: str) -> Command:
                 if assigned := _ASSIGNMENT.fullmatch(word):
                     variables[assigned[1]] = _expanded(assigned[2], variables, source)
             continue
+        if (inner := _of_a_shell(words)) is not None:
+            words = _words(_expanded(inner, variables, source), source)
         if (words and any(word.startswith("--") for word in words)) or any(
             word.endswith((".yaml", ".yml")) for word in words
         ):
-            started.append([expanded for word in words for expanded in _split(word, variables, source)])
+            started.append([expanded for word in words for expanded in _split(word, variables, arrays, source)])
     runs = [words for words in started if _is_start(words)]
     if len(runs) != 1:
         what = "starts no run" if not runs else f"starts {len(runs)} runs"
@@ -106,8 +141,8 @@ def parse_command(command: str | Sequence[str], source: str) -> Command:
 
 
 def _lines(text: str) -> list[str]:
-    """Commands of a script: a line ends outside of quotes; comments and ends of lines that go on are taken away."""
-    lines, line, quote = [], "", ""
+    """Commands of a script, without comments; a line ends outside of quotes and arrays, unless it goes on."""
+    lines, line, quote, in_array = [], "", "", False
     text = re.sub(r"\\\r?\n", " ", text)
     index = 0
     while index < len(text):
@@ -121,7 +156,11 @@ def _lines(text: str) -> list[str]:
             if index < 0:
                 break
             continue
-        elif letter in "\r\n":
+        elif letter == "(" and line.endswith("="):
+            in_array = True
+        elif letter == ")":
+            in_array = False
+        elif letter in "\r\n" and not in_array:
             lines.append(line)
             line, index = "", index + 1
             continue
@@ -145,17 +184,34 @@ def _expanded(text: str, variables: Mapping[str, str], source: str) -> str:
     return _VARIABLE.sub(lambda _: next(found), text)
 
 
-def _split(word: str, variables: Mapping[str, str], source: str) -> list[str]:
-    """A word with its variables; one that is a variable alone may be several, as $OPTIONS is."""
+def _bounded(items: list[str], source: str) -> list[str]:
+    """An array, which may be made of itself twice over."""
+    if len(items) > _MOST_WORDS or sum(map(len, items)) > _LONGEST:
+        raise SpecError(f"{source}: has an array of {len(items)} words, too many for a command. Write its values out.")
+    return items
+
+
+def _split(word: str, variables: Mapping[str, str], arrays: Mapping[str, list[str]], source: str) -> list[str]:
+    """A word with its variables; one that is a variable alone may be several, as $OPTIONS and ${OPTIONS[@]} are."""
+    if (named := _ITEMS.fullmatch(word)) and named[1] in arrays:
+        return arrays[named[1]]
     expanded = _expanded(word, variables, source)
     return expanded.split() if _VARIABLE.fullmatch(word) and expanded != word else [expanded]
 
 
+def _of_a_shell(words: Sequence[str]) -> str | None:
+    """What a shell is given by ``bash -c``, as srun is asked to start one on each node."""
+    for place in range(len(words) - 2):
+        if words[place].rsplit("/", 1)[-1] in ("bash", "sh") and words[place + 1] in ("-c", "-lc"):
+            return words[place + 2]
+    return None
+
+
 def _is_start(words: Sequence[str]) -> bool:
     bare = [word.rsplit("/", 1)[-1] for word in words]
-    return bare[0].startswith("--") or any(
-        name in _LAUNCHERS or re.fullmatch(r"python[\d.]*", name) for name in bare[:12]
-    )
+    if bare[0].startswith("--") or bare[0] in _OTHERS:
+        return True
+    return any(map(_is_launcher, bare if bare[0] in _WRAPPERS else bare[:12]))
 
 
 def _taken_apart(words: list[str], variables: Mapping[str, str], source: str) -> Command:
@@ -165,6 +221,10 @@ def _taken_apart(words: list[str], variables: Mapping[str, str], source: str) ->
     while words and (match := _ASSIGNMENT.fullmatch(words[0])):
         environment[match[1]] = match[2]
         words = words[1:]
+    if words and words[0].rsplit("/", 1)[-1] in _OTHERS:
+        project = _OTHERS[words[0].rsplit("/", 1)[-1]]
+        remedy = "Give the DeepSpeed JSON or accelerate YAML that it takes, and the rest as options."
+        raise UnsupportedError(f"{source}: a command of {project} is not read: its defaults are its own. {remedy}")
     launcher, rest = _launcher(words)
     if not launcher:
         return Command("", {}, _options(rest, source), (), environment)

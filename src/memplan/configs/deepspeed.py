@@ -270,7 +270,8 @@ class _Reader:
             return
         if part == "param" and self.stage != 3:
             # Only stage 3 reads it: the ledger of a run at stage 2 is the same with and without it.
-            self.notes.append(f"{name} {device} has no effect at stage {self.stage}: only ZeRO-3 reads it")
+            if self.findings is None:  # findings.offload_param_ignored says it too
+                self.notes.append(f"{name} {device} has no effect at stage {self.stage}: only ZeRO-3 reads it")
             return
         section.refuse_unmodelled(self.stage)
         if section.get("ratio", 1.0) < 1.0 and self.stage != 3:
@@ -521,7 +522,7 @@ def _without_removed(data: Mapping[str, Any], source: str, findings: list[Findin
         if not isinstance(there, Mapping) or key not in there:
             continue
         remedy = f"Leave it out; see {near}." if "_" in near else "Leave it out."
-        problem = "is given to a key that DeepSpeed has removed"
+        problem = "is given to a key that DeepSpeed 0.19 has removed"
         if findings is None:
             raise SpecError.at(f"{source}: {path}", there[key], problem, remedy)
         message = f"{quoted(there[key])} {problem}: it does not start."

@@ -49,7 +49,7 @@ def parse_mapping(text: str, source: str) -> dict[str, Any]:
         raise SpecError(f"{source}: nested too deeply. A config has a few levels.") from None
     if not isinstance(data, dict):
         kind = {list: "a list", str: "text", type(None): "nothing", bool: "a boolean"}.get(type(data), "a number")
-        remedy = "Give a DeepSpeed JSON or an accelerate YAML."
+        remedy = "Give a JSON or a YAML of them, or the command of a run, which begins with torchrun or the like."
         raise SpecError(f"{source}: holds {kind}, where a config holds keys and values. {remedy}")
     for key in data:
         if not isinstance(key, str):

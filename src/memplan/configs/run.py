@@ -17,7 +17,7 @@ from typing import Any
 
 from memplan.answers import Finding
 from memplan.configs import llama_factory
-from memplan.configs.accelerate import parse_accelerate
+from memplan.configs.accelerate import of_options, parse_accelerate
 from memplan.configs.argument_keys import REMOVED_ARGUMENTS, SCRIPT_ARGUMENTS, TRAINING_ARGUMENTS
 from memplan.configs.arguments import fsdp_config, parse_arguments
 from memplan.configs.command import Command, is_command, parse_command, plain
@@ -38,6 +38,9 @@ _ALLOCATOR = re.compile(
     r'^export PYTORCH_(?:CUDA_)?ALLOC_CONF="\$\{PYTORCH_(?:CUDA_)?ALLOC_CONF:-([^}"]*)\}"$', re.MULTILINE
 )
 _EXPORT = re.compile(r'^export (\w+)="\$\{\w+:-([^}"]*)\}"', re.MULTILINE)
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
+"""What ``accelerate launch`` hands ``mixed_precision`` over in, and TrainingArguments that ask for none take."""
+_UNSEEN = "accelerate launch takes what its options leave open from the machine's own default config, which is not read"
 _ACCELERATE_ONLY = frozenset(ACCELERATE[""]) - {"fsdp_config", "debug", "fp16"}
 _DEEPSPEED_ONLY = frozenset(DEEPSPEED[""]) - TRAINING_ARGUMENTS.keys() - {"bf16", "fp16", "optimizer", "scheduler"}
 _ARGUMENTS_ONLY = (TRAINING_ARGUMENTS.keys() | SCRIPT_ARGUMENTS.keys()) - DEEPSPEED[""].keys() - {"fsdp_config"}
@@ -243,20 +246,8 @@ def _of_command(command: Command, values: Values, folder: Path | None) -> Run:
         cluster = {"gpus": per_node * nodes, "nodes": nodes}
     run = Run(values.source, cluster=cluster, environment=command.environment, launcher=command.launcher)
     run = dataclasses.replace(run, alloc_conf=_allocator_of(command.environment))
-    if command.launcher == "accelerate" and isinstance(command.options.get("config_file"), str):
-        named = _file(command.options["config_file"], values.source, "config_file", folder, [])
-        started = _of_accelerate(named, folder)
-        cluster = {**(started.engine.cluster if started.engine else {}), **cluster}
-        run = dataclasses.replace(
-            run, engine=started.engine, raw=started.raw, findings=started.findings, cluster=cluster
-        )
-    elif command.launcher == "accelerate":
-        switches = [name for name in command.options if name.startswith(("use_", "fsdp_", "zero", "offload_"))]
-        if switches:
-            remedy = "Put them into a file for --config_file, as accelerate config does."
-            raise UnsupportedError(
-                f"{values.source}: {', '.join(switches)}: accelerate's options are not read. {remedy}"
-            )
+    if command.launcher == "accelerate":
+        run = _launched(run, command, values, folder)
     arguments = dict(command.arguments)
     if command.launcher and arguments.get("deepspeed") is True:
         return _of_deepspeeds_own(run, arguments, values, folder)
@@ -277,6 +268,36 @@ def _of_command(command: Command, values: Values, folder: Path | None) -> Run:
         )
         raise SpecError(f"{values.source}: starts a script with {names}, which are no TrainingArguments. {remedy}")
     return _of_arguments(Values(values.source, arguments), folder, run)
+
+
+def _launched(run: Run, command: Command, values: Values, folder: Path | None) -> Run:
+    """What ``accelerate launch`` starts: its options win over the config that they name."""
+    named = Values(values.source, {})
+    file = command.options.get("config_file")
+    if isinstance(file, str):
+        named = _file(file, values.source, "config_file", folder, [])
+    unknown = {name: value for name, value in command.options.items() if "$" in str(value)}
+    config = of_options({k: v for k, v in command.options.items() if k not in unknown}, named.data)
+    precision = config.get("mixed_precision") or command.options.get("mixed_precision")
+    if precision:
+        run = dataclasses.replace(run, environment={**run.environment, _PRECISION: str(precision).lower()})
+    if not named.data and "distributed_type" not in config:
+        parse_accelerate({**config, "distributed_type": "NO"}, named.source)  # which says what is wrong
+        return dataclasses.replace(run, notes=(*run.notes, _UNSEEN))
+    started = _of_accelerate(Values(named.source, config), folder)
+    engine = started.engine
+    if engine is not None and not named.data:  # it takes as many processes as there are GPUs
+        engine = dataclasses.replace(engine, refused={k: v for k, v in engine.refused.items() if k != "gpus"})
+    count = next((name for name in ("num_processes", "num_machines") if name in unknown), None)
+    if engine is not None and count is not None:
+        problem, remedy = "is a variable of the shell, which is not known", "Give --gpus and --nodes."
+        value = unknown[count] if isinstance(unknown[count], str) else " ".join(map(str, unknown[count]))
+        refused = SpecError.at(f"{values.source}: {count}", value, problem, remedy)
+        kept = {name: value for name, value in engine.cluster.items() if name not in ("gpus", "nodes")}
+        engine = dataclasses.replace(engine, cluster=kept, refused={**engine.refused, "gpus": refused})
+    cluster = {**(engine.cluster if engine else {}), **run.cluster}
+    run = run if named.data else dataclasses.replace(run, notes=(*run.notes, _UNSEEN))
+    return dataclasses.replace(run, engine=engine, raw=started.raw, findings=started.findings, cluster=cluster)
 
 
 def _of_deepspeeds_own(run: Run, arguments: Mapping[str, Any], values: Values, folder: Path | None) -> Run:
@@ -345,6 +366,11 @@ def read_folder(folder: Path) -> Run:
     if not folder.is_dir():
         raise SpecError.at("folder", str(folder), "is not a folder", "Give one that memplan has written.")
     names = [name for name in ("training_args.json", "accelerate.yaml", "launch.sh") if (folder / name).exists()]
+    if "training_args.json" not in names:
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in _SUFFIXES)[:5]
+        remedy = "Give a folder that memplan has written"
+        remedy += f", or the file in it that starts the run, such as {folder / others[0]}." if others else "."
+        raise SpecError(f"{folder / 'training_args.json'}: missing. {remedy}")
     found = {name: read_text(folder / name, "path") for name in names}
     if "training_args.json" in found:
         named = _named(found["training_args.json"])
@@ -352,6 +378,9 @@ def read_folder(folder: Path) -> Run:
             refuse_outside(folder / named, folder, f"{folder / 'training_args.json'}: deepspeed")
             found[named] = read_text(folder / named, "path")
     return of_texts(found, f"{folder}{os.sep}", folder)
+
+
+_SUFFIXES = frozenset({".sh", ".slurm", ".sbatch", ".yaml", ".yml", ".json"})
 
 
 def _named(text: str) -> str | None:
@@ -423,7 +452,9 @@ def setup_of(
     """
     engine = run.engine
     if engine is None:
-        engine = EngineConfig(run.source, {"kind": "ddp" if gpus > 1 else "single"})
+        launched = run.environment.get(_PRECISION)
+        precision = {"mixed_precision": launched} if launched in ("bf16", "fp16") else {}
+        engine = EngineConfig(run.source, {"kind": "ddp" if gpus > 1 else "single"}, precision)
     notes: list[Assumption] = []
     if run.arguments is not None:
         training, engine, notes = _of_trainer(run, run.arguments, engine, training)
@@ -444,13 +475,16 @@ def setup_of(
 
 def as_written(run: Run, training: TrainingSpec, error: SpecError) -> SpecError:
     """An error of the estimate about what the arguments say, in their words; ``training`` is what options say."""
-    arguments = run.arguments
+    arguments, engine = run.arguments, run.engine
     field = str(error).partition(":")[0]
-    if type(error) is not SpecError or arguments is None or field.partition(".")[0] not in arguments.training:
+    top = "lora" if field == "lora_targets" else field.partition(".")[0]
+    if type(error) is not SpecError or top in training.model_fields_set:
         return error
-    if field.partition(".")[0] in training.model_fields_set:
-        return error
-    return SpecError(in_keys(arguments, str(error)))
+    if arguments is not None and top in arguments.training:
+        return SpecError(in_keys(arguments, str(error)))
+    if engine is not None and any(name.endswith(".") and field.startswith(name) for name in engine.keys):
+        return SpecError(in_keys(engine, str(error)))
+    return error
 
 
 def _without_total(batch: Batch, gpus: int) -> Batch:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from memplan.answers import Finding
+from memplan.answers import Code, Finding
 from memplan.configs.keys import Key
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
 
@@ -108,11 +108,11 @@ class Section:
         remedy = did_you_mean(name, self._keys)
         if self._findings is None:
             raise SpecError.at(self.name(name), value, problem, remedy)
-        code = "misspelt-key" if lenient else "unknown-key"
+        code: Code = "misspelt-key" if lenient else "unknown-key"
         self._add(code, name, value, "it ignores it" if lenient else "it does not start", remedy)
         return False
 
-    def _add(self, code: str, name: str, value: object, ending: str, remedy: str) -> None:
+    def _add(self, code: Code, name: str, value: object, ending: str, remedy: str) -> None:
         message = f"{quoted(value)} is given to a key that {self.reader} does not have here: {ending}."
         found = Finding(code=code, severity="error", path=self.name(name), message=message, remedy=remedy)
         if self._findings is not None and found not in self._findings:  # a section may be read more than once

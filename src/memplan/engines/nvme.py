@@ -79,7 +79,7 @@ class ParamSwapper:
             )
         if shard.partition > self._keys.buffer_size:
             problem = f"is less than the largest partition of a weight, {shard.partition} elements"
-            remedy = f"Use {shard.partition} or more, in a file for --engine-config."
+            remedy = f"Use {shard.partition} or more, in a DeepSpeed JSON."
             raise SpecError.at("zero.offload_param.buffer_size", self._keys.buffer_size, problem, remedy)
         return True
 
@@ -242,7 +242,7 @@ def check_buffer_count(keys: OffloadOptimizerSpec, swappable: int) -> None:
             "zero.offload_optimizer.buffer_count",
             keys.buffer_count,
             problem,
-            f"Use {needed} or more, in a file for --engine-config.",
+            f"Use {needed} or more, in a DeepSpeed JSON.",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -144,21 +145,13 @@ class _Sizes(Sequence[Setup]):
 
 def _last_that_fits(examined: Any, sizes: Sequence[Setup]) -> int:
     """The place of the largest that fits, or -1; what a micro-batch needs grows with it."""
+    fits = examined.case.fits_where_known
     if isinstance(sizes, list):  # with the accumulation, which some engines need memory for, it need not
-        return next(
-            (place for place in range(len(sizes) - 1, -1, -1) if examined.case.fits_where_known(sizes[place])), -1
-        )
-    fitting, failing = -1, 1
-    while failing <= len(sizes) and examined.case.fits_where_known(sizes[failing - 1]):
-        fitting, failing = failing - 1, 2 * failing
-    failing = min(failing - 1, len(sizes))
-    while failing - fitting > 1:
-        middle = (fitting + failing) // 2
-        if examined.case.fits_where_known(sizes[middle]):
-            fitting = middle
-        else:
-            failing = middle
-    return fitting
+        return next((place for place in range(len(sizes) - 1, -1, -1) if fits(sizes[place])), -1)
+    failing = 1
+    while failing <= len(sizes) and fits(sizes[failing - 1]):
+        failing *= 2
+    return bisect_left(sizes, True, failing // 2, min(failing - 1, len(sizes)), key=lambda each: not fits(each)) - 1
 
 
 def _none(examined: Any, least: Setup) -> PreflightError:

@@ -18,7 +18,7 @@ from memplan.catalog.detect import Device
 from memplan.configs.run import is_arguments
 from memplan.errors import UnsupportedError
 
-__all__ = ["Live", "as_module", "counted", "free_memory", "rank", "read", "slice_memory", "world"]
+__all__ = ["Live", "as_module", "counted", "free_memory", "made_whole", "rank", "read", "slice_memory", "world"]
 
 _ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps", "optim")
 """Of TrainingArguments, what is read even where it is the default."""
@@ -74,7 +74,7 @@ def read(model: Any, args: Any = None) -> Live:
     values, said = _model(model)
     found = _trained_by(values, said, args)
     module = model if hasattr(model, "named_parameters") else None
-    assumed = _longest(values, model) | ({"packed": False} if found.of_a_trainer else {})  # its collators pad
+    assumed = {"packed": False} if found.of_a_trainer else {}  # its collators pad
     return dataclasses.replace(found, module=module, assumed=assumed)
 
 
@@ -115,17 +115,6 @@ def _unwrapped(model: Any) -> Any:
         if hasattr(model, "named_parameters") and hasattr(inner, "named_parameters"):
             return _unwrapped(inner)
     return model
-
-
-_DEFAULT_LENGTH = 2048  # TrainingSpec's
-
-
-def _longest(values: Any, model: Any) -> dict[str, Any]:
-    """The length that is taken where none is known: as long as the model can, if that is less than the default."""
-    config = values if isinstance(values, Mapping) else getattr(model, "config", None)
-    known = config if isinstance(config, Mapping) else vars(config) if hasattr(config, "model_type") else {}
-    longest = next((known[name] for name in ("max_position_embeddings", "n_positions") if known.get(name)), None)
-    return {"seq_len": longest} if isinstance(longest, int) and 0 < longest < _DEFAULT_LENGTH else {}
 
 
 def _beside(live: Live, trainer: Any) -> Live:
@@ -443,6 +432,12 @@ def _quantization(config: Any) -> dict[str, Any] | None:
         if values.get(name) is not None:
             found[name] = str(values[name]).removeprefix("torch.")
     return found
+
+
+def made_whole(model: Any) -> bool:
+    """Whether a model's weights are there, none of them partitioned by DeepSpeed's ``zero.Init``."""
+    weights = list(model.parameters())
+    return any(not each.is_meta for each in weights) and not any(hasattr(each, "ds_id") for each in weights)
 
 
 # -- where it runs -----------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 def findings_title(findings: Sequence[Finding]) -> str:
     """How many there are of each severity.
 
-    >>> some = Finding(code="a", severity="error", path="p", message="m", remedy="r")
+    >>> some = Finding(code="padding", severity="error", path="p", message="m", remedy="r")
     >>> findings_title([some, some])
     '2 errors in the files'
     """
