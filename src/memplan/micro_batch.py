@@ -94,6 +94,18 @@ class Setup:
         return self.autocast if self.engine == "fsdp" else None
 
 
+class Likeness:
+    """Stands for values, and is told from others by what it is: it is quickly looked up."""
+
+    __slots__ = ()
+
+
+@lru_cache(maxsize=256)
+def likeness(*values: object) -> Likeness:
+    """One for all that are equal."""
+    return Likeness()
+
+
 @dataclass(eq=False)
 class MicroBatch:
     """One micro-batch on the tape."""
@@ -136,6 +148,23 @@ class MicroBatch:
     def course(self) -> Course:
         """As an engine is played over it; its legs are not measured."""
         return course(self.unrolled, self.layout().numbers, measured=False)
+
+    @property
+    def likeness(self) -> Likeness:
+        """All that an engine finds of the weights: the same of runs that differ in kernels alone."""
+        known = self.first._known
+        if "likeness" not in known:
+            model = self.layout()
+            known["likeness"] = likeness(
+                tuple([(key, p.shape, p.dtype, p.node is None, p.loaded) for key, p in model.parameters.items()]),
+                tuple([tuple(own) for own in model.modules.values() if own]),
+                tuple(model.names),
+                tuple(model.merged),
+                tuple(map(tuple, model.groups)),
+                tuple([(b.nbytes, b.registered, count) for b, count in self.inventory.buffers]),
+            )
+        found: Likeness = known["likeness"]
+        return found
 
     def layout(self, one_group: bool = False) -> Layout:
         """The model as an engine that shards sees it (:func:`memplan.engines.layout.layout`)."""

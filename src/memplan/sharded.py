@@ -136,13 +136,15 @@ def floor(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per
     run, _ = run_of(setup, gpu)
     batches = _closed(setup, run, strategy)
     rank = _ranks(strategy, batches.first, ranks)[0]
+    own = _besides(alike(setup), strategy)
     loaded = _loaded_least(
-        replace(alike(setup), training=alike(setup).training.replace(gradient_checkpointing=False)),
+        replace(own, training=own.training.replace(gradient_checkpointing=False)),
         setup.training.optim,
         strategy,
         ranks,
         per_node,
         rank,
+        batches.first.likeness,
         _Unkeyed(batches),
     )
     of_tape = max(most_on_tape(each.first.course, each.unrolled) for each in (batches.first, batches.later))
@@ -268,10 +270,44 @@ def _play(
     batches: _Batches,
     evaluated: tuple[Kept, Sequence[int]] | None,
 ) -> Play:
+    hooks = () if strategy.kind in ("zero0", "zero1", "zero2") else tuple(
+        (module, *own) for module, own in batches.first.layout().modules.items()
+    )
+    likeness = (batches.first.likeness, hooks, *(each.course.moments for each in batches.each))
+    place = strategy, ranks, per_node, rank
+    found = _play_alike(
+        _besides(setup, strategy), optim, *place, workspaces, grad_accum_steps, evaluated, likeness, _Unkeyed(batches)
+    )
+    return found.over([each.course for each in batches.each])
+
+
+def _besides(setup: Setup, strategy: Strategy) -> Setup:
+    """What an engine knows of a setup besides the model and the batch as it finds them: DeepSpeed's nothing of kernels."""
+    training = setup.training
+    if not strategy.is_deepspeed or training.quantization is not None:
+        return setup
+    return replace(setup, training=training.replace(attn="sdpa", liger=False, gradient_checkpointing=False))
+
+
+@lru_cache(maxsize=256)
+def _play_alike(
+    setup: Setup,
+    optim: str,
+    strategy: Strategy,
+    ranks: int,
+    per_node: int,
+    rank: int,
+    workspaces: Sequence[int],
+    grad_accum_steps: int,
+    evaluated: tuple[Kept, Sequence[int]] | None,
+    likeness: object,
+    batches: _Unkeyed,
+) -> Play:
+    """The play over batches whichever, of those in which the engine finds the same."""
     setup = replace(setup, training=setup.training.replace(optim=optim))
-    ledger = PlayLedger(ranks=per_node)
+    ledger, own = PlayLedger(ranks=per_node), batches.value
     courses = _play_batches(
-        setup, strategy, ranks, per_node, rank, ledger, batches, workspaces, grad_accum_steps, evaluated, limit=0
+        setup, strategy, ranks, per_node, rank, ledger, own, workspaces, grad_accum_steps, evaluated, limit=0
     )
     return Play(ledger, courses, rank)
 
@@ -305,6 +341,7 @@ def _loaded_least(
     ranks: int,
     per_node: int,
     rank: int,
+    likeness: object,
     batches: _Unkeyed,
 ) -> _Loaded:
     """Whatever batches, and checkpointing: what is there before does not depend on them."""

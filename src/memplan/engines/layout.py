@@ -46,14 +46,18 @@ def layout(root: Module, one_group: bool = False) -> Layout:
     """Walk the model; ``one_group`` is how the Trainer hands weights to an optimizer that DeepSpeed makes."""
     found = Layout()
 
-    def number(thing: object, layer: int) -> Key:
+    counts = [0, 1]
+
+    def number(thing: object, layer: int, kind: int = 0) -> Key:
         if id(thing) in found.numbers:
             return found.numbers[id(thing)][0], layer
-        found.numbers[id(thing)] = key = (len(found.numbers), layer)
+        # Weights have even numbers, so that no module without any, as Liger leaves out, changes them.
+        found.numbers[id(thing)] = key = (counts[kind], layer)
+        counts[kind] += 2
         return key
 
     def visit(module: Module, layer: int) -> None:
-        own = found.modules[number(module, layer)] = []
+        own = found.modules[number(module, layer, 1)] = []
         for _, p in module.parameters():
             known = found.numbers.get(id(p))
             key = known if known is not None and known[1] == OUTSIDE else number(p, layer)

@@ -53,6 +53,19 @@ class Course:
     unrolled: Unrolled
     legs: list[tuple[Leg, Key | None]]
 
+    @property
+    def moments(self) -> tuple[tuple[object, ...], ...]:
+        """All that an engine finds as it is played over it: phases, events, and the bytes of gradients."""
+        sizes = self.unrolled.tape.sizes
+        return tuple(
+            [
+                (leg.segment.phase,)
+                if (event := leg.event) is None
+                else (leg.segment.phase, event.kind, key, sizes[event.storage] if event.storage >= 0 else -1)
+                for leg, key in self.legs
+            ]
+        )
+
 
 def course(unrolled: Unrolled, numbers: Mapping[int, Key], *, measured: bool = True) -> Course:
     """Cut the whole model's log at the tape's events; a replay needs no legs that are ``measured``.

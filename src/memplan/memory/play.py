@@ -9,7 +9,8 @@ place of legs, the same play is what the caching allocator sees.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from operator import add, sub
@@ -179,6 +180,22 @@ class Play:
         self._parts: dict[int, Parts] = {}
         self._counts: dict[tuple[int, ...], dict[int, tuple[int, int]]] = {}
         self._streams: dict[tuple[int, ...], _Stream] = {}
+
+    def over(self, courses: Sequence[Course]) -> Play:
+        """The same over courses on which an engine finds the same (:attr:`Course.moments`)."""
+        if all(own is other for own, other in zip(self.courses, courses, strict=True)):
+            return self
+        others = {id(own.unrolled): other.unrolled for own, other in zip(self.courses, courses, strict=True)}
+        ledger = copy(self.ledger)
+        ledger.passes = [
+            each if each.unrolled is None else replace(each, unrolled=others[id(each.unrolled)])
+            for each in self.ledger.passes
+        ]
+        found = Play(ledger, courses, self.rank)
+        # What is the engine's alone.
+        found._parts, found._counts = self._parts, self._counts
+        found.__dict__.update(_bytes=self._bytes, _heights=self._heights, _stretches=self._stretches)
+        return found
 
     # -- the engine's bytes --------------------------------------------------------------------------------------------
 
