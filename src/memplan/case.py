@@ -145,7 +145,11 @@ class Case:
         """The time of a step, as in :meth:`timed`."""
         from memplan.configs import launch
 
-        return self._step(replace(setup, strategy=launch.as_written(setup.strategy))).seconds
+        from memplan import throughput
+
+        strategy = launch.as_written(setup.strategy)
+        resolved = estimator.resolve(self.model, setup.training, self.cluster, strategy, self.software)
+        return throughput.expected_seconds(resolved, self.cluster, strategy)
 
     def _step(self, setup: Setup) -> StepTime:
         from memplan import throughput  # here, because one estimate does not need it

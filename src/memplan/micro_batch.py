@@ -100,7 +100,7 @@ class Likeness:
     __slots__ = ()
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=96)
 def likeness(*values: object) -> Likeness:
     """One for all that are equal."""
     return Likeness()
@@ -164,6 +164,20 @@ class MicroBatch:
                 tuple([(b.nbytes, b.registered, count) for b, count in self.inventory.buffers]),
             )
         found: Likeness = known["likeness"]
+        return found
+
+    @cached_property
+    def moments(self) -> Likeness:
+        """All that an engine finds of a batch as it is played over it, but for hooks of modules their weights."""
+        return likeness(self.course.moments)
+
+    @property
+    def hooked(self) -> Likeness:
+        """Modules, and their weights."""
+        known = self.first._known
+        if "hooked" not in known:
+            known["hooked"] = likeness(tuple([(module, *own) for module, own in self.layout().modules.items()]))
+        found: Likeness = known["hooked"]
         return found
 
     def layout(self, one_group: bool = False) -> Layout:

@@ -79,7 +79,7 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
     batches = _closed(setup, run, strategy)
     phases = [phase for phase in PHASES if phase != "eval" or run.evaluation is not None]
     tapes, waiting = batches.unrolled, batches.waiting(run)
-    played = _fullest(setup, run, strategy, ranks, per_node, batches)
+    played = _fullest(setup, gpu, strategy, ranks, per_node)
     fullest, ledger = played.fullest(tapes, waiting), played.ledger
     return Sharded(
         gpu={phase: fullest.get(phase, {}) for phase in phases},
@@ -91,8 +91,11 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
     )
 
 
-def _fullest(setup: Setup, run: Run, strategy: Strategy, ranks: int, per_node: int, batches: _Batches) -> Play:
+@lru_cache(maxsize=512)
+def _fullest(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per_node: int) -> Play:
     """The play of the fullest rank."""
+    run, _ = run_of(setup, gpu)
+    batches = _closed(setup, run, strategy)
     of_ranks = _ranks(strategy, batches.first, ranks)
     plays = [_played(setup, run, strategy, ranks, per_node, rank, batches) for rank in of_ranks]
     if len(plays) == 1:
@@ -118,7 +121,7 @@ def least(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per
     """The totals of :func:`play_ranks`, in a tenth of the time."""
     run, _ = run_of(setup, gpu)
     batches = _closed(setup, run, strategy)
-    played = _fullest(setup, run, strategy, ranks, per_node, batches)
+    played = _fullest(setup, gpu, strategy, ranks, per_node)
     ledger = played.ledger
     return Least(
         gpu=played.peak(batches.unrolled, batches.waiting(run)),
@@ -154,9 +157,7 @@ def floor(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per
 
 def moves(setup: Setup, gpu: GPUSpec, strategy: Strategy, ranks: int, per_node: int) -> Sequence[Mapping[Move, int]]:
     """What a step moves, by micro-batch: the first, one like all between, and the last with the step."""
-    run, _ = run_of(setup, gpu)
-    batches = _closed(setup, run, strategy)
-    return _fullest(setup, run, strategy, ranks, per_node, batches).ledger.moves_of_step
+    return _fullest(setup, gpu, strategy, ranks, per_node).ledger.moves_of_step
 
 
 @lru_cache(maxsize=64)
@@ -270,10 +271,8 @@ def _play(
     batches: _Batches,
     evaluated: tuple[Kept, Sequence[int]] | None,
 ) -> Play:
-    hooks = () if strategy.kind in ("zero0", "zero1", "zero2") else tuple(
-        (module, *own) for module, own in batches.first.layout().modules.items()
-    )
-    likeness = (batches.first.likeness, hooks, *(each.course.moments for each in batches.each))
+    hooked = None if strategy.kind in ("zero0", "zero1", "zero2") else batches.first.hooked
+    likeness = (batches.first.likeness, hooked, *(each.moments for each in batches.each))
     place = strategy, ranks, per_node, rank
     found = _play_alike(
         _besides(setup, strategy), optim, *place, workspaces, grad_accum_steps, evaluated, likeness, _Unkeyed(batches)
