@@ -151,6 +151,16 @@ class Case:
         resolved = estimator.resolve(self.model, setup.training, self.cluster, strategy, self.software)
         return throughput.expected_seconds(resolved, self.cluster, strategy)
 
+    def least_seconds(self, setup: Setup) -> float:
+        """At the most :meth:`seconds`, but sooner told."""
+        from memplan.configs import launch
+
+        from memplan import throughput
+
+        strategy = launch.as_written(setup.strategy)
+        resolved = estimator.resolve(self.model, setup.training, self.cluster, strategy, self.software)
+        return throughput.least_seconds(resolved, self.cluster, strategy)
+
     def _step(self, setup: Setup) -> StepTime:
         from memplan import throughput  # here, because one estimate does not need it
 

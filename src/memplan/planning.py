@@ -178,7 +178,8 @@ class _Search:
         if objective == "gpus":
             objective = "throughput"
         options = (self.target, objective, self.allow, self.done, self.processes)
-        found = planner.plan(asked, case.timed, case.seconds, *options, bound=case.bound)
+        bounds = {"bound": case.bound, "least_seconds": case.least_seconds if case.tracer is None else None}
+        found = planner.plan(asked, case.timed, case.seconds, *options, **bounds)
         return self.result(case, found, solved)
 
     def largest(self, question: Question) -> Plan:

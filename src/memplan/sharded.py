@@ -134,7 +134,7 @@ def least(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per
 def floor(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per_node: int) -> Least:
     """What :func:`least` says at least, without a play: the engine as it is set up, and the tape beside it.
 
-    What engines have when they are set up they keep to the end of training.
+    What engines have when they are set up, and the optimizer's states, they keep to the end of training.
     """
     run, _ = run_of(setup, gpu)
     batches = _closed(setup, run, strategy)
@@ -312,7 +312,7 @@ def _play_alike(
 
 
 class _Loaded(NamedTuple):
-    """What there is before the first step."""
+    """What there is before the first micro-batch, and once a step without any has made the optimizer's states."""
 
     most: Least
     """At the fullest moments until then; ``steady`` and ``nvme`` are what is left in the end."""
@@ -348,12 +348,13 @@ def _loaded_least(
     ledger = PlayLedger(ranks=per_node)
     engine, run, _ = _prepared(setup, strategy, ranks, per_node, rank, ledger, batches.value, (), 1, None, limit=0)
     load(engine, ledger, run)
-    host = plain.total(ledger.fullest("load", "host"))
+    ledger.begin("step")
+    engine.step()  # of no gradients
     heights = ledger.heights
     ledger.begin("idle")
     left = Least(
         gpu=max(heights),
-        host=host,
+        host=max(plain.total(ledger.fullest(phase, "host")) for phase in ("load", "step")),
         steady=plain.total(ledger.fullest("idle", "host")),
         nvme=plain.total(ledger.fullest("idle", "nvme")) * per_node,
     )
