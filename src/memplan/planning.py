@@ -177,9 +177,8 @@ class _Search:
         asked, objective = self.asked(case), self.objective
         if objective == "gpus":
             objective = "throughput"
-        options = (self.target, objective, self.allow, self.done, self.processes)
-        bounds = {"bound": case.bound, "least_seconds": case.least_seconds if case.tracer is None else None}
-        found = planner.plan(asked, case.timed, case.seconds, *options, **bounds)
+        options = (self.target, objective, self.allow, self.done, self.processes, case.bound, case.least_seconds)
+        found = planner.plan(asked, case.timed, case.seconds, *options)
         return self.result(case, found, solved)
 
     def largest(self, question: Question) -> Plan:

@@ -281,7 +281,7 @@ def _play(
 
 
 def _besides(setup: Setup, strategy: Strategy) -> Setup:
-    """What an engine knows of a setup besides the model and the batch as it finds them: DeepSpeed's nothing of kernels."""
+    """What an engine knows of a setup besides the model and the batch as it finds them: DeepSpeed's know no kernels."""
     training = setup.training
     if not strategy.is_deepspeed or training.quantization is not None:
         return setup

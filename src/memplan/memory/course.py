@@ -57,7 +57,7 @@ class Course:
     @cached_property
     def stretches(self) -> list[tuple[Leg, str | None, str | None, Key | None]]:
         """The legs, each with the phase if that begins, and with what an engine hooks into at its end."""
-        found = []
+        found: list[tuple[Leg, str | None, str | None, Key | None]] = []
         phase = ""
         for leg, key in self.legs:
             begins = None if leg.segment.phase == phase else leg.segment.phase
