@@ -29,7 +29,7 @@ from memplan.results import (
     verdict_for,
     worst_verdict,
 )
-from memplan.space import SIDES, families
+from memplan.space import SIDES, families, with_micro_batch
 from memplan.specs import ClusterSpec, Strategy, TrainingSpec
 from memplan.specs.strategy import ZeroSpec
 from memplan.units import MiB
@@ -529,7 +529,7 @@ def test_what_is_shared_out_comes_home_as_it_was() -> None:
         TrainingSpec(seq_len=64, lora={"rank": 4}, grad_accum_steps=8), Strategy(kind="ddp"), 4, nvme_buffer_size=1000
     )
     for family in families(asked, "auto", SIDES):
-        for setup in family.micro_batches():
+        for setup in (with_micro_batch(family.setup, size) for size in family.micro_batches()):
             again = Setup.from_dict(json.loads(json.dumps(setup.to_dict())))
             assert again == setup
             assert hash(again) == hash(setup)

@@ -35,6 +35,7 @@ from memplan.space import (
     levels,
     rungs,
     simplicity,
+    with_micro_batch,
 )
 from memplan.units import gib
 
@@ -465,17 +466,22 @@ def _candidates(family: Family, answers: Answers, objective: Objective) -> list[
     """
     if objective == "memory":
         return [family.setup]
-    sizes, may_fit = family.micro_batches(), answers.may_go if family.told == "chosen" else answers.may_fit_somehow
-    if not may_fit(sizes[0]):
+    sizes = family.micro_batches()
+    looked_at = answers.may_go if family.told == "chosen" else answers.may_fit_somehow
+
+    def may_fit(place: int) -> bool:
+        return looked_at(with_micro_batch(family.setup, sizes[place]))
+
+    if not may_fit(0):
         return []
     fitting, failing = 0, len(sizes)
     while failing - fitting > 1:
         middle = (fitting + failing) // 2
-        if may_fit(sizes[middle]):
+        if may_fit(middle):
             fitting = middle
         else:
             failing = middle
-    return sizes[: fitting + 1]
+    return [with_micro_batch(family.setup, size) for size in sizes[: fitting + 1]]
 
 
 def _is_faster(choices: Sequence[Setup], others: Sequence[Found], answers: Answers) -> bool:
