@@ -17,7 +17,7 @@ from tests.test_api import LLAMA, TINY
 
 from memplan import api, cli, planner, planning
 from memplan.answers import Plan
-from memplan.case import case_of
+from memplan.case import Case, case_of
 from memplan.configs import launch
 from memplan.errors import SpecError, UnsupportedError
 from memplan.estimator import Least
@@ -29,7 +29,7 @@ from memplan.results import (
     verdict_for,
     worst_verdict,
 )
-from memplan.space import SIDES, families
+from memplan.space import SIDES, families, with_micro_batch
 from memplan.specs import ClusterSpec, Strategy, TrainingSpec
 from memplan.specs.strategy import ZeroSpec
 from memplan.units import MiB
@@ -231,7 +231,8 @@ def test_more_memory_never_makes_a_models_plan_slower() -> None:
             def judged(setup: Setup, exact: bool, gpu: int = gpu, host: int = host) -> Estimate:
                 return estimate(setup, exact, gpu, host)
 
-            planned = planner.plan(start, judged, seconds, bound=partial(bound, gpu=gpu, host=host))
+            bounds = {"bound": partial(bound, gpu=gpu, host=host), "least_seconds": case.least_seconds}
+            planned = planner.plan(start, judged, seconds, **bounds)
             # Bounds spare estimates, and change nothing.
             slow = planner.plan(start, judged, seconds)
             assert planned._replace(searched=slow.searched) == slow
@@ -266,6 +267,32 @@ def test_the_front_has_what_none_beats_in_time_and_in_memory() -> None:
             )
     assert found.searched.setups > 300
     assert found.searched.replayed <= found.searched.estimated < found.searched.setups
+
+
+def test_bounds_of_times_change_nothing_of_a_choice_among_sides() -> None:
+    """Of sides no rung is told: they are looked at only where a bound does not rule them out."""
+    training = TrainingSpec(seq_len=256, grad_accum_steps=4)
+    sides = ("liger",)
+    bounded = unbounded = 0
+    for gpu in ("900MiB", "6GiB"):
+        cluster = ClusterSpec(gpu="A100-80GB", gpus=2, gpu_memory=gpu, host_memory="1TiB")
+        case = case_of(MEDIUM, cluster, None)
+        start = Setup(training, Strategy(kind="ddp"), 2)
+        asked_for: list[Setup] = []
+
+        def seconds(setup: Setup, case: Case = case, asked_for: list[Setup] = asked_for) -> float:
+            asked_for.append(setup)
+            return case.seconds(setup)
+
+        found = planner.plan(
+            start, case.timed, seconds, allow=sides, bound=case.bound, least_seconds=case.least_seconds
+        )
+        bounded += len(asked_for)
+        asked_for.clear()
+        every = planner.plan(start, case.timed, seconds, allow=sides)
+        assert found._replace(searched=every.searched) == every
+        unbounded += len(asked_for)
+    assert bounded < 0.8 * unbounded
 
 
 def test_sides_are_taken_on_request() -> None:
@@ -502,7 +529,7 @@ def test_what_is_shared_out_comes_home_as_it_was() -> None:
         TrainingSpec(seq_len=64, lora={"rank": 4}, grad_accum_steps=8), Strategy(kind="ddp"), 4, nvme_buffer_size=1000
     )
     for family in families(asked, "auto", SIDES):
-        for setup in family.micro_batches():
+        for setup in (with_micro_batch(family.setup, size) for size in family.micro_batches()):
             again = Setup.from_dict(json.loads(json.dumps(setup.to_dict())))
             assert again == setup
             assert hash(again) == hash(setup)

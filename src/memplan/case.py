@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from memplan.configs.setup import EngineConfig
     from memplan.introspect.extrapolate import Inputs
-    from memplan.planner import Bounder
+    from memplan.planner import Bounder, Timer
 
 ModelLike: TypeAlias = Union[str, os.PathLike[str], ModelSpec, Mapping[str, Any], "nn.Module"]
 """A hub id, a path, a ModelSpec, the values of a config.json, or a module of torch."""
@@ -143,9 +143,27 @@ class Case:
 
     def seconds(self, setup: Setup) -> float:
         """The time of a step, as in :meth:`timed`."""
+        from memplan import throughput
         from memplan.configs import launch
 
-        return self._step(replace(setup, strategy=launch.as_written(setup.strategy))).seconds
+        strategy = launch.as_written(setup.strategy)
+        resolved = estimator.resolve(self.model, setup.training, self.cluster, strategy, self.software)
+        return throughput.expected_seconds(resolved, self.cluster, strategy)
+
+    @property
+    def least_seconds(self) -> Timer | None:
+        """At the most :meth:`seconds`, but sooner told; of a trace only the time itself is."""
+        if self.tracer is not None:
+            return None
+        from memplan import throughput
+        from memplan.configs import launch
+
+        def least(setup: Setup) -> float:
+            strategy = launch.as_written(setup.strategy)
+            resolved = estimator.resolve(self.model, setup.training, self.cluster, strategy, self.software)
+            return throughput.least_seconds(resolved, self.cluster, strategy)
+
+        return least
 
     def _step(self, setup: Setup) -> StepTime:
         from memplan import throughput  # here, because one estimate does not need it

@@ -94,6 +94,18 @@ class Setup:
         return self.autocast if self.engine == "fsdp" else None
 
 
+class Likeness:
+    """Stands for values, and is told from others by what it is: it is quickly looked up."""
+
+    __slots__ = ()
+
+
+@lru_cache(maxsize=96)
+def likeness(*values: object) -> Likeness:
+    """One for all that are equal."""
+    return Likeness()
+
+
 @dataclass(eq=False)
 class MicroBatch:
     """One micro-batch on the tape."""
@@ -136,6 +148,37 @@ class MicroBatch:
     def course(self) -> Course:
         """As an engine is played over it; its legs are not measured."""
         return course(self.unrolled, self.layout().numbers, measured=False)
+
+    @property
+    def likeness(self) -> Likeness:
+        """All that an engine finds of the weights: the same of runs that differ in kernels alone."""
+        known = self.first._known
+        if "likeness" not in known:
+            model = self.layout()
+            known["likeness"] = likeness(
+                tuple([(key, p.shape, p.dtype, p.node is None, p.loaded) for key, p in model.parameters.items()]),
+                tuple([tuple(own) for own in model.modules.values() if own]),
+                tuple(model.names),
+                tuple(model.merged),
+                tuple(map(tuple, model.groups)),
+                tuple([(b.nbytes, b.registered, count) for b, count in self.inventory.buffers]),
+            )
+        found: Likeness = known["likeness"]
+        return found
+
+    @cached_property
+    def moments(self) -> Likeness:
+        """All that an engine finds of a batch as it is played over it, but for hooks of modules their weights."""
+        return likeness(self.course.moments)
+
+    @property
+    def hooked(self) -> Likeness:
+        """Modules, and their weights."""
+        known = self.first._known
+        if "hooked" not in known:
+            known["hooked"] = likeness(tuple([(module, *own) for module, own in self.layout().modules.items()]))
+        found: Likeness = known["hooked"]
+        return found
 
     def layout(self, one_group: bool = False) -> Layout:
         """The model as an engine that shards sees it (:func:`memplan.engines.layout.layout`)."""

@@ -35,6 +35,7 @@ from memplan.space import (
     levels,
     rungs,
     simplicity,
+    with_micro_batch,
 )
 from memplan.units import gib
 
@@ -97,15 +98,18 @@ class Answers:
     ``estimate(setup, exact)`` answers for a setup, with the time of its step; if not ``exact`` a verdict of tight may
     mean anything but does-not-fit. ``seconds(setup)`` is the time alone. ``bound(setup, played)`` is what the setup
     cannot do without, or where that is not ``played`` less than that; without it ``estimate`` is asked instead.
+    ``least_seconds(setup)`` is at the most the time, and sooner told; without it ``seconds`` is asked.
     """
 
     estimate: Estimator
     seconds: Timer
     bound: Bounder | None = None
+    least_seconds: Timer | None = None
     floors: dict[Setup, Least | None] = field(default_factory=dict)
     lows: dict[Setup, Least | None] = field(default_factory=dict)
     exact: dict[Setup, Estimate | None] = field(default_factory=dict)
     times: dict[Setup, float] = field(default_factory=dict)
+    least_times: dict[Setup, float] = field(default_factory=dict)
 
     def least(self, setup: Setup) -> Least | None:
         """What the setup cannot do without, and the best verdict that it may have. None if it is refused."""
@@ -145,6 +149,17 @@ class Answers:
                 self.times[setup] = math.inf
         return self.times[setup]
 
+    def least_time(self, setup: Setup) -> float:
+        """At the most :meth:`time`."""
+        if self.least_seconds is None or setup in self.times or setup in self.exact:
+            return self.time(setup)
+        if setup not in self.least_times:
+            try:
+                self.least_times[setup] = self.least_seconds(setup)
+            except (SpecError, UnsupportedError):
+                self.least_times[setup] = math.inf
+        return self.least_times[setup]
+
     def may_fit(self, setup: Setup) -> bool:
         """Whether it is worth a closer look: without it the low end is already exact."""
         return self._best_verdict(setup) != "does-not-fit"
@@ -163,6 +178,26 @@ class Answers:
         if found is not None and found.verdict != "does-not-fit":
             found = self.least(setup)
         return "does-not-fit" if found is None else found.verdict
+
+    def may_fit_somehow(self, setup: Setup) -> bool:
+        """Whether :meth:`may_fit` with DeepSpeed's own buffers, with which its time is asked too, or the smallest."""
+        for each in (setup, levels(setup)[-1]):
+            floor = self.floor(each)
+            if floor is not None and floor.verdict == "unknown":
+                return False  # whatever buffers: a place is used whose size is not known
+            if self.may_fit(each):
+                return True
+        return False
+
+    def may_go(self, setup: Setup) -> bool:
+        """The same, as far as floors tell."""
+        for each in (setup, levels(setup)[-1]):
+            floor = self.floor(each)
+            if floor is not None and floor.verdict == "unknown":
+                return False
+            if floor is not None and floor.verdict != "does-not-fit":
+                return True
+        return False
 
     def may_be_sized(self, setup: Setup) -> bool:
         """Whether :meth:`sized` may find something."""
@@ -221,6 +256,7 @@ class Answers:
                 self.estimate,
                 self.seconds,
                 self.bound,
+                self.least_seconds,
                 dict(self.floors),
                 dict(self.lows),
                 dict(self.exact),
@@ -288,6 +324,7 @@ def plan(
     done: Done = nothing,
     processes: int = 1,
     bound: Bounder | None = None,
+    least_seconds: Timer | None = None,
 ) -> Planned:
     """Walk the ladder from ``asked`` on, look beside it, and choose among what fits.
 
@@ -299,7 +336,7 @@ def plan(
     there already. ``done`` is told how many families of how many are, which ``processes`` share out. Raises what
     ``estimate`` raises for ``asked`` itself.
     """
-    answers = Answers(estimate, seconds, bound)
+    answers = Answers(estimate, seconds, bound, least_seconds)
     answers.exact[asked] = estimate(asked, True)
     every = families(asked, target, allow)
     names: dict[Setup, str] = {}
@@ -308,7 +345,7 @@ def plan(
     if processes > 1:
         answers.share(len(every), lambda own, place: _explore(every[place], own, objective), processes, done)
     for number, family in enumerate(every):
-        own = _may_fit(family, answers) if objective != "memory" else [family.setup]
+        own = _candidates(family, answers, objective)
         choices += [(setup, family.name) for setup in own]
         if family.told == "always" or (family.told == "faster" and _is_faster(own, tried[-1:], answers)):
             setup = _chosen(own, answers, objective)
@@ -413,41 +450,38 @@ class Found(NamedTuple):
 
 def _explore(family: Family, answers: Answers, objective: Objective) -> None:
     """Ask for what :func:`plan` asks of a family, as far as it does not depend on others."""
-    own = _may_fit(family, answers) if objective != "memory" else [family.setup]
+    own = _candidates(family, answers, objective)
     for setup in own:
-        answers.time(setup)
+        answers.least_time(setup) if family.told == "chosen" else answers.time(setup)
     if family.told == "always":
         answers.replayed(_chosen(own, answers, objective) or answers.nearest(family.setup))
 
 
-def _may_fit(family: Family, answers: Answers) -> list[Setup]:
+def _candidates(family: Family, answers: Answers, objective: Objective) -> list[Setup]:
     """The micro-batches up to the largest that may fit, the smallest first; what is allocated grows with them.
 
     A step can take longer with a larger one, so those below the largest count too: with less memory one of them would
-    be the largest, and more memory never makes a plan slower.
+    be the largest, and more memory never makes a plan slower. Of families that are not told of anyway the floors have
+    to do: most of them are too slow to be looked at closer.
     """
+    if objective == "memory":
+        return [family.setup]
     sizes = family.micro_batches()
+    looked_at = answers.may_go if family.told == "chosen" else answers.may_fit_somehow
 
-    def may_fit(setup: Setup) -> bool:
-        # DeepSpeed's own buffers first: the time of a step is asked with them too.
-        for each in (setup, levels(setup)[-1]):
-            floor = answers.floor(each)
-            if floor is not None and floor.verdict == "unknown":
-                return False  # whatever buffers: a place is used whose size is not known
-            if answers.may_fit(each):
-                return True
-        return False
+    def may_fit(place: int) -> bool:
+        return looked_at(with_micro_batch(family.setup, sizes[place]))
 
-    if not may_fit(sizes[0]):
+    if not may_fit(0):
         return []
     fitting, failing = 0, len(sizes)
     while failing - fitting > 1:
         middle = (fitting + failing) // 2
-        if may_fit(sizes[middle]):
+        if may_fit(middle):
             fitting = middle
         else:
             failing = middle
-    return sizes[: fitting + 1]
+    return [with_micro_batch(family.setup, size) for size in sizes[: fitting + 1]]
 
 
 def _is_faster(choices: Sequence[Setup], others: Sequence[Found], answers: Answers) -> bool:
@@ -462,9 +496,19 @@ def _chosen(choices: Sequence[Setup], answers: Answers, objective: Objective) ->
         return _least([each for setup in choices for each in levels(setup)], answers)
     best: Setup | None = None
     least = 1 << 62
-    for setup in sorted(choices, key=lambda each: (pace(answers.time(each)), simplicity(each))):
-        if pace(answers.time(setup)) >= least:
+    # First by bounds of their times; what comes to be the first is looked at closer.
+    waiting = [
+        (pace(answers.least_time(each)), simplicity(each), number, False, each) for number, each in enumerate(choices)
+    ]
+    heapify(waiting)
+    while waiting:
+        seconds, simple, number, is_exact, setup = heappop(waiting)
+        if seconds >= least:
             break  # and smaller buffers take no less time
+        if not is_exact:
+            if answers.may_fit_somehow(setup):
+                heappush(waiting, (pace(answers.time(setup)), simple, number, True, setup))
+            continue
         sized = answers.sized(setup)
         if sized is not None and pace(answers.time(sized)) < least:
             best, least = sized, pace(answers.time(sized))
@@ -522,7 +566,7 @@ def _pareto(choices: Sequence[tuple[Setup, str]], answers: Answers) -> tuple[Poi
         floor = answers.floor(setup)
         if floor is not None and floor.verdict != "does-not-fit":
             # Smaller buffers take no less time.
-            pace_at_least = pace(answers.time(sized))
+            pace_at_least = pace(answers.least_time(sized))
             waiting.append((pace_at_least, floor.gpu, simplicity(setup), number, False, setup, name))
     heapify(waiting)
     taken: list[tuple[Point, int]] = []

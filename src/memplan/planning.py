@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
@@ -102,13 +103,26 @@ def plan(
     if gpu.is_cpu:
         raise SpecError.at("gpu", gpu.name, "is none, and a plan is for a GPU", "Name one, as in --gpu A100-80GB.")
     search = _Search(case, run, global_batch_size, target, objective, allow, done, advise, processes)
-    if solve == "gpus":
-        return search.fewest_gpus(_counts(hardware), most_nodes=8 if hardware.nodes == 1 else 1)
-    if objective == "gpus":
-        return search.fewest_of(case.cluster)
-    if solve == "gpu":
-        return search.smallest_gpu()
-    return search.plan(case) if solve is None else search.largest(solve)
+    with _uncollected():
+        if solve == "gpus":
+            return search.fewest_gpus(_counts(hardware), most_nodes=8 if hardware.nodes == 1 else 1)
+        if objective == "gpus":
+            return search.fewest_of(case.cluster)
+        if solve == "gpu":
+            return search.smallest_gpu()
+        return search.plan(case) if solve is None else search.largest(solve)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the collector of cycles, of which a search makes few: it would go through everything a hundred times."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _check_asked(solve: Question, objective: Objective, run: TrainingSpec, hardware: ClusterSpec) -> None:
@@ -163,8 +177,8 @@ class _Search:
         asked, objective = self.asked(case), self.objective
         if objective == "gpus":
             objective = "throughput"
-        options = (self.target, objective, self.allow, self.done, self.processes)
-        found = planner.plan(asked, case.timed, case.seconds, *options, bound=case.bound)
+        options = (self.target, objective, self.allow, self.done, self.processes, case.bound, case.least_seconds)
+        found = planner.plan(asked, case.timed, case.seconds, *options)
         return self.result(case, found, solved)
 
     def largest(self, question: Question) -> Plan:

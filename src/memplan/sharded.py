@@ -79,7 +79,7 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
     batches = _closed(setup, run, strategy)
     phases = [phase for phase in PHASES if phase != "eval" or run.evaluation is not None]
     tapes, waiting = batches.unrolled, batches.waiting(run)
-    played = _fullest(setup, run, strategy, ranks, per_node, batches)
+    played = _fullest(setup, gpu, strategy, ranks, per_node)
     fullest, ledger = played.fullest(tapes, waiting), played.ledger
     return Sharded(
         gpu={phase: fullest.get(phase, {}) for phase in phases},
@@ -91,8 +91,11 @@ def play_ranks(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int
     )
 
 
-def _fullest(setup: Setup, run: Run, strategy: Strategy, ranks: int, per_node: int, batches: _Batches) -> Play:
+@lru_cache(maxsize=512)
+def _fullest(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per_node: int) -> Play:
     """The play of the fullest rank."""
+    run, _ = run_of(setup, gpu)
+    batches = _closed(setup, run, strategy)
     of_ranks = _ranks(strategy, batches.first, ranks)
     plays = [_played(setup, run, strategy, ranks, per_node, rank, batches) for rank in of_ranks]
     if len(plays) == 1:
@@ -118,7 +121,7 @@ def least(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per
     """The totals of :func:`play_ranks`, in a tenth of the time."""
     run, _ = run_of(setup, gpu)
     batches = _closed(setup, run, strategy)
-    played = _fullest(setup, run, strategy, ranks, per_node, batches)
+    played = _fullest(setup, gpu, strategy, ranks, per_node)
     ledger = played.ledger
     return Least(
         gpu=played.peak(batches.unrolled, batches.waiting(run)),
@@ -131,18 +134,20 @@ def least(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per
 def floor(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per_node: int) -> Least:
     """What :func:`least` says at least, without a play: the engine as it is set up, and the tape beside it.
 
-    What engines have when they are set up they keep to the end of training.
+    What engines have when they are set up, and the optimizer's states, they keep to the end of training.
     """
     run, _ = run_of(setup, gpu)
     batches = _closed(setup, run, strategy)
     rank = _ranks(strategy, batches.first, ranks)[0]
+    own = _besides(alike(setup), strategy)
     loaded = _loaded_least(
-        replace(alike(setup), training=alike(setup).training.replace(gradient_checkpointing=False)),
+        replace(own, training=own.training.replace(gradient_checkpointing=False)),
         setup.training.optim,
         strategy,
         ranks,
         per_node,
         rank,
+        batches.first.likeness,
         _Unkeyed(batches),
     )
     of_tape = max(most_on_tape(each.first.course, each.unrolled) for each in (batches.first, batches.later))
@@ -152,9 +157,7 @@ def floor(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, per
 
 def moves(setup: Setup, gpu: GPUSpec, strategy: Strategy, ranks: int, per_node: int) -> Sequence[Mapping[Move, int]]:
     """What a step moves, by micro-batch: the first, one like all between, and the last with the step."""
-    run, _ = run_of(setup, gpu)
-    batches = _closed(setup, run, strategy)
-    return _fullest(setup, run, strategy, ranks, per_node, batches).ledger.moves_of_step
+    return _fullest(setup, gpu, strategy, ranks, per_node).ledger.moves_of_step
 
 
 @lru_cache(maxsize=64)
@@ -268,16 +271,48 @@ def _play(
     batches: _Batches,
     evaluated: tuple[Kept, Sequence[int]] | None,
 ) -> Play:
+    hooked = None if strategy.kind in ("zero0", "zero1", "zero2") else batches.first.hooked
+    likeness = (batches.first.likeness, hooked, *(each.moments for each in batches.each))
+    place = strategy, ranks, per_node, rank
+    found = _play_alike(
+        _besides(setup, strategy), optim, *place, workspaces, grad_accum_steps, evaluated, likeness, _Unkeyed(batches)
+    )
+    return found.over([each.course for each in batches.each])
+
+
+def _besides(setup: Setup, strategy: Strategy) -> Setup:
+    """What an engine knows of a setup besides the model and the batch as it finds them: DeepSpeed's know no kernels."""
+    training = setup.training
+    if not strategy.is_deepspeed or training.quantization is not None:
+        return setup
+    return replace(setup, training=training.replace(attn="sdpa", liger=False, gradient_checkpointing=False))
+
+
+@lru_cache(maxsize=256)
+def _play_alike(
+    setup: Setup,
+    optim: str,
+    strategy: Strategy,
+    ranks: int,
+    per_node: int,
+    rank: int,
+    workspaces: Sequence[int],
+    grad_accum_steps: int,
+    evaluated: tuple[Kept, Sequence[int]] | None,
+    likeness: object,
+    batches: _Unkeyed,
+) -> Play:
+    """The play over batches whichever, of those in which the engine finds the same."""
     setup = replace(setup, training=setup.training.replace(optim=optim))
-    ledger = PlayLedger(ranks=per_node)
+    ledger, own = PlayLedger(ranks=per_node), batches.value
     courses = _play_batches(
-        setup, strategy, ranks, per_node, rank, ledger, batches, workspaces, grad_accum_steps, evaluated, limit=0
+        setup, strategy, ranks, per_node, rank, ledger, own, workspaces, grad_accum_steps, evaluated, limit=0
     )
     return Play(ledger, courses, rank)
 
 
 class _Loaded(NamedTuple):
-    """What there is before the first step."""
+    """What there is before the first micro-batch, and once a step without any has made the optimizer's states."""
 
     most: Least
     """At the fullest moments until then; ``steady`` and ``nvme`` are what is left in the end."""
@@ -305,6 +340,7 @@ def _loaded_least(
     ranks: int,
     per_node: int,
     rank: int,
+    likeness: object,
     batches: _Unkeyed,
 ) -> _Loaded:
     """Whatever batches, and checkpointing: what is there before does not depend on them."""
@@ -312,12 +348,13 @@ def _loaded_least(
     ledger = PlayLedger(ranks=per_node)
     engine, run, _ = _prepared(setup, strategy, ranks, per_node, rank, ledger, batches.value, (), 1, None, limit=0)
     load(engine, ledger, run)
-    host = plain.total(ledger.fullest("load", "host"))
+    ledger.begin("step")
+    engine.step()  # of no gradients
     heights = ledger.heights
     ledger.begin("idle")
     left = Least(
         gpu=max(heights),
-        host=host,
+        host=max(plain.total(ledger.fullest(phase, "host")) for phase in ("load", "step")),
         steady=plain.total(ledger.fullest("idle", "host")),
         nvme=plain.total(ledger.fullest("idle", "nvme")) * per_node,
     )

@@ -208,13 +208,12 @@ class Family(NamedTuple):
     @property
     def setups(self) -> int:
         """How many there are."""
-        smallest = self.setup.training.micro_batch_size
-        return len(levels(self.setup)) * sum(size >= smallest for size in divisors(sequences(self.setup)))
+        return len(levels(self.setup)) * len(self.micro_batches())
 
-    def micro_batches(self) -> list[Setup]:
-        """Those of the same global batch, from ``setup`` on, the smallest first."""
+    def micro_batches(self) -> list[int]:
+        """Those of the same global batch, from that of ``setup`` on, the smallest first."""
         smallest = self.setup.training.micro_batch_size
-        return [with_micro_batch(self.setup, size) for size in divisors(sequences(self.setup)) if size >= smallest]
+        return [size for size in divisors(sequences(self.setup)) if size >= smallest]
 
 
 def families(asked: Setup, target: Target, allow: Sequence[str] = ()) -> list[Family]:

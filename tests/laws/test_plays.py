@@ -56,6 +56,38 @@ def test_a_kept_play_says_what_one_on_the_batch_says(strategy: Strategy, trainin
         assert found.moves == tuple(ledger.moves_of_step)
 
 
+KERNELS: list[dict[str, Any]] = [
+    {},
+    {"attn": "flash_attention_2"},
+    {"liger": True},
+    {"gradient_checkpointing": True},
+    {"liger": True, "gradient_checkpointing": True},
+]
+
+
+@pytest.mark.parametrize("others", [{}, {"grad_accum_steps": 3}, {"lora": 8}], ids=str)
+@pytest.mark.parametrize("strategy", ENGINES, ids=name)
+def test_a_play_of_other_kernels_says_what_its_own_says(strategy: Strategy, others: dict[str, Any]) -> None:
+    """An engine is played once for all in which it finds the same."""
+    setups = [resolved(strategy, 2, 96, {**kernels, **others}) for kernels in KERNELS]
+    replays = []
+    for setup in setups:
+        found = sharded.play_ranks(setup, None, strategy, GPUS, GPUS)
+        ledger = Ledger(ranks=GPUS)
+        sharded.play_engine(setup, None, strategy, GPUS, GPUS, found.rank, ledger, full_depth=False)
+        for phase, parts in found.gpu.items():
+            assert parts == {part: size for part, size in ledger.fullest(phase).items() if size}, phase
+            assert found.host[phase] == ledger.fullest(phase, "host")
+        assert found.moves == tuple(ledger.moves_of_step)
+        replays.append((found.rank, sharded.replay(setup, None, strategy, GPUS, GPUS, found.rank, None)))
+    plays = {id(sharded._fullest(setup, None, strategy, GPUS, GPUS).ledger.log) for setup in setups}
+    assert len(plays) < len(KERNELS) or strategy.kind == "fsdp"
+    for setup, (rank, replayed) in zip(setups, replays, strict=True):
+        for remembered in (sharded.replay, sharded._play, sharded._play_alike):
+            remembered.cache_clear()
+        assert sharded.replay(setup, None, strategy, GPUS, GPUS, rank, None) == replayed
+
+
 @pytest.mark.parametrize("training", RUNS[:2], ids=str)
 @pytest.mark.parametrize("strategy", ENGINES, ids=name)
 def test_a_replay_is_that_of_a_play_over_every_layer(strategy: Strategy, training: dict[str, Any]) -> None:

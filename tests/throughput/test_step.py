@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 from tests.throughput.setups import resolved, seconds, timed
 
@@ -5,7 +7,7 @@ from memplan.errors import SpecError, UnsupportedError
 from memplan.micro_batch import run_of
 from memplan.specs.strategy import DdpSpec, FsdpSpec, Strategy, ZeroSpec
 from memplan.specs.training import LoraSpec
-from memplan.throughput import Machine, step_time
+from memplan.throughput import Machine, expected_seconds, least_seconds, step_time
 from memplan.throughput.rates import OVERLAP
 from memplan.throughput.step import PARTS
 
@@ -53,6 +55,16 @@ def test_parts_add_up_and_intervals_hold_the_expected(strategy: Strategy, accumu
     speed = timing.tokens_per_second
     assert speed.low < speed.expected < speed.high
     assert speed.expected == pytest.approx(timing.tokens / timing.seconds.expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: f"{s.kind}-{s.offload_optimizer}-{s.offload_param}")
+@pytest.mark.parametrize("run", [{}, {"grad_accum_steps": 4}, {"gradient_checkpointing": True, "seq_len": 64}], ids=str)
+def test_a_search_is_told_the_expected_seconds_and_less_sooner(strategy: Strategy, run: dict[str, Any]) -> None:
+    setup, cluster, _ = resolved(gpus=8, strategy=strategy, **BF16 | run)
+    expected = expected_seconds(setup, cluster, strategy)
+    assert expected == step_time(setup, cluster, strategy).seconds.expected
+    share = least_seconds(setup, cluster, strategy) / expected
+    assert (0 if "nvme" in strategy.offload_optimizer else 0.05) < share <= 1
 
 
 def test_flops_are_six_per_parameter_and_token() -> None:

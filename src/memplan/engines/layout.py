@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -46,27 +46,34 @@ def layout(root: Module, one_group: bool = False) -> Layout:
     """Walk the model; ``one_group`` is how the Trainer hands weights to an optimizer that DeepSpeed makes."""
     found = Layout()
 
-    def number(thing: object, layer: int) -> Key:
+    counts = [0, 1]
+
+    def number(thing: object, layer: int, kind: int = 0) -> Key:
         if id(thing) in found.numbers:
             return found.numbers[id(thing)][0], layer
-        found.numbers[id(thing)] = key = (len(found.numbers), layer)
+        # Weights have even numbers, so that no module without any, as Liger leaves out, changes them.
+        found.numbers[id(thing)] = key = (counts[kind], layer)
+        counts[kind] += 2
         return key
 
+    visited: dict[int, Sequence[tuple[Module, Sequence[Parameter]]]] = {}
+    """By id() of a module: it and all below it up to other layers, each with its own weights."""
+
     def visit(module: Module, layer: int) -> None:
-        own = found.modules[number(module, layer)] = []
-        for _, p in module.parameters():
-            known = found.numbers.get(id(p))
-            key = known if known is not None and known[1] == OUTSIDE else number(p, layer)
-            own.append(key)
-            found.names.append(key)
-            found.parameters.setdefault(key, p)
-        if isinstance(module, Layers):
-            made = dict(module.children())
-            for index, stands in enumerate(module.sequence()):
-                visit(made[str(stands)], index)
-            return
-        for _, child in module.children():
-            visit(child, layer)
+        if id(module) not in visited:
+            visited[id(module)] = [(each, [p for _, p in each.parameters()]) for each in _with_children(module)]
+        for each, weights in visited[id(module)]:
+            own = found.modules[number(each, layer, 1)] = []
+            for p in weights:
+                known = found.numbers.get(id(p))
+                key = known if known is not None and known[1] == OUTSIDE else number(p, layer)
+                own.append(key)
+                found.names.append(key)
+                found.parameters.setdefault(key, p)
+            if isinstance(each, Layers):
+                made = dict(each.children())
+                for index, stands in enumerate(each.sequence()):
+                    visit(made[str(stands)], index)
 
     visit(root, OUTSIDE)
     found.merged = [stacked[0] for stacked in map(found.stacked, found.modules.values()) if len(stacked) > 1]
@@ -77,6 +84,14 @@ def layout(root: Module, one_group: bool = False) -> Layout:
         groups = [[key for key, _ in trained]]
     found.groups = [group for group in groups if group]
     return found
+
+
+def _with_children(module: Module) -> Iterator[Module]:
+    """The module and all below it, but for layers, in the order of ``modules()``."""
+    yield module
+    if not isinstance(module, Layers):
+        for _, child in module.children():
+            yield from _with_children(child)
 
 
 class StateDict(NamedTuple):
@@ -287,17 +302,13 @@ def _run(
     or where the step runs before the graph dies.
     """
     ledger.rewind()
-    phase = ""
     unrolled, run, module_event = course.unrolled, ledger.run, engine.module_event
-    for leg, key in course.legs:
-        if leg.segment.phase != phase:
-            phase = leg.segment.phase
-            ledger.begin(within or phase)
+    for leg, begins, kind, key in course.stretches:
+        if begins is not None:
+            ledger.begin(within or begins)
         run(unrolled, leg)
-        event = leg.event
-        if event is None:
+        if kind is None:
             continue
-        kind = event.kind
         if kind == "step" and finish is not None:
             finish()
             finish = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from operator import add
 from typing import Literal
 
@@ -46,12 +47,36 @@ class Leg:
     """What an engine hooks into at its end."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Course:
     """The legs of the whole model, in the order in which they run, each with the weight or module of its event."""
 
     unrolled: Unrolled
     legs: list[tuple[Leg, Key | None]]
+
+    @cached_property
+    def stretches(self) -> list[tuple[Leg, str | None, str | None, Key | None]]:
+        """The legs, each with the phase if that begins, and with what an engine hooks into at its end."""
+        found: list[tuple[Leg, str | None, str | None, Key | None]] = []
+        phase = ""
+        for leg, key in self.legs:
+            begins = None if leg.segment.phase == phase else leg.segment.phase
+            phase = leg.segment.phase
+            found.append((leg, begins, None if leg.event is None else leg.event.kind, key))
+        return found
+
+    @property
+    def moments(self) -> tuple[tuple[object, ...], ...]:
+        """All that an engine finds as it is played over it: phases, events, and the bytes of gradients."""
+        sizes = self.unrolled.tape.sizes
+        return tuple(
+            [
+                (leg.segment.phase,)
+                if (event := leg.event) is None
+                else (leg.segment.phase, event.kind, key, sizes[event.storage] if event.storage >= 0 else -1)
+                for leg, key in self.legs
+            ]
+        )
 
 
 def course(unrolled: Unrolled, numbers: Mapping[int, Key], *, measured: bool = True) -> Course:

@@ -9,7 +9,8 @@ place of legs, the same play is what the caching allocator sees.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from operator import add, sub
@@ -179,6 +180,24 @@ class Play:
         self._parts: dict[int, Parts] = {}
         self._counts: dict[tuple[int, ...], dict[int, tuple[int, int]]] = {}
         self._streams: dict[tuple[int, ...], _Stream] = {}
+        self._peaked: tuple[Sequence[Unrolled], int] | None = None
+        """The tapes that were asked for last, and their most bytes beside the engine's."""
+
+    def over(self, courses: Sequence[Course]) -> Play:
+        """The same over courses on which an engine finds the same (:attr:`Course.moments`)."""
+        if all(own is other for own, other in zip(self.courses, courses, strict=True)):
+            return self
+        others = {id(own.unrolled): other.unrolled for own, other in zip(self.courses, courses, strict=True)}
+        ledger = copy(self.ledger)
+        ledger.passes = [
+            each if each.unrolled is None else replace(each, unrolled=others[id(each.unrolled)])
+            for each in self.ledger.passes
+        ]
+        found = Play(ledger, courses, self.rank)
+        # What is the engine's alone.
+        found._parts, found._counts = self._parts, self._counts
+        found.__dict__.update(_bytes=self._bytes, _heights=self._heights, _stretches=self._stretches)
+        return found
 
     # -- the engine's bytes --------------------------------------------------------------------------------------------
 
@@ -218,9 +237,13 @@ class Play:
 
     def peak(self, tapes: Sequence[Unrolled], waiting: Sequence[int]) -> int:
         """Bytes at the fullest moment of all phases."""
-        levels = self._levels(tapes)
-        before, after = self._of_all_phases
-        return max(before, self._more(waiting) + max(max(levels[each.course].heights(each)) for each in after))
+        if self._peaked is None or any(a is not b for a, b in zip(self._peaked[0], tapes, strict=True)):
+            levels = self._levels(tapes)
+            _, after = self._of_all_phases
+            most = max(max(levels[each.course].heights(each)) for each in after)
+            self._peaked = tapes, most
+        before, _ = self._of_all_phases
+        return max(before, self._more(waiting) + self._peaked[1])
 
     @cached_property
     def _of_all_phases(self) -> tuple[int, list[_Stretch]]:
@@ -523,7 +546,7 @@ def _stretches(play: Play) -> dict[str, list[_Stretch]]:
     def keep(phase: str, number: int, first: int, is_after: bool, at: list[int]) -> None:
         """Of legs that run at these places of the log; or that have ended there, each until the next place."""
         if is_after:
-            engine = [max(heights[a : b + 1]) for a, b in pairwise(at)]
+            engine = [heights[a] if a == b else max(heights[a : b + 1]) for a, b in pairwise(at)]
         else:
             engine = [heights[a] for a in at]
         if engine:

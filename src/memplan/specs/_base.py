@@ -42,7 +42,18 @@ LARGEST_INT = 2**40
 class Spec(BaseModel):
     """A frozen input; a wrong one raises one SpecError with a line per wrong field."""
 
+    __slots__ = ("_hashed",)
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def __hash__(self) -> int:
+        # A search looks the same specs up thousands of times.
+        try:
+            found: int = object.__getattribute__(self, "_hashed")
+        except AttributeError:
+            values = self.__dict__
+            found = hash((type(self), *[values[name] for name in type(self).model_fields]))
+            object.__setattr__(self, "_hashed", found)
+        return found
 
     def __init__(self, **data: Any) -> None:
         try:

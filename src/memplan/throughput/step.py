@@ -111,11 +111,7 @@ def step_time(setup: Setup, cluster: ClusterSpec, strategy: Strategy, machine: M
 
     ``machine`` says of the nodes what the cluster's spec does not; what it leaves out is assumed.
     """
-    gpu = cluster.gpu
-    if not isinstance(gpu, GPUSpec):
-        raise SpecError.at("gpu", gpu, "is no GPU whose speed is known", "Name one, as in A100-80GB.")
-    if gpu.is_cpu:
-        raise UnsupportedError("gpu: how fast a CPU trains is not modelled. Name a GPU, as in A100-80GB.")
+    gpu = _timed(cluster)
     work = _work(as_on_tape(setup), gpu)
     moves = _moves(setup, gpu, strategy, cluster)
     rates = {case: Rates(gpu, cluster, machine, case) for case in CASES}
@@ -131,11 +127,38 @@ def step_time(setup: Setup, cluster: ClusterSpec, strategy: Strategy, machine: M
     tokens = training.micro_batch_size * _length(setup, gpu) * training.grad_accum_steps * cluster.gpus
     return StepTiming(
         parts=parts,
-        seconds=_span({case: sum(step.parts.values()) for case, step in times.items()}),
+        seconds=_span({case: step.seconds for case, step in times.items()}),
         tokens=tokens,
         flops=training.grad_accum_steps * sum(each.computed for each in work.values()),
         bound_by=times["expected"].bound_by,
     )
+
+
+def expected_seconds(setup: Setup, cluster: ClusterSpec, strategy: Strategy) -> float:
+    """Those of :func:`step_time` that are expected, without the interval: for a search. Raises as that."""
+    gpu = _timed(cluster)
+    work, moves = _work(as_on_tape(setup), gpu), _moves(setup, gpu, strategy, cluster)
+    return _Step(setup, gpu, strategy, cluster, Rates(gpu, cluster, DEFAULT_MACHINE, "expected"), work, moves).seconds
+
+
+def least_seconds(setup: Setup, cluster: ClusterSpec, strategy: Strategy) -> float:
+    """At the most :func:`expected_seconds`, without a play of the engine: the kernels, and waiting for the host."""
+    if not strategy.shards:
+        return expected_seconds(setup, cluster, strategy)
+    gpu = _timed(cluster)
+    rates, work = Rates(gpu, cluster, DEFAULT_MACHINE, "expected"), _work(as_on_tape(setup), gpu)
+    # Less than the rounding of a sum, in which what is hidden is taken off again.
+    return (1 - 1e-9) * _Step(setup, gpu, strategy, cluster, rates, work, None).seconds
+
+
+def _timed(cluster: ClusterSpec) -> GPUSpec:
+    """The GPU whose time is told."""
+    gpu = cluster.gpu
+    if not isinstance(gpu, GPUSpec):
+        raise SpecError.at("gpu", gpu, "is no GPU whose speed is known", "Name one, as in A100-80GB.")
+    if gpu.is_cpu:
+        raise UnsupportedError("gpu: how fast a CPU trains is not modelled. Name a GPU, as in A100-80GB.")
+    return gpu
 
 
 def _length(setup: Setup, gpu: GPUSpec) -> int:
@@ -239,10 +262,11 @@ class _Step:
         cluster: ClusterSpec,
         rates: Rates,
         work: Mapping[Stage, Work],
-        moves: Mapping[Move, int],
+        moves: Mapping[Move, int] | None,
     ) -> None:
+        """Without ``moves`` it is kernels, and waiting for the host, alone."""
         self.setup, self.gpu, self.strategy, self.cluster = setup, gpu, strategy, cluster
-        self.rates, self.work, self.moves = rates, work, moves
+        self.rates, self.work, self.moves = rates, work, moves or {}
         self.micro_batches = setup.training.grad_accum_steps
         self.parts: dict[str, float] = {}
         self.made_of: dict[str, str] = {}
@@ -252,11 +276,18 @@ class _Step:
             ("compute", "bandwidth", "host", "communication", "pcie", "cpu", "nvme"), 0.0
         )
         self._kernels()
+        if moves is None:
+            return
         self._optimizer()
         hidden = self._communication()
         hidden += self._copies(hidden)
         if hidden:
             self._add("overlap", -hidden, "transfers beside kernels")
+
+    @property
+    def seconds(self) -> float:
+        """Of all parts."""
+        return sum(self.parts.values())
 
     @property
     def bound_by(self) -> str:
