@@ -419,6 +419,7 @@ def fsdp_setup(
         return Fsdp1Setup(
             flats=flats,
             root=model.numbers[id(root)],
+            is_hybrid=keys.is_hybrid,
             offload=offload,
             loaded=loaded,
             backward_prefetch=keys.backward_prefetch,

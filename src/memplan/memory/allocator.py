@@ -6,9 +6,11 @@ and pool (small up to 1 MiB, or large), split where the remainder is worth it, m
 and only where no free block fits is a segment taken from CUDA, which keeps it until ``empty_cache`` or an
 out-of-memory. Fragmentation is what comes out; no percentage goes in.
 
-Not modelled, because a trace of one process says nothing about them: the garbage collector (off by default), private
-pools of CUDA graphs, and the wait of a block that ``record_stream`` marked; a trace that knows when such a block
-becomes free says so by the place of its free.
+A block that ``record_stream`` marked waits for the GPU when it is freed: ``defer`` frees it, and ``reuse`` says that the
+GPU is done with it.
+
+Not modelled, because a trace of one process says nothing about them: the garbage collector (off by default) and private
+pools of CUDA graphs.
 
 A block is known by its address. Two tables of the free blocks, by their start and by their end, take the place of
 torch's list of neighbours: a neighbour is free if it is in a table, and segments lie 512 B apart so that no two meet.
@@ -133,6 +135,7 @@ class CachingAllocator:
 
     __slots__ = (
         "_allocated",
+        "_deferred",
         "_divisions",
         "_ends",
         "_expandable",
@@ -184,6 +187,7 @@ class CachingAllocator:
         self._small: dict[int, _Pool] = {}
         self._large: dict[int, _Pool] = {}
         self._live: dict[int, tuple[int, int]] = {}  # address -> block size, bytes requested
+        self._deferred: dict[int, int] = {}  # a caller's number of a live block that is freed -> its address
         self._starts: dict[int, int] = {}  # free block -> its size
         self._ends: dict[int, int] = {}  # end of a free block -> its address
         self._segments: dict[int, int] = {}  # segment -> its size, where not expandable
@@ -210,7 +214,7 @@ class CachingAllocator:
 
     @property
     def allocated(self) -> int:
-        """Bytes of live blocks, as ``torch.cuda.memory_allocated``; also its active bytes (no stream is waited for)."""
+        """Bytes of blocks that are not freed, as ``torch.cuda.memory_allocated``."""
         return self._allocated
 
     @property
@@ -247,7 +251,7 @@ class CachingAllocator:
         self._peak_reserved = self._reserved
 
     def live_blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield address and size of every live block, in no particular order."""
+        """Yield address and size of every live block, in no particular order; deferred ones are among them."""
         return ((address, size) for address, (size, _) in self._live.items())
 
     def free_blocks(self) -> Iterator[tuple[int, int]]:
@@ -376,8 +380,29 @@ class CachingAllocator:
         finally:
             self._allocated, self._peak_allocated = allocated, peak
 
+    def defer(self, numbers: Iterable[int], addresses: Sequence[int]) -> None:
+        """Free what lies at ``addresses[number]`` for each of ``numbers``, while a stream of the GPU still uses it: it is
+        no longer allocated, as ``DeviceCachingAllocator::free`` has it, but stays where it is until it can be reused.
+        """
+        for number in numbers:
+            if address := addresses[number]:
+                self._allocated -= self._live[address][0]
+                self._deferred[number] = address
+
+    def reuse(self, numbers: Iterable[int]) -> None:
+        """The GPU is done with what was deferred under these numbers (``process_events``)."""
+        for number in numbers:
+            address = self._deferred.pop(number, 0)
+            if address:
+                size = self._live.pop(address)[0]
+                self._add_free(self._pools[address >> _POOL_SHIFT], address, address + size)
+
     def empty_cache(self) -> None:
-        """Return to CUDA every segment, or page of an expandable one, that holds no live block."""
+        """Return to CUDA every segment, or page of an expandable one, that holds no live block.
+
+        The GPU is waited for first, so that nothing is deferred (``synchronize_and_free_events``).
+        """
+        self.reuse([*self._deferred])
         release = self._unmap if self._expandable else self._release
         for pool in self._pools:
             for size, address in [*pool.blocks()]:
@@ -739,7 +764,8 @@ def reserved_upper_bound(summary: TraceSummary, *, large_segment_size: int = LAR
 
     It holds for one stream (streams share nothing: add up their bounds), for the default settings or another
     ``large_segment_size``, with or without a limit and ``empty_cache``; not for expandable segments, which are one
-    segment with gaps anywhere, nor for ``max_split_size``, which forbids blocks that fit.
+    segment with gaps anywhere, nor for ``max_split_size``, which forbids blocks that fit. A tensor that is deferred is
+    live until it can be reused.
 
     Why. Segments are counted by the size of the request that opened them. A request opens one only if no free block
     fits it; so at that moment, every segment at least as large as the request holds a live block, and every gap in it

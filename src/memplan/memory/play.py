@@ -8,7 +8,7 @@ place of legs, the same play is what the caching allocator sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
@@ -16,9 +16,12 @@ from operator import add, sub
 from typing import Literal, NamedTuple
 
 from memplan.memory.allocator import CachingAllocator
-from memplan.memory.course import WAITING, Block, Course, Ledger, Leg, Parts
+from memplan.memory.course import DEFAULT_STREAM, WAITING, Block, Course, Ledger, Leg, Parts
 from memplan.memory.depth import EveryLayer
 from memplan.memory.timeline import COMPONENTS, Unrolled
+
+
+_Kind = Literal["begin", "empty_cache", "confine", "reuse"]
 
 
 class _Act(NamedTuple):
@@ -28,9 +31,11 @@ class _Act(NamedTuple):
     """In the engine's log."""
     leg: int
     """How many of the pass have run."""
-    kind: Literal["begin", "empty_cache", "confine"]
+    kind: _Kind
     phase: str = ""
     limit: int = 0
+    blocks: tuple[int, ...] = ()
+    """The engine's that can be reused."""
 
 
 @dataclass(slots=True)
@@ -61,6 +66,10 @@ class PlayLedger(Ledger):
         self.components: list[str] = []
         self.waiting: list[int] = []
         """Blocks that the size of the batch decides."""
+        self.streams: dict[int, int] = {}
+        """Of each block that is not the default stream's, its stream."""
+        self.deferred: set[int] = set()
+        """Blocks that the allocator does not have back when they are freed."""
         self.passes = [_Pass(0)]
 
     @property
@@ -80,6 +89,8 @@ class PlayLedger(Ledger):
         self.log.append(number)
         if name == WAITING:
             self.waiting.append(number)
+        if self.stream != DEFAULT_STREAM:
+            self.streams[number] = self.stream
         return block
 
     def free(self, *blocks: Block | None) -> None:
@@ -91,6 +102,14 @@ class PlayLedger(Ledger):
             elif block.nbytes:
                 self.log.append(~block.address)
                 block.nbytes = 0
+
+    def defer(self, *blocks: Block | None) -> None:
+        self.deferred.update(block.address for block in blocks if block is not None and block.nbytes)
+        self.free(*blocks)
+
+    def reuse(self, blocks: Iterable[Block]) -> None:
+        if numbers := tuple(block.address for block in blocks):
+            self._act("reuse", blocks=numbers)
 
     def take(self, unrolled: Unrolled, leg: Leg) -> Block | None:
         if leg.event is None or leg.event.storage < 0:
@@ -121,9 +140,23 @@ class PlayLedger(Ledger):
     def confine(self, limit: int) -> None:
         self._act("confine", limit=limit)
 
-    def _act(self, kind: Literal["begin", "empty_cache", "confine"], phase: str = "", limit: int = 0) -> None:
+    def _act(self, kind: _Kind, phase: str = "", limit: int = 0, blocks: tuple[int, ...] = ()) -> None:
         running = self.passes[-1]
-        running.acts.append(_Act(len(self.log), len(running.at), kind, phase, limit))
+        running.acts.append(_Act(len(self.log), len(running.at), kind, phase, limit, blocks))
+
+    @property
+    def returned(self) -> list[int]:
+        """The log as the allocator has it: what is deferred is freed where it can be reused."""
+        if not self.deferred:
+            return self.log
+        found: list[int] = []
+        start = 0
+        kept = {~number for number in self.deferred}
+        for act in (act for each in self.passes for act in each.acts if act.blocks):
+            found += [entry for entry in self.log[start : act.position] if entry not in kept]
+            found += [~number for number in act.blocks]
+            start = act.position
+        return found + [entry for entry in self.log[start:] if entry not in kept]
 
 
 _NONE = -(1 << 62)
@@ -177,8 +210,8 @@ class Play:
         self.courses = courses
         self._spots = list(map(_spots, courses))
         self._parts: dict[int, Parts] = {}
-        self._counts: dict[tuple[int, ...], dict[int, tuple[int, int]]] = {}
-        self._streams: dict[tuple[int, ...], _Stream] = {}
+        self._counts: dict[tuple[int, ...], list[dict[int, tuple[int, int]]]] = {}
+        self._events: dict[tuple[int, ...], _Events] = {}
 
     # -- the engine's bytes --------------------------------------------------------------------------------------------
 
@@ -294,28 +327,26 @@ class Play:
             start = position
         return self._parts
 
-    def size_counts(self, waiting: Sequence[int]) -> dict[int, tuple[int, int]]:
-        """Of the engine's blocks, for every size: the most alive at one time, and how many are allocated."""
+    def size_counts(self, waiting: Sequence[int]) -> list[dict[int, tuple[int, int]]]:
+        """Of the engine's blocks, for every size: the most alive at one time, and how many are allocated. First of the
+        default stream's, then of each other's.
+        """
         sizes = list(self._bytes)
         for number, nbytes in zip(self.ledger.waiting, waiting, strict=True):
             sizes[number] = (nbytes + 511) & -512
-        known = self._counts.get(tuple(sizes[number] for number in self.ledger.waiting))
-        if known is None:
-            alive: dict[int, int] = {}
-            most: dict[int, int] = {}
-            made: dict[int, int] = {}
-            for entry in self.ledger.log:
-                if entry >= 0:
-                    size = sizes[entry]
-                    alive[size] = now = alive.get(size, 0) + 1
-                    made[size] = made.get(size, 0) + 1
-                    if now > most.get(size, 0):
-                        most[size] = now
-                else:
-                    alive[sizes[~entry]] -= 1
-            known = {size: (most[size], made[size]) for size in most}
-            self._counts[tuple(sizes[number] for number in self.ledger.waiting)] = known
-        return known
+        key = tuple(sizes[number] for number in self.ledger.waiting)
+        if key not in self._counts:
+            log, streams = self.ledger.returned, self.ledger.streams
+            self._counts[key] = [
+                _size_counts(
+                    log
+                    if not streams
+                    else [entry for entry in log if streams.get(max(entry, ~entry), DEFAULT_STREAM) == stream],
+                    sizes,
+                )
+                for stream in (DEFAULT_STREAM, *sorted(set(streams.values())))
+            ]
+        return self._counts[key]
 
     # -- the caching allocator -----------------------------------------------------------------------------------------
 
@@ -331,35 +362,59 @@ class Play:
 
         ``limit`` is what CUDA has to give in evaluation, if that is known.
         """
-        stream = self._stream(every)
+        events = self._events_of(every)
         sizes = [*self.ledger.requested, 0]
         for number, nbytes in zip(self.ledger.waiting, waiting, strict=True):
             sizes[number] = nbytes
         own = [each.sizes(tape.tape) for each, tape in zip(every, tapes, strict=True)]
-        for course in stream.courses:
+        for course in events.courses:
             sizes += own[course]
         addresses = [0] * len(sizes)
         peaks: dict[str, int] = {}
         phase, reserved = "load", 0
-        for events, act in stream.parts:
-            allocator.run(events, sizes, addresses, regardless=True)
-            if act is None or act.kind == "begin":
+        for part in events.parts:
+            allocator.run(part.events, sizes, addresses, part.stream, regardless=True)
+            allocator.defer(part.deferred, addresses)
+            act = part.act
+            if act is None:
+                continue
+            if act.kind == "begin":
                 peaks[phase] = max(peaks.get(phase, 0), allocator.peak_allocated)
                 reserved = max(reserved, allocator.peak_reserved)
                 allocator.reset_peak()
-                phase = phase if act is None else act.phase
+                phase = act.phase
+            elif act.kind == "reuse":
+                allocator.reuse(act.blocks)
             elif act.kind == "empty_cache":
                 allocator.empty_cache()
             elif limit is not None:
                 allocator.confine(limit)
-        return peaks, reserved
+        peaks[phase] = max(peaks.get(phase, 0), allocator.peak_allocated)
+        return peaks, max(reserved, allocator.peak_reserved)
 
-    def _stream(self, every: Sequence[EveryLayer]) -> _Stream:
+    def _events_of(self, every: Sequence[EveryLayer]) -> _Events:
         """The events of engine and tape in the order of time."""
         key = tuple(map(id, every))
-        if key not in self._streams:
-            self._streams[key] = _Stream.of(self, every)
-        return self._streams[key]
+        if key not in self._events:
+            self._events[key] = _Events.of(self, every)
+        return self._events[key]
+
+
+def _size_counts(log: Iterable[int], sizes: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """For every size: the most alive at one time, and how many are allocated."""
+    alive: dict[int, int] = {}
+    most: dict[int, int] = {}
+    made: dict[int, int] = {}
+    for entry in log:
+        if entry >= 0:
+            size = sizes[entry]
+            alive[size] = now = alive.get(size, 0) + 1
+            made[size] = made.get(size, 0) + 1
+            if now > most.get(size, 0):
+                most[size] = now
+        else:
+            alive[sizes[~entry]] -= 1
+    return {size: (most[size], made[size]) for size in most}
 
 
 # -- the tape's bytes --------------------------------------------------------------------------------------------------
@@ -557,18 +612,17 @@ def _stretches(play: Play) -> dict[str, list[_Stretch]]:
 # -- the events of a replay --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Stream:
+class _Events(NamedTuple):
     """What the caching allocator sees, and the acts between; blocks first, then a block of no bytes, then each pass's
     storages.
     """
 
-    parts: list[tuple[list[int], _Act | None]]
+    parts: list[_Stage]
     courses: list[int]
     """Of each pass that is in it."""
 
     @classmethod
-    def of(cls, play: Play, every: Sequence[EveryLayer]) -> _Stream:
+    def of(cls, play: Play, every: Sequence[EveryLayer]) -> _Events:
         ledger = play.ledger
         nothing = len(ledger.requested)
         number = nothing + 1
@@ -584,14 +638,12 @@ class _Stream:
                 for leg, block in each.taken:
                     as_event[block], as_event[~block] = nothing, ~(number + every[courses[-1]].gradients[leg])
                 number += len(every[courses[-1]].made)
-        log = [as_event.get(entry, entry) for entry in ledger.log]
-        parts: list[tuple[list[int], _Act | None]] = []
-        events: list[int] = []
+        written = _Written(ledger, as_event)
         left: list[int] = []
         of_pass = iter(courses)
         for place, each in enumerate(ledger.passes):
-            end = ledger.passes[place + 1].start if place + 1 < len(ledger.passes) else len(log)
-            events += left
+            end = ledger.passes[place + 1].start if place + 1 < len(ledger.passes) else len(ledger.log)
+            written.tape(left)
             left = []
             own_log: list[int] = []
             cuts = [0]
@@ -606,15 +658,78 @@ class _Stream:
             start = each.start
             for leg in range(len(cuts)):
                 while act is not None and act.leg == leg:
-                    events += log[start : act.position]
+                    written.engine(start, act.position)
                     start = act.position
-                    parts.append((events, act))
-                    events = []
+                    written.act(act)
                     act = next(acts, None)
                 if leg < len(each.at):
-                    events += log[start : each.at[leg]]
+                    written.engine(start, each.at[leg])
                     start = each.at[leg]
-                    events += own_log[cuts[leg] : cuts[leg + 1]]
-            events += log[start:end]
-        parts.append((events, None))
-        return cls(parts, courses)
+                    written.tape(own_log[cuts[leg] : cuts[leg + 1]])
+            written.engine(start, end)
+        written.cut()
+        return cls(written.parts, courses)
+
+
+class _Stage(NamedTuple):
+    """Events that follow each other, and what comes after them."""
+
+    events: list[int]
+    stream: int
+    """That is current when they allocate."""
+    deferred: list[int]
+    """What is freed then, while a stream still uses it."""
+    act: _Act | None
+
+
+class _Written:
+    """Stages as they are written."""
+
+    def __init__(self, ledger: PlayLedger, as_event: Mapping[int, int]) -> None:
+        self.parts: list[_Stage] = []
+        self._ledger = ledger
+        self._as_event = as_event
+        self._log = [as_event.get(entry, entry) for entry in ledger.log]
+        self._is_plain = not ledger.streams and not ledger.deferred
+        self._events: list[int] = []
+        self._deferred: list[int] = []
+        self._stream = DEFAULT_STREAM
+
+    def engine(self, start: int, end: int) -> None:
+        """So much of the engine's log."""
+        if self._is_plain:
+            self._events += self._log[start:end]
+            return
+        streams, deferred = self._ledger.streams, self._ledger.deferred
+        for entry, event in zip(self._ledger.log[start:end], self._log[start:end], strict=True):
+            if ~entry in deferred:
+                self._deferred.append(~event)
+                continue
+            if self._deferred:
+                self.cut()
+            if entry >= 0 and (stream := streams.get(entry, DEFAULT_STREAM)) != self._stream and event == entry:
+                self._turn(stream)
+            self._events.append(event)
+
+    def tape(self, entries: list[int]) -> None:
+        """A stretch of a tape's log, in events."""
+        if self._deferred:
+            self.cut()
+        if self._stream != DEFAULT_STREAM and any(entry >= 0 for entry in entries):
+            self._turn(DEFAULT_STREAM)
+        self._events += entries
+
+    def act(self, act: _Act) -> None:
+        if act.blocks:
+            act = act._replace(blocks=tuple(~self._as_event.get(~number, ~number) for number in act.blocks))
+        self.cut(act)
+
+    def cut(self, act: _Act | None = None) -> None:
+        """What comes now is another stage."""
+        if self._events or self._deferred or act is not None:
+            self.parts.append(_Stage(self._events, self._stream, self._deferred, act))
+            self._events, self._deferred = [], []
+
+    def _turn(self, stream: int) -> None:
+        self.cut()
+        self._stream = stream
