@@ -3,7 +3,7 @@
 Sources: torch/distributed/fsdp/{_flat_param,_runtime_utils,_exec_order_utils,_init_utils}.py, torch 2.13, whose names
 are kept; prepare_model in accelerate/accelerator.py, 1.15. The views of a flat parameter are what the modules compute
 with, so its gradient is the concatenation of theirs (SplitWithSizesBackward0). Storages are freed and allocated again
-under the tensors (``resize_``). The streams are those of ``_init_streams``; how far the CPU runs ahead of the GPU is what
+under the tensors (``resize_``). Streams are those of ``_init_streams``; how far the CPU runs ahead of the GPU is what
 ``limit_all_gathers`` lets it (_limiter_utils.py).
 
 A backward's node runs on the stream that its forward ran on (``Node::stream`` in torch/csrc/autograd/node.h). Views are
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from memplan.engines.layout import StateDict
+from memplan.engines.layout import StateDict, temporaries_of_step
 from memplan.engines.streams import Event, Streams
 from memplan.engines.wrapping import Row, Unit
 from memplan.memory.course import DEFAULT_STREAM, Block, Key, Ledger
@@ -507,7 +507,7 @@ class Fsdp1:
             self._make_states()
         place = "host" if self.setup.offload else "gpu"
         self.ledger.move("host_step", sum(p.numel for p in self.setup.stepped) if self.setup.offload else 0)
-        self.ledger.briefly("temporaries", self.setup.optimizer.temporaries.peak, place, "of the optimizer's step")
+        temporaries_of_step(self.ledger, self.setup.optimizer, place)
         self._gradients_are_none = True
         for handle in self._handles:
             handle.shows_grads = False

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from itertools import groupby
 
 from memplan.engines import checkpoint
-from memplan.engines.layout import Layout, StateDict, WholeWeights
+from memplan.engines.layout import Layout, StateDict, WholeWeights, temporaries_of_step
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
 from memplan.memory.optimizers import CpuOptimizer, Groups, Optimizer, make_optimizer
@@ -418,7 +418,7 @@ class Zero12(WholeWeights):
         self.ledger.move("all_gather", group.elements * size)
         if first and not optimizer.made_at_construction:
             self._make_states(index)
-        self.ledger.briefly("temporaries", optimizer.temporaries.peak, self._place, "of the optimizer's step")
+        temporaries_of_step(self.ledger, optimizer, self._place)
 
     def save(self, state_dict: StateDict) -> None:
         """The model; then rank 0 writes the flat weights, and every rank its partitions of the optimizer."""

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import accumulate
 
 from memplan.engines import checkpoint, nvme, zeropp
-from memplan.engines.layout import Layout, StateDict
+from memplan.engines.layout import Layout, StateDict, temporaries_of_step
 from memplan.engines.zero import (
     NORM_ITEMSIZE,
     master_dtype,
@@ -929,7 +929,7 @@ class Zero3:
                 ledger.free(flat)
             if not self._stepped and not setup.optimizers[i].made_at_construction:
                 self._make_states(i)
-            ledger.briefly("temporaries", setup.optimizers[i].temporaries.peak, name="of the optimizer's step")
+            temporaries_of_step(ledger, setup.optimizers[i])
             ledger.free(gradient)
             self._moves_updated(i)
         self._stepped = True
@@ -959,8 +959,7 @@ class Zero3:
         if optimizer is None or not self._swaps(index):
             if not self._stepped and not self.setup.optimizers[index].made_at_construction:
                 self._make_states(index)
-            nbytes, place = self.setup.optimizers[index].temporaries.peak, self._optimizer_place(index)
-            self.ledger.briefly("temporaries", nbytes, place, "of the optimizer's step")
+            temporaries_of_step(self.ledger, self.setup.optimizers[index], self._optimizer_place(index))
             return
         states = nvme.TENSORS * partition.nbytes  # the gradient is only read
         self.ledger.move("nvme_read", states)

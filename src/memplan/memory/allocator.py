@@ -6,8 +6,8 @@ and pool (small up to 1 MiB, or large), split where the remainder is worth it, m
 and only where no free block fits is a segment taken from CUDA, which keeps it until ``empty_cache`` or an
 out-of-memory. Fragmentation is what comes out; no percentage goes in.
 
-A block that ``record_stream`` marked waits for the GPU when it is freed: ``defer`` frees it, and ``reuse`` says that the
-GPU is done with it.
+A block that ``record_stream`` marked waits for the GPU when it is freed: ``defer`` frees it, and ``reuse`` says that
+the GPU is done with it.
 
 Not modelled, because a trace of one process says nothing about them: the garbage collector (off by default) and private
 pools of CUDA graphs.
@@ -381,8 +381,8 @@ class CachingAllocator:
             self._allocated, self._peak_allocated = allocated, peak
 
     def defer(self, numbers: Iterable[int], addresses: Sequence[int]) -> None:
-        """Free what lies at ``addresses[number]`` for each of ``numbers``, while a stream of the GPU still uses it: it is
-        no longer allocated, as ``DeviceCachingAllocator::free`` has it, but stays where it is until it can be reused.
+        """Free what lies at ``addresses[number]`` for each of ``numbers``, while a stream of the GPU still uses it: it
+        is no longer allocated (``DeviceCachingAllocator::free``), but stays where it is until it can be reused.
         """
         for number in numbers:
             if address := addresses[number]:

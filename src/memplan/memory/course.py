@@ -144,8 +144,8 @@ WAITING = "inputs of the step's other micro-batches"
 """The name of the blocks of an engine's play that the size of the batch decides."""
 
 DEFAULT_STREAM = 0
-"""On which everything runs but what an engine puts on a stream of its own. The caching allocator has pools for each: what
-is allocated while one stream is current never serves another.
+"""On which everything runs but what an engine puts on a stream of its own. The caching allocator has pools for each:
+what is allocated while one stream is current never serves another.
 """
 
 _HOST = ("host", "pinned", "locked")

@@ -20,7 +20,6 @@ from memplan.memory.course import DEFAULT_STREAM, WAITING, Block, Course, Ledger
 from memplan.memory.depth import EveryLayer
 from memplan.memory.timeline import COMPONENTS, Unrolled
 
-
 _Kind = Literal["begin", "empty_cache", "confine", "reuse"]
 
 
