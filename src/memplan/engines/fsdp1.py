@@ -376,15 +376,10 @@ class Fsdp1:
             handle.stale.clear()
             self._streams.free(*handle.staged, used_on=UNSHARD)
             handle.staged.clear()
-        if not handle.flat.is_sharded:
+        if free or not handle.flat.is_sharded:
             self._streams.free(handle.unsharded, used_on=stream)
             handle.unsharded = None
-        elif free:
-            if stream == UNSHARD:
-                self.ledger.free(handle.unsharded)
-            else:
-                self._streams.free(handle.unsharded, used_on=stream)
-            handle.unsharded = None
+        if free and handle.flat.is_sharded:
             self._frees.append(self._streams.record(stream))
 
     # -- backward ----------------------------------------------------------------------------------------------------
@@ -483,12 +478,10 @@ class Fsdp1:
         unsharded, handle.grad = handle.grad, None
         reduced = ledger.allocate("gradients", flat.shard * size, name="shards") if flat.is_sharded else None
         if flat.is_cast:
-            with ledger.on(ALL_REDUCE if self._all_reduces(flat) else POST_BACKWARD):
+            last = ALL_REDUCE if self.setup.is_hybrid and flat.is_sharded else POST_BACKWARD
+            with ledger.on(last):
                 handle.sharded_grad = ledger.allocate("gradients", flat.shard * flat.itemsize, name="shards")
-            if self._all_reduces(flat):
-                self._streams.free(reduced, used_on=ALL_REDUCE)
-            else:
-                ledger.free(reduced)
+            self._streams.free(reduced, used_on=last)
             self._streams.free(unsharded, used_on=POST_BACKWARD)
         elif reduced is not None:
             handle.sharded_grad = reduced
@@ -496,9 +489,6 @@ class Fsdp1:
         else:
             handle.sharded_grad = unsharded
         ledger.free(padded)
-
-    def _all_reduces(self, flat: FlatParam) -> bool:
-        return self.setup.is_hybrid and flat.is_sharded
 
     # -- step ----------------------------------------------------------------------------------------------------------
 

@@ -27,10 +27,15 @@ class Streams:
         self._events: list[Event] = []
 
     def free(self, *blocks: Block | None, used_on: int) -> None:
-        """``record_stream(used_on)`` of what another stream has allocated, and its last reference dies."""
-        held = [block for block in blocks if block is not None and block.nbytes]
-        self._ledger.defer(*held)
-        self._behind[used_on] += held
+        """``record_stream(used_on)``, which says nothing of what that stream has allocated itself, and its last
+        reference dies.
+        """
+        for block in blocks:
+            if block is None or block.stream == used_on:
+                self._ledger.free(block)
+            elif block.nbytes:
+                self._ledger.defer(block)
+                self._behind[used_on].append(block)
 
     def wait(self, stream: int, other: int) -> None:
         """``stream.wait_stream(other)``: what ``other`` is done with by now, ``stream`` is too once it goes on."""

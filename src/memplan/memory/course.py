@@ -28,6 +28,11 @@ Key = tuple[int, int]
 Parts = dict[str, int]
 """Component -> bytes alive."""
 
+DEFAULT_STREAM = 0
+"""On which everything runs but what an engine puts on a stream of its own. The caching allocator has pools for each:
+what is allocated while one stream is current never serves another.
+"""
+
 
 @dataclass(slots=True)
 class Leg:
@@ -121,10 +126,12 @@ def _dying(unrolled: Unrolled, segment: Segment) -> Leg:
 class Block:
     """Bytes that an engine holds in one place."""
 
-    __slots__ = ("address", "component", "name", "nbytes", "place")
+    __slots__ = ("address", "component", "name", "nbytes", "place", "stream")
 
-    def __init__(self, place: str, component: str, nbytes: int, name: str = "") -> None:
+    def __init__(self, place: str, component: str, nbytes: int, name: str = "", stream: int = DEFAULT_STREAM) -> None:
         self.address = 0
+        self.stream = stream
+        """The GPU's, that was current when it was allocated."""
         self.place = place
         self.component = component
         self.nbytes = nbytes
@@ -142,11 +149,6 @@ COLLECTIVES: frozenset[Move] = frozenset({"all_reduce", "all_gather", "reduce_sc
 
 WAITING = "inputs of the step's other micro-batches"
 """The name of the blocks of an engine's play that the size of the batch decides."""
-
-DEFAULT_STREAM = 0
-"""On which everything runs but what an engine puts on a stream of its own. The caching allocator has pools for each:
-what is allocated while one stream is current never serves another.
-"""
 
 _HOST = ("host", "pinned", "locked")
 """The places of host memory."""
@@ -198,7 +200,7 @@ class Ledger:
         parts[component] = parts.get(component, 0) + nbytes
         self._totals[place] += nbytes
         self._look(place)
-        return Block(place, component, nbytes, name)
+        return Block(place, component, nbytes, name, self.stream)
 
     def free(self, *blocks: Block | None) -> None:
         """Give blocks back; None is none."""

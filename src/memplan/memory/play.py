@@ -81,7 +81,7 @@ class PlayLedger(Ledger):
     def allocate(self, component: str, nbytes: int, place: str = "gpu", name: str = "") -> Block:
         if place != "gpu":
             return super().allocate(component, nbytes, place, name)
-        block = Block(place, component, nbytes)
+        block = Block(place, component, nbytes, "", self.stream)
         block.address = number = len(self.requested)
         self.requested.append(nbytes)
         self.components.append(component)
