@@ -30,12 +30,10 @@ class Streams:
         """``record_stream(used_on)``, which says nothing of what that stream has allocated itself, and its last
         reference dies.
         """
-        for block in blocks:
-            if block is None or block.stream == used_on:
-                self._ledger.free(block)
-            elif block.nbytes:
-                self._ledger.defer(block)
-                self._behind[used_on].append(block)
+        held = [block for block in blocks if block is not None and block.nbytes and block.stream != used_on]
+        self._ledger.free(*(block for block in blocks if block is not None and block.stream == used_on))
+        self._ledger.defer(*held)
+        self._behind[used_on] += held
 
     def wait(self, stream: int, other: int) -> None:
         """``stream.wait_stream(other)``: what ``other`` is done with by now, ``stream`` is too once it goes on."""

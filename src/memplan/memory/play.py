@@ -8,7 +8,7 @@ place of legs, the same play is what the caching allocator sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
@@ -103,8 +103,11 @@ class PlayLedger(Ledger):
                 block.nbytes = 0
 
     def defer(self, *blocks: Block | None) -> None:
-        self.deferred.update(block.address for block in blocks if block is not None and block.nbytes)
-        self.free(*blocks)
+        for block in blocks:
+            if block is not None and block.nbytes:
+                self.deferred.add(block.address)
+                self.log.append(~block.address)
+                block.nbytes = 0
 
     def reuse(self, blocks: Iterable[Block]) -> None:
         if numbers := tuple(block.address for block in blocks):
@@ -371,25 +374,22 @@ class Play:
         addresses = [0] * len(sizes)
         peaks: dict[str, int] = {}
         phase, reserved = "load", 0
-        for part in events.parts:
-            allocator.run(part.events, sizes, addresses, part.stream, regardless=True)
-            allocator.defer(part.deferred, addresses)
-            act = part.act
-            if act is None:
-                continue
-            if act.kind == "begin":
+        for part, act in events.parts:
+            allocator.run(
+                part, sizes, addresses, streams=self.ledger.streams, deferred=events.deferred, regardless=True
+            )
+            if act is None or act.kind == "begin":
                 peaks[phase] = max(peaks.get(phase, 0), allocator.peak_allocated)
                 reserved = max(reserved, allocator.peak_reserved)
                 allocator.reset_peak()
-                phase = act.phase
+                phase = phase if act is None else act.phase
             elif act.kind == "reuse":
                 allocator.reuse(act.blocks)
             elif act.kind == "empty_cache":
                 allocator.empty_cache()
             elif limit is not None:
                 allocator.confine(limit)
-        peaks[phase] = max(peaks.get(phase, 0), allocator.peak_allocated)
-        return peaks, max(reserved, allocator.peak_reserved)
+        return peaks, reserved
 
     def _events_of(self, every: Sequence[EveryLayer]) -> _Events:
         """The events of engine and tape in the order of time."""
@@ -611,14 +611,17 @@ def _stretches(play: Play) -> dict[str, list[_Stretch]]:
 # -- the events of a replay --------------------------------------------------------------------------------------------
 
 
-class _Events(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Events:
     """What the caching allocator sees, and the acts between; blocks first, then a block of no bytes, then each pass's
     storages.
     """
 
-    parts: list[_Stage]
+    parts: list[tuple[list[int], _Act | None]]
     courses: list[int]
     """Of each pass that is in it."""
+    deferred: frozenset[int]
+    """Frees of what is not given back by them."""
 
     @classmethod
     def of(cls, play: Play, every: Sequence[EveryLayer]) -> _Events:
@@ -637,12 +640,14 @@ class _Events(NamedTuple):
                 for leg, block in each.taken:
                     as_event[block], as_event[~block] = nothing, ~(number + every[courses[-1]].gradients[leg])
                 number += len(every[courses[-1]].made)
-        written = _Written(ledger, as_event)
+        log = [as_event.get(entry, entry) for entry in ledger.log]
+        parts: list[tuple[list[int], _Act | None]] = []
+        events: list[int] = []
         left: list[int] = []
         of_pass = iter(courses)
         for place, each in enumerate(ledger.passes):
-            end = ledger.passes[place + 1].start if place + 1 < len(ledger.passes) else len(ledger.log)
-            written.tape(left)
+            end = ledger.passes[place + 1].start if place + 1 < len(ledger.passes) else len(log)
+            events += left
             left = []
             own_log: list[int] = []
             cuts = [0]
@@ -657,78 +662,18 @@ class _Events(NamedTuple):
             start = each.start
             for leg in range(len(cuts)):
                 while act is not None and act.leg == leg:
-                    written.engine(start, act.position)
+                    events += log[start : act.position]
                     start = act.position
-                    written.act(act)
+                    if act.blocks:
+                        freed = (~as_event.get(~number, ~number) for number in act.blocks)
+                        act = act._replace(blocks=tuple(freed))
+                    parts.append((events, act))
+                    events = []
                     act = next(acts, None)
                 if leg < len(each.at):
-                    written.engine(start, each.at[leg])
+                    events += log[start : each.at[leg]]
                     start = each.at[leg]
-                    written.tape(own_log[cuts[leg] : cuts[leg + 1]])
-            written.engine(start, end)
-        written.cut()
-        return cls(written.parts, courses)
-
-
-class _Stage(NamedTuple):
-    """Events that follow each other, and what comes after them."""
-
-    events: list[int]
-    stream: int
-    """That is current when they allocate."""
-    deferred: list[int]
-    """What is freed then, while a stream still uses it."""
-    act: _Act | None
-
-
-class _Written:
-    """Stages as they are written."""
-
-    def __init__(self, ledger: PlayLedger, as_event: Mapping[int, int]) -> None:
-        self.parts: list[_Stage] = []
-        self._ledger = ledger
-        self._as_event = as_event
-        self._log = [as_event.get(entry, entry) for entry in ledger.log]
-        self._is_plain = not ledger.streams and not ledger.deferred
-        self._events: list[int] = []
-        self._deferred: list[int] = []
-        self._stream = DEFAULT_STREAM
-
-    def engine(self, start: int, end: int) -> None:
-        """So much of the engine's log."""
-        if self._is_plain:
-            self._events += self._log[start:end]
-            return
-        streams, deferred = self._ledger.streams, self._ledger.deferred
-        for entry, event in zip(self._ledger.log[start:end], self._log[start:end], strict=True):
-            if ~entry in deferred:
-                self._deferred.append(~event)
-                continue
-            if self._deferred:
-                self.cut()
-            if entry >= 0 and (stream := streams.get(entry, DEFAULT_STREAM)) != self._stream and event == entry:
-                self._turn(stream)
-            self._events.append(event)
-
-    def tape(self, entries: list[int]) -> None:
-        """A stretch of a tape's log, in events."""
-        if self._deferred:
-            self.cut()
-        if self._stream != DEFAULT_STREAM and any(entry >= 0 for entry in entries):
-            self._turn(DEFAULT_STREAM)
-        self._events += entries
-
-    def act(self, act: _Act) -> None:
-        if act.blocks:
-            act = act._replace(blocks=tuple(~self._as_event.get(~number, ~number) for number in act.blocks))
-        self.cut(act)
-
-    def cut(self, act: _Act | None = None) -> None:
-        """What comes now is another stage."""
-        if self._events or self._deferred or act is not None:
-            self.parts.append(_Stage(self._events, self._stream, self._deferred, act))
-            self._events, self._deferred = [], []
-
-    def _turn(self, stream: int) -> None:
-        self.cut()
-        self._stream = stream
+                    events += own_log[cuts[leg] : cuts[leg + 1]]
+            events += log[start:end]
+        parts.append((events, None))
+        return cls(parts, courses, frozenset(as_event.get(~number, ~number) for number in ledger.deferred))
