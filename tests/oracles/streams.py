@@ -78,7 +78,6 @@ def held_out() -> list[dict[str, Any]]:
         {
             **half,
             "strategy": "zero3",
-            "gpus": 3,
             "zero": {"reduce_scatter": False, "stage3_allgather_sequential": True},
         },
         {**half, "strategy": "zero3", "zero": {"grad_accum_dtype": "fp32", "contiguous_gradients": False}},
@@ -144,6 +143,7 @@ class _Streams:
         torch.cpu.Event = self.Event  # type: ignore[assignment, attr-defined]
         torch.cpu.stream = self.on  # type: ignore[assignment]
         torch.cpu.current_stream = lambda device=None: self.current
+        torch.accelerator.current_stream = lambda device=None: self.current  # type: ignore[assignment]
         torch.Tensor.record_stream = lambda tensor, stream: None  # type: ignore[method-assign, assignment]
         accelerator: Any = type(get_accelerator())
         accelerator.Stream, accelerator.Event = self.Stream, self.Event

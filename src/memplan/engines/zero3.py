@@ -892,12 +892,18 @@ class Zero3:
         return self._accumulates and setup.quantized_gradients and came_in_float16 and is_cast
 
     def _avg_scatter_contiguous_grads(self) -> list[Block]:
-        """The buffer is reduced in place; the last rank pads what its partition lacks."""
+        """The buffer is reduced in place, and scaled into another (gradient_predivide_factor, though it is 1); the last
+        rank pads what its partition lacks.
+        """
         setup, made = self.setup, list[Block]()
         itemsize = setup.accumulation_dtype.itemsize
+        if setup.ranks > 1:
+            nbytes = self._bucket_elements * setup.communication_dtype.itemsize
+            made.append(self.ledger.allocate("temporaries", nbytes, name=BUCKET))
         if setup.accumulation_dtype is not setup.communication_dtype:
-            nbytes = self._bucket_elements * itemsize
-            made.append(self.ledger.allocate("temporaries", nbytes, name=CAST))
+            cast = self.ledger.allocate("temporaries", self._bucket_elements * itemsize, name=CAST)
+            self.ledger.free(*made)
+            made = [cast]
         padded = [shard.partition * itemsize for shard in self._bucket if shard.elements % setup.ranks]
         return made + [self.ledger.allocate("temporaries", nbytes, name="padded partitions") for nbytes in padded]
 
