@@ -347,6 +347,7 @@ def test_a_plan_that_fits_fits_by_an_estimate_of_its_own() -> None:
         name: setup[name] for name in ("seq_len", "micro_batch_size", "grad_accum_steps", "gradient_checkpointing")
     }
     strategy = {"kind": setup["strategy"], **{name: setup[name] for name in ("offload_optimizer", "offload_param")}}
+    strategy["fsdp" if setup["strategy"] == "fsdp" else "zero"] = setup["engine_config"]
     again = api.estimate(LLAMA, training, cluster, launch.as_written(Strategy(**strategy)))
     assert again.verdict == "fits"
     assert again.gpu == found.best.estimate.gpu
@@ -362,14 +363,14 @@ def test_the_page_holds() -> None:
 
 def test_a_small_gpu_gets_small_buffers_and_its_files_have_them(tmp_path: Path) -> None:
     sizes = []
-    for memory in ("1200MiB", "8GiB"):
+    for memory in ("1350MiB", "8GiB"):
         cluster = ClusterSpec(gpu="T4", gpus=2, gpu_memory=memory, host_memory="600MiB")
         found = planning.plan(MEDIUM, {"seq_len": 256}, cluster, global_batch_size=4)
         assert found.best is not None
         sharded = next(rung for rung in found.rungs if rung.name == "ZeRO-3").estimate
         keys = sharded.setup["engine_config"]
         sizes.append((sharded.verdict, keys["reduce_bucket_size"], keys["sub_group_size"]))
-        if memory == "1200MiB":
+        if memory == "1350MiB":
             found.write(tmp_path / "run")
             chosen = found.best.estimate.setup["engine_config"]
     assert sizes[1] == ("fits", 500_000_000, 1_000_000_000)
@@ -377,7 +378,7 @@ def test_a_small_gpu_gets_small_buffers_and_its_files_have_them(tmp_path: Path) 
     written = json.loads((tmp_path / "run" / "ds_config.json").read_text())["zero_optimization"]
     assert written["reduce_bucket_size"] == chosen["reduce_bucket_size"] < 500_000_000
     again = launch.read(tmp_path / "run")
-    cluster = ClusterSpec(gpu="T4", gpus=2, gpu_memory="1200MiB", host_memory="600MiB")
+    cluster = ClusterSpec(gpu="T4", gpus=2, gpu_memory="1350MiB", host_memory="600MiB")
     assert api.estimate(MEDIUM, again.training, cluster, again.strategy).verdict == "fits"
 
 
@@ -413,7 +414,7 @@ def test_what_would_fit_does(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_processes_share_a_search_and_change_nothing() -> None:
-    cluster = ClusterSpec(gpu="T4", gpus=2, gpu_memory="1200MiB", host_memory="1GiB")
+    cluster = ClusterSpec(gpu="T4", gpus=2, gpu_memory="1350MiB", host_memory="1GiB")
     told: list[tuple[int, int]] = []
     for solve, batch in ((None, 4), ("micro-batch", None)):
         alone, shared = (

@@ -156,6 +156,40 @@ def test_a_freed_block_is_reused_by_its_own_stream_only() -> None:
     assert replay([0, ~0, 1], sizes, streams=[0, 1]).reserved == 60 * MiB
 
 
+def test_a_stream_has_a_small_and_a_large_pool_of_its_own() -> None:
+    allocator = CachingAllocator()
+    addresses = [0] * 4
+    allocator.run([0, 1, ~0, ~1, 2, 3], [512, 30 * MiB, 512, 30 * MiB], addresses, streams={0: 7, 1: 7})
+    assert allocator.reserved == 2 * (2 + 30) * MiB
+    allocator.run([0, 1], [512, 30 * MiB], [0, 0], streams={0: 7, 1: 7})
+    assert allocator.reserved == 2 * (2 + 30) * MiB
+
+
+def test_what_a_stream_still_uses_is_freed_but_not_reused() -> None:
+    """DeviceCachingAllocator::free: allocated_bytes falls at once, the block is free when its events are done."""
+    allocator = CachingAllocator()
+    addresses, sizes = [0] * 3, [30 * MiB] * 3
+    allocator.run([0, ~0, 1], sizes, addresses, deferred={~0})
+    assert (allocator.allocated, allocator.peak_allocated, allocator.reserved) == (30 * MiB, 30 * MiB, 60 * MiB)
+    allocator.reuse([0])
+    allocator.run([2], sizes, addresses)
+    assert (allocator.allocated, allocator.reserved) == (60 * MiB, 60 * MiB)
+
+
+def test_the_gpu_is_waited_for_before_memory_is_returned_and_before_a_run_dies() -> None:
+    """release_cached_blocks begins with synchronize_and_free_events."""
+    allocator = CachingAllocator()
+    allocator.run([0, ~0], [30 * MiB], [0], deferred={~0})
+    allocator.empty_cache()
+    assert allocator.reserved == 0
+    allocator = CachingAllocator(limit=40 * MiB)
+    addresses = [0, 0]
+    allocator.run([0, ~0, 1], [30 * MiB, 36 * MiB], addresses, deferred={~0})
+    assert (allocator.reserved, allocator.retries) == (36 * MiB, 1)
+    allocator.reuse([0])  # which it was long ago
+    assert (allocator.allocated, allocator.reserved) == (36 * MiB, 36 * MiB)
+
+
 def test_the_smallest_fitting_block_is_taken() -> None:
     # 50 and 30 MiB are free: 25 MiB goes into the 30, so that 50 still fits.
     assert replay([0, 1, ~0, ~1, 2, 3], [50 * MiB, 30 * MiB, 25 * MiB, 50 * MiB]).reserved == 80 * MiB
@@ -443,6 +477,33 @@ def test_peaks_never_fall_and_freed_memory_returns(steps, configuration) -> None
     assert (allocator.allocated, allocator.requested, allocator.inactive_split) == (0, 0, 0)
     allocator.empty_cache()
     assert allocator.reserved == 0
+
+
+@given(steps=operations(streams=2, empties=False), later=st.lists(st.integers(0, 3), min_size=60, max_size=60))
+@settings(deadline=None)
+def test_a_deferred_free_reserves_what_a_late_one_does(steps, later) -> None:
+    """And allocates less by what is deferred."""
+    deferring, late = CachingAllocator(), CachingAllocator()
+    live: list[tuple[int, int, int]] = []
+    held: list[tuple[int, int, int, int]] = []
+    for number, (step, delay) in enumerate(zip(steps, later, strict=False)):
+        for block in [block for block in held if block[0] <= number]:
+            held.remove(block)
+            deferring.reuse([block[1]])
+            late.free(block[3])
+        if step[0] == "malloc":
+            live.append((number, deferring.malloc(*step[1:]), late.malloc(*step[1:])))
+        elif live:
+            name, address, other = live.pop(step[1] % len(live))
+            if delay:
+                size = dict(deferring.live_blocks())[address]
+                deferring.run([~name], (), {name: address}, deferred={~name})  # type: ignore[arg-type]
+                held.append((number + delay, name, size, other))
+            else:
+                deferring.free(address)
+                late.free(other)
+        assert deferring.reserved == late.reserved
+        assert deferring.allocated == late.allocated - sum(size for _, _, size, _ in held)
 
 
 @given(steps=operations())

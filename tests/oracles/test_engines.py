@@ -46,7 +46,7 @@ then, where the estimate has one and, as it is made, a 16-bit product: half of t
 PLANS = "torch/distributed/distributed_c10d.py"
 
 
-def played(row: o2.Row) -> Ledger:
+def played(row: o2.Row, ledger: Ledger | None = None) -> Ledger:
     """The engine of a row, as its rank 0."""
     cpu = find_gpu("cpu")
     cluster = ClusterSpec(gpu=cpu, gpus=row.setup.options["gpus"], nodes=row.setup.options.get("nodes", 1))
@@ -54,7 +54,7 @@ def played(row: o2.Row) -> Ledger:
     setup = estimator.resolve(model, training, cluster, strategy, SoftwareSpec())
     if row.result is not None and "host" not in row.result["phases"]:  # no mode was on, for which torch works elsewhere
         setup = replace(setup, rules=replace(setup.rules, accumulate_in_place=True))
-    ledger = Ledger(pinned_in_powers_of_two=False)  # the truth has no pinned blocks
+    ledger = ledger or Ledger(pinned_in_powers_of_two=False)  # the truth has no pinned blocks
     sharded.play_engine(setup, cpu, strategy, cluster.gpus, cluster.gpus_per_node, 0, ledger, full_depth=False)
     return ledger
 

@@ -8,7 +8,7 @@ beside those that autograd makes.
 from __future__ import annotations
 
 from memplan.engines import checkpoint
-from memplan.engines.layout import StateDict, WholeWeights
+from memplan.engines.layout import StateDict, WholeWeights, temporaries_of_step
 from memplan.engines.zero import ZeroSetup, flattened, optimizer_storages
 from memplan.engines.zero0 import REDUCED, buckets
 from memplan.memory.course import Block, Key, Ledger
@@ -65,7 +65,7 @@ class Bf16(WholeWeights):
             if not self._has_states:
                 for nbytes in optimizer.state_bytes(partition):
                     self.ledger.allocate("optimizer", nbytes, name="states")
-            self.ledger.briefly("temporaries", optimizer.temporaries.peak, name="of the optimizer's step")
+            temporaries_of_step(self.ledger, optimizer)
         for group in self.setup.groups:
             self.ledger.move("all_gather", group.elements * self.setup.dtype.itemsize)
         self._has_states = True

@@ -2,7 +2,8 @@
 
 Sources: torch/distributed/fsdp/_fully_shard/{_fsdp_param_group,_fsdp_collectives,_fsdp_param,_fsdp_state}.py, torch
 2.13; fsdp2_prepare_model in accelerate/utils/fsdp_utils.py, 1.15. The engine is played over a micro-batch whose modules
-are watched (:mod:`memplan.memory.course`).
+are watched (:mod:`memplan.memory.course`). Of the streams of FSDPCommContext three have pools; none of their blocks is
+marked by ``record_stream``, since Python keeps what another stream still uses.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from math import prod
 from memplan.adapters.liger import fused_head
 from memplan.architectures.nn import Module
 from memplan.engines.fsdp1 import FlatParam, Fsdp1Setup
-from memplan.engines.layout import Layout, StateDict
+from memplan.engines.layout import Layout, StateDict, temporaries_of_step
 from memplan.engines.wrapping import Row, Unit, Units
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
@@ -24,6 +25,9 @@ from memplan.specs.training import QuantizationSpec, TrainingSpec
 from memplan.tape.dispatch import CPU, DeviceRules
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import DType, Parameter, Shape, float32
+
+COPY_IN, REDUCE_SCATTER, ALL_REDUCE = 1, 2, 3
+"""Streams. On the all-gather's own nothing is allocated."""
 
 CAST = "shards in the dtype in which they are gathered (mixed precision)"
 GATHERED = "gathered weights of units (auto_wrap_policy, reshard_after_forward)"
@@ -213,13 +217,14 @@ class Fsdp:
             return
         elements = sum(row.padded for row in unit.weights)
         self.ledger.move("all_gather", elements * size)
-        if self.setup.offload:
-            self.ledger.move("to_gpu", sum(row.shard * row.itemsize for row in unit.weights))
-            inputs = [self._copied(row, row.shard) for row in unit.weights]
-        else:
-            casts = sum(row.shard for row in unit.weights if row.itemsize != size) * size
-            inputs = [self.ledger.allocate("temporaries", casts, name=CAST)] if casts else []
-        self._gathered[unit.first] = self.ledger.allocate("communication", elements * size, name=TOGETHER)
+        with self.ledger.on(COPY_IN):
+            if self.setup.offload:
+                self.ledger.move("to_gpu", sum(row.shard * row.itemsize for row in unit.weights))
+                inputs = [self._copied(row, row.shard) for row in unit.weights]
+            else:
+                casts = sum(row.shard for row in unit.weights if row.itemsize != size) * size
+                inputs = [self.ledger.allocate("temporaries", casts, name=CAST)] if casts else []
+            self._gathered[unit.first] = self.ledger.allocate("communication", elements * size, name=TOGETHER)
         self.ledger.free(*inputs)
 
     def _copied(self, row: Row, elements: int) -> Block:
@@ -288,9 +293,12 @@ class Fsdp:
         self.ledger.free(*whole)
         is_cast = rows[0].itemsize != size
         name = ALL_REDUCED if self.setup.is_hybrid and (is_cast or self.setup.offload) else "shards"
-        reduced = output = self.ledger.allocate("gradients", sum(row.shard for row in rows) * size, name=name)
+        with self.ledger.on(REDUCE_SCATTER):
+            reduced = output = self.ledger.allocate("gradients", sum(row.shard for row in rows) * size, name=name)
         if is_cast:
-            output = self.ledger.allocate("gradients", sum(row.shard for row in rows) * rows[0].itemsize, name="shards")
+            nbytes = sum(row.shard for row in rows) * rows[0].itemsize
+            with self.ledger.on(ALL_REDUCE if self.setup.is_hybrid else REDUCE_SCATTER):
+                output = self.ledger.allocate("gradients", nbytes, name="shards")
             self._reduced_copied(reduced)
         if self.setup.offload:
             self.ledger.move("to_host", sum(row.shard * row.itemsize for row in rows))
@@ -323,7 +331,7 @@ class Fsdp:
             for p in self.setup.stepped:
                 for nbytes in optimizer.states(p):
                     self.ledger.allocate("optimizer", nbytes, place, "states")
-        self.ledger.briefly("temporaries", optimizer.temporaries.peak, place, "of the optimizer's step")
+        temporaries_of_step(self.ledger, optimizer, place)
         self.ledger.free(*self._sharded_grads)
         self._sharded_grads.clear()
 
@@ -419,6 +427,7 @@ def fsdp_setup(
         return Fsdp1Setup(
             flats=flats,
             root=model.numbers[id(root)],
+            is_hybrid=keys.is_hybrid,
             offload=offload,
             loaded=loaded,
             backward_prefetch=keys.backward_prefetch,

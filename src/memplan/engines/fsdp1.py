@@ -3,26 +3,37 @@
 Sources: torch/distributed/fsdp/{_flat_param,_runtime_utils,_exec_order_utils,_init_utils}.py, torch 2.13, whose names
 are kept; prepare_model in accelerate/accelerator.py, 1.15. The views of a flat parameter are what the modules compute
 with, so its gradient is the concatenation of theirs (SplitWithSizesBackward0). Storages are freed and allocated again
-under the tensors (``resize_``). Streams, which ``limit_all_gathers`` holds back, are not modelled: everything happens
-in the order in which Python asks for it.
+under the tensors (``resize_``). Streams are those of ``_init_streams``; how far the CPU runs ahead of the GPU is what
+``limit_all_gathers`` lets it (_limiter_utils.py).
+
+A backward's node runs on the stream that its forward ran on (``Node::stream`` in torch/csrc/autograd/node.h). Views are
+made as the unit is gathered, so it is the unshard stream's pool that has the flat gradient, and that ``record_stream``s
+the weights' gradients (torch/csrc/autograd/input_buffer.cpp).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from memplan.engines.layout import StateDict
+from memplan.engines.layout import StateDict, temporaries_of_step
+from memplan.engines.streams import Event, Streams
 from memplan.engines.wrapping import Row, Unit
-from memplan.memory.course import Block, Key, Ledger
+from memplan.memory.course import DEFAULT_STREAM, Block, Key, Ledger
 from memplan.memory.optimizers import Optimizer
 from memplan.tape.tensor import DType, Parameter
 
 ALIGNMENT = 16
 """Bytes: with ``use_orig_params`` every weight begins at a multiple (_get_aligned_numel in _flat_param.py)."""
 
+
+UNSHARD, PRE_UNSHARD, POST_BACKWARD, ALL_REDUCE = 1, 2, 3, 4
+"""Streams. NCCL has one more for each group of ranks, on which nothing is allocated."""
+IN_FLIGHT = 2
+"""Frees of gathered parameters that the CPU does not wait for (_max_num_inflight_all_gathers)."""
 
 CAST = "shards in the dtype in which they are gathered (mixed precision)"
 GATHERED = "gathered flat parameters (auto_wrap_policy, sharding_strategy)"
@@ -102,6 +113,8 @@ class Fsdp1Setup:
     flats: Sequence[FlatParam]
     """In the order of the modules, the root's first."""
     root: Key
+    is_hybrid: bool
+    """Nodes reduce gradients among each other, in the shards' dtype, on a stream of its own."""
     offload: bool
     """CPUOffload: shards, their gradients and the optimizer on the host."""
     loaded: DType
@@ -135,6 +148,8 @@ class _Handle:
         """_full_param_padded, or under NO_SHARD _mp_shard."""
         self.stale: list[Block] = []
         """What the shard was in before it was upcast or pinned: views of it live until the first reshard."""
+        self.staged: list[Block] = []
+        """Shards from the host, of which weights have views until the next reshard."""
         self.grad: Block | None = None
         """The unsharded gradient, which no_sync leaves."""
         self.shows_grads = False
@@ -152,6 +167,9 @@ class Fsdp1:
         self.setup = setup
         self.ledger = ledger
         self._handles = [_Handle(flat, flat.unit.first == setup.root) for flat in setup.flats]
+        self._streams = Streams(ledger)
+        self._frees: deque[Event] = deque()
+        """_FreeEventQueue."""
         self._by_module = {handle.flat.unit.first: handle for handle in self._handles}
         self._grads: dict[Key, Block] = {}
         self._pre_forward_order: list[_Handle] = []
@@ -214,6 +232,7 @@ class Fsdp1:
 
     def begin_evaluation(self) -> None:
         self._is_grad_enabled = False
+        self._streams.synchronize_all()  # gathering predictions asks each rank for its shape
 
     def module_event(self, kind: str, module: Key) -> None:
         """A hook of a module; only those of units matter."""
@@ -252,6 +271,7 @@ class Fsdp1:
                 handle.sharded_grad = None
         self._frozen_done.clear()
         self._post_forward_order.clear()
+        self._streams.synchronize_all()  # the Trainer asks whether the loss is a number (logging_nan_inf_filter)
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
@@ -287,6 +307,7 @@ class Fsdp1:
             self._pre_forward_order.append(handle)
         if not handle.prefetched:
             self._unshard(handle)
+        self._streams.wait(DEFAULT_STREAM, UNSHARD)
         handle.needs_pre_forward = False
         after = self._pre_forward_order.index(handle) + 1
         if self.setup.forward_prefetch and after < len(self._pre_forward_order):
@@ -308,24 +329,31 @@ class Fsdp1:
     # -- gathering -------------------------------------------------------------------------------------------------
 
     def _unshard(self, handle: _Handle) -> None:
-        flat = handle.flat
+        flat, offload = handle.flat, self.setup.offload
         self._writeback_orig_params(handle)
         handle.is_resharded = False
+        is_gathered = handle.unsharded is not None and not (flat.is_sharded and offload)
+        with self.ledger.on(PRE_UNSHARD):
+            shard = None if is_gathered else self._pre_unshard(flat)
+        if len(self._frees) >= IN_FLIGHT:
+            self._streams.synchronize(self._frees.popleft())
+        if is_gathered:
+            return
         if not flat.is_sharded:
-            if handle.unsharded is None:
-                handle.unsharded = self._pre_unshard(flat)
+            handle.unsharded = shard
             return
-        if handle.unsharded is not None and not self.setup.offload:
-            return
-        shard = self._pre_unshard(flat)
         self.ledger.move("all_gather", flat.padded * flat.dtype.itemsize)
         if handle.unsharded is None:
             nbytes = flat.padded * flat.dtype.itemsize
-            handle.unsharded = self.ledger.allocate("communication", nbytes, name=GATHERED)
+            with self.ledger.on(UNSHARD):
+                handle.unsharded = self.ledger.allocate("communication", nbytes, name=GATHERED)
+        # NCCL runs it after the reduce-scatters before it, which are of the same ranks; what the post-backward stream
+        # does with their outputs takes less than the blocks' backward that comes before this one is used.
+        self._streams.wait(UNSHARD, POST_BACKWARD)
         if shard is not None and flat.use_orig_params and not flat.is_cast:
-            handle.stale.append(shard)  # flat_param_to refreshes the weights' views
+            handle.staged.append(shard)  # flat_param_to refreshes the weights' views
         else:
-            self.ledger.free(shard)
+            self._streams.free(shard, used_on=UNSHARD)
 
     def _pre_unshard(self, flat: FlatParam) -> Block | None:
         """The shard that is gathered, where it is not the one that is kept: _mp_shard, or a copy on the GPU."""
@@ -339,23 +367,29 @@ class Fsdp1:
             return None
         return self.ledger.allocate("communication", flat.shard * flat.itemsize, name=STAGED)
 
-    def _reshard(self, handle: _Handle, *, free: bool, views: bool = True) -> None:
-        """``views``: weights become views of the shard that is kept."""
+    def _reshard(self, handle: _Handle, *, free: bool, views: bool = True, stream: int = DEFAULT_STREAM) -> None:
+        """``views``: weights become views of the shard that is kept. ``stream`` is current."""
         handle.is_resharded = True
         handle.prefetched = False
         if views or not handle.flat.is_sharded:
             self.ledger.free(*handle.stale)
             handle.stale.clear()
+            self._streams.free(*handle.staged, used_on=UNSHARD)
+            handle.staged.clear()
         if free or not handle.flat.is_sharded:
-            self.ledger.free(handle.unsharded)
+            self._streams.free(handle.unsharded, used_on=stream)
             handle.unsharded = None
+        if free and handle.flat.is_sharded:
+            self._frees.append(self._streams.record(stream))
 
     # -- backward ----------------------------------------------------------------------------------------------------
 
     def _pre_backward(self, handle: _Handle) -> None:
         handle.state = "backward_pre"
-        if handle.needs_pre_backward and not handle.prefetched:
-            self._unshard(handle)
+        if handle.needs_pre_backward:
+            if not handle.prefetched:
+                self._unshard(handle)
+            self._streams.wait(DEFAULT_STREAM, UNSHARD)
         handle.needs_pre_backward = False
         if self.setup.backward_prefetch == "BACKWARD_PRE":
             self._prefetch_before(handle)
@@ -381,8 +415,8 @@ class Fsdp1:
     def _should_free_in_backward(self, handle: _Handle) -> bool:
         return self._boundary or handle.flat.unit.reshard_after_forward
 
-    def _post_backward_reshard(self, handle: _Handle) -> None:
-        self._reshard(handle, free=self._should_free_in_backward(handle))
+    def _post_backward_reshard(self, handle: _Handle, stream: int = DEFAULT_STREAM) -> None:
+        self._reshard(handle, free=self._should_free_in_backward(handle), stream=stream)
         if self.setup.backward_prefetch == "BACKWARD_POST":
             self._prefetch_before(handle)
 
@@ -407,19 +441,24 @@ class Fsdp1:
         if not grads:
             return
         frozen = (row.elements * size for row in flat.unit.weights if not row.trained)
-        zeros = [ledger.allocate("gradients", nbytes, name="zeros of frozen weights") for nbytes in frozen]
-        grad = ledger.allocate("gradients", flat.elements * size, name="of a flat parameter")  # SplitWithSizesBackward0
-        ledger.free(*grads, *zeros)
+        self._streams.wait(UNSHARD, DEFAULT_STREAM)
+        with ledger.on(UNSHARD):  # SplitWithSizesBackward0
+            zeros = [ledger.allocate("gradients", nbytes, name="zeros of frozen weights") for nbytes in frozen]
+            grad = ledger.allocate("gradients", flat.elements * size, name="of a flat parameter")
+        self._streams.free(*grads, used_on=UNSHARD)
+        ledger.free(*zeros)
         is_first = handle.grad is None
         if is_first:
             handle.grad = grad
         else:  # AccumulateGrad
             ledger.free(grad)
-        self._post_backward_reshard(handle)
+        self._post_backward_reshard(handle, UNSHARD)
         if self._boundary:
-            self._reduce_grad(handle)
+            with ledger.on(POST_BACKWARD):
+                self._reduce_grad(handle)
         elif is_first and flat.use_orig_params:
-            self._use_unsharded_grad_views(flat)
+            with ledger.on(UNSHARD):
+                self._use_unsharded_grad_views(flat)
 
     def _use_unsharded_grad_views(self, flat: FlatParam) -> None:
         """Each piece of a shard gets an empty gradient in order to point it elsewhere, unless it has one: _cpu_grad."""
@@ -439,11 +478,14 @@ class Fsdp1:
         unsharded, handle.grad = handle.grad, None
         reduced = ledger.allocate("gradients", flat.shard * size, name="shards") if flat.is_sharded else None
         if flat.is_cast:
-            handle.sharded_grad = ledger.allocate("gradients", flat.shard * flat.itemsize, name="shards")
-            ledger.free(reduced, unsharded)
+            last = ALL_REDUCE if self.setup.is_hybrid and flat.is_sharded else POST_BACKWARD
+            with ledger.on(last):
+                handle.sharded_grad = ledger.allocate("gradients", flat.shard * flat.itemsize, name="shards")
+            self._streams.free(reduced, used_on=last)
+            self._streams.free(unsharded, used_on=POST_BACKWARD)
         elif reduced is not None:
             handle.sharded_grad = reduced
-            ledger.free(unsharded)
+            self._streams.free(unsharded, used_on=POST_BACKWARD)
         else:
             handle.sharded_grad = unsharded
         ledger.free(padded)
@@ -455,7 +497,7 @@ class Fsdp1:
             self._make_states()
         place = "host" if self.setup.offload else "gpu"
         self.ledger.move("host_step", sum(p.numel for p in self.setup.stepped) if self.setup.offload else 0)
-        self.ledger.briefly("temporaries", self.setup.optimizer.temporaries.peak, place, "of the optimizer's step")
+        temporaries_of_step(self.ledger, self.setup.optimizer, place)
         self._gradients_are_none = True
         for handle in self._handles:
             handle.shows_grads = False

@@ -11,7 +11,7 @@ from memplan.architectures.nn import Layers, Module
 from memplan.engines import checkpoint
 from memplan.memory.course import WAITING, Block, Course, Key, Ledger
 from memplan.memory.evaluation import Kept, pile_up, to_host
-from memplan.memory.optimizers import OUTSIDE, groups_of
+from memplan.memory.optimizers import OUTSIDE, Optimizer, groups_of
 from memplan.tape.tensor import Parameter
 
 
@@ -165,6 +165,21 @@ class WholeWeights:
         clones = [self.ledger.allocate("weights", nbytes, "host") for nbytes in sizes]
         self.ledger.briefly("temporaries", state_dict.split * itemsize, "main")
         self.ledger.free(*clones)
+
+
+def temporaries_of_step(ledger: Ledger, optimizer: Optimizer, place: str = "gpu") -> None:
+    """What a step allocates and gives back, tensor by tensor on the GPU: to the caching allocator they are not one."""
+    component, name = "temporaries", "of the optimizer's step"
+    if place != "gpu":
+        ledger.briefly(component, optimizer.temporaries.peak, place, name)
+        return
+    step = optimizer.step()
+    blocks: dict[int, Block] = {}
+    for event in step.log:
+        if event >= 0:
+            blocks[event] = ledger.allocate(component, step.sizes[event], name=name)
+        else:
+            ledger.free(blocks.pop(~event))
 
 
 class EvaluationLoop(NamedTuple):

@@ -13,9 +13,9 @@ from functools import cached_property, partial
 from itertools import groupby
 
 from memplan.engines import checkpoint
-from memplan.engines.layout import Layout, StateDict, WholeWeights
+from memplan.engines.layout import Layout, StateDict, WholeWeights, temporaries_of_step
 from memplan.errors import SpecError, UnsupportedError
-from memplan.memory.course import Block, Key, Ledger
+from memplan.memory.course import DEFAULT_STREAM, Block, Key, Ledger
 from memplan.memory.optimizers import CpuOptimizer, Groups, Optimizer, make_optimizer
 from memplan.specs.strategy import Strategy, ZeroSpec
 from memplan.tape.dispatch import CPU, DeviceRules
@@ -24,6 +24,8 @@ from memplan.tape.tensor import DType, Parameter, bfloat16, float16, float32
 
 NCCL_START_ALIGNMENT = 2
 """Elements: partitions are padded to multiples of twice the number of ranks (nccl_start_alignment_factor)."""
+REDUCTION = 1
+"""The stream on which buckets are reduced with ``overlap_comm`` (reduction_stream)."""
 NORM_ITEMSIZE = 8
 """Bytes: norms are computed in float64 (get_norm_dtype)."""
 
@@ -253,13 +255,14 @@ class Zero12(WholeWeights):
 
     def _reduce_ipg_grads(self) -> None:
         setup = self.setup
-        self._average()
-        for weight in self._bucket:
-            if weight.key in self._owned:
-                if setup.contiguous_gradients:
-                    self._copy_grads_in_partition(weight)
-            elif setup.stage == 2:
-                self.ledger.free(self._grads.pop(weight.key, None))
+        with self.ledger.on(REDUCTION if setup.overlap_comm else DEFAULT_STREAM):
+            self._average()
+            for weight in self._bucket:
+                if weight.key in self._owned:
+                    if setup.contiguous_gradients:
+                        self._copy_grads_in_partition(weight)
+                elif setup.stage == 2:
+                    self.ledger.free(self._grads.pop(weight.key, None))
         self._bucket, self._bucket_elements = [], 0
 
     def _average(self) -> None:
@@ -418,7 +421,7 @@ class Zero12(WholeWeights):
         self.ledger.move("all_gather", group.elements * size)
         if first and not optimizer.made_at_construction:
             self._make_states(index)
-        self.ledger.briefly("temporaries", optimizer.temporaries.peak, self._place, "of the optimizer's step")
+        temporaries_of_step(self.ledger, optimizer, self._place)
 
     def save(self, state_dict: StateDict) -> None:
         """The model; then rank 0 writes the flat weights, and every rank its partitions of the optimizer."""

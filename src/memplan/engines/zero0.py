@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from memplan.engines import checkpoint
-from memplan.engines.layout import Layout, StateDict, WholeWeights
+from memplan.engines.layout import Layout, StateDict, WholeWeights, temporaries_of_step
 from memplan.errors import UnsupportedError
 from memplan.memory.course import Block, Key, Ledger
 from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
@@ -113,7 +113,7 @@ class Zero0(WholeWeights):
             for p in self.setup.stepped:
                 for nbytes in optimizer.state_bytes(p):
                     self.ledger.allocate("optimizer", nbytes, name="states")
-        self.ledger.briefly("temporaries", optimizer.temporaries.peak, name="of the optimizer's step")
+        temporaries_of_step(self.ledger, optimizer)
 
 
 def buckets(sizes: Iterable[int]) -> Iterator[list[int]]:

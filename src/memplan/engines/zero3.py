@@ -15,7 +15,8 @@ from functools import partial
 from itertools import accumulate
 
 from memplan.engines import checkpoint, nvme, zeropp
-from memplan.engines.layout import Layout, StateDict
+from memplan.engines.layout import Layout, StateDict, temporaries_of_step
+from memplan.engines.streams import Event, Streams
 from memplan.engines.zero import (
     NORM_ITEMSIZE,
     master_dtype,
@@ -26,12 +27,17 @@ from memplan.engines.zero import (
     uses_cpu_adam,
 )
 from memplan.errors import SpecError, UnsupportedError
-from memplan.memory.course import Block, Key, Ledger
+from memplan.memory.course import DEFAULT_STREAM, Block, Key, Ledger
 from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
 from memplan.specs.strategy import Strategy, ZeroSpec
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import DType, Parameter, Shape, float16, float32, int8
+
+ALL_GATHER, REDUCE_AND_PARTITION = 1, 2
+"""Streams, with ``overlap_comm``."""
+MAX_PARAM_REDUCE_EVENTS = 2
+"""Reductions that the CPU does not wait for (max_param_reduce_events)."""
 
 BUCKET = "bucket of gradients (reduce_bucket_size)"
 LIVE = "gathered weights (stage3_max_live_parameters, stage3_max_reuse_distance)"
@@ -104,6 +110,7 @@ class Zero3Setup:
     max_live_parameters: int
     max_reuse_distance: int
     allgather_sequential: bool
+    overlap_comm: bool
     contiguous_gradients: bool
     """Gradients are copied into the bucket's buffer as they come."""
     reduce_scatter: bool
@@ -179,6 +186,8 @@ class Coordinator:
         self.setup = setup
         self.ledger = ledger
         self.swapper = swapper
+        self.stream = ALL_GATHER if setup.overlap_comm else DEFAULT_STREAM
+        """__allgather_stream."""
         self.available: dict[Key, Block | None] = {}
         self._inflight: dict[Key, _Gather] = {}
         self._active: dict[Key, set[Key]] = {}
@@ -263,7 +272,8 @@ class Coordinator:
                 users.add(module)
             gather = self._inflight.pop(shard.key, None)
             if gather is not None:
-                self._wait(gather)
+                with self.ledger.on(self.stream):
+                    self._wait(gather)
                 self._drop(gather)
         if self._trace is not None and (self._queue or self.swapper is not None):
             self._prefetch(wanted)
@@ -384,15 +394,16 @@ class Coordinator:
         self._moves(shards)
         if self.swapper is not None:
             self.swapper.ensure_availability(shards)
-        if not self.secondary.group:
-            self._all_gather_coalesced(shards)
-            return
-        for together in (
-            [shard for shard in shards if shard.key in self.secondary],
-            [shard for shard in shards if shard.key not in self.secondary],
-        ):
-            if together:
-                self._all_gather_coalesced(together)
+        with self.ledger.on(self.stream):
+            if not self.secondary.group:
+                self._all_gather_coalesced(shards)
+                return
+            for together in (
+                [shard for shard in shards if shard.key in self.secondary],
+                [shard for shard in shards if shard.key not in self.secondary],
+            ):
+                if together:
+                    self._all_gather_coalesced(together)
 
     def _all_gather_coalesced(self, shards: Sequence[Shard]) -> None:
         alone = len(shards) == 1 or self.setup.allgather_sequential
@@ -582,6 +593,11 @@ class Zero3:
         self.ledger = ledger
         self._params = nvme.ParamSwapper(setup.keys, setup.dtype.itemsize, ledger) if setup.params_in_nvme else None
         self._optimizer = nvme.OptimizerSwapper(setup.keys, ledger) if setup.swap_optimizer else None
+        self._streams = Streams(ledger)
+        self._stream = REDUCE_AND_PARTITION if setup.overlap_comm else DEFAULT_STREAM
+        """reduce_and_partition_stream."""
+        self._reductions: deque[Event] = deque()
+        """param_reduce_events."""
         self.coordinator = Coordinator(setup, ledger, self._params)
         self._hooks = self.coordinator.hooks | {"look": self._look}
         self._trained = {shard.key: shard for group in setup.sub_groups for shard in group}
@@ -767,8 +783,9 @@ class Zero3:
             self._grads[key] = gradient
         if self._bucket and self._bucket_elements + shard.elements > self.setup.reduce_bucket_size:
             self._reduce_and_partition()
+        self._streams.wait(self._stream, DEFAULT_STREAM)
         if self.setup.contiguous_gradients and self._bucket_elements + shard.elements <= self.setup.reduce_bucket_size:
-            self.ledger.free(self._grads.pop(key, None))  # copied into the bucket
+            self._streams.free(self._grads.pop(key, None), used_on=self._stream)  # copied into the bucket
         self._bucket.append(shard)
         self._bucket_elements += shard.elements
 
@@ -776,6 +793,8 @@ class Zero3:
         self._reduce_and_partition()
         self._accumulates = True
         self.coordinator.release_backward_leftovers()
+        self._reductions.clear()
+        self._streams.synchronize_all()  # the Trainer asks whether the loss is a number (logging_nan_inf_filter)
 
     def end_graph(self) -> None:
         self.coordinator.end_graph()
@@ -784,6 +803,14 @@ class Zero3:
         """__reduce_and_partition_ipg_grads."""
         if not self._bucket:
             return
+        if len(self._reductions) > MAX_PARAM_REDUCE_EVENTS:
+            self._streams.synchronize(self._reductions.popleft())
+        with self.ledger.on(self._stream):
+            self._reduce_bucket()
+        self._bucket, self._bucket_elements = [], 0
+        self._reductions.append(self._streams.record(self._stream))
+
+    def _reduce_bucket(self) -> None:
         setup = self.setup
         fills_buffer = setup.contiguous_gradients and self._bucket_elements <= setup.reduce_bucket_size
         all_reduces = fills_buffer and not setup.reduce_scatter
@@ -800,13 +827,12 @@ class Zero3:
                 swapped += self._offload_gradient(shard)
             elif self._adds_quantized(shard):
                 self.ledger.briefly("temporaries", shard.partition * setup.accumulation_dtype.itemsize, name=CAST)
-            self.ledger.free(self._grads.pop(shard.key, None))
+            self._streams.free(self._grads.pop(shard.key, None), used_on=self._stream)
         for shard, gradient in swapped:  # together, after the bucket's last
             assert self._optimizer is not None
             nbytes = shard.partition * float32.itemsize
             self._optimizer.swap_out_gradient(self._sub_group[shard.key], shard.key, gradient, nbytes)
         self.ledger.free(*reduced)
-        self._bucket, self._bucket_elements = [], 0
 
     def _avg_scatter_grads(self) -> list[Block]:
         """By reduce_scatter_coalesced: in one piece, padded for every rank."""
@@ -866,12 +892,18 @@ class Zero3:
         return self._accumulates and setup.quantized_gradients and came_in_float16 and is_cast
 
     def _avg_scatter_contiguous_grads(self) -> list[Block]:
-        """The buffer is reduced in place; the last rank pads what its partition lacks."""
+        """The buffer is reduced in place, and scaled into another (gradient_predivide_factor, though it is 1); the last
+        rank pads what its partition lacks.
+        """
         setup, made = self.setup, list[Block]()
         itemsize = setup.accumulation_dtype.itemsize
+        if setup.ranks > 1:
+            nbytes = self._bucket_elements * setup.communication_dtype.itemsize
+            made.append(self.ledger.allocate("temporaries", nbytes, name=BUCKET))
         if setup.accumulation_dtype is not setup.communication_dtype:
-            nbytes = self._bucket_elements * itemsize
-            made.append(self.ledger.allocate("temporaries", nbytes, name=CAST))
+            cast = self.ledger.allocate("temporaries", self._bucket_elements * itemsize, name=CAST)
+            self.ledger.free(*made)
+            made = [cast]
         padded = [shard.partition * itemsize for shard in self._bucket if shard.elements % setup.ranks]
         return made + [self.ledger.allocate("temporaries", nbytes, name="padded partitions") for nbytes in padded]
 
@@ -929,7 +961,7 @@ class Zero3:
                 ledger.free(flat)
             if not self._stepped and not setup.optimizers[i].made_at_construction:
                 self._make_states(i)
-            ledger.briefly("temporaries", setup.optimizers[i].temporaries.peak, name="of the optimizer's step")
+            temporaries_of_step(ledger, setup.optimizers[i])
             ledger.free(gradient)
             self._moves_updated(i)
         self._stepped = True
@@ -959,8 +991,7 @@ class Zero3:
         if optimizer is None or not self._swaps(index):
             if not self._stepped and not self.setup.optimizers[index].made_at_construction:
                 self._make_states(index)
-            nbytes, place = self.setup.optimizers[index].temporaries.peak, self._optimizer_place(index)
-            self.ledger.briefly("temporaries", nbytes, place, "of the optimizer's step")
+            temporaries_of_step(self.ledger, self.setup.optimizers[index], self._optimizer_place(index))
             return
         states = nvme.TENSORS * partition.nbytes  # the gradient is only read
         self.ledger.move("nvme_read", states)
@@ -1117,6 +1148,7 @@ def zero3_setup(
         max_live_parameters=keys.stage3_max_live_parameters,
         max_reuse_distance=keys.stage3_max_reuse_distance,
         allgather_sequential=keys.stage3_allgather_sequential,
+        overlap_comm=keys.overlap_comm is not False,
         contiguous_gradients=keys.contiguous_gradients,
         reduce_scatter=keys.reduce_scatter,
         offload_optimizer=strategy.offload_optimizer != "none",

@@ -6,9 +6,11 @@ and pool (small up to 1 MiB, or large), split where the remainder is worth it, m
 and only where no free block fits is a segment taken from CUDA, which keeps it until ``empty_cache`` or an
 out-of-memory. Fragmentation is what comes out; no percentage goes in.
 
-Not modelled, because a trace of one process says nothing about them: the garbage collector (off by default), private
-pools of CUDA graphs, and the wait of a block that ``record_stream`` marked; a trace that knows when such a block
-becomes free says so by the place of its free.
+A block that ``record_stream`` marked waits for the GPU when it is freed: its free is deferred, until ``reuse`` says
+that the GPU is done with it.
+
+Not modelled, because a trace of one process says nothing about them: the garbage collector (off by default) and private
+pools of CUDA graphs.
 
 A block is known by its address. Two tables of the free blocks, by their start and by their end, take the place of
 torch's list of neighbours: a neighbour is free if it is in a table, and segments lie 512 B apart so that no two meet.
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, islice
 from typing import NamedTuple
 
@@ -133,10 +135,10 @@ class CachingAllocator:
 
     __slots__ = (
         "_allocated",
+        "_deferred",
         "_divisions",
         "_ends",
         "_expandable",
-        "_large",
         "_large_segment",
         "_limit",
         "_live",
@@ -148,8 +150,8 @@ class CachingAllocator:
         "_reserved",
         "_rounding",
         "_segments",
-        "_small",
         "_starts",
+        "_streams",
         "_tail",
         "_unmapped",
         "_unsplit",
@@ -181,9 +183,9 @@ class CachingAllocator:
         # The smallest remainder that the large pool splits off: more than 1 MiB, or any with expandable segments.
         self._tail = MIN_BLOCK if expandable_segments else SMALL_SIZE + MIN_BLOCK
         self._pools: list[_Pool] = []
-        self._small: dict[int, _Pool] = {}
-        self._large: dict[int, _Pool] = {}
+        self._streams: dict[int, tuple[_Pool, _Pool]] = {}
         self._live: dict[int, tuple[int, int]] = {}  # address -> block size, bytes requested
+        self._deferred: dict[int, int] = {}  # a caller's number of a live block that is freed -> its address
         self._starts: dict[int, int] = {}  # free block -> its size
         self._ends: dict[int, int] = {}  # end of a free block -> its address
         self._segments: dict[int, int] = {}  # segment -> its size, where not expandable
@@ -210,7 +212,7 @@ class CachingAllocator:
 
     @property
     def allocated(self) -> int:
-        """Bytes of live blocks, as ``torch.cuda.memory_allocated``; also its active bytes (no stream is waited for)."""
+        """Bytes of blocks that are not freed, as ``torch.cuda.memory_allocated``."""
         return self._allocated
 
     @property
@@ -247,7 +249,7 @@ class CachingAllocator:
         self._peak_reserved = self._reserved
 
     def live_blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield address and size of every live block, in no particular order."""
+        """Yield address and size of every live block, in no particular order; deferred ones are among them."""
         return ((address, size) for address, (size, _) in self._live.items())
 
     def free_blocks(self) -> Iterator[tuple[int, int]]:
@@ -264,7 +266,7 @@ class CachingAllocator:
         if nbytes < 0:
             raise ValueError(f"cannot allocate {nbytes} bytes")
         addresses = [0]
-        self.run((0,), (nbytes,), addresses, stream)
+        self.run((0,), (nbytes,), addresses, streams={0: stream})
         return addresses[0]
 
     def free(self, address: int) -> None:
@@ -276,19 +278,23 @@ class CachingAllocator:
         events: Iterable[int],
         sizes: Sequence[int],
         addresses: list[int],
-        stream: int = 0,
         *,
+        streams: Mapping[int, int] | None = None,
+        deferred: Container[int] = (),
         regardless: bool = False,
     ) -> None:
         """Allocate and free, event by event: ``e >= 0`` is a malloc of ``sizes[e]`` bytes, to which ``addresses[e]`` is
         set; ``e < 0`` frees what lies at ``addresses[~e]``.
 
+        ``streams`` gives, of what another stream than 0 allocates, the stream. Of frees that are ``deferred`` a stream
+        of the GPU still uses the block: it is no longer allocated (``DeviceCachingAllocator::free``), but stays where
+        it is until it can be reused.
+
         Where the limit does not suffice even without what is cached, OutOfMemoryError is raised; but ``regardless`` of
         that the limit grows by what is lacking, so that a run that CUDA would end tells what it needs.
         """
         # All of malloc and free is in this loop, with _Pool's methods written out: a replay does nothing else.
-        small = self._small.get(stream) or self._add_pool(stream, small=True)
-        large = self._large.get(stream) or self._add_pool(stream, small=False)
+        small, large = self._pools_of(0)
         starts, ends, live, pools = self._starts, self._ends, self._live, self._pools
         plain, divisions, large_tail, unsplit = self._plain, self._divisions, self._tail, self._unsplit
         allocated, peak = self._allocated, self._peak_allocated
@@ -304,6 +310,8 @@ class CachingAllocator:
                         pool, tail = small, MIN_BLOCK
                     else:
                         pool, tail = large, large_tail if size < unsplit else _UNBOUNDED
+                    if streams and event in streams:
+                        pool = self._pools_of(streams[event])[size > SMALL_SIZE]
                     # The best fit: the smallest that is large enough, of these the first.
                     same = pool.addresses.get(size) if plain else None
                     if same:
@@ -343,6 +351,10 @@ class CachingAllocator:
                     if allocated > peak:
                         peak = allocated
                 elif address := addresses[~event]:
+                    if deferred and event in deferred:
+                        allocated -= live[address][0]
+                        self._deferred[~event] = address
+                        continue
                     size = live.pop(address)[0]
                     allocated -= size
                     pool = pools[address >> _POOL_SHIFT]
@@ -376,8 +388,20 @@ class CachingAllocator:
         finally:
             self._allocated, self._peak_allocated = allocated, peak
 
+    def reuse(self, numbers: Iterable[int]) -> None:
+        """The GPU is done with these, whose frees were deferred (``process_events``)."""
+        for number in numbers:
+            address = self._deferred.pop(number, 0)
+            if address:
+                size = self._live.pop(address)[0]
+                self._add_free(self._pools[address >> _POOL_SHIFT], address, address + size)
+
     def empty_cache(self) -> None:
-        """Return to CUDA every segment, or page of an expandable one, that holds no live block."""
+        """Return to CUDA every segment, or page of an expandable one, that holds no live block.
+
+        The GPU is waited for first, so that nothing is deferred (``synchronize_and_free_events``).
+        """
+        self.reuse([*self._deferred])
         release = self._unmap if self._expandable else self._release
         for pool in self._pools:
             for size, address in [*pool.blocks()]:
@@ -385,11 +409,15 @@ class CachingAllocator:
 
     # -- free blocks ------------------------------------------------------------------------------------------------
 
-    def _add_pool(self, stream: int, *, small: bool) -> _Pool:
-        pool = _Pool(len(self._pools), SMALL_SEGMENT if small else self._large_segment)
-        self._pools.append(pool)
-        (self._small if small else self._large)[stream] = pool
-        return pool
+    def _pools_of(self, stream: int) -> tuple[_Pool, _Pool]:
+        """A stream's small pool, and its large one."""
+        found = self._streams.get(stream)
+        if found is None:
+            number = len(self._pools)
+            found = _Pool(number, SMALL_SEGMENT), _Pool(number + 1, self._large_segment)
+            self._pools += found
+            self._streams[stream] = found
+        return found
 
     def _add_free(self, pool: _Pool, address: int, end: int) -> None:
         """Add a free block, merged with its free neighbours."""
@@ -739,7 +767,8 @@ def reserved_upper_bound(summary: TraceSummary, *, large_segment_size: int = LAR
 
     It holds for one stream (streams share nothing: add up their bounds), for the default settings or another
     ``large_segment_size``, with or without a limit and ``empty_cache``; not for expandable segments, which are one
-    segment with gaps anywhere, nor for ``max_split_size``, which forbids blocks that fit.
+    segment with gaps anywhere, nor for ``max_split_size``, which forbids blocks that fit. A tensor that is deferred is
+    live until it can be reused.
 
     Why. Segments are counted by the size of the request that opened them. A request opens one only if no free block
     fits it; so at that moment, every segment at least as large as the request holds a live block, and every gap in it

@@ -29,6 +29,11 @@ Key = tuple[int, int]
 Parts = dict[str, int]
 """Component -> bytes alive."""
 
+DEFAULT_STREAM = 0
+"""On which everything runs but what an engine puts on a stream of its own. The caching allocator has pools for each:
+what is allocated while one stream is current never serves another.
+"""
+
 
 @dataclass(slots=True)
 class Leg:
@@ -146,10 +151,12 @@ def _dying(unrolled: Unrolled, segment: Segment) -> Leg:
 class Block:
     """Bytes that an engine holds in one place."""
 
-    __slots__ = ("address", "component", "name", "nbytes", "place")
+    __slots__ = ("address", "component", "name", "nbytes", "place", "stream")
 
-    def __init__(self, place: str, component: str, nbytes: int, name: str = "") -> None:
+    def __init__(self, place: str, component: str, nbytes: int, name: str = "", stream: int = DEFAULT_STREAM) -> None:
         self.address = 0
+        self.stream = stream
+        """The GPU's, that was current when it was allocated."""
         self.place = place
         self.component = component
         self.nbytes = nbytes
@@ -188,6 +195,8 @@ class Ledger:
     def __init__(self, pinned_in_powers_of_two: bool = True, ranks: int = 1) -> None:
         self.pinned_in_powers_of_two = pinned_in_powers_of_two
         self.ranks = ranks
+        self.stream = DEFAULT_STREAM
+        """The GPU's current one."""
         self.phase = "load"
         self._engine: dict[str, Parts] = {place: {} for place in ("gpu", *_HOST, "main", "nvme")}
         self._totals: dict[str, int] = dict.fromkeys(self._engine, 0)
@@ -205,7 +214,7 @@ class Ledger:
     # -- what engines do ---------------------------------------------------------------------------------------------
 
     def allocate(self, component: str, nbytes: int, place: str = "gpu", name: str = "") -> Block:
-        """A block of ``nbytes``, rounded up as the place's allocator does."""
+        """A block of ``nbytes``, rounded up as the place's allocator does; on the GPU it is the current stream's."""
         if place == "gpu":
             nbytes = (nbytes + 511) & -512
         elif place == "pinned" and nbytes and self.pinned_in_powers_of_two:
@@ -216,7 +225,7 @@ class Ledger:
         parts[component] = parts.get(component, 0) + nbytes
         self._totals[place] += nbytes
         self._look(place)
-        return Block(place, component, nbytes, name)
+        return Block(place, component, nbytes, name, self.stream)
 
     def free(self, *blocks: Block | None) -> None:
         """Give blocks back; None is none."""
@@ -227,6 +236,17 @@ class Ledger:
                 self._engine[block.place][block.component] -= block.nbytes
                 self._totals[block.place] -= block.nbytes
                 block.nbytes = 0
+
+    def on(self, stream: int) -> _On:
+        """Within, ``stream`` is current, as in ``torch.cuda.stream``."""
+        return _On(self, stream)
+
+    def defer(self, *blocks: Block | None) -> None:
+        """Give blocks back that ``record_stream`` has marked: the allocator has them once they are to be reused."""
+        self.free(*blocks)
+
+    def reuse(self, blocks: Iterable[Block]) -> None:
+        """The CPU knows that the GPU is done with these, which it has deferred."""
 
     def move(self, kind: Move, amount: int) -> None:
         """The engine moves so many bytes, or steps so many elements on the host."""
@@ -334,6 +354,23 @@ class Ledger:
             if size:
                 parts[name] = parts.get(name, 0) + size
         return parts
+
+
+class _On:
+    """A context within which a stream is current."""
+
+    __slots__ = ("_before", "_ledger", "_stream")
+
+    def __init__(self, ledger: Ledger, stream: int) -> None:
+        self._ledger = ledger
+        self._stream = stream
+        self._before = ledger.stream
+
+    def __enter__(self) -> None:
+        self._ledger.stream = self._stream
+
+    def __exit__(self, *_: object) -> None:
+        self._ledger.stream = self._before
 
 
 class ExplainingLedger(Ledger):

@@ -17,9 +17,11 @@ from operator import add, sub
 from typing import Literal, NamedTuple
 
 from memplan.memory.allocator import CachingAllocator
-from memplan.memory.course import WAITING, Block, Course, Ledger, Leg, Parts
+from memplan.memory.course import DEFAULT_STREAM, WAITING, Block, Course, Ledger, Leg, Parts
 from memplan.memory.depth import EveryLayer
 from memplan.memory.timeline import COMPONENTS, Unrolled
+
+_Kind = Literal["begin", "empty_cache", "confine", "reuse"]
 
 
 class _Act(NamedTuple):
@@ -29,9 +31,11 @@ class _Act(NamedTuple):
     """In the engine's log."""
     leg: int
     """How many of the pass have run."""
-    kind: Literal["begin", "empty_cache", "confine"]
+    kind: _Kind
     phase: str = ""
     limit: int = 0
+    blocks: tuple[int, ...] = ()
+    """The engine's that can be reused."""
 
 
 @dataclass(slots=True)
@@ -62,6 +66,10 @@ class PlayLedger(Ledger):
         self.components: list[str] = []
         self.waiting: list[int] = []
         """Blocks that the size of the batch decides."""
+        self.streams: dict[int, int] = {}
+        """Of each block that is not the default stream's, its stream."""
+        self.deferred: set[int] = set()
+        """Blocks that the allocator does not have back when they are freed."""
         self.passes = [_Pass(0)]
 
     @property
@@ -74,13 +82,15 @@ class PlayLedger(Ledger):
     def allocate(self, component: str, nbytes: int, place: str = "gpu", name: str = "") -> Block:
         if place != "gpu":
             return super().allocate(component, nbytes, place, name)
-        block = Block(place, component, nbytes)
+        block = Block(place, component, nbytes, "", self.stream)
         block.address = number = len(self.requested)
         self.requested.append(nbytes)
         self.components.append(component)
         self.log.append(number)
         if name == WAITING:
             self.waiting.append(number)
+        if self.stream != DEFAULT_STREAM:
+            self.streams[number] = self.stream
         return block
 
     def free(self, *blocks: Block | None) -> None:
@@ -92,6 +102,17 @@ class PlayLedger(Ledger):
             elif block.nbytes:
                 self.log.append(~block.address)
                 block.nbytes = 0
+
+    def defer(self, *blocks: Block | None) -> None:
+        for block in blocks:
+            if block is not None and block.nbytes:
+                self.deferred.add(block.address)
+                self.log.append(~block.address)
+                block.nbytes = 0
+
+    def reuse(self, blocks: Iterable[Block]) -> None:
+        if numbers := tuple(block.address for block in blocks):
+            self._act("reuse", blocks=numbers)
 
     def take(self, unrolled: Unrolled, leg: Leg) -> Block | None:
         if leg.event is None or leg.event.storage < 0:
@@ -122,9 +143,23 @@ class PlayLedger(Ledger):
     def confine(self, limit: int) -> None:
         self._act("confine", limit=limit)
 
-    def _act(self, kind: Literal["begin", "empty_cache", "confine"], phase: str = "", limit: int = 0) -> None:
+    def _act(self, kind: _Kind, phase: str = "", limit: int = 0, blocks: tuple[int, ...] = ()) -> None:
         running = self.passes[-1]
-        running.acts.append(_Act(len(self.log), len(running.at), kind, phase, limit))
+        running.acts.append(_Act(len(self.log), len(running.at), kind, phase, limit, blocks))
+
+    @property
+    def returned(self) -> list[int]:
+        """The log as the allocator has it: what is deferred is freed where it can be reused."""
+        if not self.deferred:
+            return self.log
+        found: list[int] = []
+        start = 0
+        kept = {~number for number in self.deferred}
+        for act in (act for each in self.passes for act in each.acts if act.blocks):
+            found += [entry for entry in self.log[start : act.position] if entry not in kept]
+            found += [~number for number in act.blocks]
+            start = act.position
+        return found + [entry for entry in self.log[start:] if entry not in kept]
 
 
 _NONE = -(1 << 62)
@@ -178,8 +213,8 @@ class Play:
         self.courses = courses
         self._spots = list(map(_spots, courses))
         self._parts: dict[int, Parts] = {}
-        self._counts: dict[tuple[int, ...], dict[int, tuple[int, int]]] = {}
-        self._streams: dict[tuple[int, ...], _Stream] = {}
+        self._counts: dict[tuple[int, ...], list[dict[int, tuple[int, int]]]] = {}
+        self._events: dict[tuple[int, ...], _Events] = {}
         self._peaked: tuple[Sequence[Unrolled], int] | None = None
         """The tapes that were asked for last, and their most bytes beside the engine's."""
 
@@ -317,28 +352,26 @@ class Play:
             start = position
         return self._parts
 
-    def size_counts(self, waiting: Sequence[int]) -> dict[int, tuple[int, int]]:
-        """Of the engine's blocks, for every size: the most alive at one time, and how many are allocated."""
+    def size_counts(self, waiting: Sequence[int]) -> list[dict[int, tuple[int, int]]]:
+        """Of the engine's blocks, for every size: the most alive at one time, and how many are allocated. First of the
+        default stream's, then of each other's.
+        """
         sizes = list(self._bytes)
         for number, nbytes in zip(self.ledger.waiting, waiting, strict=True):
             sizes[number] = (nbytes + 511) & -512
-        known = self._counts.get(tuple(sizes[number] for number in self.ledger.waiting))
-        if known is None:
-            alive: dict[int, int] = {}
-            most: dict[int, int] = {}
-            made: dict[int, int] = {}
-            for entry in self.ledger.log:
-                if entry >= 0:
-                    size = sizes[entry]
-                    alive[size] = now = alive.get(size, 0) + 1
-                    made[size] = made.get(size, 0) + 1
-                    if now > most.get(size, 0):
-                        most[size] = now
-                else:
-                    alive[sizes[~entry]] -= 1
-            known = {size: (most[size], made[size]) for size in most}
-            self._counts[tuple(sizes[number] for number in self.ledger.waiting)] = known
-        return known
+        key = tuple(sizes[number] for number in self.ledger.waiting)
+        if key not in self._counts:
+            log, streams = self.ledger.returned, self.ledger.streams
+            self._counts[key] = [
+                _size_counts(
+                    log
+                    if not streams
+                    else [entry for entry in log if streams.get(max(entry, ~entry), DEFAULT_STREAM) == stream],
+                    sizes,
+                )
+                for stream in (DEFAULT_STREAM, *sorted(set(streams.values())))
+            ]
+        return self._counts[key]
 
     # -- the caching allocator -----------------------------------------------------------------------------------------
 
@@ -354,35 +387,56 @@ class Play:
 
         ``limit`` is what CUDA has to give in evaluation, if that is known.
         """
-        stream = self._stream(every)
+        events = self._events_of(every)
         sizes = [*self.ledger.requested, 0]
         for number, nbytes in zip(self.ledger.waiting, waiting, strict=True):
             sizes[number] = nbytes
         own = [each.sizes(tape.tape) for each, tape in zip(every, tapes, strict=True)]
-        for course in stream.courses:
+        for course in events.courses:
             sizes += own[course]
         addresses = [0] * len(sizes)
         peaks: dict[str, int] = {}
         phase, reserved = "load", 0
-        for events, act in stream.parts:
-            allocator.run(events, sizes, addresses, regardless=True)
+        for part, act in events.parts:
+            allocator.run(
+                part, sizes, addresses, streams=self.ledger.streams, deferred=events.deferred, regardless=True
+            )
             if act is None or act.kind == "begin":
                 peaks[phase] = max(peaks.get(phase, 0), allocator.peak_allocated)
                 reserved = max(reserved, allocator.peak_reserved)
                 allocator.reset_peak()
                 phase = phase if act is None else act.phase
+            elif act.kind == "reuse":
+                allocator.reuse(act.blocks)
             elif act.kind == "empty_cache":
                 allocator.empty_cache()
             elif limit is not None:
                 allocator.confine(limit)
         return peaks, reserved
 
-    def _stream(self, every: Sequence[EveryLayer]) -> _Stream:
+    def _events_of(self, every: Sequence[EveryLayer]) -> _Events:
         """The events of engine and tape in the order of time."""
         key = tuple(map(id, every))
-        if key not in self._streams:
-            self._streams[key] = _Stream.of(self, every)
-        return self._streams[key]
+        if key not in self._events:
+            self._events[key] = _Events.of(self, every)
+        return self._events[key]
+
+
+def _size_counts(log: Iterable[int], sizes: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """For every size: the most alive at one time, and how many are allocated."""
+    alive: dict[int, int] = {}
+    most: dict[int, int] = {}
+    made: dict[int, int] = {}
+    for entry in log:
+        if entry >= 0:
+            size = sizes[entry]
+            alive[size] = now = alive.get(size, 0) + 1
+            made[size] = made.get(size, 0) + 1
+            if now > most.get(size, 0):
+                most[size] = now
+        else:
+            alive[sizes[~entry]] -= 1
+    return {size: (most[size], made[size]) for size in most}
 
 
 # -- the tape's bytes --------------------------------------------------------------------------------------------------
@@ -581,7 +635,7 @@ def _stretches(play: Play) -> dict[str, list[_Stretch]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stream:
+class _Events:
     """What the caching allocator sees, and the acts between; blocks first, then a block of no bytes, then each pass's
     storages.
     """
@@ -589,9 +643,11 @@ class _Stream:
     parts: list[tuple[list[int], _Act | None]]
     courses: list[int]
     """Of each pass that is in it."""
+    deferred: frozenset[int]
+    """Frees of what is not given back by them."""
 
     @classmethod
-    def of(cls, play: Play, every: Sequence[EveryLayer]) -> _Stream:
+    def of(cls, play: Play, every: Sequence[EveryLayer]) -> _Events:
         ledger = play.ledger
         nothing = len(ledger.requested)
         number = nothing + 1
@@ -631,6 +687,9 @@ class _Stream:
                 while act is not None and act.leg == leg:
                     events += log[start : act.position]
                     start = act.position
+                    if act.blocks:
+                        freed = (~as_event.get(~number, ~number) for number in act.blocks)
+                        act = act._replace(blocks=tuple(freed))
                     parts.append((events, act))
                     events = []
                     act = next(acts, None)
@@ -640,4 +699,4 @@ class _Stream:
                     events += own_log[cuts[leg] : cuts[leg + 1]]
             events += log[start:end]
         parts.append((events, None))
-        return cls(parts, courses)
+        return cls(parts, courses, frozenset(as_event.get(~number, ~number) for number in ledger.deferred))

@@ -99,13 +99,13 @@ def reserved_bound(
 
 
 def engines_bound(
-    blocks: Mapping[int, tuple[int, int]],
+    streams: Sequence[Mapping[int, tuple[int, int]]],
     counts: Mapping[int, tuple[int, int]],
     micro_batches: int,
     evaluated: Mapping[int, tuple[int, int]],
 ) -> int:
-    """The same under an engine that shards: ``blocks`` says for each size how many of its own are alive at most, and
-    allocated over all steps.
+    """The same under an engine that shards: each of its ``streams``, the default one first, says for each size how many
+    of the engine's blocks are alive at most, and allocated over all steps.
 
     ``evaluated`` says of a batch of evaluation what ``counts`` says of a micro-batch.
     """
@@ -113,7 +113,8 @@ def engines_bound(
     for size, (peak, number) in evaluated.items():
         most, allocated = live.get(size, (0, 0))
         live[size] = max(most, peak), allocated + number * FORWARDS
-    return _upper_bound({}, live, 1, [(size, most, number) for size, (most, number) in blocks.items()])
+    on_streams = ([(size, most, number) for size, (most, number) in blocks.items()] for blocks in streams)
+    return sum(_upper_bound({}, live if not place else {}, 1, blocks) for place, blocks in enumerate(on_streams))
 
 
 def _upper_bound(
