@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import memplan
 from memplan import advice, api, case, space
 from memplan.catalog import detect
 from memplan.catalog.detect import Device
@@ -387,3 +388,19 @@ def test_predictions_of_very_many_batches_do_not_fit(strategy: str) -> None:
     found = api.estimate(TINY, run, "2xT4", strategy)
     assert found.verdict == "does-not-fit"
     assert found.gpu.low <= found.gpu.high
+
+
+@pytest.mark.parametrize(("model", "tokens"), [("gpt2", 1024), ("FacebookAI/roberta-base", 512), ("t5-small", 2048)])
+def test_a_length_that_nobody_gives_has_positions(model: str, tokens: int) -> None:
+    found = memplan.estimate(model, cluster="1xT4", replay=False)
+    assert found.setup["seq_len"] == tokens
+    notes = [each.value for each in found.assumptions if each.name == "seq_len (tokens)"]
+    assert notes == ([] if tokens == 2048 else [tokens])
+    assert memplan.plan(model, cluster="1xT4").chosen.estimate.setup["seq_len"] == tokens
+
+
+def test_a_prompt_that_nobody_gives_leaves_positions_for_what_is_generated() -> None:
+    found = memplan.estimate("gpt2", {"task": "generate", "max_new_tokens": 100}, "1xT4", replay=False)
+    assert found.setup["seq_len"] == 924
+    with pytest.raises(SpecError, match="1124 is longer than the model's table of 1024 positions"):
+        memplan.estimate("gpt2", {"task": "generate", "seq_len": 1024, "max_new_tokens": 100}, "1xT4", replay=False)

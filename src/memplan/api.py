@@ -74,7 +74,7 @@ def estimate(
     case = case_of(model, cluster, software, config, trace=trace, inputs=inputs)
     asked = asked_setup(case, case.decided(training_spec(training)), strategy, config)
     result = case.answer(asked, replay=replay, explain=explain)
-    return result.model_copy(update={"assumptions": (*result.assumptions, *asked.notes)}) if asked.notes else result
+    return _with_notes(result, asked)
 
 
 def ladder(
@@ -111,7 +111,14 @@ def ladder(
     else:
         asked = case.answer(first, replay=replay, explain=explain)
         found = [answered(setup) for setup in others]
-    return EstimateList(estimates=(asked, *(each for each in found if each is not None)))
+    estimates = (asked, *(each for each in found if each is not None))
+    return EstimateList(estimates=tuple(_with_notes(each, first) for each in estimates))
+
+
+def _with_notes(estimate: Estimate, asked: Setup) -> Estimate:
+    if not asked.notes:
+        return estimate
+    return estimate.model_copy(update={"assumptions": (*estimate.assumptions, *asked.notes)})
 
 
 def _as_text(estimate: Estimate | None) -> str:

@@ -13,7 +13,7 @@ from memplan.architectures.registry import FAMILIES
 from memplan.catalog import hub
 from memplan.catalog.detect import detect_cluster, free_disk
 from memplan.catalog.gpus import find_gpu, parse_cluster
-from memplan.errors import MemplanError, SpecError, UnsupportedError
+from memplan.errors import MemplanError, PositionsError, SpecError, UnsupportedError
 from memplan.results import Assumption, Estimate, StepTime, verdict_by_place
 from memplan.space import Setup
 from memplan.specs._base import Spec
@@ -305,9 +305,36 @@ def asked_setup(
             problem = f"has no use in task {training.task}: it is of a training run"
             raise SpecError.at("engine_config", config.source, problem, "Leave it out, or use --task train.")
         training, spread, notes = with_training(config, training, strategy_fields(strategy), case.cluster.gpus)
-        return Setup(training, spread, case.cluster.gpus, notes=(*case.notes, *notes, *config.assumptions))
+        training, fewer = within_positions(case, training)
+        return Setup(training, spread, case.cluster.gpus, notes=(*case.notes, *notes, *config.assumptions, *fewer))
     spread = default_strategy(training, case.cluster) if strategy is None else _strategy_spec(strategy)
-    return Setup(training, spread, case.cluster.gpus, is_gpu_known=case.cluster.gpu is not None)
+    training, fewer = within_positions(case, training)
+    return Setup(training, spread, case.cluster.gpus, is_gpu_known=case.cluster.gpu is not None, notes=fewer)
+
+
+def within_positions(case: Case, training: TrainingSpec) -> tuple[TrainingSpec, tuple[Assumption, ...]]:
+    """The training with as many tokens as the model has positions for, where that is fewer than the default and nobody
+    says how many; and a note of it.
+    """
+    config = case.model.config
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    is_long = not isinstance(longest, int) or longest >= training.seq_len  # then nothing need be run
+    if "seq_len" in training.model_fields_set or is_long or case.tracer is not None or training.task == "load":
+        return training, ()
+    try:
+        resolved = estimator.resolve(case.model, training, case.cluster, Strategy(), case.software)
+        micro_batch.run_in_full(resolved)
+    except PositionsError as error:
+        new_tokens = (training.max_new_tokens or 0) if training.task == "generate" else 0
+        most = error.most - new_tokens
+        if most < 1:
+            return training, ()
+        source = f"the default is {training.seq_len}, and the model has positions for {error.most}"
+        note = Assumption(name="seq_len (tokens)", value=most, low=most, high=most, source=source)
+        return training.replace(seq_len=most), (note,)
+    except MemplanError:  # is raised again where the setup is estimated
+        pass
+    return training, ()
 
 
 def default_strategy(training: TrainingSpec, cluster: ClusterSpec) -> Strategy:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import traceback
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -26,10 +25,12 @@ from memplan.case import (
     known_cluster,
     software_spec,
     training_spec,
+    within_positions,
 )
 from memplan.catalog.detect import detect_cluster, free_disk_of, host_memory
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import MemplanError, PreflightError, ResolutionError, SpecError, UnsupportedError
+from memplan.parallel import uncollected
 from memplan.results import (
     ENGINE_CONFIG,
     Assumption,
@@ -134,7 +135,7 @@ def _checked(
         batches = collated(lengths, arguments, merged.seq_len if "seq_len" in merged.model_fields_set else None)
         merged = merged.replace(seq_len=max(batches.padded.longest, 1))
     if "seq_len" not in merged.model_fields_set and "vocab_size" in case.model.config:
-        merged = merged.replace(seq_len=_at_most(merged.seq_len, case.model.config))
+        merged, _ = within_positions(case, merged)
         found.append(_unknown_length((run.arguments or run).source, merged.seq_len))
     setup = Setup(merged, spread, case.cluster.gpus)
     try:
@@ -235,18 +236,6 @@ def preflight(
 
 
 OnFailure: TypeAlias = Literal["raise", "warn", "exit"]
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without garbage collections, each of which walks the million objects of torch and transformers: 0.3 s."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _excused(code: Code, severity: Literal["error", "warning"], error: MemplanError) -> Finding:
@@ -455,12 +444,6 @@ def _other_model(weights: int, trained: int, real: int, really_trained: int, err
         f"{trained:,}, and the model itself could not be traced ({error})",
         remedy="Take the estimate with care.",
     )
-
-
-def _at_most(tokens: int, config: Mapping[str, Any]) -> int:
-    """As many tokens, or fewer if the model has no positions for them, as far as its config says so."""
-    longest = config.get("max_position_embeddings") or config.get("n_positions")
-    return min(tokens, longest) if isinstance(longest, int) and longest > 0 else tokens
 
 
 def _unknown_length(path: str, taken: int) -> Finding:

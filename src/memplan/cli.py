@@ -88,7 +88,7 @@ OPTIONS: tuple[Option, ...] = (
         _RUN,
     ),
     Option("micro_batch_size", "B", "Sequences per GPU in one forward (default: 1).", _RUN),
-    Option("seq_len", "S", "Tokens per sequence (default: 2048).", _RUN),
+    Option("seq_len", "S", "Tokens per sequence (default: 2048); no more than the model has positions for.", _RUN),
     Option("grad_accum_steps", "A", "Micro-batches per optimizer step (default: 1).", _RUN),
     Option("optim", "NAME", "As in TrainingArguments (default: adamw_torch_fused).", _RUN),
     Option("packed", "", "Full sequences without a mask, or padded ones (default: packed).", _RUN, off="padded"),

@@ -52,6 +52,16 @@ class SpecError(MemplanError, ValueError):
     """An input is wrong; the message names the field or file, the value and the remedy."""
 
 
+class PositionsError(SpecError):
+    """A sequence is longer than the model has positions for.
+
+    Attributes:
+        most: how many it has.
+    """
+
+    most: int = 0
+
+
 class ResolutionError(SpecError):
     """A name, path or id does not lead to a model, a GPU or a config."""
 

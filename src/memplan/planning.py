@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
@@ -25,6 +24,7 @@ from memplan.case import (
 )
 from memplan.catalog.gpus import all_gpus
 from memplan.errors import SpecError
+from memplan.parallel import uncollected
 from memplan.planner import Done, Objective, nothing
 from memplan.results import (
     Estimate,
@@ -103,7 +103,7 @@ def plan(
     if gpu.is_cpu:
         raise SpecError.at("gpu", gpu.name, "is none, and a plan is for a GPU", "Name one, as in --gpu A100-80GB.")
     search = _Search(case, run, global_batch_size, target, objective, allow, done, advise, processes)
-    with _uncollected():
+    with uncollected():
         if solve == "gpus":
             return search.fewest_gpus(_counts(hardware), most_nodes=8 if hardware.nodes == 1 else 1)
         if objective == "gpus":
@@ -111,18 +111,6 @@ def plan(
         if solve == "gpu":
             return search.smallest_gpu()
         return search.plan(case) if solve is None else search.largest(solve)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the collector of cycles, of which a search makes few: it would go through everything a hundred times."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _check_asked(solve: Question, objective: Objective, run: TrainingSpec, hardware: ClusterSpec) -> None:

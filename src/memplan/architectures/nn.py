@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 from memplan.architectures.cache import DynamicCache
-from memplan.errors import SpecError, UnsupportedError, did_you_mean
+from memplan.errors import PositionsError, SpecError, UnsupportedError, did_you_mean
 from memplan.specs.fields import Fields
 from memplan.specs.software import SoftwareSpec
 from memplan.tape import ops
@@ -513,7 +513,9 @@ def check_position_table(input_ids: Tensor, rows: int, past_length: int = 0) -> 
     length = past_length + input_ids.shape[1]
     if length > rows:
         problem = f"is longer than the model's table of {rows} positions"
-        raise SpecError.at("seq_len", length, problem, f"Use at most {rows}.")
+        error = PositionsError.at("seq_len", length, problem, f"Use at most {rows}.")
+        error.most = rows
+        raise error
 
 
 def cached(b: Build, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from memplan.errors import MemplanError, PreflightError, SpecError
 from memplan.integrations import live
+from memplan.parallel import uncollected
 from memplan.solving import MOST
 from memplan.space import Setup, changed, divisors
 
@@ -86,7 +87,7 @@ def _largest(
     hardware = case.cluster_spec(None) if cluster is None else case.known_cluster(cluster)
     run, known = live.read(model, args), None if lengths is None else read_lengths(lengths)
     versions = checks.installed_software() if software is None else case.software_spec(software)
-    with checks.uncollected():
+    with uncollected():
         files, _, _ = checks.as_files(run, asked)
         total = _of_config(files.raw, total, of_a_trainer=run.of_a_trainer)
         examined = checks.examine(run, asked.replace(micro_batch_size=1), hardware, versions, known)
