@@ -325,8 +325,11 @@ def within_positions(case: Case, training: TrainingSpec) -> tuple[TrainingSpec, 
         resolved = estimator.resolve(case.model, training, case.cluster, Strategy(), case.software)
         micro_batch.run_in_full(resolved)
     except PositionsError as error:
-        new_tokens = (training.max_new_tokens or 0) if training.task == "generate" else 0
-        most = error.most - new_tokens
+        most = error.most
+        if training.task == "generate":
+            from memplan.inference import DEFAULT_NEW_TOKENS  # here, because training needs none of it
+
+            most -= (training.max_new_tokens or DEFAULT_NEW_TOKENS) - 1  # the last is not fed back
         if most < 1:
             return training, ()
         source = f"the default is {training.seq_len}, and the model has positions for {error.most}"
