@@ -327,7 +327,7 @@ def within_positions(case: Case, training: TrainingSpec) -> tuple[TrainingSpec, 
     except PositionsError as error:
         most = error.most
         if training.task == "generate":
-            from memplan.inference import DEFAULT_NEW_TOKENS  # here, because training needs none of it
+            from memplan.memory.generation import DEFAULT_NEW_TOKENS  # here, because training needs none of it
 
             most -= (training.max_new_tokens or DEFAULT_NEW_TOKENS) - 1  # the last is not fed back
         if most < 1:
