@@ -21,9 +21,13 @@ machine it happened once."""
 
 
 def on_two_ranks(script: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run ``script`` in ``folder`` with ``words`` as its arguments."""
+    """Run ``script`` in ``folder`` with ``words`` as its arguments; return what all ranks and the launcher have said.
+
+    Each rank writes to files of its own: in one pipe the pieces of two tracebacks get mixed.
+    """
     (folder / "script.py").write_text(script + END)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["--redirects", "3", "--log-dir", str(folder / "logs")]
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with subprocess.Popen(
         [*command, "script.py", *words],
@@ -39,4 +43,9 @@ def on_two_ranks(script: str, folder: Path, *words: str) -> subprocess.Completed
             process.terminate()  # ends its ranks too, which a kill leaves behind
             process.communicate(timeout=60)
             raise
+    for said in sorted((folder / "logs").rglob("std*.log")):
+        if said.name == "stdout.log":
+            out += said.read_text()
+        else:
+            err += said.read_text()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -172,11 +172,22 @@ def cures_of(case: Case, asked: Setup) -> tuple[str, ...]:
             if len(found) < limit and (needs := _needs(case, less)) is not None:
                 before[:] = before or [case.seconds(asked)]
                 seconds = case.seconds(less)
-                cost = f"about {abs(seconds / before[0] - 1):.0%} {'slower' if seconds > before[0] else 'faster'}"
+                cost = _cost(seconds / before[0])
                 found.append((seconds, f"{_in_arguments(asked, less)}: {gib(needs)} GiB, fits, {cost}"))
         return [said for _, said in sorted(found)]
 
     return (*fitting(alike, 2), *fitting(others, 1))
+
+
+def _cost(ratio: float) -> str:
+    """How long a step takes, beside another's.
+
+    >>> _cost(1.3), _cost(0.9), _cost(1200)
+    ('about 30% slower', 'about 10% faster', 'takes about 1,200 times as long')
+    """
+    if ratio >= 3:
+        return f"takes about {ratio:,.0f} times as long"
+    return f"about {abs(ratio - 1):.0%} {'slower' if ratio > 1 else 'faster'}"
 
 
 def _needs(case: Case, setup: Setup) -> int | None:

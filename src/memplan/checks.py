@@ -136,6 +136,7 @@ def _checked(
         merged = merged.replace(seq_len=max(batches.padded.longest, 1))
     if "seq_len" not in merged.model_fields_set and "vocab_size" in case.model.config:
         merged, _ = within_positions(case, merged)
+        merged = merged.replace(seq_len=_at_most(merged.seq_len, case.model.config))
         found.append(_unknown_length((run.arguments or run).source, merged.seq_len))
     setup = Setup(merged, spread, case.cluster.gpus)
     try:
@@ -444,6 +445,12 @@ def _other_model(weights: int, trained: int, real: int, really_trained: int, err
         f"{trained:,}, and the model itself could not be traced ({error})",
         remedy="Take the estimate with care.",
     )
+
+
+def _at_most(tokens: int, config: Mapping[str, Any]) -> int:
+    """As many tokens, or fewer if the model was made for fewer, as far as its config says so."""
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    return min(tokens, longest) if isinstance(longest, int) and longest > 0 else tokens
 
 
 def _unknown_length(path: str, taken: int) -> Finding:

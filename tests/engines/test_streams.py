@@ -126,11 +126,14 @@ def _one_stream() -> Iterator[None]:
     """Everything is allocated on the default stream."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PlayLedger, "on", lambda ledger, stream: nullcontext())
-        sharded._play.cache_clear()
-        sharded.replay.cache_clear()
+        _forget()
         yield
-    sharded._play.cache_clear()
-    sharded.replay.cache_clear()
+    _forget()
+
+
+def _forget() -> None:
+    for kept in (sharded._play, sharded._play_alike, sharded.replay):
+        kept.cache_clear()
 
 
 @pytest.mark.parametrize("strategy", IN_ORDER, ids=name)

@@ -25,7 +25,7 @@ from memplan.configs.deepspeed import parse_deepspeed
 from memplan.configs.files import ANCESTORS, parse_mapping, read_mapping, read_text, refuse_outside
 from memplan.configs.keys import ACCELERATE, DEEPSPEED
 from memplan.configs.setup import Batch, EngineConfig, batch_finding, in_keys, merged, of_file, with_training
-from memplan.errors import MemplanError, SpecError, UnsupportedError
+from memplan.errors import MemplanError, ResolutionError, SpecError, UnsupportedError
 from memplan.results import (
     Assumption,
 )
@@ -478,7 +478,7 @@ def as_written(run: Run, training: TrainingSpec, error: SpecError) -> SpecError:
     arguments, engine = run.arguments, run.engine
     field = str(error).partition(":")[0]
     top = "lora" if field == "lora_targets" else field.partition(".")[0]
-    if type(error) is not SpecError or top in training.model_fields_set:
+    if isinstance(error, ResolutionError) or top in training.model_fields_set:
         return error
     if arguments is not None and top in arguments.training:
         return SpecError(in_keys(arguments, str(error)))
