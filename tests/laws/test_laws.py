@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import memplan
 from memplan.catalog.gpus import find_gpu
 from memplan.estimator import estimate
-from memplan.results import Estimate
+from memplan.results import Estimate, GpuMemory
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
@@ -147,3 +148,24 @@ def test_bf16_can_need_more_than_float32_on_a_turing_gpu() -> None:
     half = run(mha, "T4", dtype="bfloat16", mixed_precision="no", seq_len=1024, micro_batch_size=4).gpu
     full = run(mha, "T4", dtype="float32", mixed_precision="no", seq_len=1024, micro_batch_size=4).gpu
     assert half.peak_allocated > full.peak_allocated
+
+
+def test_what_is_reserved_can_fall_with_the_vocabulary() -> None:
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+
+    def estimated(vocab_size: int, *, replay: bool) -> GpuMemory:
+        return memplan.estimate({**config, "vocab_size": vocab_size}, {"seq_len": 64}, "1xA100-80GB", replay=replay).gpu
+
+    small, large = (estimated(size, replay=True) for size in (7_000, 10_000))
+    assert small.peak_allocated < large.peak_allocated
+    assert small.peak_reserved > large.peak_reserved
+    small, large = (estimated(size, replay=False) for size in (7_000, 10_000))
+    assert small.peak_reserved < large.peak_reserved
