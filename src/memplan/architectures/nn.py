@@ -6,9 +6,10 @@ its forward pass in the same order with the same local variables, because lifeti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -641,6 +642,10 @@ class Model(Module):
     """A whole model with its head. ``forward(*inputs)`` returns (loss, logits)."""
 
     output_embeddings_path = "lm_head"
+    listed_as_tied: Mapping[str, str] = MappingProxyType({})
+    """A weight of its own -> another; transformers ties the two until it finds both in the checkpoint, and so when it
+    decides what goes to which device.
+    """
     b: Build
 
     def inputs(self, batch: int, length: int) -> tuple[Tensor, ...]:

@@ -448,6 +448,8 @@ class T5ForConditionalGeneration(Model):
         self.lm_head = Linear(b, c.d_model, c.vocab_size, bias=False)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.shared.weight
+        elif b.software.at_least("transformers", "5"):
+            self.listed_as_tied = {"lm_head.weight": "shared.weight"}
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Seq2SeqLMOutput]:
         hidden_states = self.encoder(input_ids)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from memplan.adapters.quantization import Linear4bit, Linear8bitLt, is_packed
-from memplan.architectures.nn import Embedding, Layers, Module
+from memplan.architectures.nn import Embedding, Layers, Model, Module
 from memplan.memory import device_map as placement
 from memplan.memory.allocator import CachingAllocator
 from memplan.memory.device_map import Device, Place
@@ -85,7 +85,17 @@ def blocks(held: Sequence[Held]) -> int:
 def placed_model(root: Module) -> placement.Model:
     """The model as ``device_map`` sees it."""
     embeddings = {id(module.weight) for _, module in root.named_modules() if isinstance(module, Embedding)}
-    return placement.Model(_place(root, set(), embeddings), tied_names(root))
+    tied = tied_names(root)
+    listed = root.listed_as_tied if isinstance(root, Model) else {}
+    for name, other in listed.items():
+        embeddings.add(id(_parameter(root, name)))  # without a size of its own, as a head that is tied
+        tied = [sorted([*group, name]) if other in group else group for group in tied]
+    return placement.Model(_place(root, set(), embeddings), tied)
+
+
+def _parameter(root: Module, name: str) -> Parameter:
+    prefix, _, last = name.rpartition(".")
+    return dict(dict(root.named_modules())[prefix].parameters())[last]
 
 
 def tied_names(root: Module) -> list[list[str]]:
