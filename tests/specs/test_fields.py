@@ -106,3 +106,9 @@ def test_a_section_names_its_path(fields: Fields) -> None:
 def test_a_read_takes_microseconds(fields: Fields) -> None:
     best = min(timeit.repeat(lambda: fields.int("hidden_size"), number=1000, repeat=5)) / 1000
     assert best < 20e-6  # about 0.3 µs on an idle machine
+
+
+def test_a_required_field_that_is_null_is_named_so() -> None:
+    with pytest.raises(SpecError) as error:
+        Fields({"hidden_size": None}, "config.json").int("hidden_size")
+    assert str(error.value) == "config.json: hidden_size: is null. Give it a value."

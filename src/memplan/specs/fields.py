@@ -176,6 +176,8 @@ class Fields:
 
     def _default(self, name: Str, default: T | _Required) -> T:
         if isinstance(default, _Required):
+            if name in self._config:
+                raise SpecError(f"{self.source}: {name}: is null. Give it a value.")
             hint = did_you_mean(name, self._config) if self._config else "The file has no fields."
             raise SpecError(f"{self.source}: {name}: missing. Add the field to the config. {hint}")
         return default
