@@ -260,7 +260,7 @@ def test_offline(monkeypatch: pytest.MonkeyPatch, switch: str, value: str) -> No
         ("[" * 100_000, "is nested too deeply"),
         ('{"a": ' + "1" * 5000 + "}", "is not JSON that can be read: "),
         ("{}", "model_type: missing"),
-        ('{"model_type": null}', "model_type: missing"),
+        ('{"model_type": null}', "model_type: is null"),
         ('{"model_type": 5}', "model_type: 5 is not text"),
         ('{"model_type": "llama"}', "architectures: missing"),
         ('{"model_type": "llama", "architectures": []}', "architectures: [] names no class"),
