@@ -34,6 +34,7 @@ from typing import Any
 
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
 from memplan.introspect.cuda_autocast import cuda_rules
+from memplan.parallel import uncollected
 
 __all__ = ["TraceEvent", "TraceResult", "trace_step"]
 
@@ -992,13 +993,8 @@ def _gc_disabled(*, collect: bool = True) -> Iterator[None]:
     """Keep the cycle collector from running at moments that depend on unrelated garbage."""
     if collect:
         gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager
