@@ -84,7 +84,7 @@ def test_the_checkpoint_decides_what_4_bit_computes_in() -> None:
         ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type: 'fp4' is not modelled"),
         ({"llm_int8_skip_modules": ["mlp"]}, "keeps other layers than"),
         ({"quant_method": 4, "load_in_4bit": False}, "quant_method: 4 is not text"),
-        ({"quant_method": None, "load_in_4bit": False}, "quant_method: missing"),
+        ({"quant_method": None, "load_in_4bit": False}, "quant_method: is null"),
     ],
 )
 def test_other_settings_of_bitsandbytes_are_refused(changes: dict, message: str) -> None:

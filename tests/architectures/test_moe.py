@@ -65,7 +65,7 @@ WRONG: list[tuple[str, dict[str, Any], type[MemplanError], str]] = [
     ("qwen2_moe", {"mlp_only_layers": ["0"]}, SpecError, "mlp_only_layers"),
     ("deepseek_v2", {"num_key_value_heads": 1}, SpecError, "num_key_value_heads: 1"),
     ("deepseek_v2", {"topk_method": "best"}, SpecError, "topk_method: 'best'"),
-    ("deepseek_v2", {"num_experts_per_tok": None}, SpecError, "num_experts_per_tok: missing"),
+    ("deepseek_v2", {"num_experts_per_tok": None}, SpecError, "num_experts_per_tok: is null"),
     ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 1}, SpecError, "n_group: 3"),
     ("deepseek_v3", {"n_routed_experts": 8, "n_group": 8, "topk_group": 1}, SpecError, "n_group: 8"),
     ("deepseek_v3", {"n_group": 2, "topk_group": 3}, SpecError, "topk_group: 3"),
