@@ -10,14 +10,15 @@ from pathlib import Path
 END = """
 import os, sys
 import torch
-torch.distributed.destroy_process_group()
+torch.distributed.barrier()
 sys.stdout.flush()
 sys.stderr.flush()
 os._exit(0)
 """
 """gloo's threads outlive its process group, even destroyed and collected (torch 2.13). One that still frees a tensor
 while the interpreter is torn down aborts the process ("terminate called without an active exception"): on a busy
-machine it happened once."""
+machine it happened once. And a group that is destroyed waits for its threads: a rehearsal that had said all it had to
+say hung there for minutes, once in some hundred."""
 
 
 def on_two_ranks(script: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

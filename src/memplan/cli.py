@@ -100,6 +100,13 @@ OPTIONS: tuple[Option, ...] = (
         _RUN,
         off="no-gradient-checkpointing",
     ),
+    Option(
+        "use_reentrant",
+        "",
+        "Of gradient_checkpointing_kwargs (default: as transformers; off, before 5.0 on).",
+        _RUN,
+        off="no-use-reentrant",
+    ),
     Option("liger", "", "Liger's fused loss (default: off).", _RUN, off="no-liger"),
     Option(
         "head",
@@ -159,7 +166,7 @@ _ONE_ESTIMATE = ("trace", "explain", "no_replay", *_STRATEGY, "engine_config")
 """What a plan and a check of files decide themselves, or have no answer to."""
 _TRAINING = (
     "dtype", "mixed_precision", "micro_batch_size", "seq_len", "grad_accum_steps", "optim", "packed", "attn",
-    "gradient_checkpointing", "liger", "head", "vocab_size", "eval_batch_size", "eval_accumulation_steps",
+    "gradient_checkpointing", "use_reentrant", "liger", "head", "vocab_size", "eval_batch_size", "eval_accumulation_steps",
     "alloc_conf", "peft_type", "quantization", "task", "device_map", "max_new_tokens",
 )  # fmt: skip
 

@@ -295,7 +295,7 @@ def _activation_checkpointing(training: TrainingSpec, strategy: Strategy) -> Tra
             f"{name}: with LoRA the first layer's input gets no gradient, unlike under gradient_checkpointing; that is "
             "not modelled. Use gradient_checkpointing."
         )
-    return training.replace(gradient_checkpointing=True)
+    return training.replace(gradient_checkpointing=True, use_reentrant=False)
 
 
 def _check_sharded(strategy: Strategy, traced: Traced | None) -> None:
@@ -859,6 +859,7 @@ def _setup_dict(
         "packed": training.packed,
         "attn": training.attn,
         "gradient_checkpointing": training.gradient_checkpointing,
+        "use_reentrant": training.reentrant(setup.software) if training.gradient_checkpointing else None,
         "liger": training.liger,
         "head": training.head or declared_head(model),
         "vocab_size": training.vocab_size or model.config.get("vocab_size"),

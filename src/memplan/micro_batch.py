@@ -308,6 +308,7 @@ def _run(
     """Run one micro-batch on a fresh tape; ``batch`` and ``length`` may be symbols."""
     tape = Tape(setup.rules)
     tape.engine_takes_gradients = setup.engine != "torch" or setup.copies_gradients
+    tape.reentrant = setup.training.reentrant(setup.software)
     tape.steps_in_backward = setup.engine in ("zero12", "zero3")
     root = build(setup, tape, full_depth=full_depth, last_layer_apart=last_layer_apart)
     if setup.engine in ("zero3", "fsdp", "fsdp1"):

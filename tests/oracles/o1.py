@@ -137,6 +137,9 @@ def cuda_grid(family: str, config: str) -> list[Setup]:
     ]
 
 
+REENTRANT = {"gradient_checkpointing": True, "use_reentrant": True}
+
+
 def option_grid(family: str, config: str) -> list[Setup]:
     """Return the other options, one at a time, under pure bf16 and autocast."""
     variants: list[dict[str, Any]] = [
@@ -151,6 +154,9 @@ def option_grid(family: str, config: str) -> list[Setup]:
         {"lora": {"rank": 64, "targets": "all-linear", "dropout": 0.1}},
         {"lora": {"rank": 8, "targets": "all-linear"}, "grad_accum_steps": 2},
         {"lora": {"rank": 8, "targets": "all-linear"}, "gradient_checkpointing": True, "padded": True},
+        REENTRANT,
+        {**REENTRANT, "attn": "eager", "padded": True},
+        {**REENTRANT, "lora": {"rank": 8, "targets": "all-linear"}, "grad_accum_steps": 2},
     ]
     shapes = ((1, 16), (2, 200))
     base: dict[str, Any] = {"num_layers": 2, **({"attn": "eager"} if family in EAGER_ONLY else {})}

@@ -57,8 +57,8 @@ TRAINING_ARGUMENTS: dict[str, Key] = {
     "optim_target_modules": _idle("optim says whether it is read", str),
     "tf32": _idle(_NUMBERS, bool),
     "average_tokens_across_devices": _idle(_NUMBERS, bool),
-    "activation_checkpointing_kwargs": _idle("reentrant or not, the same inputs are kept", dict),
-    "gradient_checkpointing_kwargs": _idle("reentrant or not, the same inputs are kept", dict),
+    "activation_checkpointing_kwargs": _sets(dict, "use_reentrant"),
+    "gradient_checkpointing_kwargs": _sets(dict, "use_reentrant"),
     "liger_kernel_config": _idle("use_liger_kernel says whether it is read", dict),
     "use_cache": _idle("the Trainer's models have it off where it would matter", bool),
     "neftune_noise_alpha": _idle("its noise is one tensor as wide as the embeddings' output", float),
@@ -228,7 +228,7 @@ SCRIPT_ARGUMENTS: dict[str, Key] = {
     "use_nested_quant": _sets(bool, "quantization"),
     "bnb_4bit_quant_storage_dtype": _sets(str, "quantization"),
     "use_unsloth": _only(bool, False, None, why="unsloth's kernels"),
-    "use_reentrant": _idle("reentrant or not, the same inputs are kept", bool),
+    "use_reentrant": _sets(bool, "use_reentrant"),
     **dict.fromkeys(
         (
             *("model_revision", "config_name", "tokenizer_name", "tokenizer_name_or_path", "cache_dir", "token"),

@@ -8,7 +8,9 @@ default, which is not memplan's: a batch of 8, full precision. Sources: transfor
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from memplan.adapters.lora import ALL_LINEAR
@@ -80,6 +82,7 @@ def parse_arguments(
     checkpointing = _first(data, "activation_checkpointing", "gradient_checkpointing")
     if checkpointing is not None:
         training["gradient_checkpointing"] = bool(checkpointing)
+    training["use_reentrant"] = _use_reentrant(data, source)
     training |= _sequences(data) | _model(data, source) | _adapters(data, source, notes)
     if _evaluates(data):
         training["eval_batch_size"] = argument(data, "per_device_eval_batch_size")
@@ -265,6 +268,28 @@ def _refuse_unmodelled(data: Mapping[str, Any], source: str) -> None:
 
 def _first(data: Mapping[str, Any], *names: str) -> Any:
     return next((data[name] for name in names if data.get(name) is not None), None)
+
+
+def _use_reentrant(data: Mapping[str, Any], source: str) -> bool | None:
+    """What is left of these arguments transformers hands to ``torch.utils.checkpoint``, whose default is another."""
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    name = next((name for name in names if data.get(name) is not None), None)
+    if name is None:
+        return data.get("use_reentrant")
+    field, kwargs = f"{source}: {name}", data[name]
+    if isinstance(kwargs, str):  # as on a command line
+        with suppress(ValueError):
+            kwargs = json.loads(kwargs)
+    if not isinstance(kwargs, Mapping):
+        raise SpecError.at(field, data[name], "is not an object", 'Write {"use_reentrant": false}.')
+    for key, idle in (("every_n_layers", 1), ("offload", False)):
+        if kwargs.get(key, idle) != idle:
+            raise UnsupportedError(f"{field}.{key}: {kwargs[key]!r} is not modelled. Leave it out.")
+    found = kwargs.get("use_reentrant")
+    if not isinstance(found, bool | None):
+        raise SpecError.at(f"{field}.use_reentrant", found, "is not true or false", "Write one.")
+    handed_on = kwargs.keys() - {"every_n_layers", "offload"}
+    return True if found is None and handed_on else found
 
 
 def _evaluates(data: Mapping[str, Any]) -> bool:

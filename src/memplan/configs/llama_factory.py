@@ -70,7 +70,7 @@ _IDLE = frozenset(
         *("preprocessing_batch_size", "preprocessing_num_workers", "eval_num_beams", "ignore_pad_token_for_loss"),
         *("eval_on_each_dataset", "tool_format", "tokenized_path", "default_system", "enable_thinking"),
         *("cache_dir", "use_fast_tokenizer", "split_special_tokens", "add_tokens", "add_special_tokens"),
-        *("model_revision", "low_cpu_mem_usage", "rope_scaling", "moe_aux_loss_coef", "use_reentrant_gc"),
+        *("model_revision", "low_cpu_mem_usage", "rope_scaling", "moe_aux_loss_coef"),
         *("train_from_scratch", "infer_backend", "offload_folder", "use_kv_cache", "infer_dtype", "hf_hub_token"),
         *("ms_hub_token", "om_hub_token", "print_param_status", "trust_remote_code", "adapter_name_or_path"),
         *("loraplus_lr_ratio", "loraplus_lr_embedding", "use_rslora", "pissa_init", "pissa_iter", "pissa_convert"),
@@ -86,6 +86,7 @@ _IDLE = frozenset(
 _READ = frozenset(
     {
         *("stage", "finetuning_type", "flash_attn", "packing", "enable_liger_kernel", "disable_gradient_checkpointing"),
+        "use_reentrant_gc",
         *("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "quantization_bit"),
         *("double_quantization", "quantization_device_map", "cutoff_len", "use_v1_kernels"),
     }
@@ -139,6 +140,7 @@ def to_arguments(data: Mapping[str, Any], source: str, *, shards: bool) -> dict[
         "attn_implementation": _ATTENTION[flash],
         "use_liger_kernel": bool(data.get("enable_liger_kernel")),
         "activation_checkpointing": not data.get("disable_gradient_checkpointing", False),
+        "use_reentrant": data.get("use_reentrant_gc", True),
     }
     found.pop("gradient_checkpointing", None)
     compute = "bfloat16" if data.get("bf16") else "float16" if data.get("fp16") else "auto"

@@ -72,7 +72,10 @@ def to_training_args(setup: Setup, given: TrainingSpec, strategy: Strategy) -> d
     if given.gradient_checkpointing:  # resolved, it may be FSDP's own, which the Trainer refuses beside this one
         # gradient_checkpointing is the name's alias from 5.23 on, which warns of its end.
         new = setup.software.at_least("transformers", "5.23")
-        values["activation_checkpointing" if new else "gradient_checkpointing"] = True
+        name = "activation_checkpointing" if new else "gradient_checkpointing"
+        values[name] = True
+        if given.use_reentrant is not None:
+            values[f"{name}_kwargs"] = {"use_reentrant": given.use_reentrant}
     if training.liger:
         values["use_liger_kernel"] = True
     if training.eval_batch_size is not None:

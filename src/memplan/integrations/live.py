@@ -325,10 +325,14 @@ def _attention(config: Any) -> str | None:
     return name
 
 
-def _checkpointing(model: Any) -> dict[str, bool]:
+def _checkpointing(model: Any) -> dict[str, Any]:
     """What ``gradient_checkpointing_enable`` has left; a Trainer is asked by its arguments."""
-    on = any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
-    return {"gradient_checkpointing": True} if on else {}
+    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    if not on:
+        return {}
+    how = getattr(getattr(on[0], "_gradient_checkpointing_func", None), "keywords", {})
+    kwargs = {"gradient_checkpointing_kwargs": dict(how)} if "use_reentrant" in how else {}
+    return {"gradient_checkpointing": True, **kwargs}
 
 
 def _dtypes(model: Any) -> set[str]:

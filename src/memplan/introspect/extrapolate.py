@@ -272,7 +272,8 @@ def _prepared(model: Any, setup: Setup) -> Any:
                 "Use --no-gradient-checkpointing, or checkpoint within its forward."
             )
         try:
-            trace._enable_checkpointing(model, frozen_inputs=training.lora is not None)
+            use_reentrant = training.reentrant(setup.software)
+            trace._enable_checkpointing(model, use_reentrant, frozen_inputs=training.lora is not None)
         except ValueError as error:
             raise UnsupportedError(
                 f"gradient_checkpointing: {_said(error)} Use --no-gradient-checkpointing."

@@ -139,6 +139,7 @@ def trace_step(
     seq_len: int = 128,
     attn: str = "sdpa",
     gradient_checkpointing: bool = False,
+    use_reentrant: bool = False,
     optim: str = "adamw_torch_fused",
     lora: Mapping[str, Any] | None = None,
     num_layers: int | None = None,
@@ -165,7 +166,8 @@ def trace_step(
         micro_batch_size: sequences (or images) in one micro-batch.
         seq_len: tokens in a sequence; a T5's labels have as many.
         attn: ``attn_implementation``: "sdpa" or "eager".
-        gradient_checkpointing: non-reentrant, every layer.
+        gradient_checkpointing: of every layer.
+        use_reentrant: of ``gradient_checkpointing_kwargs``.
         optim: a key of the optimizers: adamw_torch_fused, adamw_torch, adamw_torch_foreach, sgd, adafactor, ...
         lora: keys rank, alpha, targets, dropout, modules_to_save; wraps the model by ``peft.get_peft_model``.
         num_layers: overrides the config's depth.
@@ -201,7 +203,7 @@ def trace_step(
         if lora is not None:
             model = _add_lora(model, lora)
         if gradient_checkpointing:
-            _enable_checkpointing(model, frozen_inputs=lora is not None)
+            _enable_checkpointing(model, use_reentrant, frozen_inputs=lora is not None)
     model.config.use_cache = False
     _to_fake(model, fake_mode)
     model.train(train_mode)
@@ -914,11 +916,12 @@ def _add_lora(model: Any, lora: Mapping[str, Any]) -> Any:
         raise SpecError.at("lora", targets, problem, "Name modules of the model.") from error
 
 
-def _enable_checkpointing(model: Any, *, frozen_inputs: bool) -> None:
+def _enable_checkpointing(model: Any, use_reentrant: bool, *, frozen_inputs: bool) -> None:
+    how = {"use_reentrant": use_reentrant}
     if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.20
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable(how)
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     if frozen_inputs:
         model.enable_input_require_grads()
 

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, field_validator, model_validator
 
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
 from memplan.specs._base import Names, NonNegativeInt, PositiveInt, Probability, Spec
+from memplan.specs.software import SoftwareSpec
 
 __all__ = [
     "KNOWN_OPTIMIZERS",
@@ -261,6 +262,8 @@ class TrainingSpec(Spec):
     """``attn_implementation``."""
     gradient_checkpointing: bool = False
     """Keep each block's input only and run the block again in the backward."""
+    use_reentrant: bool | None = None
+    """Of ``gradient_checkpointing_kwargs``; None is transformers' default: false, and true before 5.0."""
     liger: bool = False
     """``use_liger_kernel``: the loss is computed from the hidden states in chunks."""
     packed: bool = True
@@ -319,6 +322,10 @@ class TrainingSpec(Spec):
             raise SpecError.at("quantization", self.quantization.kind, "has no trainable weights", remedy)
         return self
 
+    def reentrant(self, software: SoftwareSpec) -> bool:
+        """Whether checkpointed blocks are torch's CheckpointFunction (gradient_checkpointing_enable in transformers)."""
+        return not software.at_least("transformers", "5") if self.use_reentrant is None else self.use_reentrant
+
     def _without_training(self) -> None:
         """Adapters may be loaded and run with; what only a training step has may not be given."""
         for name in STEPS_ONLY:
@@ -331,7 +338,7 @@ class TrainingSpec(Spec):
 MOST_ACCUMULATED = 2**16
 """Batches of logits that are looked at one by one: each makes what is kept of all before it anew."""
 STEPS_ONLY = (
-    "grad_accum_steps", "optim", "gradient_checkpointing", "liger", "eval_batch_size", "eval_accumulation_steps",
+    "grad_accum_steps", "optim", "gradient_checkpointing", "use_reentrant", "liger", "eval_batch_size", "eval_accumulation_steps",
 )  # fmt: skip
 """Fields of a training step, which loading and generation do not have."""
 _TASK = "Use --task generate, or leave it out."

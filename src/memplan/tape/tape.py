@@ -135,6 +135,10 @@ class _Frame:
         self.recomputed: list[Tensor | None] | None = None
 
 
+_TENSOR = object()
+"""Stands among a region's arguments for one that the node saved."""
+
+
 class _Packed:
     """Stands in a node for the tensors that a checkpointed region did not keep."""
 
@@ -198,6 +202,10 @@ class Tape:
         self._cast_cache: dict[int, Tensor] = {}
         self._seq = 0
         self._frame: _Frame | None = None
+        self.reentrant = False
+        """Checkpointed regions are autograd functions that run a backward of their own (use_reentrant=True)."""
+        self._inner = False
+        """That backward runs, or the forward before it: what it makes dies with the region's node."""
         self._recording: list[Tensor | None] | None = None
         self._record_limit = 0
         self._boundaries: list[tuple[int, LayerKey | None]] = []
@@ -365,15 +373,16 @@ class Tape:
         """
         self._context.append(_detached(x))
         self._mark_saved(x)
-        if self._recording is None:
+        if self._recording is None and not self._inner:
             self.kept.setdefault(x.storage.id, self._boundaries[-1][1] if self._boundaries else None)
 
     def keep_weight(self, p: Parameter) -> None:
         """The same of a weight, which matters where it is gathered into memory that it does not keep."""
         if not self.watches:
             return
-        self.events.append(Event(len(self.log), "keep" if self._recording is None else "hold", id(p)))
-        if self._recording is not None:
+        dies = self._inner or self._recording is not None
+        self.events.append(Event(len(self.log), "hold" if dies else "keep", id(p)))
+        if dies:
             self._held_in_context.append(id(p))
 
     def look(self, p: Parameter) -> None:
@@ -490,8 +499,10 @@ class Tape:
             self.autocast, self._cast_cache = before, cache
 
     def cached_cast(self, p: Tensor, dtype: DType, cast: Callable[[Tensor, DType], Tensor]) -> Tensor:
-        """The low-precision copy of a weight. Only fp32 leaves that require a gradient are cached."""
-        if p.__class__ is not Parameter or p.node is None or p.dtype is not float32:
+        """The low-precision copy of a weight. Only fp32 leaves that require a gradient are cached; a region's inputs are
+        some too, where it runs again in a backward of its own.
+        """
+        if p.node.__class__ is not AccumulateGrad or p.dtype is not float32:
             return cast(p, dtype)
         found = self._cast_cache.get(id(p))
         if found is None:
@@ -502,9 +513,11 @@ class Tape:
     # -- checkpointing -----------------------------------------------------------------------------------------
 
     def checkpoint(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """torch.utils.checkpoint with use_reentrant=False: keep the inputs, recompute the rest in backward."""
+        """torch.utils.checkpoint: keep the inputs, recompute the rest in backward."""
         if not self.grad_enabled:
             return fn(*args)
+        if self.reentrant:
+            return self._checkpoint_function(fn, args)
         frame = _Frame(fn, args, self.autocast)
         for x in args:
             if isinstance(x, Tensor):
@@ -514,6 +527,46 @@ class Tape:
             return fn(*args)
         finally:
             self._frame = outer
+
+    def _checkpoint_function(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """CheckpointFunction.forward: without gradients, so no node of the region knows of its place in the graph."""
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        others = tuple(_TENSOR if isinstance(x, Tensor) else x for x in args)
+        node = self.node(_checkpoint_backward, tensors, tuple(tensors), (fn, others, self.autocast))
+        with self.no_grad():
+            out = fn(*args)
+        if node is None:
+            return out
+        if not isinstance(out, tuple):
+            return Tensor(out.shape, out.strides, out.dtype, out.storage, node)
+        node.outputs = len(out)
+        return tuple(
+            x if x is None else Tensor(x.shape, x.strides, x.dtype, x.storage, node, slot) for slot, x in enumerate(out)
+        )
+
+    def _run_again(self, region: Any, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """CheckpointFunction.backward: the forward again, with gradients, and then its backward, to ``inputs``."""
+        fn, others, autocast = region
+        taken = iter(inputs)
+        args = [next(taken) if each is _TENSOR else each for each in others]
+        outer = self._inner, self.component, self._context, self._held_in_context, self._leaves
+        self._inner, self.component, self.grad_enabled = True, TEMPORARY, True
+        self._context, self._held_in_context, self._leaves = [], [], []
+        start, watched = len(self.sizes), len(self._watched)
+        with self.autocasting(autocast):
+            out = fn(*args)
+        self.recomputed.append((start, len(self.sizes)))
+        roots: list[tuple[Node, int, Tensor]] = []
+        for x, grad in zip(out if isinstance(out, tuple) else (out,), grads, strict=True):
+            if x is not None and x.node.__class__ is Node:
+                roots.append((x.node, x.slot, self.new_like(x, "zeros") if grad is None else grad))
+        self._drive(roots)
+        while len(self._watched) > watched:  # at the region's beginning, with no node of their own
+            entered = self._watched.pop()
+            self.events.append(Event(len(self.log), "pre_backward", entered[2]))
+            self._leave(entered)
+        self.events += [Event(len(self.log), "drop", subject) for subject in self._held_in_context]
+        self._inner, self.component, self._context, self._held_in_context, self._leaves = outer
 
     def _unpack(self, packed: _Packed) -> Recomputed:
         frame = packed.frame
@@ -543,16 +596,37 @@ class Tape:
     # -- backward ----------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor) -> None:
-        """Run the graph in torch's order: the newest ready node first, parameter sinks at once."""
-        self.grad_enabled = False
+        """Run the graph of the loss, and let it die."""
         root: Any = loss.node
-        root.grads = [self.new(loss.shape, loss.dtype, "ones_like")]
-        heap: list[tuple[int, Node]] = [(-root.seq, root)]
+        roots = [(root, 0, self.new(loss.shape, loss.dtype, "ones_like"))]
+        del loss, root
+        self._drive(roots)
+        boundaries = self._boundaries
+        while boundaries:
+            self.mark("layer_backward_end", boundaries.pop()[1])
+        if self.steps_in_backward:
+            self.events.append(Event(len(self.log), "step", 0))
+        self._leaves.clear()
+        self._context.clear()
+        self.grad_enabled = True
+
+    def _drive(self, roots: list[tuple[Node, int, Tensor]]) -> None:
+        """Run a graph from ``roots``, node, output and gradient, which it takes: in torch's order, the newest ready node
+        first, parameter sinks at once.
+        """
+        self.grad_enabled = False
+        heap: list[tuple[int, Node]] = []
+        for root, output, grad in roots:
+            if root.grads is None:
+                root.grads = [None] * root.outputs
+                heappush(heap, (-root.seq, root))
+            root.grads[output] = grad
+        roots.clear()
         boundaries = self._boundaries
         waiting: list[AccumulateGrad] = []
         modules = self._watched  # taken from the end: the last that ended first
         running: list[tuple[int, int, int, bool]] = []
-        del loss, root
+        root = grad = None  # type: ignore[assignment]
         while heap:
             node = heappop(heap)[1]
             while running and node.seq <= running[-1][0]:
@@ -619,13 +693,6 @@ class Tape:
         for sink in waiting:  # a weight used where the loss does not reach
             if sink.grads is not None:
                 self._sink(sink)
-        while boundaries:
-            self.mark("layer_backward_end", boundaries.pop()[1])
-        if self.steps_in_backward:
-            self.events.append(Event(len(self.log), "step", 0))
-        self._leaves.clear()
-        self._context.clear()
-        self.grad_enabled = True
 
     def _leave(self, watched: tuple[int, int, int, bool]) -> None:
         """The backward of a watched module is done."""
@@ -700,6 +767,15 @@ def _obeys_layout(grad: Tensor, sink: AccumulateGrad) -> bool:
         return True
     same = zip(grad.shape, grad.strides, sink.strides, strict=True)
     return all(stride == wanted if size != 1 else stride != 0 for size, stride, wanted in same)
+
+
+def _checkpoint_backward(tape: Tape, node: Node, grads: Any, saved: Any) -> Sequence[Tensor | None]:
+    inputs = [_detached(x) for x in saved]
+    for x, own in zip(saved, inputs, strict=True):
+        if x.node is not None:
+            own.node = AccumulateGrad(own)
+    tape._run_again(node.ctx, inputs, [grads] if node.outputs == 1 else grads)
+    return [None if x.node is None else x.node.grad for x in inputs]
 
 
 def _give_back(tape: Tape, node: Node, grad: Any, saved: Any) -> Sequence[Tensor | None]:

@@ -44,7 +44,7 @@ def main() -> None:
     if len(losses) != 3 or not all(map(math.isfinite, losses)):
         raise SystemExit(f"losses {losses}: three finite ones were expected")
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()  # nobody leaves while another rank is still at work
 
 
 def save_tiny_model(values: dict[str, Any], folder: str) -> None:
@@ -117,4 +117,6 @@ if __name__ == "__main__":
     main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # gloo's threads outlive their group: one that frees a tensor after the interpreter aborts the rank
+    # gloo's threads outlive their group: one that frees a tensor after the interpreter aborts the rank, and one that
+    # frees it while the group is destroyed waits for ever.
+    os._exit(0)
