@@ -166,8 +166,8 @@ _ONE_ESTIMATE = ("trace", "explain", "no_replay", *_STRATEGY, "engine_config")
 """What a plan and a check of files decide themselves, or have no answer to."""
 _TRAINING = (
     "dtype", "mixed_precision", "micro_batch_size", "seq_len", "grad_accum_steps", "optim", "packed", "attn",
-    "gradient_checkpointing", "use_reentrant", "liger", "head", "vocab_size", "eval_batch_size", "eval_accumulation_steps",
-    "alloc_conf", "peft_type", "quantization", "task", "device_map", "max_new_tokens",
+    "gradient_checkpointing", "use_reentrant", "liger", "head", "vocab_size", "eval_batch_size",
+    "eval_accumulation_steps", "alloc_conf", "peft_type", "quantization", "task", "device_map", "max_new_tokens",
 )  # fmt: skip
 
 

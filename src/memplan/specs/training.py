@@ -323,7 +323,7 @@ class TrainingSpec(Spec):
         return self
 
     def reentrant(self, software: SoftwareSpec) -> bool:
-        """Whether checkpointed blocks are torch's CheckpointFunction (gradient_checkpointing_enable in transformers)."""
+        """Whether checkpointed blocks are torch's CheckpointFunction (gradient_checkpointing_enable())."""
         return not software.at_least("transformers", "5") if self.use_reentrant is None else self.use_reentrant
 
     def _without_training(self) -> None:
@@ -338,7 +338,8 @@ class TrainingSpec(Spec):
 MOST_ACCUMULATED = 2**16
 """Batches of logits that are looked at one by one: each makes what is kept of all before it anew."""
 STEPS_ONLY = (
-    "grad_accum_steps", "optim", "gradient_checkpointing", "use_reentrant", "liger", "eval_batch_size", "eval_accumulation_steps",
+    "grad_accum_steps", "optim", "gradient_checkpointing", "use_reentrant", "liger", "eval_batch_size",
+    "eval_accumulation_steps",
 )  # fmt: skip
 """Fields of a training step, which loading and generation do not have."""
 _TASK = "Use --task generate, or leave it out."

@@ -499,8 +499,8 @@ class Tape:
             self.autocast, self._cast_cache = before, cache
 
     def cached_cast(self, p: Tensor, dtype: DType, cast: Callable[[Tensor, DType], Tensor]) -> Tensor:
-        """The low-precision copy of a weight. Only fp32 leaves that require a gradient are cached; a region's inputs are
-        some too, where it runs again in a backward of its own.
+        """The low-precision copy of a weight. Only fp32 leaves that require a gradient are cached; a region's inputs
+        are some too, where it runs again in a backward of its own.
         """
         if p.node.__class__ is not AccumulateGrad or p.dtype is not float32:
             return cast(p, dtype)
@@ -611,8 +611,8 @@ class Tape:
         self.grad_enabled = True
 
     def _drive(self, roots: list[tuple[Node, int, Tensor]]) -> None:
-        """Run a graph from ``roots``, node, output and gradient, which it takes: in torch's order, the newest ready node
-        first, parameter sinks at once.
+        """Run a graph from ``roots``, node, output and gradient, which it takes: in torch's order, the newest ready
+        node first, parameter sinks at once.
         """
         self.grad_enabled = False
         heap: list[tuple[int, Node]] = []
