@@ -12,12 +12,13 @@ from typing import Any, Literal, NamedTuple
 from memplan.adapters.lora import apply_lora, sees_sharded_adapters, tells_layers_apart
 from memplan.adapters.quantization import cast, prepare_for_kbit_training, quantize
 from memplan.architectures.cache import DynamicCache
-from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, Module, watch
+from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, Module, checkpoints_wrappers, watch
 from memplan.architectures.registry import build_model, trainable_heads
 from memplan.catalog.gpus import find_gpu
 from memplan.constants import Constant
 from memplan.engines.layout import Layout, layout
 from memplan.engines.plain import Evaluation, Run
+from memplan.engines.wrapping import is_frozen_unit
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import Course, course
 from memplan.memory.depth import EveryLayer, as_it_ran, borders, every_layer
@@ -315,6 +316,8 @@ def _run(
         watch(root, tape)
         tape.zero3_linear = setup.engine == "zero3"
         tape.flat_parameters = setup.engine == "fsdp1"
+        if _holds_leaves(setup):
+            tape.holders = {id(module) for _, module in root.named_modules() if is_frozen_unit(module)}
     if not isinstance(root, Model):
         heads = " or ".join(trainable_heads(setup.model.model_type))
         raise SpecError.at("head", "base", "has no loss to train", f"Use --head {heads}, or --task load.")
@@ -483,8 +486,8 @@ def build(
         padded=not training.packed,
         software=setup.software,
         full_depth=full_depth or (training.lora is not None and tells_layers_apart(training.lora)),
-        # Of a quantized model the last parameter stays as it is, wherever it is.
-        last_layer_apart=last_layer_apart or quantization is not None,
+        # Of a quantized model the last parameter stays as it is, wherever it is. And nobody holds the head's gradient.
+        last_layer_apart=last_layer_apart or quantization is not None or _holds_leaves(setup),
         cache=cache,
     )
     root = build_model(b, resized(model, training), training.head)
@@ -508,6 +511,18 @@ def build(
         cast(root, setup.dtype)
         sees_sharded_adapters(root, setup.dtype)
     return root
+
+
+def _holds_leaves(setup: Setup) -> bool:
+    """Whether a block's input and its gradient outlive the block's backward.
+
+    _register_post_backward_reshard_only_hook of torch/distributed/fsdp/_runtime_utils.py, for units that are frozen:
+    register_multi_grad_hook has the AccumulateGrad of each leaf that the unit is given, which has the leaf, until
+    _finalize_params removes it. Such leaves are the inputs of a region that runs again, if the unit is in the region.
+    """
+    training = setup.training
+    inside = setup.engine == "fsdp1" and training.gradient_checkpointing and checkpoints_wrappers(setup.software)
+    return inside and training.lora is not None and training.reentrant(setup.software)
 
 
 def require_input_grads(root: Module) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import importlib.metadata
@@ -543,6 +544,7 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
         "per_device_train_batch_size": options["micro_batch_size"],
         "gradient_accumulation_steps": options.get("grad_accum_steps", 1),
         "gradient_checkpointing": options.get("gradient_checkpointing", False),
+        "gradient_checkpointing_kwargs": {"use_reentrant": options.get("use_reentrant", False)},
         "optim": options.get("optim", "adamw_torch_fused"),
         "use_liger_kernel": options.get("liger", False),
         "max_steps": 2,
@@ -569,6 +571,8 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
             arguments["parallelism_config"] = _parallelism(**sizes, gpus=options["gpus"])
         if knobs.get("version") == 1:
             _let_fsdp1_run_on_cpu(options["gpus"] // options.get("nodes", 1))
+            if options.get("checkpoints_wrappers"):
+                _checkpoint_wrappers(options["use_reentrant"])
             # Of accelerate's own configuration; it does not look at what the Trainer passes on (reshard_after_forward).
             os.environ["FSDP_SHARDING_STRATEGY"] = knobs.pop("sharding_strategy", "FULL_SHARD")
         return transformers.TrainingArguments(**arguments, fsdp=True, fsdp_config=knobs)
@@ -600,6 +604,27 @@ def _let_fsdp1_run_on_cpu(devices: int) -> None:
     torch.cpu.Stream.synchronize = lambda _: None  # type: ignore[attr-defined]
     init = importlib.import_module("torch.distributed.fsdp._init_utils")
     init._check_module_states_for_sync_module_states = lambda _: None  # type: ignore[attr-defined]
+
+
+def _checkpoint_wrappers(use_reentrant: bool) -> None:
+    """As transformers before 4.53: the model checkpoints what stands in a block's place, which FSDP1 has wrapped."""
+    import torch
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    own = FullyShardedDataParallel.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self.module, GradientCheckpointingLayer):
+            return own(self, *args, **kwargs)
+        self.module.gradient_checkpointing = False
+        run = functools.partial(own, self, **kwargs)
+        if not (self.training and torch.is_grad_enabled()):
+            return run(*args)
+        return checkpoint(run, *args, use_reentrant=use_reentrant)
+
+    FullyShardedDataParallel.forward = forward  # type: ignore[method-assign]
 
 
 def _config(values: dict[str, Any], options: dict[str, Any]) -> Any:

@@ -253,6 +253,13 @@ class RMSNorm(Module):
         return self.weight * hidden_states.to(input_dtype)
 
 
+def checkpoints_wrappers(software: SoftwareSpec) -> bool:
+    """Whether models checkpoint whatever stands in a block's place, by ``_gradient_checkpointing_func``. Since
+    transformers 4.53, some since 4.52, the block does it itself, as a GradientCheckpointingLayer.
+    """
+    return not software.at_least("transformers", "4.53")
+
+
 class CheckpointLayer(Module):
     """transformers' GradientCheckpointingLayer: the block that is recomputed, and the unit of repetition."""
 
@@ -266,7 +273,7 @@ class CheckpointLayer(Module):
     def __call__(self, *args: Any) -> Any:
         b = self._build
         made_before = len(b.tape.sizes)
-        out = b.tape.checkpoint(self.forward, *args) if b.gradient_checkpointing else self.forward(*args)
+        out = self._checkpointed(*args) if b.gradient_checkpointing else self.forward(*args)
         if self.presents is not None:
             out, present = out
             self.presents.append(present)
@@ -274,6 +281,14 @@ class CheckpointLayer(Module):
             if x is not None:
                 b.tape.flow(x, made_before, self.held)
         return out
+
+
+    def _checkpointed(self, *args: Any) -> Any:
+        """Hooks of modules run again with the block; FSDP1 has a module of its own around it, which need not."""
+        tape = self._build.tape
+        if not tape.flat_parameters or checkpoints_wrappers(self._build.software):
+            return tape.checkpoint(self.forward, *args)
+        return tape.watch(self, partial(tape.checkpoint, partial(type(self).forward, self)), args)
 
 
 class Layers(Module):

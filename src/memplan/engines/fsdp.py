@@ -519,9 +519,7 @@ def _ignored(model: Layout, version: int, quantization: QuantizationSpec) -> lis
         remedy = "Use FSDP's version 2."
         name = f"{field}.prepare_for_kbit_training"
         raise SpecError.at(name, quantization.prepare_for_kbit_training, problem, remedy)
-    raise UnsupportedError(
-        "quantization: under FSDP's version 1 it is not modelled, since what it saves could not be told. Use version 2."
-    )
+    return []
 
 
 def _check_optimizer(optim: str, version: int) -> None:

@@ -133,7 +133,7 @@ class Units:
                     "transformer_layer_cls_to_wrap: with LoRA the Trainer has PEFT choose what version 1 wraps, and "
                     "PEFT looks for classes of your own in accelerate's environment only. Leave it out."
                 )
-            found = self._wrapped(lambda each: each.module.no_split or self._is_adapter(each), reshard)
+            found = self._wrapped(lambda each: each.module.no_split or _is_adapter(each.module), reshard)
         elif keys.auto_wrap_policy == "SIZE_BASED_WRAP" and keys.min_num_params:
             found, _ = self._of_size(self.tree, keys.min_num_params, reshard)
         else:
@@ -220,11 +220,6 @@ class Units:
             wanted |= found
         return lambda each: type(each.module) in wanted
 
-    def _is_adapter(self, each: Place) -> bool:
-        """PEFT's lambda_policy_fn: a leaf whose weight is trained."""
-        weight = getattr(each.module, "weight", None)
-        return not each.below and weight is not None and weight.node is not None
-
     # -- taking weights --------------------------------------------------------------------------------------------
 
     def _elements(self, each: Place) -> int:
@@ -275,6 +270,18 @@ class Units:
             "auto_wrap_policy: a weight that modules share would be in the unit of one and used in that of another. "
             "Wrap blocks only, with transformer_layer_cls_to_wrap."
         )
+
+
+def _is_adapter(module: Module) -> bool:
+    """PEFT's lambda_policy_fn: a leaf whose weight is trained."""
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.node is not None and next(iter(module.children()), None) is None
+
+
+def is_frozen_unit(module: Module) -> bool:
+    """Whether PEFT's policy makes a unit of it that has no trained weight."""
+    below = (each for _, each in module.named_modules() if not _is_adapter(each))
+    return module.no_split and all(p.node is None for each in below for _, p in each.parameters())
 
 
 def _without(name: str, model_type: str) -> str:

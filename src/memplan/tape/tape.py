@@ -213,7 +213,7 @@ class Tape:
         self._held_in_context: list[int] = []
         """id() of the weights that a recomputed graph's ctx holds."""
         self.kept: dict[int, LayerKey | None] = {}
-        """Storages that lie in a node's ctx until the graph dies -> the first layer that put them there."""
+        """Storages that lie in a node's ctx until the graph dies, or are held as long -> the first layer that does it."""
         self.flowing: set[int] = set()
         self.held: set[int] = set()
         """Those of ``flowing`` that the model holds until all layers have run."""
@@ -227,6 +227,8 @@ class Tape:
         """By layer, or BEFORE them, the gradients that are on their way as backward leaves it."""
         self._leaves: list[Tensor] = []
         """Leaves that are not weights: the graph holds them and their gradients until it is freed after backward."""
+        self._held_leaves: list[Tensor] = []
+        """Inputs of regions that ran again, and with them their gradients, which a hook holds as long."""
         self.input_count = 0
         """How many of the first storages are the batch."""
         self.assumptions: dict[str, Constant] = {}
@@ -243,6 +245,8 @@ class Tape:
         """Modules are watched."""
         self.flat_parameters = False
         """FSDP1 hooks into its weights, not into a module's inputs: it acts where these need no gradient too."""
+        self.holders: set[int] = set()
+        """id() of watched modules that hold leaves which they are given until the whole backward is over."""
         self._watched: list[tuple[int, int, int, bool]] = []
         """Watched modules with a backward: the number before their first node, that of their last one, their id(), and
         whether an input needs a gradient: the hook after a backward sits there."""
@@ -374,7 +378,12 @@ class Tape:
         self._context.append(_detached(x))
         self._mark_saved(x)
         if self._recording is None and not self._inner:
-            self.kept.setdefault(x.storage.id, self._boundaries[-1][1] if self._boundaries else None)
+            self._keep_by_layer([x])
+
+    def _keep_by_layer(self, tensors: Sequence[Tensor]) -> None:
+        layer = self._boundaries[-1][1] if self._boundaries else None
+        for x in tensors:
+            self.kept.setdefault(x.storage.id, layer)
 
     def keep_weight(self, p: Parameter) -> None:
         """The same of a weight, which matters where it is gathered into memory that it does not keep."""
@@ -446,6 +455,10 @@ class Tape:
         """Run a module's forward and note where it begins and ends, and where its backward will."""
         self.events.append(Event(len(self.log), "pre_forward", id(module)))
         before = self._seq
+        if self._inner and id(module) in self.holders:
+            leaves = [x for x in args if isinstance(x, Tensor) and x.node.__class__ is AccumulateGrad]
+            self._held_leaves += leaves
+            self._keep_by_layer(leaves)
         out = forward(*args)
         self.events.append(Event(len(self.log), "post_forward", id(module)))
         if self.grad_enabled and self._recording is None and (self._seq > before or _needs_grad(out)):
@@ -561,6 +574,8 @@ class Tape:
             if x is not None and x.node.__class__ is Node:
                 roots.append((x.node, x.slot, self.new_like(x, "zeros") if grad is None else grad))
         self._drive(roots)
+        held = [x.node.grad for x in self._held_leaves if isinstance(x.node, AccumulateGrad)]
+        self._keep_by_layer([grad for grad in held if grad is not None])
         while len(self._watched) > watched:  # at the region's beginning, with no node of their own
             entered = self._watched.pop()
             self.events.append(Event(len(self.log), "pre_backward", entered[2]))
@@ -607,6 +622,7 @@ class Tape:
         if self.steps_in_backward:
             self.events.append(Event(len(self.log), "step", 0))
         self._leaves.clear()
+        self._held_leaves.clear()
         self._context.clear()
         self.grad_enabled = True
 
@@ -775,7 +791,7 @@ def _checkpoint_backward(tape: Tape, node: Node, grads: Any, saved: Any) -> Sequ
         if x.node is not None:
             own.node = AccumulateGrad(own)
     tape._run_again(node.ctx, inputs, [grads] if node.outputs == 1 else grads)
-    return [None if x.node is None else x.node.grad for x in inputs]
+    return [x.node.grad if isinstance(x.node, AccumulateGrad) else None for x in inputs]
 
 
 def _give_back(tape: Tape, node: Node, grad: Any, saved: Any) -> Sequence[Tensor | None]:
