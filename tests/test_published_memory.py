@@ -38,10 +38,10 @@ def test_every_row_becomes_a_setup_or_says_why_not(rows) -> None:
     assert all(row.fields["source"] for row in rows)
     assert score.counts(rows) == {
         "rows": 603,
-        "setups": 154,
+        "setups": 172,
         "out_of_scope": 348,
         "not_stated": 51,
-        "refused_by_memplan": 50,
+        "refused_by_memplan": 32,
         "errors": 0,
     }
     assert all(bool(row.refused) != (row.found is not None) for row in rows)
@@ -65,14 +65,19 @@ def test_rows_that_are_far_off_have_their_cause(rows) -> None:
 def test_full_and_lora_fine_tuning_of_one_source_agree(rows) -> None:
     """What fms-acceleration measured on one GPU and under FSDP1."""
     found = of(rows, "fms-acceleration")
-    assert len(found) == 17
-    prepared = [row for row in found if row.setup.training.quantization and "baseline" in row.fields["framework"]]
+    assert len(found) == 25
+    on_one_gpu = [row for row in found if row.fields["n_gpus"] == "1" and row.setup.training.quantization]
+    prepared = [row for row in on_one_gpu if "baseline" in row.fields["framework"]]
     assert len(prepared) == 2
     assert all(abs(row.ratio - 1) < 0.005 for row in found if row not in prepared)
     plain = [row for row in found if not row.setup.training.quantization and "santacoder" not in row.fields["model"]]
     assert len(plain) == 6
     assert all(abs(row.ratio - 1) < 0.001 for row in plain)
     assert all(0 < row.ratio - 1 < 0.05 for row in prepared)  # TRL casts embeddings back
+    # Found by these rows: frozen blocks under reentrant checkpointing. Before, Mistral's were 7 % low and Llama's 21 %.
+    sharded = [row for row in found if row.setup.training.quantization and row.fields["n_gpus"] == "2"]
+    assert len(sharded) == 8
+    assert all(abs(row.ratio - 1) < 0.0001 for row in sharded if "santacoder" not in row.fields["model"])
 
 
 def test_generation_agrees_while_it_decodes(rows) -> None:
@@ -89,8 +94,9 @@ def test_generation_agrees_while_it_decodes(rows) -> None:
 
 def test_runs_that_died_do_not_fit(rows) -> None:
     found = score.boundaries(rows)
-    assert found["died"] == 10
-    assert found["died_verdicts"] == {"does-not-fit": 10}
+    assert found["died"] == 12
+    assert found["died_verdicts"] == {"does-not-fit": 10, "tight": 2}  # tight: fms-a-068 and -096, of 68 of 79 GiB
+    assert found["false_fits"] == []
     assert found["false_does_not_fit"] == ["hfz-1", "hfz-4", "hfz-5"]
 
 

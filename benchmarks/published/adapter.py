@@ -85,6 +85,8 @@ class Framework:
     double_quant: bool = False
     prepares: bool = True
     """Whether ``prepare_model_for_kbit_training`` is called on quantized models."""
+    cpu_ram_efficient_loading: bool = False
+    """Of its accelerate config, under FSDP."""
 
 
 FRAMEWORKS = (
@@ -102,8 +104,8 @@ FRAMEWORKS = (
         "is not transformers' implementation",
     ),
     Framework(r"pycuda|torch\.distributed$", "measures no model"),
-    Framework(r"baseline-peft-bnb", double_quant=True),
-    Framework(r"accelerated-peft-bnb", double_quant=True, prepares=False),
+    Framework(r"baseline-peft-bnb", double_quant=True, cpu_ram_efficient_loading=True),
+    Framework(r"accelerated-peft-bnb", double_quant=True, prepares=False, cpu_ram_efficient_loading=True),
     Framework(r"llama[-_ ]?factory", double_quant=True, prepares=False),
     Framework(r"axolotl", double_quant=True),
     Framework(
@@ -111,9 +113,9 @@ FRAMEWORKS = (
         r"|fastchat|alpaca|swift|xtuner|h2o|autotrain|open-instruct|lmflow|fsdp_qlora|pytorch|firefly"
     ),
 )  # fmt: skip
-"""In this order the first that matches counts. Sources: fms-acceleration 876e2ed (scripts/benchmarks/defaults.yaml,
-plugins/accelerated-peft), LLaMA-Factory 0.9 (hparams/model_args.py, model/model_utils/quantization.py), axolotl 0.8
-(src/axolotl/loaders/model.py)."""
+"""In this order the first that matches counts. Sources: fms-acceleration 876e2ed (defaults.yaml and accelerate.yaml in
+scripts/benchmarks, plugins/accelerated-peft), LLaMA-Factory 0.9 (hparams/model_args.py,
+model/model_utils/quantization.py), axolotl 0.8 (src/axolotl/loaders/model.py)."""
 
 STAND_INS = {
     "qwen-1_8b": "qwen1-1_8b", "qwen-7b": "qwen1-7b", "qwen-14b": "qwen1-14b", "qwen-72b": "qwen1-72b",
@@ -157,7 +159,7 @@ def setup(row: Mapping[str, str]) -> Setup:
         training = TrainingSpec(task="generate", seq_len=prompt, max_new_tokens=new, **fields)
         return Setup(model, training, cluster, Strategy(), software, tuple(notes), capacity_known)
     engine = reading.engine(row["zero_stage_or_fsdp"], gpus, row["framework"], notes)
-    strategy = _strategy(engine, row["offload"], software, notes)
+    strategy = _strategy(engine, row["offload"], software, framework, notes)
     fields |= {
         "optim": reading.optimizer(row["optimizer"], notes),
         "gradient_checkpointing": reading.checkpointing(row["gradient_checkpointing"], notes),
@@ -397,7 +399,9 @@ def _numbers(version: str) -> tuple[int, ...]:
 # -- engines and adapters ---------------------------------------------------------------------------------------------
 
 
-def _strategy(engine: reading.Engine, offload: str, software: SoftwareSpec, notes: Notes) -> Strategy:
+def _strategy(
+    engine: reading.Engine, offload: str, software: SoftwareSpec, framework: Framework, notes: Notes
+) -> Strategy:
     states, weights = reading.offload(offload, engine.kind, notes)
     if engine.kind.startswith("zero"):
         # The templates of transformers' documentation leave these to the Trainer.
@@ -413,7 +417,12 @@ def _strategy(engine: reading.Engine, offload: str, software: SoftwareSpec, note
         )
     if version == 1:
         sharding = engine.sharding or ("FULL_SHARD" if engine.reshard else "SHARD_GRAD_OP")
-        fsdp = FsdpSpec(version=1, sharding_strategy=sharding, backward_prefetch=engine.prefetch)
+        fsdp = FsdpSpec(
+            version=1,
+            sharding_strategy=sharding,
+            backward_prefetch=engine.prefetch,
+            cpu_ram_efficient_loading=framework.cpu_ram_efficient_loading,
+        )
     else:
         fsdp = FsdpSpec(version=2, reshard_after_forward=engine.reshard)
     return Strategy(kind="fsdp", offload_param=weights, fsdp=fsdp)

@@ -452,7 +452,8 @@ def _prepared(
     played = Played(
         loaded=_loaded(setup, strategy, model),
         converted=_converted(setup, strategy, model),
-        quantizing=_quantizing(setup),
+        loaded_on="gpu" if setup.training.quantization is not None and not _takes_to_host(setup, strategy) else "host",
+        quantizing=_quantizing(setup, one_by_one=_takes_to_host(setup, strategy)),
         quantized_on_host=_quantized_on_host(setup, first.root),
         state_dict=StateDict(
             [(key, model.parameters[key].nbytes) for key in model.names],
@@ -505,11 +506,19 @@ def _loaded_on_gpu(p: Parameter, *, casts: bool) -> Loaded:
     return Loaded(nbytes, p.nbytes if casts and p.dtype is not p.loaded else None)
 
 
-def _quantizing(setup: Setup) -> int:
+def _takes_to_host(setup: Setup, strategy: Strategy) -> bool:
+    """Whether a quantized weight leaves the GPU again as it is loaded: transformers before 5.0, is_fsdp_enabled()."""
+    is_fsdp_enabled = strategy.kind == "fsdp" and strategy.fsdp.cpu_ram_efficient_loading
+    return is_fsdp_enabled and not setup.software.at_least("transformers", "5")
+
+
+def _quantizing(setup: Setup, *, one_by_one: bool) -> int:
     """Bytes on the GPU at the fullest moment of quantizing the model and preparing it."""
     if setup.training.quantization is None:
         return 0
     root = build(setup, Tape(setup.rules), full_depth=False, as_loaded=True)
+    if one_by_one:
+        return max(loading.load([each], direct=False).peak_allocated for each in loading.tensors(root))
     prepare = prepares_for_kbit_training(setup.training)
     return loading.load(loading.tensors(root), direct=True, prepare=prepare).peak_allocated
 

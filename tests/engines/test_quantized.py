@@ -93,7 +93,6 @@ FLOATS = QuantizationSpec(kind="nf4", quant_storage="float32")
         ("fsdp", "int8", {}, SpecError, "quantization: 'int8' cannot be sharded"),
         ("fsdp", "nf4", V1, SpecError, "takes no integers"),
         ("fsdp", PACKED, V1, SpecError, "prepare_for_kbit_training: true leaves weights of several types"),
-        ("fsdp", PACKED.replace(prepare_for_kbit_training=False), V1, UnsupportedError, "Use version 2"),
         *((kind, FLOATS, {}, SpecError, "it would cast packed weights to bf") for kind in ("zero2", "zero3", "fsdp")),
         ("zero2", "nf4", {"mixed_precision": "no"}, UnsupportedError, "--mixed-precision bf16"),
     ],

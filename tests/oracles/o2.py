@@ -1156,8 +1156,43 @@ def groups() -> dict[str, list[Setup]]:
     rows = [("llama", "small", options) for options in _quantized_variants()] + _quantized_held_out()
     made["quantized"] = [Setup(family, config, _qlora(config, **options).options) for family, config, options in rows]
     made["liger"] = [Setup(f, config, _setup(config, **o).options) for f, config, o in _liger_variants()]
+    made["reentrant"] = [_row(*row) for row in _reentrant()]
     made["external"] = [Setup(f, config, _setup(config, "zero3", **o).options) for f, config, o in _external_held_out()]
     return made
+
+
+def _reentrant() -> list[tuple[str, str, dict[str, Any]]]:
+    """Checkpointed blocks that run a backward of their own; with ``checkpoints_wrappers`` FSDP1's wrappers run again
+    too. All but the first six were first looked at when the rules had been written.
+    """
+    again = {"gradient_checkpointing": True, "use_reentrant": True}
+    long, deep = {"micro_batch_size": 2, "seq_len": 100}, {"num_layers": 8, "values": {"vocab_size": 128}}
+    version_1 = {"strategy": "fsdp", "fsdp": {"version": 1}}
+    wrapped = {**version_1, "checkpoints_wrappers": True}
+    no_copies = {"version": 1, "use_orig_params": False}
+    graded = {"version": 1, "sharding_strategy": "SHARD_GRAD_OP"}
+    both, more = {"offload_optimizer": "cpu", "offload_param": "cpu"}, {"grad_accum_steps": 3}
+    rows: list[tuple[str, str, dict[str, Any]]] = [
+        ("llama", "wide", {"strategy": "zero3", **long}),
+        ("llama", "wide", {"strategy": "fsdp", **LORA, **long}),
+        ("llama", "wide", {**version_1, **long}),
+        ("llama", "small", {**version_1, **LORA, **deep, **long}),
+        ("llama", "small", {**wrapped, **LORA, **deep, **long}),
+        ("llama", "small", {**wrapped, **LORA, **deep, **long, "grad_accum_steps": 2}),
+        ("qwen2", "small", {"strategy": "zero0", "gpus": 3, **more, **long}),
+        ("qwen2", "small", {"strategy": "zero2", "gpus": 8, **LORA, **deep, **long}),
+        ("mistral", "small", {"strategy": "zero3", "gpus": 2, **LORA, **deep, **long, "zero": _ZERO3_KNOBS[0]}),
+        ("mistral", "small", {"strategy": "zero3", **both, **FP16, **more, "seq_len": 300}),
+        ("qwen3", "small", {"strategy": "fsdp", "gpus": 64, **more, **long}),
+        ("gemma", "small", {"strategy": "fsdp", "offload_param": "cpu", **LORA, **deep, **long}),
+        ("qwen2", "small", {**version_1, "gpus": 3, **deep, **long, "offload_param": "cpu"}),
+        ("qwen2", "small", {**wrapped, "gpus": 2, **LORA, **deep, **long, "fsdp": no_copies}),
+        ("mistral", "small", {**wrapped, "gpus": 8, **LORA, **deep, "seq_len": 300, "fsdp": graded, **more}),
+        ("qwen3", "small", {**wrapped, "gpus": 4, **deep, **long}),
+        ("gemma", "small", {**wrapped, "gpus": 64, **LORA, "seq_len": 400, "use_reentrant": False}),
+        ("llama", "small", {**wrapped, **LORA, **deep, **long, "attn": "eager", "offload_param": "cpu"}),
+    ]
+    return [(family, config, {**again, **options}) for family, config, options in rows]
 
 
 def _liger_variants() -> list[tuple[str, str, dict[str, Any]]]:

@@ -282,11 +282,14 @@ class CheckpointLayer(Module):
                 b.tape.flow(x, made_before, self.held)
         return out
 
-
     def _checkpointed(self, *args: Any) -> Any:
-        """Hooks of modules run again with the block; FSDP1 has a module of its own around it, which need not."""
-        tape = self._build.tape
-        if not tape.flat_parameters or checkpoints_wrappers(self._build.software):
+        """What hooks in before and after the block runs again with it, or stands around it."""
+        tape, software = self._build.tape, self._build.software
+        # GradientCheckpointingLayer checkpoints its forward, and did its __call__ before, which runs hooks.
+        is_around = software.at_least("transformers", "5.23")
+        if tape.flat_parameters:  # FSDP1 has a module of its own around the block
+            is_around = not checkpoints_wrappers(software)
+        if not (is_around and tape.watches):
             return tape.checkpoint(self.forward, *args)
         return tape.watch(self, partial(tape.checkpoint, partial(type(self).forward, self)), args)
 

@@ -25,7 +25,7 @@ MAX_SHARD_SIZE = 50 * 10**9
 
 
 class Loaded(NamedTuple):
-    """A weight of the model that a script hands to the Trainer, on the host; of one that is quantized, on the GPU."""
+    """A weight of the model that a script hands to the Trainer."""
 
     nbytes: int
     """Of the process's own: none where it is a view of the mapped file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from memplan.architectures.nn import Layers, Module
 from memplan.engines import checkpoint
@@ -203,8 +203,9 @@ class Played(NamedTuple):
     """The model that the engine is given."""
     converted: int
     """Bytes that the main process has of the largest weight of experts while it is put together for ``zero.Init``."""
+    loaded_on: Literal["gpu", "host"]
     quantizing: int
-    """Bytes on the GPU at the fullest moment of loading a model there, as one that is quantized is; or none."""
+    """Bytes on the GPU at the fullest moment of loading a model that is quantized; or none."""
     quantized_on_host: int
     """Bytes of the largest weight that is taken to the host meanwhile."""
     held: Sequence[int]
@@ -240,7 +241,7 @@ def load(engine: Engine, ledger: Ledger, run: Played) -> None:
         ledger.empty_cache()
     for nbytes in run.held:
         ledger.allocate("weights", nbytes, name="buffers of the model")
-    loaded = checkpoint.load(ledger, run.loaded, "gpu" if run.quantizing else "host")
+    loaded = checkpoint.load(ledger, run.loaded, run.loaded_on)
     ledger.briefly("temporaries", run.converted, "main")
     for nbytes, place in run.outlived:
         ledger.allocate("optimizer", nbytes, place)

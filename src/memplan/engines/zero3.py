@@ -199,7 +199,10 @@ class Coordinator:
         self._step = 0
         self._to_release: dict[tuple[Key, int], Sequence[Shard]] = {}
         self._running: dict[Key, None] = {}
-        """Modules whose backward has begun."""
+        """Modules whose backward has begun (__active_backward_submodules)."""
+        self._frozen = {shard.key for shard in setup.frozen}
+        self._recomputed: dict[Key, list[Shard]] = {}
+        """By such a module, frozen weights that a recomputation within it has fetched (ds_recompute_parameters)."""
         self._forwards: list[Key] = []
         """Modules whose forward runs (FWD_MODULE_STACK)."""
         self._external: dict[Key, list[Shard]] = {}
@@ -270,6 +273,10 @@ class Coordinator:
                 self._active[shard.key] = {module}
             else:
                 users.add(module)
+            if forward and self._running and shard.key in self._frozen:
+                owner = next(reversed(self._running))
+                self._recomputed.setdefault(owner, []).append(shard)
+                self._active[shard.key].add(owner)
             gather = self._inflight.pop(shard.key, None)
             if gather is not None:
                 with self.ledger.on(self.stream):
@@ -287,6 +294,10 @@ class Coordinator:
             self._forwards.pop()
         else:
             self._running.pop(module, None)
+            if module in self._recomputed:
+                recomputed = self._recomputed.pop(module)
+                wanted = [*wanted, *recomputed]
+                released = [*released, *(shard for shard in recomputed if not shard.persistent)]
         for shard in wanted:
             users = self._active.get(shard.key)
             if users:
@@ -298,7 +309,7 @@ class Coordinator:
         """Modules whose inputs need no gradient have no hook after their backward."""
         while self._running:
             module, _ = self._running.popitem()
-            for shard in self._wanted(module):
+            for shard in (*self._wanted(module), *self._recomputed.pop(module, ())):
                 self._active.get(shard.key, set()).discard(module)
                 if not shard.persistent:
                     self._release(shard)

@@ -213,7 +213,7 @@ class Tape:
         self._held_in_context: list[int] = []
         """id() of the weights that a recomputed graph's ctx holds."""
         self.kept: dict[int, LayerKey | None] = {}
-        """Storages that lie in a node's ctx until the graph dies, or are held as long -> the first layer that does it."""
+        """Storages that lie in a node's ctx until the graph dies, or are held as long -> the first layer with them."""
         self.flowing: set[int] = set()
         self.held: set[int] = set()
         """Those of ``flowing`` that the model holds until all layers have run."""
@@ -545,21 +545,31 @@ class Tape:
         """CheckpointFunction.forward: without gradients, so no node of the region knows of its place in the graph."""
         tensors = [x for x in args if isinstance(x, Tensor)]
         others = tuple(_TENSOR if isinstance(x, Tensor) else x for x in args)
-        node = self.node(_checkpoint_backward, tensors, tuple(tensors), (fn, others, self.autocast))
+        node = self.node(_checkpoint_backward, tensors, tuple(tensors))
+        # A block's other arguments are in the function itself, as keywords: its ctx has them until the graph dies.
+        keywords = [x for x in tensors if x.node is None]
+        keywords += [x for each in others if isinstance(each, tuple) for x in each if isinstance(x, Tensor)]
+        self._context += map(_detached, keywords)
         with self.no_grad():
             out = fn(*args)
         if node is None:
             return out
-        if not isinstance(out, tuple):
-            return Tensor(out.shape, out.strides, out.dtype, out.storage, node)
-        node.outputs = len(out)
-        return tuple(
-            x if x is None else Tensor(x.shape, x.strides, x.dtype, x.storage, node, slot) for slot, x in enumerate(out)
+        outputs = out if isinstance(out, tuple) else (out,)
+        node.outputs = len(outputs)
+        node.ctx = fn, others, self.autocast, [None if x is None else (x.shape, x.dtype) for x in outputs]
+        made = tuple(
+            None if x is None else Tensor(x.shape, x.strides, x.dtype, x.storage, node, slot)
+            for slot, x in enumerate(outputs)
         )
+        return made if isinstance(out, tuple) else made[0]
 
-    def _run_again(self, region: Any, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    def _run_again(self, region: Any, inputs: Sequence[Tensor], grads: list[Tensor | None]) -> None:
         """CheckpointFunction.backward: the forward again, with gradients, and then its backward, to ``inputs``."""
-        fn, others, autocast = region
+        fn, others, autocast, outputs = region
+        for i, output in enumerate(outputs):  # materialize_grads
+            if output is not None and grads[i] is None:
+                shape, dtype = output
+                grads[i] = self.new(shape, dtype, "zeros")
         taken = iter(inputs)
         args = [next(taken) if each is _TENSOR else each for each in others]
         outer = self._inner, self.component, self._context, self._held_in_context, self._leaves
@@ -571,8 +581,8 @@ class Tape:
         self.recomputed.append((start, len(self.sizes)))
         roots: list[tuple[Node, int, Tensor]] = []
         for x, grad in zip(out if isinstance(out, tuple) else (out,), grads, strict=True):
-            if x is not None and x.node.__class__ is Node:
-                roots.append((x.node, x.slot, self.new_like(x, "zeros") if grad is None else grad))
+            if x is not None and x.node.__class__ is Node and grad is not None:
+                roots.append((x.node, x.slot, grad))
         self._drive(roots)
         held = [x.node.grad for x in self._held_leaves if isinstance(x.node, AccumulateGrad)]
         self._keep_by_layer([grad for grad in held if grad is not None])
@@ -790,7 +800,7 @@ def _checkpoint_backward(tape: Tape, node: Node, grads: Any, saved: Any) -> Sequ
     for x, own in zip(saved, inputs, strict=True):
         if x.node is not None:
             own.node = AccumulateGrad(own)
-    tape._run_again(node.ctx, inputs, [grads] if node.outputs == 1 else grads)
+    tape._run_again(node.ctx, inputs, [grads] if node.outputs == 1 else list(grads))
     return [x.node.grad if isinstance(x.node, AccumulateGrad) else None for x in inputs]
 
 
