@@ -596,6 +596,7 @@ def _engine(
             hidden_size,
             optim,
             setup.rules,
+            setup.software,
             adapted=setup.training.lora is not None,
             quantized=setup.training.quantization is not None,
         )

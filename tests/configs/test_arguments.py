@@ -13,6 +13,7 @@ from memplan.answers import Finding
 from memplan.configs.argument_keys import DEFAULTS, REMOVED_ARGUMENTS, SCRIPT_ARGUMENTS, TRAINING_ARGUMENTS
 from memplan.configs.arguments import fsdp_config, parse_arguments
 from memplan.errors import SpecError, UnsupportedError
+from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 
@@ -98,6 +99,46 @@ def test_what_is_left_open_is_the_trainers_default() -> None:
 def test_arguments_of_known_scripts(values: dict[str, Any], expected: dict[str, Any]) -> None:
     training = TrainingSpec(**parse_arguments(values, "args.json").training)
     assert {name: getattr(training, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"])
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        (None, None),
+        ({}, None),
+        ({"use_reentrant": True}, True),
+        ('{"use_reentrant": false}', False),
+        ({"preserve_rng_state": False}, True),  # torch's own default
+        ({"use_reentrant": None}, True),
+        ({"every_n_layers": 1, "offload": False}, None),
+    ],
+)
+def test_what_checkpointing_is_handed(name: str, kwargs: Any, expected: bool | None) -> None:
+    assert parse_arguments({name: kwargs}, "args.json").training["use_reentrant"] is expected
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ("yes", SpecError, "gradient_checkpointing_kwargs: 'yes' is not an object"),
+        ([True], SpecError, "is not an object"),
+        ({"use_reentrant": "false"}, SpecError, "use_reentrant: 'false' is not true or false"),
+        ({"every_n_layers": 2}, UnsupportedError, "every_n_layers: 2 is not modelled"),
+        ({"offload": True}, UnsupportedError, "offload: True is not modelled"),
+    ],
+)
+def test_what_checkpointing_cannot_be_handed(kwargs: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        parse_arguments({"gradient_checkpointing_kwargs": kwargs}, "args.json")
+
+
+def test_whether_checkpointing_is_reentrant_is_decided_by_the_version() -> None:
+    """modeling_utils.py: ``{"use_reentrant": True}`` up to 4.57, False from 5.0.0 on."""
+    new, old = SoftwareSpec(), SoftwareSpec(transformers="4.57.1")
+    assert (TrainingSpec().reentrant(new), TrainingSpec().reentrant(old)) == (False, True)
+    assert TrainingSpec(use_reentrant=True).reentrant(new)
+    assert not TrainingSpec(use_reentrant=False).reentrant(old)
 
 
 def test_lora_and_quantization_as_scripts_say_them() -> None:

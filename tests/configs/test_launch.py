@@ -192,6 +192,8 @@ def trainings(draw: st.DrawFn) -> TrainingSpec:
             },
         )
     )
+    if values.get("gradient_checkpointing"):
+        values["use_reentrant"] = draw(st.sampled_from([None, True, False]))
     if "lora" in values and draw(flags):
         values["quantization"] = draw(quantizations)
     if values.get("dtype") == "auto":
@@ -269,7 +271,7 @@ def test_an_optimizer_of_deepspeed_is_asked_for_in_its_config(optim: str) -> Non
 # -- the libraries' own parsers ----------------------------------------------------------------------------------------
 
 CASES: dict[str, tuple[Strategy, TrainingSpec]] = {
-    "single": (Strategy(), TrainingSpec(gradient_checkpointing=True)),
+    "single": (Strategy(), TrainingSpec(gradient_checkpointing=True, use_reentrant=True)),
     "ddp": (Strategy(kind="ddp", ddp=DdpSpec(bucket_cap_mb=50, static_graph=True)), TrainingSpec(eval_batch_size=4)),
     "zero0": (Strategy(kind="zero0"), TrainingSpec()),
     "zero1": (Strategy(kind="zero1"), TrainingSpec(lora=8)),
@@ -319,6 +321,8 @@ def test_the_libraries_read_what_is_written(case: str, tmp_path: Path, monkeypat
         own, arguments = parser.parse_dict(values | on_cpu)  # a key of neither is refused
         assert own.seq_len == training.seq_len
         assert arguments.gradient_checkpointing == training.gradient_checkpointing
+        wanted = {"use_reentrant": training.use_reentrant} if training.use_reentrant is not None else None
+        assert arguments.activation_checkpointing_kwargs == wanted
         assert (arguments.ddp_static_graph or False) == strategy.ddp.static_graph
         if strategy.is_deepspeed:
             check_deepspeed(strategy, training, arguments)

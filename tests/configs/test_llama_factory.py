@@ -27,6 +27,7 @@ def test_what_is_left_open_is_llama_factorys() -> None:
     assert found.lora is not None
     assert (found.lora.rank, found.lora.targets, found.lora.dropout) == (8, ("all-linear",), 0.0)
     assert (found.seq_len, found.packed, found.gradient_checkpointing) == (2048, False, True)
+    assert (found.use_reentrant, training(use_reentrant_gc=False).use_reentrant) == (True, False)
     assert (found.dtype, found.mixed_precision, found.attn, found.micro_batch_size) == ("bfloat16", "bf16", "sdpa", 8)
 
 

@@ -213,7 +213,8 @@ CASES: dict[str, Wild] = {
     "llama_factory_fsdp.sh": Wild(
         "hiyouga/LLaMA-Factory, examples/extras/fsdp_qlora/single_node.sh",
         "a script that installs things first; accelerate starts a script that is given a YAML",
-        refused="quantization: under FSDP's version 1 it is not modelled",
+        {"strategy": "fsdp", "offload_param": "cpu", "quantization": "nf4-dq", "gpus": 2, "use_reentrant": True},
+        ("removed-argument",),
         **OWN,
     ),
     "llama_factory_badam.sh": Wild(

@@ -282,11 +282,11 @@ def test_defaults_of_a_subclass_are_asked_for(tmp_path: Path) -> None:
 
 def test_what_was_done_to_the_model_is_seen(tmp_path: Path) -> None:
     model = llama().to(torch.bfloat16)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
     model.resize_token_embeddings(320)
     found = memplan.preflight(model, arguments(tmp_path, bf16=True), cluster=TWO)
     setup = setup_of(found)
-    assert (setup["dtype"], setup["gradient_checkpointing"]) == ("bfloat16", True)
+    assert (setup["dtype"], setup["gradient_checkpointing"], setup["use_reentrant"]) == ("bfloat16", True, True)
     assert found.check.estimate.model.parameters == sum(p.numel() for p in model.parameters())
 
 

@@ -77,6 +77,7 @@ setups = st.fixed_dictionaries(
         "micro_batch_size": st.integers(1, 4),
         "seq_len": st.integers(1, 200),
         "gradient_checkpointing": st.booleans(),
+        "use_reentrant": st.sampled_from([None, True]),
         "grad_accum_steps": st.sampled_from([1, 3]),
         "lora": st.sampled_from([None, 4]),
         "eval_batch_size": st.sampled_from([None, 8]),

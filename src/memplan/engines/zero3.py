@@ -29,6 +29,7 @@ from memplan.engines.zero import (
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import DEFAULT_STREAM, Block, Key, Ledger
 from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
+from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy, ZeroSpec
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.tape import Tape
@@ -84,6 +85,8 @@ class Zero3Setup:
     groups: Sequence[Sequence[Shard]]
     """The optimizer's parameter groups."""
     frozen: Sequence[Shard]
+    attributes_recomputed: bool
+    """What a recomputation fetches of them is the module's whose backward runs: since DeepSpeed 0.19.4."""
     modules: Mapping[Key, Sequence[Shard]]
     """Every module's own weights, in the model's order."""
     made_partitioned: frozenset[Key]
@@ -200,7 +203,7 @@ class Coordinator:
         self._to_release: dict[tuple[Key, int], Sequence[Shard]] = {}
         self._running: dict[Key, None] = {}
         """Modules whose backward has begun (__active_backward_submodules)."""
-        self._frozen = {shard.key for shard in setup.frozen}
+        self._attributed = {shard.key for shard in setup.frozen if setup.attributes_recomputed}
         self._recomputed: dict[Key, list[Shard]] = {}
         """By such a module, frozen weights that a recomputation within it has fetched (ds_recompute_parameters)."""
         self._forwards: list[Key] = []
@@ -273,7 +276,7 @@ class Coordinator:
                 self._active[shard.key] = {module}
             else:
                 users.add(module)
-            if forward and self._running and shard.key in self._frozen:
+            if forward and self._running and shard.key in self._attributed:
                 owner = next(reversed(self._running))
                 self._recomputed.setdefault(owner, []).append(shard)
                 self._active[shard.key].add(owner)
@@ -1083,6 +1086,7 @@ def zero3_setup(
     hidden_size: int | None,
     optim: str,
     rules: DeviceRules,
+    software: SoftwareSpec,
     *,
     adapted: bool,
     quantized: bool,
@@ -1138,6 +1142,7 @@ def zero3_setup(
     return Zero3Setup(
         sub_groups=sub_groups,
         frozen=[shard for key, shard in shards.items() if key not in trained],
+        attributes_recomputed=software.at_least("deepspeed", "0.19.4"),
         modules={module: [shards[key] for key in own] for module, own in model.modules.items()},
         made_partitioned=frozenset(
             key for key in shards if keys.zero3_init_flag and not quantized and not (adapted and key in trained)
