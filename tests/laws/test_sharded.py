@@ -135,3 +135,25 @@ def test_one_unit_of_fsdp_gathers_the_model_whole() -> None:
         for policy in ("TRANSFORMER_BASED_WRAP", "NO_WRAP")
     )
     assert whole > blocks
+
+
+def test_reentrant_checkpointing_may_hold_what_the_other_does_not() -> None:
+    """With adapters: two hidden states of every block under FSDP1, all frozen weights under ZeRO-3."""
+    state = 4096 * 4096 * 2  # tokens, width, bfloat16
+    weights = 6_476_267_520 * 2  # of all blocks
+
+    def more(strategy: memplan.Strategy, software: str) -> int:
+        """Bytes that a backward needs for being reentrant."""
+        peaks = []
+        for use_reentrant in (True, False):
+            training = {"seq_len": 4096, "lora": 8, "gradient_checkpointing": True, "use_reentrant": use_reentrant}
+            found = memplan.estimate("meta-llama/Llama-2-7b", training, "8xA100-80GB", strategy, software=software)
+            peaks.append(next(phase.allocated for phase in found.gpu.phases if phase.name == "backward"))
+        return peaks[0] - peaks[1]
+
+    fsdp1, zero3 = memplan.Strategy(kind="fsdp", fsdp=FsdpSpec(version=1)), memplan.Strategy(kind="zero3")
+    # At the end of a backward, not at its beginning, where the other's is at its fullest.
+    assert 20 * state < more(fsdp1, "transformers=4.52") < 32 * state
+    assert 0.6 * weights < more(zero3, "transformers=5.22") < weights
+    for strategy, software in ((fsdp1, "transformers=4.53"), (zero3, "transformers=5.23"), (zero3, "deepspeed=0.19.3")):
+        assert 0 <= more(strategy, software) <= 2 * state

@@ -562,6 +562,8 @@ def _arguments(options: dict[str, Any], directory: Path) -> Any:
             "per_device_eval_batch_size": options["eval_batch_size"],
             "eval_accumulation_steps": options.get("eval_accumulation_steps"),
         }
+    if options.get("checkpoints_calls"):
+        _checkpoint_calls()
     if options["strategy"] == "fsdp":
         knobs = dict(options.get("fsdp", {}))
         if options.get("offload_param", "none") != "none":
@@ -625,6 +627,25 @@ def _checkpoint_wrappers(use_reentrant: bool) -> None:
         return checkpoint(run, *args, use_reentrant=use_reentrant)
 
     FullyShardedDataParallel.forward = forward  # type: ignore[method-assign]
+
+
+def _checkpoint_calls() -> None:
+    """As transformers from 4.53 to 5.22: a block checkpoints its call, in which DeepSpeed's and FSDP2's hooks are."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+
+    own = GradientCheckpointingLayer.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (self.gradient_checkpointing and self.training):
+            return own(self, *args, **kwargs)
+        return self._gradient_checkpointing_func(functools.partial(own, self, **kwargs), *args)
+
+    GradientCheckpointingLayer.__call__ = call  # type: ignore[method-assign]
+    GradientCheckpointingLayer.__init_subclass__ = classmethod(lambda _: None)  # type: ignore[assignment]
+    for layer in (LlamaDecoderLayer, MistralDecoderLayer):
+        layer.forward = layer.forward.__wrapped__  # type: ignore[attr-defined,method-assign]
 
 
 def _config(values: dict[str, Any], options: dict[str, Any]) -> Any:
@@ -1185,6 +1206,10 @@ def _reentrant() -> list[tuple[str, str, dict[str, Any]]]:
         ("mistral", "small", {"strategy": "zero3", **both, **FP16, **more, "seq_len": 300}),
         ("qwen3", "small", {"strategy": "fsdp", "gpus": 64, **more, **long}),
         ("gemma", "small", {"strategy": "fsdp", "offload_param": "cpu", **LORA, **deep, **long}),
+        ("llama", "small", {"strategy": "zero3", "checkpoints_calls": True, **LORA, **deep, **long}),
+        ("mistral", "small", {"strategy": "zero3", "checkpoints_calls": True, "gpus": 2, **deep, **long}),
+        ("mistral", "small", {"strategy": "fsdp", "checkpoints_calls": True, **LORA, **deep, **long}),
+        ("llama", "small", {"strategy": "fsdp", "checkpoints_calls": True, "gpus": 8, **more, "seq_len": 200}),
         ("qwen2", "small", {**version_1, "gpus": 3, **deep, **long, "offload_param": "cpu"}),
         ("qwen2", "small", {**wrapped, "gpus": 2, **LORA, **deep, **long, "fsdp": no_copies}),
         ("mistral", "small", {**wrapped, "gpus": 8, **LORA, **deep, "seq_len": 300, "fsdp": graded, **more}),

@@ -35,7 +35,7 @@ AUTO = {
 """What o2.engine_config leaves to the Trainer."""
 IDLE = 0.005
 PEAK = 0.01
-NOT_SPECS = ("nodes", "two_sides", "save", "fp16", "checkpoints_wrappers")
+NOT_SPECS = ("nodes", "two_sides", "save", "fp16", "checkpoints_wrappers", "checkpoints_calls")
 """Options of o2's that are no field of these."""
 SCALARS = 16 * 1024
 """Bytes of step counts, losses and norms, 512 for each: nothing, but for the small rest that offloading leaves."""
@@ -51,7 +51,10 @@ def played(row: o2.Row, ledger: Ledger | None = None) -> Ledger:
     cpu = find_gpu("cpu")
     cluster = ClusterSpec(gpu=cpu, gpus=row.setup.options["gpus"], nodes=row.setup.options.get("nodes", 1))
     model, training, strategy = specs(row)
-    software = SoftwareSpec(transformers="4.52") if "checkpoints_wrappers" in row.setup.options else SoftwareSpec()
+    software = SoftwareSpec()
+    for option, version in (("checkpoints_wrappers", "4.52"), ("checkpoints_calls", "5.22")):
+        if option in row.setup.options:
+            software = SoftwareSpec(transformers=version)
     setup = estimator.resolve(model, training, cluster, strategy, software)
     if row.result is not None and "host" not in row.result["phases"]:  # no mode was on, for which torch works elsewhere
         setup = replace(setup, rules=replace(setup.rules, accumulate_in_place=True))
