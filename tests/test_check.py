@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,23 @@ def test_what_an_earlier_version_has_is_not_removed_there() -> None:
     values = ARGUMENTS | {"warmup_ratio": 0.1}
     assert [each.code for each in checks.check(values, cluster=CLUSTER).findings] == ["removed-argument"]
     assert checks.check(values, cluster=CLUSTER, software="transformers=4.57").findings == ()
+
+
+def test_the_installed_libraries_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = ARGUMENTS | {"warmup_ratio": 0.1, "gradient_checkpointing": True}
+    versions = {"transformers": "4.57.1", "torch": "2.8.0+cu128"}
+
+    def version(library: str) -> str:
+        if library not in versions:
+            raise metadata.PackageNotFoundError(library)
+        return versions[library]
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = checks.check(values, cluster=CLUSTER)
+    assert found.findings == ()
+    assert found.estimate is not None
+    assert found.estimate.setup["use_reentrant"]
+    assert found == checks.check(values, cluster=CLUSTER, software="transformers=4.57.1,torch=2.8.0")
 
 
 def test_only_training_has_files() -> None:

@@ -260,6 +260,7 @@ def just_too_small(estimate: memplan.Estimate) -> int:
     return estimate.gpu.low - MiB
 
 
+_REENTRANT = {"use_peft": True, "lora_r": 8, "gradient_checkpointing": True, "use_reentrant": True}
 _SAVED = {"model": "meta-llama/Llama-2-7b", "training": {"seq_len": 64, "gradient_checkpointing": True}}
 SMALL: Values = {**CLUSTER, "gpu": "RTX3090"}
 _TEXTS = {"lengths": [40] * 99 + [1000]}
@@ -303,6 +304,10 @@ ROWS: dict[str, tuple[Ask, Ask]] = {
     "no-weights-saved": (
         of_deepspeed({"zero_optimization.stage3_gather_16bit_weights_on_model_save": None}),
         of_deepspeed({}),
+    ),
+    "frozen-weights-held": (
+        of_deepspeed({}, _REENTRANT, software="transformers=5.22"),
+        of_deepspeed({}, _REENTRANT, software="transformers=5.23"),
     ),
     "bf16-emulated": (
         files(ARGUMENTS, cluster={**CLUSTER, "gpu": "V100-32GB"}),

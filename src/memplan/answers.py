@@ -58,6 +58,7 @@ Code: TypeAlias = Literal[
     "default-buckets",
     "device-map",
     "fsdp-wraps-nothing",
+    "frozen-weights-held",
     "fsdp1-sharding-ignored",
     "geforce-p2p",
     "host-memory",

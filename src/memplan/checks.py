@@ -66,7 +66,8 @@ def check(
     file with the command that starts a run, or a folder that a plan has written; or the values of one of them, or a
     list of arguments. ``model`` is needed where they name none. What the other arguments say wins over the files.
     ``lengths`` are the tokens of the dataset's texts, or a file of them (:mod:`memplan.lengths`): the estimate is then
-    of the longest batch, and a finding says how likely one is that does not fit.
+    of the longest batch, and a finding says how likely one is that does not fit. ``software``: versions; None are those
+    that are installed, and of what is not the ones that memplan's rules were read from.
 
     Raises SpecError for files that cannot be read or whose values the libraries refuse, UnsupportedError for what
     memplan does not model. A mistake beside which the rest can still be read is a finding.
@@ -75,7 +76,8 @@ def check(
     from memplan.lengths import read_lengths
 
     known = None if lengths is None else read_lengths(lengths)
-    _, _, result = _checked(read_run(path), model, training, cluster, software, known)
+    versions = installed_software() if software is None else software
+    _, _, result = _checked(read_run(path), model, training, cluster, versions, known)
     return result
 
 

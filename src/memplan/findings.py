@@ -315,6 +315,27 @@ def no_weights_saved(checked: Checked) -> Finding | None:
     )
 
 
+def frozen_weights_held(checked: Checked) -> Finding | None:
+    """``update_recompute_parameters`` of DeepSpeed makes what a recomputation fetches the property of the module whose
+    backward runs. That is the whole model where hooks of blocks run again with them (GradientCheckpointingLayer).
+    """
+    training, software = checked.training, checked.software
+    if checked.strategy.kind != "zero3" or training.lora is None or not training.gradient_checkpointing:
+        return None
+    hooks_run_again = not software.at_least("transformers", "5.23")
+    attributes = software.at_least("deepspeed", "0.19.4")
+    if not (training.reentrant(software) and hooks_run_again and attributes):
+        return None
+    return Finding(
+        code="frozen-weights-held",
+        severity="warning",
+        path=checked.path("arguments", "gradient_checkpointing_kwargs"),
+        message=f"With transformers {software.transformers}, DeepSpeed {software.deepspeed} and reentrant checkpoints "
+        "every frozen weight that the backward gathers stays gathered until it is over, on each GPU.",
+        remedy='Set it to {"use_reentrant": false}.',
+    )
+
+
 def bf16_emulated(checked: Checked) -> Finding | None:
     """``torch.cuda.is_bf16_supported`` counts emulation, so that nothing stops the run."""
     gpu, setup = checked.gpu, checked.estimate.setup
@@ -552,6 +573,7 @@ CHECKS: tuple[Callable[[Checked], Finding | None], ...] = (
     save_needs_more,
     offload_param_ignored,
     no_weights_saved,
+    frozen_weights_held,
     bf16_emulated,
     bf16_in_fp16,
     default_buckets,

@@ -18,7 +18,6 @@ from memplan.catalog.gpus import find_gpu
 from memplan.constants import Constant
 from memplan.engines.layout import Layout, layout
 from memplan.engines.plain import Evaluation, Run
-from memplan.engines.wrapping import is_frozen_unit
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import Course, course
 from memplan.memory.depth import EveryLayer, as_it_ran, borders, every_layer
@@ -317,6 +316,8 @@ def _run(
         tape.zero3_linear = setup.engine == "zero3"
         tape.flat_parameters = setup.engine == "fsdp1"
         if _holds_leaves(setup):
+            from memplan.engines.wrapping import is_frozen_unit  # here, because most runs have none of it
+
             tape.holders = {id(module) for _, module in root.named_modules() if is_frozen_unit(module)}
     if not isinstance(root, Model):
         heads = " or ".join(trainable_heads(setup.model.model_type))

@@ -546,14 +546,14 @@ class Tape:
         tensors = [x for x in args if isinstance(x, Tensor)]
         others = tuple(_TENSOR if isinstance(x, Tensor) else x for x in args)
         node = self.node(_checkpoint_backward, tensors, tuple(tensors))
-        # A block's other arguments are in the function itself, as keywords: its ctx has them until the graph dies.
-        keywords = [x for x in tensors if x.node is None]
-        keywords += [x for each in others if isinstance(each, tuple) for x in each if isinstance(x, Tensor)]
-        self._context += map(_detached, keywords)
         with self.no_grad():
             out = fn(*args)
         if node is None:
             return out
+        # A block's other arguments are in the function itself, as keywords: its ctx has them until the graph dies.
+        keywords = [x for x in tensors if x.node is None]
+        keywords += [x for each in others if isinstance(each, tuple) for x in each if isinstance(x, Tensor)]
+        self._context += map(_detached, keywords)
         outputs = out if isinstance(out, tuple) else (out,)
         node.outputs = len(outputs)
         node.ctx = fn, others, self.autocast, [None if x is None else (x.shape, x.dtype) for x in outputs]
