@@ -29,6 +29,7 @@ from memplan.configs.arguments import MODEL_CLASSES
 from memplan.configs.launch import as_written, files, parse, read, write
 from memplan.configs.tiny import tiny_config
 from memplan.configs.trainer import _OWN_NAMES
+from memplan.engines.zero import master_dtype
 from memplan.errors import MemplanError, SpecError
 from memplan.estimator import resolve
 from memplan.specs.hardware import ClusterSpec
@@ -204,7 +205,9 @@ def trainings(draw: st.DrawFn) -> TrainingSpec:
 def legal(training: TrainingSpec, cluster: ClusterSpec, strategy: Strategy) -> bool:
     """Whether a setup is none that is refused, as quantized weights without mixed precision are."""
     try:
-        resolve(LLAMA, training, cluster, as_written(strategy), SOFTWARE)
+        found = resolve(LLAMA, training, cluster, as_written(strategy), SOFTWARE)
+        if strategy.is_deepspeed:
+            master_dtype(strategy, found.dtype)
     except MemplanError:
         return False
     return True

@@ -9,6 +9,8 @@ from tests.oracles.families import CONFIGS
 
 import memplan
 from memplan.engines.zero import Group, Weight, _batches, fullest_ranks
+from memplan.errors import SpecError
+from memplan.specs.strategy import ZeroSpec
 
 
 def groups(ranks: int, *sizes: list[int]) -> list[Group]:
@@ -51,3 +53,10 @@ def test_nor_is_it_estimated(kind: Any) -> None:
     training, strategy = memplan.TrainingSpec(optim="muon"), memplan.Strategy(kind=kind)
     with pytest.raises(memplan.SpecError, match=f"optim: 'muon' needs matrices, and {kind} steps on flat partitions"):
         memplan.estimate(dict(CONFIGS["llama"]["small"]), training, "2xA100-80GB", strategy)
+
+
+def test_masters_in_bfloat16_need_a_stage() -> None:
+    """_do_sanity_check of DeepSpeedConfig: "only supported with ZeRO Stage 1, 2, or 3"."""
+    keys = ZeroSpec(bf16_master_weights_and_grads=True, bf16_optimizer_states=True)
+    with pytest.raises(SpecError, match="bf16_master_weights_and_grads: true is refused by DeepSpeed at stage 0"):
+        memplan.estimate("gpt2", {"seq_len": 8}, "2xA100-80GB", memplan.Strategy(kind="zero0", zero=keys))

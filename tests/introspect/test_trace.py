@@ -119,7 +119,7 @@ def test_trace_equals_torch_mem_tracker(
     with trace._quiet():
         model = trace._build_model(config, "float32", "sdpa", 2, None, None)
     if checkpointed:
-        trace._enable_checkpointing(model, frozen_inputs=False)
+        trace._enable_checkpointing(model, use_reentrant=False, frozen_inputs=False)
     model.config.use_cache = False
     trace._to_fake(model, fake_mode)
     step = trace._Step(

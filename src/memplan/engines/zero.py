@@ -569,6 +569,9 @@ def master_dtype(strategy: Strategy, dtype: DType) -> DType:
     keys, offload = strategy.zero, strategy.offload_optimizer
     if not keys.bf16_master_weights_and_grads:
         return float32
+    if strategy.kind == "zero0":  # _do_sanity_check of DeepSpeedConfig
+        remedy = "Use --strategy zero1, zero2 or zero3."
+        raise SpecError.at("bf16_master_weights_and_grads", True, "is refused by DeepSpeed at stage 0", remedy)
     if dtype is not bfloat16 or offload == "nvme" or uses_bf16_optimizer(strategy, dtype):
         raise UnsupportedError.at(
             "bf16_master_weights_and_grads", True, "is not modelled here", "Use it with bf16 and without NVMe."
