@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from memplan.answers import Finding
+from memplan.architectures.nn import checkpoints_calls
 from memplan.configs.argument_keys import DEFAULTS
 from memplan.configs.arguments import argument
 from memplan.configs.run import Run
+from memplan.engines.zero3 import attributes_recomputed
 from memplan.errors import MemplanError
 from memplan.estimator import resolve
 from memplan.lengths import Batches
@@ -322,9 +324,7 @@ def frozen_weights_held(checked: Checked) -> Finding | None:
     training, software = checked.training, checked.software
     if checked.strategy.kind != "zero3" or training.lora is None or not training.gradient_checkpointing:
         return None
-    hooks_run_again = not software.at_least("transformers", "5.23")
-    attributes = software.at_least("deepspeed", "0.19.4")
-    if not (training.reentrant(software) and hooks_run_again and attributes):
+    if not (training.reentrant(software) and checkpoints_calls(software) and attributes_recomputed(software)):
         return None
     return Finding(
         code="frozen-weights-held",

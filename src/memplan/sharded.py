@@ -449,11 +449,12 @@ def _prepared(
             course=courses[-1], inputs=evaluated[1], kept=evaluated[0], ranks=ranks, limit=limit
         )
     others = grad_accum_steps - 1
+    to_host = _takes_to_host(setup, strategy)
     played = Played(
         loaded=_loaded(setup, strategy, model),
         converted=_converted(setup, strategy, model),
-        loaded_on="gpu" if setup.training.quantization is not None and not _takes_to_host(setup, strategy) else "host",
-        quantizing=_quantizing(setup, one_by_one=_takes_to_host(setup, strategy)),
+        loaded_on="gpu" if setup.training.quantization is not None and not to_host else "host",
+        quantizing=_quantizing(setup, one_by_one=to_host),
         quantized_on_host=_quantized_on_host(setup, first.root),
         state_dict=StateDict(
             [(key, model.parameters[key].nbytes) for key in model.names],

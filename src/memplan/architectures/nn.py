@@ -260,6 +260,13 @@ def checkpoints_wrappers(software: SoftwareSpec) -> bool:
     return not software.at_least("transformers", "4.53")
 
 
+def checkpoints_calls(software: SoftwareSpec) -> bool:
+    """Whether a checkpointed block runs again with the hooks of its module: before transformers 5.23, from which on
+    GradientCheckpointingLayer checkpoints its forward, and not its __call__.
+    """
+    return not software.at_least("transformers", "5.23")
+
+
 class CheckpointLayer(Module):
     """transformers' GradientCheckpointingLayer: the block that is recomputed, and the unit of repetition."""
 
@@ -285,11 +292,9 @@ class CheckpointLayer(Module):
     def _checkpointed(self, *args: Any) -> Any:
         """What hooks in before and after the block runs again with it, or stands around it."""
         tape, software = self._build.tape, self._build.software
-        # GradientCheckpointingLayer checkpoints its forward, and did its __call__ before, which runs hooks.
-        is_around = software.at_least("transformers", "5.23")
-        if tape.flat_parameters:  # FSDP1 has a module of its own around the block
-            is_around = not checkpoints_wrappers(software)
-        if not (is_around and tape.watches):
+        # FSDP1 has a module of its own around the block.
+        runs_again = checkpoints_wrappers(software) if tape.flat_parameters else checkpoints_calls(software)
+        if runs_again or not tape.watches:
             return tape.checkpoint(self.forward, *args)
         return tape.watch(self, partial(tape.checkpoint, partial(type(self).forward, self)), args)
 

@@ -86,7 +86,7 @@ class Zero3Setup:
     """The optimizer's parameter groups."""
     frozen: Sequence[Shard]
     attributes_recomputed: bool
-    """What a recomputation fetches of them is the module's whose backward runs: since DeepSpeed 0.19.4."""
+    """What a recomputation fetches of them is the module's whose backward runs."""
     modules: Mapping[Key, Sequence[Shard]]
     """Every module's own weights, in the model's order."""
     made_partitioned: frozenset[Key]
@@ -1077,6 +1077,11 @@ NORM_PART = 250_000_000
 """Elements whose norm is taken at once (_constant_buffered_norm2)."""
 
 
+def attributes_recomputed(software: SoftwareSpec) -> bool:
+    """Whether fetch_sub_module calls update_recompute_parameters: since DeepSpeed 0.19.4 (#8148)."""
+    return software.at_least("deepspeed", "0.19.4")
+
+
 def zero3_setup(
     strategy: Strategy,
     model: Layout,
@@ -1142,7 +1147,7 @@ def zero3_setup(
     return Zero3Setup(
         sub_groups=sub_groups,
         frozen=[shard for key, shard in shards.items() if key not in trained],
-        attributes_recomputed=software.at_least("deepspeed", "0.19.4"),
+        attributes_recomputed=attributes_recomputed(software),
         modules={module: [shards[key] for key in own] for module, own in model.modules.items()},
         made_partitioned=frozenset(
             key for key in shards if keys.zero3_init_flag and not quantized and not (adapted and key in trained)
