@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 
 import pytest
 
@@ -21,9 +22,27 @@ def test_answers_come_in_order(processes: int, count: int) -> None:
 
 
 def test_copies_do_it() -> None:
-    pids = parallel.shared_out(lambda _: str(os.getpid()), range(4), 2)
-    assert pids[::2] == [str(os.getpid())] * 2
+    def takes_a_while(_: int) -> str:
+        time.sleep(0.05)
+        return str(os.getpid())
+
+    pids = parallel.shared_out(takes_a_while, range(12), 2)
+    assert str(os.getpid()) in pids
     assert len({*pids}) == 2
+
+
+def test_who_is_free_takes_the_next() -> None:
+    def is_slow_first(number: int) -> str:
+        time.sleep(0.05 if number else 1)
+        return str(os.getpid())
+
+    first, *others = parallel.shared_out(is_slow_first, range(6), 2)
+    assert first not in others
+
+
+def test_more_places_than_a_pipe_holds_claims() -> None:
+    count = 5000
+    assert parallel.shared_out(str, range(count), 2) == list(map(str, range(count)))
 
 
 def test_what_a_copy_cannot_do_is_done_here() -> None:

@@ -25,25 +25,54 @@ def cores() -> int:
 
 
 def shared_out(work: Callable[[T], str], items: Sequence[T], processes: int) -> list[str]:
-    """``[work(item) for item in items]``, by this process and copies of it that take every n-th item.
+    """``[work(item) for item in items]``, by this process and copies of it, each of which takes the next when it is free.
 
     What a copy does not bring home, because ``work`` raised there or for another reason, is done here again.
     """
     found: dict[int, str] = {}
     processes = min(processes, len(items))
-    copies = [_copied(work, items, range(number, len(items), processes)) for number in range(1, processes)]
-    for place in range(0, len(items), max(processes, 1)):
-        found[place] = work(items[place])
-    for pid, pipe in copies:
-        with os.fdopen(pipe, "rb") as file:
-            answer = file.read()
-        _, status = os.waitpid(pid, 0)
-        if status == 0:
-            found.update((int(place), text) for place, text in json.loads(answer).items())
+    if processes > 1:
+        claims = _claims(len(items))
+        copies = [_copied(work, items, claims) for _ in range(processes - 1)]
+        with os.fdopen(claims, "rb", buffering=0) as file:
+            found.update((place, work(items[place])) for place in _claimed(file.fileno(), len(items)))
+        for pid, pipe in copies:
+            with os.fdopen(pipe, "rb") as file:
+                answer = file.read()
+            _, status = os.waitpid(pid, 0)
+            if status == 0:
+                found.update((int(place), text) for place, text in json.loads(answer).items())
     return [found[place] if place in found else work(item) for place, item in enumerate(items)]
 
 
-def _copied(work: Callable[[T], str], items: Sequence[T], places: Sequence[int]) -> tuple[int, int]:
+_CLAIM = 2
+"""Bytes by which a process claims places."""
+_PIPE = 4096
+"""Bytes that a pipe holds at the least before who writes waits for who reads: a page (man 7 pipe)."""
+
+
+def _claims(places: int) -> int:
+    """A pipe of which each process that shares the places out reads the next ones that nobody has, until it is empty."""
+    reader, writer = os.pipe()
+    share = _share(places)
+    os.write(writer, b"".join(number.to_bytes(_CLAIM, "big") for number in range(-(-places // share))))
+    os.close(writer)
+    return reader
+
+
+def _claimed(claims: int, places: int) -> Iterator[int]:
+    share = _share(places)
+    while claim := os.read(claims, _CLAIM):
+        first = int.from_bytes(claim, "big") * share
+        yield from range(first, min(first + share, places))
+
+
+def _share(places: int) -> int:
+    """How many places are claimed together."""
+    return -(-places // (_PIPE // _CLAIM))
+
+
+def _copied(work: Callable[[T], str], items: Sequence[T], claims: int) -> tuple[int, int]:
     """Start a copy; return its number, and the pipe that it answers through."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -53,7 +82,7 @@ def _copied(work: Callable[[T], str], items: Sequence[T], places: Sequence[int])
     status = 1
     try:
         os.close(reader)
-        answer = json.dumps({place: work(items[place]) for place in places})
+        answer = json.dumps({place: work(items[place]) for place in _claimed(claims, len(items))})
         with os.fdopen(writer, "w", encoding="ascii") as file:
             file.write(answer)
         status = 0

@@ -247,7 +247,7 @@ class Answers:
     def share(self, number: int, ask: Callable[[Answers, int], object], processes: int, done: Done) -> None:
         """Ask ``ask(answers, place)`` for each of ``number`` places by several processes, so that answers are here.
 
-        ``done`` is told by this process alone.
+        ``done`` is told by this process alone, of the places that anyone has begun with.
         """
         here = os.getpid()
 
@@ -263,12 +263,13 @@ class Answers:
                 dict(self.times),
             )
             ask(own, place)
-            if os.getpid() == here:
-                done(min(place + processes, number), number)
+            if os.getpid() == here and place + 1 < number:
+                done(place + 1, number)
             return own.to_json(than=self)
 
         for text in shared_out(asked, range(number), processes):
             self.add_json(text)
+        done(number, number)
 
     def to_json(self, than: Answers) -> str:
         """Return the answers that ``than`` has not, as text for :meth:`add_json`."""
