@@ -1493,6 +1493,20 @@ def _knobs() -> list[Setup]:
         ("qwen2", "small", {"strategy": "zero1", **_OFFLOAD, "gpus": 3, "optim": "rmsprop", "zero": torchs}),
         ("gpt2", "small", {"strategy": "zero3", **_OFFLOAD, "gpus": 3, "zero": {**reduced, "sub_group_size": 400_000}}),
     ]
+    # Others' gradients live until the next bucket is reduced (previous_reduced_grads).
+    held = {"overlap_comm": True, "contiguous_gradients": False}
+    rows += [
+        ("llama", "small", {"strategy": "zero2", "gpus": 4, "zero": held}),
+        ("llama", "small", {"strategy": "zero2", "gpus": 4, "zero": {**held, "reduce_bucket_size": 100_000}}),
+        ("gpt2", "small", {"strategy": "zero2", "zero": {**held, "reduce_bucket_size": 1000}, "grad_accum_steps": 2}),
+        ("qwen2", "small", {"strategy": "zero2", "zero": {**held, "grad_accum_dtype": "fp32"}, "grad_accum_steps": 2}),
+        ("qwen2", "small", {"strategy": "zero2", "gpus": 3, "zero": {"grad_accum_dtype": "fp32", "reduce_scatter": False}}),
+        ("gpt2", "small", {"strategy": "zero1", "gpus": 3, "zero": {**held, "reduce_bucket_size": 100_000}}),
+        # What offloads reduces by buffers all the same.
+        ("llama", "small", {"strategy": "zero2", **_OFFLOAD, "gpus": 2, "zero": {"contiguous_gradients": False}}),
+        ("gpt2", "small", {"strategy": "zero1", **_OFFLOAD, "gpus": 4, "zero": held, "grad_accum_steps": 2}),
+        ("llama", "small", {"strategy": "zero3", **_OFFLOAD, "gpus": 2, "zero": {"contiguous_gradients": False}}),
+    ]
     return [_row(family, config, options) for family, config, options in rows]
 
 

@@ -158,10 +158,12 @@ class Zero12(WholeWeights):
         self._buffers: list[Block] = []
         self._grads: dict[Key, Block] = {}
         """Gradients that keep memory of their own: ``param.grad``."""
+        self._reduced: list[Block | None] = []
+        """Of them, others' in the bucket before, which may still be on their way (previous_reduced_grads)."""
         self._grads_in_partition: Block | None = None
         self._all_grad_tensors: list[tuple[int, Block]] = []
         """This rank's gradients, each with the last group whose step needs it."""
-        self._compact: list[Block] = []
+        self._compact: dict[int, Block] = {}
         """With gradients accumulated in float32, each group's flat partition of them (GradPartitionBufferGroup)."""
         self._norms: list[Block] = []
         """Of gradients that are on the host now (norm_for_param_grads)."""
@@ -262,8 +264,15 @@ class Zero12(WholeWeights):
                     if setup.contiguous_gradients:
                         self._copy_grads_in_partition(weight)
                 elif setup.stage == 2:
-                    self.ledger.free(self._grads.pop(weight.key, None))
+                    self._reduced.append(self._grads.pop(weight.key, None))
         self._bucket, self._bucket_elements = [], 0
+        if not setup.overlap_comm or setup.contiguous_gradients:
+            self._clear_reduced()
+
+    def _clear_reduced(self) -> None:
+        """_clear_previous_reduced_grads."""
+        self.ledger.free(*self._reduced)
+        self._reduced = []
 
     def _average(self) -> None:
         """average_tensor: slices are reduced in runs of one owner, and copied together unless there is only one."""
@@ -272,20 +281,20 @@ class Zero12(WholeWeights):
         # With reduce_scatter too: allreduce_and_scatter, since use_multi_rank_bucket_allreduce is True by default.
         self.ledger.move("all_reduce", self._bucket_elements * setup.communication_dtype.itemsize)
         if not setup.contiguous_gradients:  # buffered_reduce_fallback: all of the bucket in one copy
+            if self._bucket:
+                self._clear_reduced()
             flat = None
             if len(self._bucket) > 1:
                 flat = self.ledger.allocate("communication", self._bucket_elements * size, name=REDUCED)
-            self.ledger.free(flat, self._in_communication_dtype(self._bucket_elements))
+            self._add_all_of_bucket()
+            self.ledger.free(flat)
             return
         if not setup.reduce_scatter:
-            self.ledger.free(self._in_communication_dtype(self._bucket_elements))
+            self._add_all_of_bucket()
             return
+        for weight in self._bucket:
+            self._make_compact(weight)
         pieces = [piece for weight in self._bucket for piece in self._group[weight.key].slices(weight)]
-        if self.compact and not self._compact and any(rank == setup.rank for rank, _ in pieces):
-            nbytes = setup.accumulation_dtype.itemsize
-            self._compact = [
-                self.ledger.allocate("gradients", group.partition * nbytes, name=PARTITION) for group in setup.groups
-            ]
         for batch in _batches(list(self._merged(pieces)), setup.reduce_bucket_size):
             elements = sum(n for _, n in batch)
             flat = self.ledger.allocate("communication", elements * size, name=REDUCED) if len(batch) > 1 else None
@@ -293,11 +302,35 @@ class Zero12(WholeWeights):
             if reduced is not None:
                 self.ledger.free(flat)
                 flat = reduced
-            for rank, n in batch if self.compact else ():
-                if rank == setup.rank and setup.communication_dtype is not setup.accumulation_dtype:
-                    # _add_to_grad_partition_buffer
-                    self.ledger.briefly("temporaries", n * setup.accumulation_dtype.itemsize, name="gradients, cast")
+            for rank, n in batch:
+                if rank == setup.rank:
+                    self._add_to_compact(n)
             self.ledger.free(flat)
+
+    def _add_all_of_bucket(self) -> None:
+        """The bucket reduced in one, and what is this rank's added up."""
+        reduced = self._in_communication_dtype(self._bucket_elements)
+        for weight in self._bucket:
+            self._make_compact(weight)
+            if weight.key in self._owned:
+                self._add_to_compact(self._own_elements(weight))
+        self.ledger.free(reduced)
+
+    def _make_compact(self, weight: Weight) -> None:
+        """_get_compact_grad_partition_slice: the buffer of a group, when a weight of this rank's finds none."""
+        place = self.setup.groups.index(self._group[weight.key])
+        if self.compact and weight.key in self._owned and place not in self._compact:
+            nbytes = self.setup.groups[place].partition * self.setup.accumulation_dtype.itemsize
+            self._compact[place] = self.ledger.allocate("gradients", nbytes, name=PARTITION)
+
+    def _add_to_compact(self, elements: int) -> None:
+        """_add_to_grad_partition_buffer."""
+        if self.compact and self.setup.communication_dtype is not self.setup.accumulation_dtype:
+            nbytes = elements * self.setup.accumulation_dtype.itemsize
+            self.ledger.briefly("temporaries", nbytes, name="gradients, cast")
+
+    def _own_elements(self, weight: Weight) -> int:
+        return sum(n for rank, n in self._group[weight.key].slices(weight) if rank == self.setup.rank)
 
     def _in_communication_dtype(self, elements: int) -> Block | None:
         """The copy that is reduced, if its type is another one than the gradients'."""
@@ -334,7 +367,7 @@ class Zero12(WholeWeights):
     def _offload_gradient(self, weight: Weight) -> None:
         """copy_grads_in_partition: added up on the host by way of the GPU; at the boundary to the float32 gradients."""
         ledger, size, master = self.ledger, self.setup.dtype.itemsize, self.setup.master_dtype
-        piece = sum(n for rank, n in self._group[weight.key].slices(weight) if rank == self.setup.rank)
+        piece = self._own_elements(weight)
         adds_up = not self.compact and (self._micro_step > 0 or not self._boundary)
         if adds_up and weight.key not in self._accumulated:
             self._accumulated.add(weight.key)
@@ -355,6 +388,7 @@ class Zero12(WholeWeights):
     def _epilogue(self) -> None:
         """independent_gradient_partition_epilogue."""
         self._reduce_ipg_grads()
+        self._clear_reduced()
         groups = self.setup.groups
         new = [(len(groups) - 1, self._grads_in_partition)] if self._grads_in_partition is not None else []
         if not self.setup.contiguous_gradients and not self.compact:
@@ -379,8 +413,8 @@ class Zero12(WholeWeights):
         if setup.offload:
             for i in range(len(setup.groups)):
                 self._step_group(i, first)
-            ledger.free(*self._compact, *self._norms)
-            self._compact, self._norms = [], []
+            ledger.free(*self._compact.values(), *self._norms)
+            self._compact, self._norms = {}, []
             return
         size = setup.accumulation_dtype.itemsize
         padding: list[Block] = []
@@ -410,8 +444,8 @@ class Zero12(WholeWeights):
                 self._all_grad_tensors = []
             self._step_group(i, first)
             ledger.free(gradient)
-        ledger.free(*self._compact)
-        self._compact = []
+        ledger.free(*self._compact.values())
+        self._compact = {}
 
     def _step_group(self, index: int, first: bool) -> None:
         optimizer, group, size = self.setup.optimizers[index], self.setup.groups[index], self.setup.dtype.itemsize
@@ -514,7 +548,7 @@ def zero_setup(
         master_dtype=master,
         reduce_bucket_size=resolved(keys, "reduce_bucket_size", hidden_size),
         overlap_comm=bool(keys.overlap_comm),
-        contiguous_gradients=keys.contiguous_gradients,
+        contiguous_gradients=keys.contiguous_gradients or strategy.offload_optimizer != "none",
         reduce_scatter=keys.reduce_scatter,
         offload=strategy.offload_optimizer != "none",
         host="pinned" if keys.offload_optimizer.pin_memory else "host",

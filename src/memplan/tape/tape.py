@@ -764,8 +764,9 @@ class Tape:
         sink.pending = 0
         sink.reached = True
         if sink.accumulated:
+            buffer[0] = None  # added in place to the gradient that is there, and let go before the hook
             self._hand_over(sink, -1)
-            return  # added in place to the gradient that is there
+            return
         grad = buffer[0]
         # A view is kept too, and with it all of the storage it looks at.
         if _owners(buffer, 0, 1)[0] != _SOLE_OWNER[0] or not _obeys_layout(grad, sink):
