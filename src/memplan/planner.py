@@ -116,6 +116,10 @@ class Answers:
         found = self.exact.get(setup)
         if found is not None:
             return Least(found.gpu.low, found.host.peak, found.nvme.bytes, found.verdict)
+        return self.low(setup)
+
+    def low(self, setup: Setup) -> Least | None:
+        """What the setup cannot do without, whether or not it has been replayed."""
         if setup not in self.lows:
             self.lows[setup] = self._bounded(setup, True)
         return self.lows[setup]
@@ -367,7 +371,7 @@ def plan(
         tried,
         best,
         lambda each: passed_over(each, best, objective),
-        _pareto(choices, answers),
+        _pareto(choices, tried, best, answers),
         answers.searched(setups),
     )
 
@@ -554,42 +558,60 @@ def _seconds(estimate: Estimate) -> float:
     return math.inf if estimate.step is None else estimate.step.seconds
 
 
-def _pareto(choices: Sequence[tuple[Setup, str]], answers: Answers) -> tuple[Point, ...]:
-    """The fastest setup that fits, and then each that is the fastest of those that leave more memory.
+def _pareto(
+    choices: Sequence[tuple[Setup, str]], tried: Sequence[Found], best: Found | None, answers: Answers
+) -> tuple[Point, ...]:
+    """The fastest setup that fits, and then each that is the fastest of those that leave more memory; the chosen one
+    is among them, unless another is both faster and smaller.
 
-    What a setup leaves is told by what it has allocated, which needs no replay; the ones taken are replayed. In the
-    order of time come first setups whose time and memory are bounds, which are looked at closer if they may be taken.
+    What was ``tried`` counts too. Each has the largest buffers with which it fits, or the smallest. What a setup leaves is told by what it has
+    allocated, which needs no replay; the ones taken are replayed. In the order of time come first setups whose time and
+    memory are bounds, which are looked at closer if they may be taken.
     """
     waiting: list[tuple[int, int, tuple[int, ...], int, bool, Setup, str]] = []
     smallest = [(levels(setup)[-1], name, setup) for setup, name in choices if setup.training.micro_batch_size == 1]
     own = [(setup, name, setup) for setup, name in choices]
     for number, (setup, name, sized) in enumerate(dict.fromkeys((*own, *smallest))):
-        floor = answers.floor(setup)
-        if floor is not None and floor.verdict != "does-not-fit":
+        floor = answers.floor(levels(setup)[-1])
+        if floor is not None and answers.may_go(setup):
             # Smaller buffers take no less time.
             pace_at_least = pace(answers.least_time(sized))
             waiting.append((pace_at_least, floor.gpu, simplicity(setup), number, False, setup, name))
     heapify(waiting)
+    points = [point for each in tried if (point := _point(each.name, each.estimate)) is not None]
+    chosen = best and _point(best.name, best.estimate)
     taken: list[tuple[Point, int]] = []
     while waiting:
         _, low, simple, number, is_exact, setup, name = heappop(waiting)
         if taken and low > taken[-1][1] - RESOLUTION * (taken[-1][0].high + taken[-1][0].headroom):
             continue
         if not is_exact:
-            least = answers.least(setup) if answers.may_fit(setup) else None
-            if least is not None:
+            if answers.may_fit_somehow(setup):
+                least = answers.low(setup if answers.may_fit(setup) else levels(setup)[-1])
+                assert least is not None  # one of the two may fit
                 heappush(waiting, (pace(answers.time(setup)), least.gpu, simple, number, True, setup, name))
-        elif answers.fits(setup) and (point := _point(name, answers.replayed(setup))) is not None:
+            continue
+        largest = answers.sized(setup)
+        if largest is None:
+            continue
+        if largest != setup:
+            least = answers.low(largest)
+            assert least is not None  # it fits
+            heappush(waiting, (pace(answers.time(largest)), least.gpu, simple, number, True, largest, name))
+        elif (point := _point(name, answers.replayed(setup))) is not None:
             taken.append((point, low))
+            points.append(point)
     front: list[Point] = []
-    for point, _ in taken:
-        if all(point.headroom > each.headroom for each in front):
+    for point in sorted(points, key=lambda each: (each.seconds, -each.headroom)):
+        if not front or point.headroom >= front[-1].headroom + RESOLUTION * (point.high + point.headroom):
             front.append(point)
+        elif point == chosen and point.headroom > front[-1].headroom:
+            front[-1] = point
     return tuple(front)
 
 
 def _point(name: str, found: Estimate | None) -> Point | None:
-    if found is None or found.step is None or found.gpu.capacity is None:
+    if found is None or found.verdict != "fits" or found.step is None or found.gpu.capacity is None:
         return None
     return Point(
         name=name,
