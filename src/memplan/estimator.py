@@ -254,9 +254,9 @@ def resolve(
             raise SpecError.at("attn", training.attn, f"does not exist for {model.model_type} in transformers", remedy)
         training = training.replace(attn="eager")  # as transformers does
     _check_attention(training, precision, rules)
-    engine_casts = strategy.kind in ("zero0", "zero1", "zero2", "fsdp") and training.quantization is None
-    if engine_casts and training.lora is not None:
-        # DeepSpeedEngine casts all parameters to the 16-bit type; of ZeRO-3's, zero.Init those that were there before.
+    has_cast = strategy.kind == "zero3" and strategy.zero.zero3_init_flag
+    if strategy.shards and not has_cast and training.quantization is None and training.lora is not None:
+        # DeepSpeedEngine casts all parameters to the 16-bit type, but if zero.Init has cast those that were there before.
         # FSDP gathers all of them in it.
         training = training.replace(lora=training.lora.replace(autocast_adapter_dtype=False))
     if strategy.kind == "fsdp" and strategy.fsdp.activation_checkpointing:

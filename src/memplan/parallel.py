@@ -25,7 +25,7 @@ def cores() -> int:
 
 
 def shared_out(work: Callable[[T], str], items: Sequence[T], processes: int) -> list[str]:
-    """``[work(item) for item in items]``, by this process and copies of it, each of which takes the next when it is free.
+    """``[work(item) for item in items]``, by this process and copies of it: who is free takes the next.
 
     What a copy does not bring home, because ``work`` raised there or for another reason, is done here again.
     """
@@ -52,7 +52,7 @@ _PIPE = 4096
 
 
 def _claims(places: int) -> int:
-    """A pipe of which each process that shares the places out reads the next ones that nobody has, until it is empty."""
+    """A pipe from which whoever is free reads the next places that nobody has, until it is empty."""
     reader, writer = os.pipe()
     share = _share(places)
     os.write(writer, b"".join(number.to_bytes(_CLAIM, "big") for number in range(-(-places // share))))

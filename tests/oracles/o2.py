@@ -1506,6 +1506,9 @@ def _knobs() -> list[Setup]:
         ("llama", "small", {"strategy": "zero2", **_OFFLOAD, "gpus": 2, "zero": {"contiguous_gradients": False}}),
         ("gpt2", "small", {"strategy": "zero1", **_OFFLOAD, "gpus": 4, "zero": held, "grad_accum_steps": 2}),
         ("llama", "small", {"strategy": "zero3", **_OFFLOAD, "gpus": 2, "zero": {"contiguous_gradients": False}}),
+        # Without zero.Init the engine casts adapters too.
+        ("llama", "small", {"strategy": "zero3", "gpus": 1, "zero_init": False, "seq_len": 100, **LORA}),
+        ("qwen2", "small", {"strategy": "zero3", **_OFFLOAD, "gpus": 3, "zero_init": False, **FP16, **LORA}),
     ]
     return [_row(family, config, options) for family, config, options in rows]
 
