@@ -257,9 +257,8 @@ class _Page:
         rows = []
         for index, each in enumerate(plan.pareto):
             name = f"{index + 1}. {words.point(each)}"
-            batch = f"{each.setup['micro_batch_size']} x {each.setup['grad_accum_steps']}"
             numbers = (self.number(f"plan.pareto.{index}.{what}") for what in ("high", "headroom", "seconds"))
-            rows.append(_row(name, batch, *numbers))
+            rows.append(_row(name, words.batch_of(each), *numbers))
         heads = ("setup", "#batch", "#GPU GiB", "#to spare", "#s/step")
         caption = "What no other setup beats both in time and in memory"
         return f"<figure>{chart}</figure>{_table(caption, heads, rows)}"

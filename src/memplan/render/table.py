@@ -167,9 +167,8 @@ def _front(plan: Plan) -> list[RenderableType]:
     for header in ("batch", "GPU GiB", "to spare", "s/step"):
         table.add_column(header, justify="right", no_wrap=True)
     for each in plan.pareto:
-        batch = f"{each.setup['micro_batch_size']} x {each.setup['grad_accum_steps']}"
         memory = (words.gib(each.high), words.gib(each.headroom))
-        table.add_row(words.point(each), batch, *memory, f"{each.seconds:.3g}")
+        table.add_row(words.point(each), words.batch_of(each), *memory, f"{each.seconds:.3g}")
     return [Text(), Text("What no other setup beats both in time and in memory", style="bold"), table]
 
 

@@ -20,6 +20,7 @@ from memplan.units import GiB, KiB, gib
 __all__ = [
     "VERDICTS",
     "assumed",
+    "batch_of",
     "compared_hardware",
     "components_of",
     "count",
@@ -260,6 +261,11 @@ def sizes(setup: Mapping[str, Any]) -> str:
 def point(each: Point) -> str:
     """A setup of the front: its rung, and whether its buffers are DeepSpeed's own."""
     return f"{each.name}, small buffers" if sizes(each.setup) else each.name
+
+
+def batch_of(each: Point) -> str:
+    """Sequences of a micro-batch x micro-batches of a step."""
+    return f"{each.setup['micro_batch_size']} x {each.setup['grad_accum_steps']}"
 
 
 def _batch_of_rung(estimate: Estimate) -> str:
