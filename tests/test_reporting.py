@@ -149,6 +149,18 @@ def test_a_strategy_is_what_the_estimate_is_of() -> None:
     found = memplan.report("gpt2", {"seq_len": 128}, "2xT4", "zero3")
     assert found.estimate == memplan.estimate("gpt2", {"seq_len": 128}, "2xT4", "zero3")
     assert found.plan is not None
+    # What the plan starts with is not what was asked for, and no word of the page says so.
+    page = found.to_html().partition("<script")[0]
+    assert "as asked" not in page
+    assert "<th scope=row>DDP" in page
+    assert "starts with DDP" in page
+
+
+@pytest.mark.parametrize(("strategy", "cluster"), [(None, "2xT4"), ("ddp", "2xT4"), (None, "1xT4")])
+def test_what_was_asked_for_is_called_so(strategy: str | None, cluster: str) -> None:
+    page = memplan.report("gpt2", {"seq_len": 128}, cluster, strategy).to_html().partition("<script")[0]
+    assert "<th scope=row>as asked" in page
+    assert "starts with" not in page
 
 
 # -- the command

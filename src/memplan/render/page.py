@@ -112,6 +112,7 @@ class _Page:
         self.report = report
         self.data = report.to_dict()
         self.estimate = report.estimate
+        self.start = _start(report)
 
     def parts(self) -> Iterator[str]:
         estimate, title = self.estimate, escape(self.estimate.model.id)
@@ -221,18 +222,27 @@ class _Page:
         table = _table("Each setup; a batch is sequences x micro-batches", heads, rows)
         detail = _table("GiB of each component at the peak", ("setup", *(f"#{name}" for name in there)), parts)
         more = f"<details><summary>Components of every setup</summary>{detail}</details>"
-        solved = "" if plan is None or plan.solved is None else f"<p><b>{escape(words.solved(plan))}.</b></p>"
-        return f"{solved}<figure>{chart}{svg.legend(there)}</figure>{table}{more}{self.remedies()}"
+        said = "" if plan is None or plan.solved is None else f"<p><b>{escape(words.solved(plan))}.</b></p>"
+        if self.start != words.AS_ASKED:
+            what = (
+                f"A plan of the same run starts with {self.start}, not with {words.strategy(self.estimate)} as above."
+            )
+            said += f"<p>{escape(what)}</p>"
+        return f"{said}<figure>{chart}{svg.legend(there)}</figure>{table}{more}{self.remedies()}"
 
     def rungs(self) -> Iterator[tuple[str, Estimate, str]]:
         """Name, estimate and path of each setup."""
         if self.report.plan is not None:
             for index, rung in enumerate(self.report.plan.rungs):
-                yield rung.name, rung.estimate, f"plan.rungs.{index}.estimate"
+                yield self.named(rung.name), rung.estimate, f"plan.rungs.{index}.estimate"
         elif self.report.ladder is not None:
             several = self.report.ladder.estimates
             for index, (name, each) in enumerate(zip(words.rungs(several), several, strict=True)):
                 yield name, each, f"ladder.estimates.{index}"
+
+    def named(self, rung: str) -> str:
+        """A rung's name, which does not claim to be what was asked for where that is something else."""
+        return rung.replace(words.AS_ASKED, self.start, 1)
 
     def remedies(self) -> str:
         plan = self.report.plan
@@ -242,7 +252,7 @@ class _Page:
             _row(
                 each.options,
                 *(self.number(f"plan.remedies.{index}.{what}") for what in ("high", "host")),
-                text=(escape(each.rung),),
+                text=(escape(self.named(each.rung)),),
             )
             for index, each in enumerate(plan.remedies)
         ]
@@ -256,7 +266,7 @@ class _Page:
         chart = svg.scatter(dots, self.estimate.gpu.capacity, label)
         rows = []
         for index, each in enumerate(plan.pareto):
-            name = f"{index + 1}. {words.point(each)}"
+            name = f"{index + 1}. {self.named(words.point(each))}"
             numbers = (self.number(f"plan.pareto.{index}.{what}") for what in ("high", "headroom", "seconds"))
             rows.append(_row(name, words.batch_of(each), *numbers))
         heads = ("setup", "#batch", "#GPU GiB", "#to spare", "#s/step")
@@ -300,6 +310,15 @@ class _Page:
         else:
             text = words.gib(value)
         return f'<data value="{value!r}" data-path="{path}">{text}</data>'
+
+
+def _start(report: Report) -> str:
+    """What the first rung is called: a plan starts without a strategy, whatever the report's own estimate has."""
+    plan = report.plan
+    if plan is None or report.estimate == (plan.best or plan.rungs[0]).estimate:
+        return words.AS_ASKED
+    asked, first = words.strategy(report.estimate), words.strategy(plan.rungs[0].estimate)
+    return words.AS_ASKED if asked == first else words.PLAIN.get(first, first)
 
 
 class _Row(NamedTuple):

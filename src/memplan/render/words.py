@@ -13,11 +13,13 @@ from memplan.results import (
     Verdict,
     verdict_by_place,
 )
-from memplan.space import SIZES
+from memplan.space import LADDER, SIZES
 from memplan.specs.strategy import ZeroSpec
 from memplan.units import GiB, KiB, gib
 
 __all__ = [
+    "AS_ASKED",
+    "PLAIN",
     "VERDICTS",
     "assumed",
     "batch_of",
@@ -55,6 +57,11 @@ VERDICTS: dict[Verdict, str] = {
     "unknown": "unknown",
 }
 """Verdicts as people read them."""
+
+AS_ASKED = LADDER[0][0]
+"""The name of a plan's first rung."""
+PLAIN = {"single": "plain training", "ddp": "DDP"}
+"""Strategies that a plan starts with, as people say them."""
 
 _PRECISION = {"no": "", "bf16": " + bf16 autocast", "fp16": " + fp16 autocast"}
 _PLACES = {"host": ("--host-memory", "host memory"), "nvme": ("--nvme", "NVMe")}
