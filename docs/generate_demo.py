@@ -27,6 +27,7 @@ PLAN = (
 SHOWN = {ESTIMATE: "The demo prints:\n\n```text\n", PLAN: "--global-batch-size 8 --out run\n"}
 """Arguments -> what comes before their answer in the README."""
 AFTER = "```\n"
+LEFT_OUT = "..."
 BEFORE_ACCURACY, AFTER_ACCURACY = "<!-- accuracy -->\n", "<!-- end -->\n"
 _STYLE = """
 .back{fill:#fff}text{fill:#1a1a1a;font:13px system-ui,sans-serif;dominant-baseline:central}
@@ -43,12 +44,20 @@ def block(readme: str, arguments: tuple[str, ...]) -> str:
 
 
 def shown(arguments: tuple[str, ...], answer: str) -> str:
-    """Return what of an answer is shown: of a plan the rungs, the chosen one's verdict, and how to run it."""
+    """Return what of an answer is shown: of a plan the rungs, the chosen one's verdict, and how to run it.
+
+    Three dots stand for what is left out.
+    """
     if arguments == ESTIMATE:
         return answer
     head, table, chosen, *pages, run = answer.split("\n\n")
-    verdict = next(page[page.index("  verdict ") :] for page in pages if "  verdict " in page)
-    return "\n\n".join((head, table, chosen, verdict, run))
+    parts = [head, table, chosen]
+    for page in pages:
+        if "  verdict " in page:
+            parts.append(page)
+        elif parts[-1] != LEFT_OUT:
+            parts.append(LEFT_OUT)
+    return "\n\n".join((*parts, run))
 
 
 def answer(arguments: tuple[str, ...]) -> str:

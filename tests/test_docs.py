@@ -272,6 +272,13 @@ def test_the_readme_has_the_accuracy_of_its_page() -> None:
     assert module.accuracy_block(module.README.read_text(encoding="utf-8")) == module.accuracy()
 
 
+def test_what_the_readme_leaves_out_is_marked() -> None:
+    module = _script("generate_demo")
+    pages = ["head", "table", "chosen", "  charts", "  host", "  verdict    fits", "Assumptions", "  try"]
+    shown = module.shown(module.PLAN, "\n\n".join(pages))
+    assert shown.split("\n\n") == ["head", "table", "chosen", "...", "  verdict    fits", "...", "  try"]
+
+
 def test_the_terms_are_current() -> None:
     module = _script("generate_terms")
     assert module.block(module.PAGE.read_text(encoding="utf-8")) == module.tables(), "run python docs/generate_terms.py"
