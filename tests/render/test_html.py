@@ -108,7 +108,11 @@ def test_findings_are_below_the_estimate() -> None:
     page = Page(check._repr_html_())
     assert "fits: 15.50 GiB to spare" in page.text
     assert page.rows[-1] == ["error", "unknown-key", "ds.json: a.b", "is <wrong>.Mend it."]
-    assert Page(Preflight([WRONG], check)._repr_html_()).rows == page.rows
+    assert "1 error in the files" in page.text
+    preflight = Page(Preflight([WRONG], check)._repr_html_())
+    assert preflight.rows == page.rows
+    assert "1 error" in preflight.text
+    assert "files" not in preflight.text  # a script has none
     assert "no findings" in Preflight()._repr_html_()
 
 

@@ -102,11 +102,12 @@ def check_html(check: Check) -> str:
 def preflight_html(preflight: Preflight) -> str:
     """Return what the run needs, where that could be estimated, and the findings."""
     estimate = None if preflight.check is None else preflight.check.estimate
-    return f"{'' if estimate is None else estimate_html(estimate)}{findings_html(preflight)}"
+    needed = "" if estimate is None else estimate_html(estimate)
+    return f"{needed}{findings_html(preflight, where='')}"
 
 
-def findings_html(findings: Sequence[Finding]) -> str:
-    """Return a row per finding, with its remedy."""
+def findings_html(findings: Sequence[Finding], where: str = " in the files") -> str:
+    """Return a row per finding, with its remedy, below how many there are ``where``."""
     if not findings:
         return "<div>no findings</div>"
     rows = (
@@ -114,7 +115,7 @@ def findings_html(findings: Sequence[Finding]) -> str:
         f"{_td(f'{escape(each.message)}<br><i>{escape(each.remedy)}</i>')}</tr>"
         for each in findings
     )
-    title = f"<div><b>{escape(words.findings_title(findings))}</b></div>"
+    title = f"<div><b>{escape(words.findings_title(findings, where))}</b></div>"
     return f"<div>{title}{_table(map(_head, ('', 'finding', 'where', 'what, and what to do')), rows)}</div>"
 
 

@@ -69,8 +69,8 @@ _ROW_PLACES = {"host": "host", "nvme": "NVMe"}
 _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
-def findings_title(findings: Sequence[Finding]) -> str:
-    """How many there are of each severity.
+def findings_title(findings: Sequence[Finding], where: str = " in the files") -> str:
+    """How many there are of each severity, and where.
 
     >>> some = Finding(code="padding", severity="error", path="p", message="m", remedy="r")
     >>> findings_title([some, some])
@@ -79,7 +79,7 @@ def findings_title(findings: Sequence[Finding]) -> str:
     counts = {name: sum(finding.severity == name for finding in findings) for name in ("error", "warning", "info")}
     plural = {"error": "errors", "warning": "warnings", "info": "info"}
     parts = [f"{number} {name if number == 1 else plural[name]}" for name, number in counts.items() if number]
-    return f"{', '.join(parts)} in the files"
+    return f"{', '.join(parts)}{where}"
 
 
 def gib_more(size: int) -> str:
