@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.browser import CHROMIUM, CONTRAST, Browser
+from tests.browser import CHROMIUM, CONTRAST, Browser, text_of_pages
 
 import memplan
 from memplan import cli
@@ -355,6 +355,22 @@ def test_the_page_prints_on_a4(written: tuple[Path, dict[str, Any]], browser: Br
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     browser.ask("Emulation.clearDeviceMetricsOverride")
     browser.ask("Emulation.setEmulatedMedia", media="")
+
+
+@in_a_browser
+def test_pages_break_where_they_read(written: tuple[Path, dict[str, Any]], browser: Browser) -> None:
+    """However long what comes before is: no page has a footer alone, and no table's head a row or none below it."""
+    browser.open(written[0])
+    browser.run("document.querySelector('#timeline').before(document.createElement('hr'))")
+    for height in range(0, 1000, 40):
+        browser.run(f"document.querySelector('hr').style.height = '{height}px'")
+        pages = [re.sub(r"\s", "", page) for page in text_of_pages(browser.printed())]
+        assert "rulesasin" in pages[-1]
+        assert not pages[-1].startswith("memplan"), height
+        for page in pages:
+            if "verdictwhynot" in page:
+                table = page.partition("verdictwhynot")[2].partition("Componentsofeverysetup")[0]
+                assert len(re.findall(r"\d+x\d+", table)) >= 2, (height, table)
 
 
 @in_a_browser

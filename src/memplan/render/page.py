@@ -65,7 +65,10 @@ summary{cursor:pointer;color:var(--link)}
 footer{margin-top:3rem;color:var(--dim);font-size:.9rem}
 @page{size:A4;margin:15mm}
 @media print{body{padding:0;max-width:none;font-size:9.5pt}nav,.skip{display:none}.scroll{overflow:visible}
-h2,summary,caption{break-after:avoid}figure,tr{break-inside:avoid}table{font-size:7.6pt}
+h2,summary,caption{break-after:avoid}figure,tr{break-inside:avoid}footer{break-before:avoid;break-inside:avoid;
+margin-top:1rem;font-size:7.6pt}
+tbody tr:nth-child(-n+2){break-after:avoid}tbody :is(tr:first-child,tr:nth-last-child(-n+2)){break-before:avoid}
+table{font-size:7.6pt}svg text{font-size:11px}
 th,td{padding-right:.35rem}details table{font-size:6.4pt}summary{list-style:none;color:inherit}
 details::details-content{display:block;block-size:auto;content-visibility:visible}
 .verdict{print-color-adjust:exact;-webkit-print-color-adjust:exact}
@@ -136,8 +139,9 @@ class _Page:
             yield f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{escape(heading)}</h2>{body}'
             yield "</section>"
         versions = ", ".join(f"{name} {version}" for name, version in estimate.software.items())
-        yield f"</main><footer><p>memplan {escape(self.report.version)}; rules as in {escape(versions)}. "
-        yield "The same as JSON is in this file.</p></footer>"
+        # Within main, so that in print it takes the last section along, where there is no room for both.
+        yield f"<footer><p>memplan {escape(self.report.version)}; rules as in {escape(versions)}. "
+        yield "The same as JSON is in this file.</p></footer></main>"
         text = json.dumps(self.data, allow_nan=False).replace("<", "\\u003c")
         yield f'<script type="application/json" id="json">{text}</script></body></html>\n'
 
