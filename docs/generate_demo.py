@@ -27,12 +27,13 @@ PLAN = (
 SHOWN = {ESTIMATE: "The demo prints:\n\n```text\n", PLAN: "--global-batch-size 8 --out run\n"}
 """Arguments -> what comes before their answer in the README."""
 AFTER = "```\n"
+LEFT_OUT = "..."
 BEFORE_ACCURACY, AFTER_ACCURACY = "<!-- accuracy -->\n", "<!-- end -->\n"
 _STYLE = """
 .back{fill:#fff}text{fill:#1a1a1a;font:13px system-ui,sans-serif;dominant-baseline:central}
-.halo{paint-order:stroke;stroke:#fff;stroke-width:4px}.grid{stroke:#d5d5d5;fill:none}
-.around{stroke:#fff;stroke-width:5;stroke-opacity:.7;fill:none}.span{stroke:#1a1a1a;stroke-width:1.5;fill:none}
-.capacity{stroke:#1a1a1a;stroke-width:1.5;stroke-dasharray:6 4;fill:none}
+.halo{paint-order:stroke;stroke:#fff;stroke-width:4px}.grid{stroke:#d5d5d5}
+.around{stroke:#fff;stroke-width:5;stroke-opacity:.7}.span{stroke:#1a1a1a;stroke-width:1.5}
+.capacity{stroke:#1a1a1a;stroke-width:2;stroke-dasharray:5 3}
 @media (prefers-color-scheme:dark){.back{fill:#16181b}text{fill:#ececec}.halo,.around{stroke:#16181b}
 .grid{stroke:#45494f}.span,.capacity{stroke:#ececec}}"""
 
@@ -43,12 +44,20 @@ def block(readme: str, arguments: tuple[str, ...]) -> str:
 
 
 def shown(arguments: tuple[str, ...], answer: str) -> str:
-    """Return what of an answer is shown: of a plan the rungs, the chosen one's verdict, and how to run it."""
+    """Return what of an answer is shown: of a plan the rungs, the chosen one's verdict, and how to run it.
+
+    Three dots stand for what is left out.
+    """
     if arguments == ESTIMATE:
         return answer
     head, table, chosen, *pages, run = answer.split("\n\n")
-    verdict = next(page[page.index("  verdict ") :] for page in pages if "  verdict " in page)
-    return "\n\n".join((head, table, chosen, verdict, run))
+    parts = [head, table, chosen]
+    for page in pages:
+        if "  verdict " in page:
+            parts.append(page)
+        elif parts[-1] != LEFT_OUT:
+            parts.append(LEFT_OUT)
+    return "\n\n".join((*parts, run))
 
 
 def answer(arguments: tuple[str, ...]) -> str:
@@ -62,14 +71,14 @@ def answer(arguments: tuple[str, ...]) -> str:
 
 def picture(plan: Plan) -> str:
     """Return the rungs of a plan as a picture, for light and dark pages."""
-    names = [f"{rung.name} (chosen)" if rung == plan.best else rung.name for rung in plan.rungs]
-    bars = [
-        svg.Bar(name, tuple(found.gpu.components), found.gpu.low, found.gpu.high, words.verdict_in_a_row(found))
-        for name, found in zip(names, (rung.estimate for rung in plan.rungs), strict=True)
-    ]
+    bars = []
+    for rung in plan.rungs:
+        name = f"{rung.name} (chosen)" if rung == plan.best else rung.name
+        gpu, verdict = rung.estimate.gpu, words.verdict_in_a_row(rung.estimate)
+        bars.append(svg.Bar(f"{name}: {verdict}", tuple(gpu.components), gpu.low, gpu.high))
     first = plan.rungs[0].estimate
     label = f"What each setup takes of each GPU: {first.model.id} on {words.hardware(first)}"
-    chart = svg.stacks(bars, first.gpu.capacity, label)
+    chart = svg.stacks(bars, first.gpu.capacity, "GiB per GPU at the peak", label)
     there = [name for name, size in _most(plan).items() if size]
     return svg.alone(chart, label, there, _STYLE)
 

@@ -6,6 +6,7 @@ import base64
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -160,3 +162,43 @@ class Browser:
         text, _, self._rest = self._rest.partition(b"\0")
         message: dict[str, Any] = json.loads(text)
         return message
+
+
+def text_of_pages(pdf: bytes) -> list[str]:
+    """What each page of Chromium's PDF says, in the order in which it is painted."""
+    objects = {int(n): body for n, body in re.findall(rb"(?:^|\n)(\d+) 0 obj\n(.*?)\nendobj", pdf, re.DOTALL)}
+
+    def referred(body: bytes, name: bytes) -> int:
+        found = re.search(name + rb" (\d+) 0 R", body)
+        assert found is not None
+        return int(found[1])
+
+    def stream(body: bytes) -> str:
+        found = re.search(rb"stream\n(.*?)\nendstream", body, re.DOTALL)
+        assert found is not None
+        return zlib.decompress(found[1]).decode("latin-1")
+
+    def letters(font: int) -> dict[str, str]:
+        """Glyph -> what it stands for."""
+        table = stream(objects[referred(objects[font], b"/ToUnicode")])
+        found = {glyph: chr(int(code, 16)) for glyph, code in re.findall(r"^<(\w{4})> <(\w{4})>$", table, re.MULTILINE)}
+        for first, last, code in re.findall(r"^<(\w{4})> <(\w{4})> <(\w{4})>$", table, re.MULTILINE):
+            for n in range(int(last, 16) - int(first, 16) + 1):
+                found[f"{int(first, 16) + n:04X}"] = chr(int(code, 16) + n)
+        return found
+
+    pages = []
+    for body in objects.values():
+        if re.search(rb"/Type\s*/Page\b", body):
+            fonts = {
+                f"F{int(n)}": letters(int(n)) for n in re.findall(rb"/F\d+ (\d+) 0 R", body.partition(b"/Font")[2])
+            }
+            said, font = [], {}
+            for name, glyphs, end in re.findall(
+                r"/(F\d+) \S+ Tf|<(\w+)> Tj|\b(ET)\b", stream(objects[referred(body, b"/Contents")])
+            ):
+                font = fonts[name] if name else font
+                said += [font.get(glyphs[at : at + 4], "?") for at in range(0, len(glyphs), 4)]
+                said += ["\n"] if end else []
+            pages.append("".join(said))
+    return pages

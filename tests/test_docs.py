@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -11,7 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import dropwhile
+from itertools import dropwhile, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ import pytest
 import yaml
 
 import memplan
-from memplan import cli
+from memplan import answers, cli, results
 from memplan.answers import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,8 @@ DEEPSPEED = {
     "zero_optimization": {"stage": 2},
 }
 SFT = {"stage": "sft", "finetuning_type": "lora", "model_name_or_path": "./my-model", "output_dir": "out"}
+NO_ANSWERS = {"Result", "Answer", "Recipe"}
+"""Of the modules of answers: what these are made with."""
 FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 OUTPUT = {"text", "json", "yaml"}
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
@@ -206,6 +210,24 @@ def test_every_public_name_has_a_place() -> None:
     assert sorted(shown) == sorted(memplan.__all__)
 
 
+def test_every_part_of_an_answer_has_a_place_and_says_what_it_is() -> None:
+    """MkDocs leaves out what has no docstring, without a word."""
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    shown = {name.rpartition(".")[2] for name in re.findall(r"^::: (memplan\.[\w.]+)$", page, re.MULTILINE)}
+    for module in (results, answers):
+        for statement in ast.parse(inspect.getsource(module)).body:
+            if not isinstance(statement, ast.ClassDef) or statement.name in NO_ANSWERS:
+                continue
+            assert statement.name in shown, statement.name
+            for one, after in pairwise([*statement.body, None]):
+                if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and one.target.id[0] != "_":
+                    is_said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                    assert is_said, f"{statement.name}.{one.target.id}"
+    public = [getattr(memplan, name) for name in memplan.__all__]
+    fields = [model for model in public if isinstance(model, type) and issubclass(model, results.Result)]
+    assert {model.__name__ for model in fields} <= shown
+
+
 def test_links_lead_somewhere() -> None:
     """Of the README, which is no page of the site, and of the notebooks."""
     places = [ROOT / "README.md", *(ROOT / "notebooks").glob("*.ipynb")]
@@ -248,6 +270,13 @@ def _script(name: str) -> Any:
 def test_the_readme_has_the_accuracy_of_its_page() -> None:
     module = _script("generate_demo")
     assert module.accuracy_block(module.README.read_text(encoding="utf-8")) == module.accuracy()
+
+
+def test_what_the_readme_leaves_out_is_marked() -> None:
+    module = _script("generate_demo")
+    pages = ["head", "table", "chosen", "  charts", "  host", "  verdict    fits", "Assumptions", "  try"]
+    shown = module.shown(module.PLAN, "\n\n".join(pages))
+    assert shown.split("\n\n") == ["head", "table", "chosen", "...", "  verdict    fits", "...", "  try"]
 
 
 def test_the_terms_are_current() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,6 @@ def test_it_runs_from_a_fresh_kernel(path: Path, tmp_path: Path) -> None:
     assert len(images) == PLOTS[path.name[0]]
     assert not [each for each in shown if each["output_type"] == "error"]
     assert "Warning" not in "".join("".join(each["text"]) for each in shown if each.get("name") == "stderr")
+    if path.name[0] == "1":  # what numbers rest on has units
+        texts = ["".join(each["data"]["text/plain"]) for each in shown if "text/plain" in each.get("data", {})]
+        assert re.search(r"cuda_context +0\.\d\d GiB", next(text for text in texts if "value (low .. high)" in text))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.browser import CHROMIUM, CONTRAST, Browser
+from tests.browser import CHROMIUM, CONTRAST, Browser, text_of_pages
 
 import memplan
 from memplan import cli
@@ -95,13 +95,13 @@ def test_areas_are_as_large_as_what_they_stand_for(written: tuple[Path, dict[str
     path, data = written
     areas = Numbers(path.read_text(encoding="utf-8")).areas
     first = [size for size in data["estimate"]["gpu"]["components"].values() if size]
-    phases = [phase["allocated"] for phase in data["estimate"]["gpu"]["phases"]]
-    for sizes, side in ((first, "width"), (phases, "height")):
+    phases = [phase["allocated"] for phase in data["estimate"]["gpu"]["phases"] if phase["allocated"]]
+    for sizes in (first, phases):
         own, areas = areas[: len(sizes)], areas[len(sizes) :]
         assert [int(area["data-bytes"]) for area in own] == sizes
-        largest = max(sizes)
-        scale = next(float(area[side]) / largest for area in own if int(area["data-bytes"]) == largest)
-        assert all(float(area[side]) == pytest.approx(scale * int(area["data-bytes"]), abs=0.011) for area in own)
+        widths = [float(area["width"].removesuffix("%")) for area in own]
+        scale = max(widths) / max(sizes)
+        assert widths == pytest.approx([scale * size for size in sizes], abs=0.0011)
 
 
 def test_the_page_stands_alone(written: tuple[Path, dict[str, Any]]) -> None:
@@ -149,6 +149,18 @@ def test_a_strategy_is_what_the_estimate_is_of() -> None:
     found = memplan.report("gpt2", {"seq_len": 128}, "2xT4", "zero3")
     assert found.estimate == memplan.estimate("gpt2", {"seq_len": 128}, "2xT4", "zero3")
     assert found.plan is not None
+    # What the plan starts with is not what was asked for, and no word of the page says so.
+    page = found.to_html().partition("<script")[0]
+    assert "as asked" not in page
+    assert "<th scope=row>DDP" in page
+    assert "starts with DDP" in page
+
+
+@pytest.mark.parametrize(("strategy", "cluster"), [(None, "2xT4"), ("ddp", "2xT4"), (None, "1xT4")])
+def test_what_was_asked_for_is_called_so(strategy: str | None, cluster: str) -> None:
+    page = memplan.report("gpt2", {"seq_len": 128}, cluster, strategy).to_html().partition("<script")[0]
+    assert "<th scope=row>as asked" in page
+    assert "starts with" not in page
 
 
 # -- the command
@@ -236,6 +248,22 @@ def browser() -> Iterator[Browser]:
 NUMBERS = """[...document.querySelectorAll("data")].map(e => [e.dataset.path, e.value, e.textContent])"""
 WIDER = """[...document.querySelectorAll("table, figure")].filter(e => e.scrollWidth > e.parentElement.clientWidth + 1)
 .map(e => e.outerHTML.slice(0, 80))"""
+LETTERS = """[...document.querySelectorAll("figure text")].map(e =>
+e.getScreenCTM().a * parseFloat(getComputedStyle(e).fontSize))"""
+HEADS = """[...document.querySelectorAll(".wide td")].map(e =>
+getComputedStyle(e, "::before").content.split('"')[1].trim())"""
+COVERED = """
+[...document.querySelectorAll("figure > svg")].flatMap(chart => {
+  const boxes = query => [...chart.querySelectorAll(query)].map(e => [e.textContent, e.getBoundingClientRect()]);
+  const meet = ([, a], [, b]) => a.left < b.right && b.left < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom;
+  const texts = boxes("text"), own = chart.getBoundingClientRect();
+  const out = texts.filter(([, box]) => box.left < own.left || box.right > own.right || box.bottom > own.bottom);
+  const under = texts.flatMap((one, i) => [...texts.slice(i + 1), ...boxes(".capacity, .front, circle")]
+    .filter(other => meet(one, other)).map(other => [one[0], other[0]]));
+  return [...out.map(([text]) => [text]), ...under];
+})
+"""
+"""What of the charts is out of them, and which texts are under each other, a dashed line or a dot."""
 
 
 @in_a_browser
@@ -281,6 +309,15 @@ def test_every_chart_has_words_and_a_table(written: tuple[Path, dict[str, Any]],
 
 
 @in_a_browser
+@pytest.mark.parametrize("width", [320, 380, 680, 1200])
+def test_nothing_covers_words_of_a_chart(written: tuple[Path, dict[str, Any]], browser: Browser, width: int) -> None:
+    browser.ask("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
+    browser.open(written[0])
+    assert browser.run(COVERED) == []
+    browser.ask("Emulation.clearDeviceMetricsOverride")
+
+
+@in_a_browser
 def test_the_page_by_keyboard(written: tuple[Path, dict[str, Any]], browser: Browser) -> None:
     browser.open(written[0])
     wanted = browser.run("document.querySelectorAll('a, summary, [tabindex=\"0\"]').length")
@@ -321,10 +358,34 @@ def test_the_page_prints_on_a4(written: tuple[Path, dict[str, Any]], browser: Br
 
 
 @in_a_browser
+def test_pages_break_where_they_read(written: tuple[Path, dict[str, Any]], browser: Browser) -> None:
+    """However long what comes before is: no page has a footer alone, and no table's head a row or none below it."""
+    browser.open(written[0])
+    browser.run("document.querySelector('#timeline').before(document.createElement('hr'))")
+    for height in range(0, 1000, 40):
+        browser.run(f"document.querySelector('hr').style.height = '{height}px'")
+        pages = [re.sub(r"\s", "", page) for page in text_of_pages(browser.printed())]
+        assert "rulesasin" in pages[-1]
+        assert not pages[-1].startswith("memplan"), height
+        for page in pages:
+            if "verdictwhynot" in page:
+                table = page.partition("verdictwhynot")[2].partition("Componentsofeverysetup")[0]
+                assert len(re.findall(r"\d+x\d+", table)) >= 2, (height, table)
+
+
+@in_a_browser
 def test_the_page_on_a_phone(written: tuple[Path, dict[str, Any]], browser: Browser) -> None:
     browser.ask("Emulation.setDeviceMetricsOverride", width=380, height=800, deviceScaleFactor=1, mobile=True)
     browser.open(written[0])
-    wide = "[...document.querySelectorAll('body *:not(.scroll *)')].filter(e => e.getBoundingClientRect().right > 380)"
+    browser.run("document.querySelectorAll('details').forEach(e => { e.open = true })")
+    wide = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > 380)"
     assert browser.run(f"{wide}.map(e => e.outerHTML.slice(0, 80))") == []
     assert browser.run("document.documentElement.scrollWidth") <= 380
+    # Nothing has to be scrolled to be read whole, no sentence is a word wide, and letters are as large as elsewhere.
+    assert browser.run(WIDER) == []
+    sentences = "[...document.querySelectorAll('td')].filter(e => e.textContent.length > 30)"
+    assert min(browser.run(f"{sentences}.map(e => e.getBoundingClientRect().width)")) > 200
+    assert min(browser.run(LETTERS)) >= 13
+    # Each cell says which column it is of.
+    assert set(browser.run(HEADS)) >= {"batch", "GPU GiB", "verdict"}
     browser.ask("Emulation.clearDeviceMetricsOverride")

@@ -116,10 +116,13 @@ class Check(Answer):
     """What the files of a run need, and what is wrong with them."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
+    """Version of the JSON contract."""
     estimate: Estimate | None
     """None where a finding leaves nothing to estimate."""
     verdict: Verdict
+    """The estimate's; ``unknown`` without one."""
     findings: tuple[Finding, ...] = ()
+    """What is wrong, the errors first."""
 
     @model_validator(mode="after")
     def _of_the_estimate(self) -> Check:
@@ -213,6 +216,7 @@ class Point(Result):
     seconds: float = Field(gt=0, allow_inf_nan=False)
     """Of a step."""
     tokens_per_second: float = Field(ge=0, allow_inf_nan=False)
+    """Tokens that all ranks train on, per second."""
     high: Bytes
     """The most that it may take of each GPU."""
     headroom: Bytes
@@ -220,8 +224,6 @@ class Point(Result):
 
 
 Question: TypeAlias = Literal["micro-batch", "seq-len", "gpus", "gpu"]
-
-
 """What a plan may be asked for beside the fastest setup."""
 
 
@@ -229,6 +231,7 @@ class Solved(Result):
     """The answer to a question that has one value for an answer."""
 
     question: Question
+    """What was asked for."""
     value: int | str | None
     """Sequences, tokens, GPUs or a GPU's name, with which the best fits; None if it fits with none."""
     next: int | str | None
@@ -284,6 +287,7 @@ class Plan(Answer):
     _recipe: Recipe = PrivateAttr(default_factory=Recipe)
 
     schema_version: Literal[1] = SCHEMA_VERSION
+    """Version of the JSON contract."""
     best: Rung | None
     """The chosen one; None if nothing fits."""
     rungs: tuple[Rung, ...]
@@ -293,6 +297,7 @@ class Plan(Answer):
     pareto: tuple[Point, ...] = ()
     """The fastest setup, and then each that is the fastest of those that leave more of each GPU."""
     searched: Searched | None = None
+    """How much of the space of setups was looked at."""
     solved: Solved | None = None
     """The answer to ``solve``, and to ``objective="gpus"``."""
     remedies: tuple[Remedy, ...] = ()
@@ -346,11 +351,15 @@ class Report(Answer):
     """An estimate, and what stands beside it on a page: a plan, or where no GPU is known the ladder."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
+    """Version of the JSON contract."""
     version: str
     """memplan's."""
     estimate: Estimate
+    """Of the setup that was asked for; without a strategy, of the plan's best."""
     plan: Plan | None = None
+    """What a plan finds for the same run; None where no GPU is known."""
     ladder: EstimateList | None = None
+    """Takes the plan's place where no GPU is known."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON contract as plain values."""
@@ -376,6 +385,7 @@ class CountedModel(Result):
     """The model as DeepSpeed's estimators count it."""
 
     id: str
+    """Its name on the hub, or what it was given as."""
     head: str
     """``base`` is AutoModel, which their documentation loads."""
     parameters: int = Field(ge=0)
@@ -388,6 +398,7 @@ class ComparisonRow(Result):
     """What one tool says of one setup, in bytes."""
 
     tool: Tool
+    """Who says so."""
     option: str
     """The setup, or what is counted, in the tool's words."""
     gpu: Bytes | None
@@ -402,11 +413,15 @@ class Comparison(Answer):
     """What other estimators say, beside memplan. A tool's rows for a setup stand above memplan's for the same."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
+    """Version of the JSON contract."""
     model: CountedModel
+    """As DeepSpeed's estimators count it."""
     gpus: int = Field(ge=1)
     """Ranks in total."""
     nodes: int = Field(ge=1)
+    """Nodes that the ranks are on."""
     rows: tuple[ComparisonRow, ...]
+    """A row per figure."""
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return the rows as a pandas DataFrame. Raises UnsupportedError without pandas."""

@@ -142,7 +142,9 @@ class Phase(Result):
     """The most that was allocated within one phase."""
 
     name: PhaseName
+    """Its name, from ``load`` to ``save``; ``idle`` is between steps."""
     allocated: Bytes
+    """``torch.cuda.max_memory_allocated`` within it; of a host, what is alive there."""
 
 
 class GpuMemory(Result):
@@ -250,7 +252,9 @@ class ModelInfo(Result):
     """Which model was answered for."""
 
     id: str
+    """Its name on the hub, or what it was given as."""
     architecture: str
+    """The class that transformers builds."""
     parameters: int = Field(ge=0)
     """Elements of all parameters, tied ones once, adapters included."""
     trainable_parameters: int = Field(ge=0)
@@ -267,10 +271,15 @@ class Assumption(Result):
     """A number the answer rests on that is not a rule of a library."""
 
     name: str
+    """What it is of, with its unit unless that is bytes."""
     value: int | float
+    """What the answer has been made with."""
     low: int | float
+    """The least that it may be."""
     high: int | float
+    """The most that it may be."""
     source: str
+    """Where it was measured, or who says so."""
 
     @classmethod
     def of(cls, constant: Constant) -> Assumption:
@@ -283,12 +292,15 @@ class Term(Result):
     """One line of ``--explain``: a formula, with its numbers filled in."""
 
     name: str
+    """What it is a part of: a component, or a part of one."""
     formula: str
     """In names: ``2 x parameters``."""
     filled: str
     """In numbers: ``2 x 6738415616``."""
     bytes: int
+    """What it comes to."""
     source: str
+    """What of which library the formula is the rule of."""
 
 
 class Lever(Result):
@@ -297,7 +309,9 @@ class Lever(Result):
     key: str
     """As the library names it."""
     value: int | bool | str
+    """What it is in this setup."""
     instead: int | bool | str
+    """What it is changed to."""
     gpu: int
     """Bytes more allocated at the GPU's peak; negative are saved."""
     host: int
@@ -308,7 +322,9 @@ class Estimate(Result):
     """The answer for one setup. Renders in a notebook; converts to JSON and back."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
+    """Version of the JSON contract."""
     model: ModelInfo
+    """Which model, and how large."""
     setup: JsonObject
     """Every option, resolved; JSON values under the options' names."""
     cluster: JsonObject
@@ -316,13 +332,17 @@ class Estimate(Result):
     software: Annotated[dict[str, str], AfterValidator(freeze)]
     """Versions of the libraries."""
     gpu: GpuMemory
+    """Of the fullest rank's GPU."""
     host: HostMemory
+    """Of a node's RAM, all its ranks together."""
     nvme: NvmeMemory
+    """Of a node's NVMe, all its ranks together."""
     step: StepTime | None = None
     """None where the time is not known: no GPU, a task without steps, or an estimate without replay."""
     verdict: Verdict
     """The worst of GPU, host and NVMe."""
     assumptions: tuple[Assumption, ...] = ()
+    """Numbers that are no rule of a library, and what became of an engine's config."""
     footprint: Bytes | None = None
     """Task load: what ``model.get_memory_footprint()`` returns."""
     device_map: Annotated[dict[str, int | str] | None, AfterValidator(freeze)] = None
@@ -379,7 +399,9 @@ class EstimateList(Result):
     """Answers for several setups, such as the rungs of the ladder."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
+    """Version of the JSON contract."""
     estimates: tuple[Estimate, ...]
+    """In the order in which they were asked for; of a ladder, the setup that gives the least up first."""
 
     @property
     def verdict(self) -> Verdict:

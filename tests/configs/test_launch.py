@@ -562,6 +562,44 @@ def test_one_process_takes_no_options_of_a_launcher(tmp_path: Path) -> None:
     assert error.value.stderr == "launch.sh: one process takes no launcher's options: --include localhost:1\n"
 
 
+OFFLOADED = Strategy(kind="zero2", offload_optimizer="cpu")
+ON_NVME = Strategy(kind="zero3", offload_optimizer="nvme", offload_param="nvme")
+
+
+@pytest.mark.parametrize("options", [(), ("--smoke",)])
+@pytest.mark.parametrize(("strategy", "op"), [(OFFLOADED, "cpu_adam"), (ON_NVME, "cpu_adam")])
+def test_a_missing_compiler_is_said_in_a_line(
+    options: tuple[str, ...], strategy: Strategy, op: str, tmp_path: Path
+) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        launched(tmp_path, written(strategy), *options, CXX="no-compiler", HOME=str(tmp_path))
+    assert error.value.returncode == 2
+    assert error.value.stderr == (
+        f"launch.sh: no C++ compiler (no-compiler): DeepSpeed has to compile {op}, with which it offloads. "
+        "Install one, as by apt-get install g++, or name yours in CXX.\n"
+    )
+    assert not (tmp_path / "noted.args").exists()
+
+
+def test_a_compiler_is_asked_for_only_where_something_is_compiled(tmp_path: Path) -> None:
+    def starts(folder: str, strategy: Strategy, **environment: str) -> bool:
+        (tmp_path / folder).mkdir()
+        arguments, _, said = launched(tmp_path / folder, written(strategy), **environment)
+        return arguments[0] == "deepspeed" and said == ""
+
+    none = {"CXX": "no-compiler", "HOME": str(tmp_path)}
+    assert starts("there", OFFLOADED, CXX="sh")
+    assert starts("kept", Strategy(kind="zero2"), **none)
+    torch_own = OFFLOADED.replace(zero=ZeroSpec(zero_force_ds_cpu_optimizer=False))
+    assert starts("torch", torch_own, **none)
+    for op in ("cpu_adam", "async_io"):  # compiled before
+        for folder in (tmp_path / "extensions", tmp_path / ".cache" / "torch_extensions" / "py311_cpu"):
+            (folder / op).mkdir(parents=True)
+            (folder / op / f"{op}.so").touch()
+    assert starts("cached", ON_NVME, **none)
+    assert starts("elsewhere", ON_NVME, CXX="no-compiler", TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
+
+
 def test_a_rehearsal_of_fsdp1_broadcasts_nothing_on_cpu(tmp_path: Path) -> None:
     found = written(Strategy(kind="fsdp", fsdp=FsdpSpec(version=1)))
     off = ["--fsdp_sync_module_states", "false", "--fsdp_cpu_ram_efficient_loading", "false"]

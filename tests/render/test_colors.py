@@ -1,10 +1,10 @@
 """Colours are told apart by people with each kind of dichromacy, and letters stand out from what is behind them."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 
-from memplan.render.colors import COMPONENTS, SERIES, VERDICTS
+from memplan.render.colors import COMPONENTS, SERIES, VERDICTS, series
 from memplan.results import COMPONENTS as NAMES
 
 # Machado, Oliveira and Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency" (2009),
@@ -66,9 +66,16 @@ def test_each_component_has_a_look_of_its_own() -> None:
 def test_components_and_lines_are_told_apart(kind: str) -> None:
     for (one, a), (other, b) in combinations(COMPONENTS.items(), 2):
         assert a.hatch != b.hatch or distance(a.color, b.color, kind) > NOTICEABLE, (one, other)
-    for (a_color, a_marker), (b_color, b_marker) in combinations(SERIES, 2):
-        assert a_marker != b_marker
-        assert distance(a_color, b_color, kind) > NOTICEABLE
+    for one, other in combinations(SERIES, 2):
+        assert distance(one, other, kind) > NOTICEABLE
+
+
+def test_many_lines_are_told_apart() -> None:
+    looks = series(35)
+    assert len({(color, marker) for color, marker, _ in looks}) == 35
+    for first, second in pairwise(looks):
+        assert all(a != b for a, b in zip(first[:2], second[:2], strict=True))
+    assert len({(color, line) for color, _, line in looks[:20]}) == 20
 
 
 def test_white_letters_stand_out_from_every_verdict() -> None:

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.render.samples import PARTS, estimate, several
+from tests.render.samples import PARTS, SETUP, estimate, several
 
 import memplan
 from memplan.answers import Plan, Point, Rung
@@ -11,6 +11,7 @@ from memplan.errors import SpecError, UnsupportedError
 from memplan.render import plots
 from memplan.results import (
     Estimate,
+    StepTime,
 )
 from memplan.units import GiB
 
@@ -37,6 +38,9 @@ class Axes(SimpleNamespace):
             return Axes()
         return lambda *args, **options: self.calls.append((name, args, options))
 
+    def get_yticklabels(self) -> list[Any]:
+        return []
+
     def named(self, name: str) -> list[tuple[Any, Any]]:
         return [(args, options) for called, args, options in self.calls if called == name]
 
@@ -58,7 +62,8 @@ def test_components_are_stacked_up_to_the_peak() -> None:
 def test_a_bar_per_estimate_and_a_line_per_capacity() -> None:
     axes = Axes()
     several().plot(ax=axes)
-    assert axes.named("set_yticks")[0][0][1] == ["ddp, batch 4", "ddp, batch 1 x 4", "ddp, batch 4, checkpointing"]
+    names = ["ddp, batch 4\ndoes not fit", "ddp, batch 1 x 4\nfits", "ddp, batch 4, checkpointing\nfits"]
+    assert axes.named("set_yticks")[0][0][1] == names
     assert [args for args, _ in axes.named("axvline")] == [(40.0,), (64.0,)]
     assert all(len(args[1]) == 3 for args, _ in axes.named("barh"))
 
@@ -68,7 +73,7 @@ def test_phases_are_bars_beside_the_capacity() -> None:
     estimate().plot("phases", ax=axes)
     (places, sizes), _ = axes.named("bar")[0]
     assert list(zip(places, sizes)) == [(0, 25.0), (1, pytest.approx(60, abs=0.01)), (2, 0.0)]
-    assert axes.named("set_xticks")[0][0][1] == ["load", "backward", "idle"]
+    assert axes.named("set_xticks")[0][0][1] == ["25.00\nload", "60.00\nbackward", "0.00\nidle"]
     assert axes.named("axhline")[0][0] == (80.0,)
 
 
@@ -92,15 +97,36 @@ def test_peaks_are_lines_by_what_else_differs() -> None:
 def test_the_ladder_marks_what_was_chosen() -> None:
     axes = Axes()
     plan().plot(ax=axes)
-    assert axes.named("set_yticks")[0][0][1] == ["rung 0", "rung 1\n(chosen)", "rung 2"]
-    assert [args[0] for args, _ in axes.named("annotate")] == ["does not fit", "fits", "fits"]
+    assert axes.named("set_yticks")[0][0][1] == ["rung 0\ndoes not fit", "rung 1 (chosen)\nfits", "rung 2\nfits"]
 
 
 def test_the_front_is_a_staircase() -> None:
     axes = Axes()
     plan().plot("pareto", ax=axes)
     assert axes.named("plot")[0][0] == ([1.0, 2.0], [30.0, 10.0])
-    assert axes.named("legend")[0][1]["title"] == "1  ddp, 1 x 2\n2  zero3, 1 x 2"
+    assert [options["label"] for _, options in axes.named("plot")[1:]] == ["ddp, 1 x 2", "zero3, 1 x 2"]
+    assert axes.named("set_title")[0][0] == ("org/model",)
+
+
+def test_where_nothing_fits_the_front_says_so() -> None:
+    seconds = StepTime(seconds=2, tokens_per_second=1, flops=1, bound_by="compute")
+    rung = Rung(name="ddp", estimate=estimate(capacity=GiB, step=seconds), reason_passed_over="large")
+    axes = Axes()
+    Plan(best=None, rungs=(rung,)).plot("pareto", ax=axes)
+    assert axes.named("plot") == []
+    assert [(args, options["label"]) for args, options in axes.named("scatter")] == [
+        (((2.0,), (rung.estimate.gpu.high / GiB,)), "rung that does not fit")
+    ]
+    assert axes.named("set_title")[0][0] == ("org/model: no setup is known to fit",)
+
+
+def test_a_rung_on_the_front_is_drawn_once() -> None:
+    seconds = StepTime(seconds=1, tokens_per_second=1, flops=1, bound_by="compute")
+    rung = Rung(name="ddp", estimate=estimate(step=seconds))
+    point = FAST.model_copy(update={"high": rung.estimate.gpu.high})
+    axes = Axes()
+    Plan(best=rung, rungs=(rung,), pareto=(point,)).plot("pareto", ax=axes)
+    assert axes.named("scatter") == []
 
 
 def test_errors_are_points_by_group() -> None:
@@ -133,6 +159,50 @@ def test_matplotlib_draws_them_all() -> None:
         assert outer.x0 <= inner.x0 < inner.x1 <= outer.x1
         assert outer.y0 <= inner.y0 < inner.y1 <= outer.y1
         matplotlib.pyplot.close(axes.figure)
+
+
+LONG = {
+    "strategy": "zero3", "offload_optimizer": "cpu", "offload_param": "cpu", "grad_accum_steps": 16,
+    "gradient_checkpointing": True, "lora": {"rank": 16}, "eval_batch_size": 8,
+    "alloc_conf": "expandable_segments:True",
+}  # fmt: skip
+
+
+def test_every_word_of_a_plot_is_in_the_picture_and_off_the_capacity() -> None:
+    """Whatever the capacity is: also where bars end."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    setup = {**SETUP, **LONG}
+    for capacity in (24, 25, 26, 58, 60, 62, 64, 66, 200):
+        found = estimate(capacity=capacity * GiB, setup=setup)
+        rungs = [Rung(name="ZeRO-3, optimizer offloaded, without checkpointing", estimate=found) for _ in range(9)]
+        ladder = Plan(best=None, rungs=tuple(rungs))
+        for axes in (found.plot("phases"), found.plot(), ladder.plot()):
+            axes.figure.canvas.draw()
+            texts = [axes.title, axes._left_title]
+            for axis, (one, other) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+                ticks = zip(axis.get_majorticklocs(), axis.get_majorticklabels())
+                texts += [label for at, label in ticks if min(one, other) <= at <= max(one, other)]
+            texts += [axes.xaxis.label, axes.yaxis.label, *axes.texts]
+            boxes = [text.get_window_extent() for text in texts if text.get_text()]
+            (line,) = (each for each in axes.lines if each.get_linestyle() == "--")
+            picture, dashes = axes.figure.bbox, line.get_window_extent()
+            for box in boxes:
+                assert picture.x0 <= box.x0 < box.x1 <= picture.x1
+                assert picture.y0 <= box.y0 < box.y1 <= picture.y1
+                inside = box.x0 < dashes.x1 and dashes.x0 < box.x1 and box.y0 < dashes.y1 and dashes.y0 < box.y1
+                assert not inside
+            matplotlib.pyplot.close(axes.figure)
+
+
+def test_twenty_lines_look_different() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    several = [estimate(setup={"micro_batch_size": b, "seq_len": s}) for s in range(100, 2100, 100) for b in (1, 2)]
+    axes = plots.plot_peaks(several, by="micro_batch_size")
+    drawn = [line for line in axes.lines if line.get_marker() != "None"]
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in drawn}) == len(drawn) == 20
+    matplotlib.pyplot.close(axes.figure)
 
 
 def test_results_as_data_frames() -> None:

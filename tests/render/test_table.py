@@ -7,7 +7,7 @@ from tests.render.samples import PARTS, SETUP, TERM, estimate, several
 
 from memplan.catalog.gpus import all_gpus
 from memplan.catalog.models import all_models
-from memplan.render import table
+from memplan.render import table, words
 from memplan.results import EstimateList, HostMemory, NvmeMemory
 from memplan.units import GiB
 
@@ -81,6 +81,25 @@ def test_a_long_name_is_cut_not_wrapped() -> None:
     assert page.split("\n")[0] == "x" * 79 + "…"
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_fact_of_a_setup_is_cut(width: int) -> None:
+    setup = {
+        "strategy": "zero3", "offload_optimizer": "cpu", "offload_param": "cpu", "grad_accum_steps": 16,
+        "gradient_checkpointing": True, "lora": {"rank": 16}, "eval_batch_size": 8, "quantization": "nf4",
+        "alloc_conf": "expandable_segments:True", "liger": True,
+    }  # fmt: skip
+    found = estimate(setup=setup, assumptions=())
+    for page in (
+        table.estimate_text(found, console=console(width)),
+        table.estimates_text(EstimateList(estimates=(found, estimate(assumptions=()))), console=console(width)),
+    ):
+        assert "…" not in page
+        assert max(map(len, page.split("\n"))) <= width
+    words_of_page = " ".join(table.estimate_text(found, console=console(width)).split())
+    for fact in (words.setup_facts(found), words.precision_facts(found), words.hardware(found)):
+        assert fact in words_of_page
+
+
 def test_verdict_and_what_to_do_next() -> None:
     page = table.estimate_text(estimate(capacity=GiB), gpus=["H200"], options=["--liger"], console=console())
     assert "does not fit: even the lower end is 61.50 GiB more than there is" in page
@@ -128,7 +147,7 @@ def test_a_ladder_says_where_it_is_not_the_gpu_that_decides() -> None:
     assert [row.split("  ")[-1].strip() for row in rows] == ["does not fit", "does not fit (host)", "unknown (NVMe)"]
 
 
-def test_a_ladder_of_a_huge_model_cuts_names_and_never_numbers() -> None:
+def test_a_ladder_of_a_huge_model_breaks_names_and_never_numbers() -> None:
     parts = {**PARTS, "weights": 12_000 * GiB}
     setup = {**SETUP, "strategy": "zero2", "offload_optimizer": "cpu", "gradient_checkpointing": True}
     ladder = EstimateList(estimates=(estimate(parts=parts), estimate(parts=parts, setup=setup)))
@@ -136,7 +155,8 @@ def test_a_ladder_of_a_huge_model_cuts_names_and_never_numbers() -> None:
     assert max(map(len, page.split("\n"))) <= 80
     rows = [line for line in page.split("\n") if line.endswith("does not fit")]
     assert [row.split()[-7:-3] for row in rows] == [["12,038.50", "12,037.50", "..", "12,039.50"]] * 2
-    assert rows[1].startswith("zero2, optim on cpu, checkpoin…")
+    assert rows[1].startswith("zero2, optim on cpu, ")
+    assert page.split("\n")[page.split("\n").index(rows[1]) + 1] == "checkpointing"
 
 
 def test_a_ladder_without_a_gpu_names_the_smallest_one_per_rung() -> None:

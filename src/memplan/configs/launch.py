@@ -23,6 +23,7 @@ from memplan.configs.deepspeed import parse_deepspeed, to_deepspeed
 from memplan.configs.run import Run, of_texts, read_folder, setup_of
 from memplan.configs.tiny import SWAPPED_VOCABULARY, VOCABULARY, tiny_config
 from memplan.configs.trainer import to_training_args
+from memplan.engines.zero import uses_cpu_adam
 from memplan.errors import SpecError
 from memplan.estimator import resolve
 from memplan.micro_batch import Setup
@@ -213,6 +214,22 @@ if [[ "$SCRIPT" == smoke.py ]]; then
     fi
 fi
 """
+_COMPILER = """
+# DeepSpeed compiles what offloading needs, once, unless it was installed with it.
+if ! command -v "${{CXX:-c++}}" > /dev/null; then
+    for op in {ops}; do
+        if compgen -G "${{TORCH_EXTENSIONS_DIR:-${{HOME:-}}/.cache/torch_extensions/*}}/$op/$op.so" > /dev/null; then
+            continue
+        fi
+        built='from deepspeed.git_version_info import installed_ops; print(installed_ops.get("'$op'"))'
+        if [[ "$(python -c "$built" 2> /dev/null)" != *True ]]; then
+            echo "launch.sh: no C++ compiler (${{CXX:-c++}}): DeepSpeed has to compile $op, with which it offloads." \\
+                "Install one, as by apt-get install g++, or name yours in CXX." >&2
+            exit 2
+        fi
+    done
+fi
+"""
 _SINGLE = """
 if (( $# > 0 )); then
     echo "launch.sh: one process takes no launcher's options: $*" >&2
@@ -286,8 +303,16 @@ def _launch(setup: Setup, cluster: ClusterSpec, strategy: Strategy) -> str:
     if strategy.kind == "single":
         return head + _SINGLE
     if strategy.is_deepspeed:
-        return head + _DEEPSPEED
+        ops = _compiled(strategy, setup.training.optim)
+        return head + (_COMPILER.format(ops=" ".join(ops)) if ops else "") + _DEEPSPEED
     return head + _ACCELERATE
+
+
+def _compiled(strategy: Strategy, optim: str) -> list[str]:
+    """The ops of DeepSpeed, as it calls them, that it compiles when they are first used."""
+    places = (strategy.offload_optimizer, strategy.offload_param)
+    ops = ["cpu_adam"] if places[0] != "none" and uses_cpu_adam(strategy.zero, optim) else []
+    return [*ops, "async_io"] if "nvme" in places else ops
 
 
 _WHY = {"NCCL_P2P_DISABLE": "  # no peer-to-peer over PCIe: NCCL may hang; 0 if NVLink bridges join the GPUs"}

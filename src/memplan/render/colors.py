@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from memplan.results import Verdict
 
-__all__ = ["BAR", "BLUE", "COMPONENTS", "SERIES", "VERDICTS", "Fill"]
+__all__ = ["BAR", "BLUE", "COMPONENTS", "SERIES", "VERDICTS", "Fill", "Look", "series"]
 
 
 class Fill(NamedTuple):
@@ -19,6 +19,15 @@ class Fill(NamedTuple):
     color: str
     hatch: str = ""
     """A pattern as matplotlib names it; empty is none."""
+
+
+class Look(NamedTuple):
+    """How a line or a group of points looks."""
+
+    color: str
+    marker: str
+    line: str
+    """As matplotlib names them."""
 
 
 BLUE, SKY, GREEN, ORANGE, YELLOW, VERMILION, PURPLE = (
@@ -40,8 +49,10 @@ COMPONENTS: dict[str, Fill] = {
 }
 """By component, in the order in which they sum: neighbours differ in lightness too."""
 
-SERIES: tuple[tuple[str, str], ...] = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"))
-"""Colour and marker of lines and groups of points."""
+SERIES: tuple[str, ...] = (BLUE, VERMILION, GREEN, PURPLE, ORANGE)
+"""Colours of lines and groups of points."""
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ("-", "--", ":", "-.")
 
 VERDICTS: dict[Verdict, str] = {
     "fits": "#1B6E3C",
@@ -53,3 +64,15 @@ VERDICTS: dict[Verdict, str] = {
 
 BAR = "#4C8BBF"
 """A bar beside a number, on light and dark pages."""
+
+
+def series(number: int) -> list[Look]:
+    """Looks of ``number`` lines: colours and markers come again, but not together before the 36th.
+
+    >>> len(set(series(35))), len({look[:2] for look in series(35)})
+    (35, 35)
+    """
+    return [
+        Look(SERIES[n % len(SERIES)], _MARKERS[n % len(_MARKERS)], _DASHES[n // len(SERIES) % len(_DASHES)])
+        for n in range(number)
+    ]

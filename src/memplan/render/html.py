@@ -30,6 +30,8 @@ __all__ = [
 _SEVERITIES: dict[str, Verdict] = {"error": "does-not-fit", "warning": "tight", "info": "unknown"}
 """Severity of a finding -> the verdict whose colour it has."""
 _TABLE = "border-collapse:collapse;font-variant-numeric:tabular-nums"
+_PADDING = "padding:0.15em 0.6em"
+"""Between numbers, on a page without a style for tables too."""
 _BAR = f"display:inline-block;height:0.7em;background:{BAR}"
 _FULL_EM = 16
 """Length of a bar as long as the GPU's memory, or as the peak if that is more."""
@@ -100,11 +102,12 @@ def check_html(check: Check) -> str:
 def preflight_html(preflight: Preflight) -> str:
     """Return what the run needs, where that could be estimated, and the findings."""
     estimate = None if preflight.check is None else preflight.check.estimate
-    return f"{'' if estimate is None else estimate_html(estimate)}{findings_html(preflight)}"
+    needed = "" if estimate is None else estimate_html(estimate)
+    return f"{needed}{findings_html(preflight, where='')}"
 
 
-def findings_html(findings: Sequence[Finding]) -> str:
-    """Return a row per finding, with its remedy."""
+def findings_html(findings: Sequence[Finding], where: str = " in the files") -> str:
+    """Return a row per finding, with its remedy, below how many there are ``where``."""
     if not findings:
         return "<div>no findings</div>"
     rows = (
@@ -112,7 +115,7 @@ def findings_html(findings: Sequence[Finding]) -> str:
         f"{_td(f'{escape(each.message)}<br><i>{escape(each.remedy)}</i>')}</tr>"
         for each in findings
     )
-    title = f"<div><b>{escape(words.findings_title(findings))}</b></div>"
+    title = f"<div><b>{escape(words.findings_title(findings, where))}</b></div>"
     return f"<div>{title}{_table(map(_head, ('', 'finding', 'where', 'what, and what to do')), rows)}</div>"
 
 
@@ -134,14 +137,13 @@ def _front(plan: Plan) -> str:
     """The setups that no other beats both in time and in memory."""
     if len(plan.pareto) < 2:
         return ""
-    right = {"GPU GiB", "to spare", "s/step"}
-    heads = (_head(name, right=name in right) for name in ("setup", "GPU GiB", "to spare", "s/step"))
-    rows = (
-        f"<tr>{_cell(words.point(each))}"
-        f"{''.join(_cell(text, right=True) for text in (words.gib(each.high), words.gib(each.headroom)))}"
-        f"{_cell(f'{each.seconds:.3g}', right=True)}</tr>"
-        for each in plan.pareto
-    )
+    names = ("setup", "batch", "GPU GiB", "to spare", "s/step")
+    heads = (_head(name, right=name != "setup") for name in names)
+    rows = []
+    for each in plan.pareto:
+        numbers = (words.batch_of(each), words.gib(each.high), words.gib(each.headroom), f"{each.seconds:.3g}")
+        cells = "".join(_cell(text, right=True) for text in numbers)
+        rows.append(f"<tr>{_cell(words.point(each))}{cells}</tr>")
     return f"<div><b>What no other setup beats both in time and in memory</b>{_table(heads, rows)}</div>"
 
 
@@ -179,7 +181,7 @@ def _weight(bold: bool) -> str:
 
 
 def _head(text: str, *, right: bool = False) -> str:
-    return f'<th scope="col" style="text-align:{"right" if right else "left"}">{escape(text)}</th>'
+    return f'<th scope="col" style="{_PADDING};text-align:{"right" if right else "left"}">{escape(text)}</th>'
 
 
 def _cell(text: str, *, right: bool = False) -> str:
@@ -187,7 +189,7 @@ def _cell(text: str, *, right: bool = False) -> str:
 
 
 def _td(html: str, *, right: bool = False) -> str:
-    return f'<td style="text-align:{"right" if right else "left"}">{html}</td>'
+    return f'<td style="{_PADDING};text-align:{"right" if right else "left"}">{html}</td>'
 
 
 def _mark(text: str, verdict: Verdict) -> str:

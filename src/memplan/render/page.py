@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from memplan.answers import Report
 from memplan.errors import SpecError
@@ -41,30 +41,40 @@ nav ul,.legend{list-style:none;padding:0;margin:.5rem 0;display:flex;flex-wrap:w
 :focus-visible{outline:3px solid var(--link);outline-offset:2px}
 .verdict{color:#fff;padding:.05em .5em;border-radius:.25em;font-weight:bold}td .verdict{white-space:nowrap}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:0 1rem;margin:.5rem 0}dt{color:var(--dim)}dd{margin:0}
-figure{margin:.5rem 0}figure>svg{width:100%;height:auto;display:block}
+figure{margin:.5rem 0}figure>svg{display:block}
 .defs{position:absolute}
 svg text{fill:var(--ink);font-size:13px;dominant-baseline:central}
 svg .halo{paint-order:stroke;stroke:var(--back);stroke-width:4px}
-svg .on{fill:#fff;font-weight:bold;font-size:11px;text-anchor:middle}
-svg .around{stroke:var(--back);stroke-width:5;stroke-opacity:.7;fill:none}
-svg .grid{stroke:var(--line);fill:none}svg .span{stroke:var(--ink);stroke-width:1.5;fill:none}
-svg .capacity{stroke:var(--ink);stroke-width:1.5;stroke-dasharray:6 4;fill:none}
-svg .front{stroke:#56B4E9;stroke-width:2;fill:none}
+svg .around{stroke:var(--back);stroke-width:5;stroke-opacity:.7}
+svg .grid{stroke:var(--line)}svg .span{stroke:var(--ink);stroke-width:1.5}
+svg .capacity{stroke:var(--ink);stroke-width:2;stroke-dasharray:5 3}
+svg .front{stroke:#56B4E9;stroke-width:2}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:22rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:min(22rem,100%)}
 th,td{padding:.15rem .6rem .15rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
-.n{text-align:right}tr.total>*{font-weight:bold}tr.chosen>*{font-weight:bold;background:var(--stripe)}
+.n{text-align:right;white-space:nowrap}thead .n{white-space:normal}
+tr.total>*{font-weight:bold}tr.chosen{background:var(--stripe)}tr.chosen>*{font-weight:bold}
 caption{text-align:left;color:var(--dim);padding:.3rem 0}
 summary{cursor:pointer;color:var(--link)}
+@media screen and (max-width:40rem){body{padding:1rem}
+.wide,.wide tbody,.wide tr,.wide caption{display:block}.wide thead{display:none}
+.wide tr{padding:.4rem 0;border-bottom:1px solid var(--line)}
+.wide th,.wide td{display:inline-block;border:0;text-align:left;white-space:normal;padding:0 1rem 0 0}
+.wide th{display:block}.wide td:empty{display:none}
+.wide td::before{content:attr(data-head) " ";color:var(--dim);font-weight:normal}}
 footer{margin-top:3rem;color:var(--dim);font-size:.9rem}
 @page{size:A4;margin:15mm}
 @media print{body{padding:0;max-width:none;font-size:9.5pt}nav,.skip{display:none}.scroll{overflow:visible}
-h2,summary,caption{break-after:avoid}figure,tr{break-inside:avoid}table{font-size:7.6pt}
+h2,summary,caption{break-after:avoid}figure,tr{break-inside:avoid}footer{break-before:avoid;break-inside:avoid;
+margin-top:1rem;font-size:7.6pt}
+tbody tr:nth-child(-n+2){break-after:avoid}tbody :is(tr:first-child,tr:nth-last-child(-n+2)){break-before:avoid}
+table{font-size:7.6pt}svg text{font-size:11px}
 th,td{padding-right:.35rem}details table{font-size:6.4pt}summary{list-style:none;color:inherit}
 details::details-content{display:block;block-size:auto;content-visibility:visible}
 .verdict{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 figure svg,.legend svg{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
+_AT_THE_PEAK = "GiB per GPU at the peak"
 
 
 def report_page(report: Report) -> str:
@@ -105,6 +115,7 @@ class _Page:
         self.report = report
         self.data = report.to_dict()
         self.estimate = report.estimate
+        self.start = _start(report)
 
     def parts(self) -> Iterator[str]:
         estimate, title = self.estimate, escape(self.estimate.model.id)
@@ -128,8 +139,9 @@ class _Page:
             yield f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{escape(heading)}</h2>{body}'
             yield "</section>"
         versions = ", ".join(f"{name} {version}" for name, version in estimate.software.items())
-        yield f"</main><footer><p>memplan {escape(self.report.version)}; rules as in {escape(versions)}. "
-        yield "The same as JSON is in this file.</p></footer>"
+        # Within main, so that in print it takes the last section along, where there is no room for both.
+        yield f"<footer><p>memplan {escape(self.report.version)}; rules as in {escape(versions)}. "
+        yield "The same as JSON is in this file.</p></footer></main>"
         text = json.dumps(self.data, allow_nan=False).replace("<", "\\u003c")
         yield f'<script type="application/json" id="json">{text}</script></body></html>\n'
 
@@ -160,7 +172,7 @@ class _Page:
         label = (
             f"Stacked bar of the GPU's memory at its peak, {words.gib(gpu.peak_device)} GiB; the table has the parts."
         )
-        chart = svg.stacks([_bar("", self.estimate)], gpu.capacity, label)
+        chart = svg.stacks([_bar("", self.estimate)], gpu.capacity, _AT_THE_PEAK, label)
         allocated = [name for name in there if name not in ("fragmentation", "context", "nccl")]
         rows = []
         for name in there:
@@ -180,9 +192,9 @@ class _Page:
     def timeline(self) -> str:
         gpu = self.estimate.gpu
         sizes = [(phase.name.replace("_", " "), phase.allocated) for phase in gpu.phases]
-        chart = svg.columns(
-            sizes, gpu.capacity, "Columns of what is allocated in each phase; the table has the numbers."
-        )
+        bars = [svg.Bar(f"{name}: {words.gib(size)} GiB", ((name, size),), size, size) for name, size in sizes]
+        label = "Bars of what is allocated in each phase; the table has the numbers."
+        chart = svg.stacks(bars, gpu.capacity, "GiB allocated per GPU, at most", label)
         rows = [
             _row(name, self.number(f"estimate.gpu.phases.{index}.allocated")) for index, (name, _) in enumerate(sizes)
         ]
@@ -196,7 +208,8 @@ class _Page:
         reasons = [rung.reason_passed_over for rung in plan.rungs] if plan is not None else [None] * len(rungs)
         best = None if plan is None or plan.best is None else plan.rungs.index(plan.best)
         bars = [_bar(f"{name} (chosen)" if i == best else name, each) for i, (name, each, _) in enumerate(rungs)]
-        chart = svg.stacks(bars, self.estimate.gpu.capacity, "Stacked bars of each setup; the tables have the numbers.")
+        label = "Stacked bars of each setup; the tables have the numbers."
+        chart = svg.stacks(bars, self.estimate.gpu.capacity, _AT_THE_PEAK, label)
         rows, parts = [], []
         for index, ((name, each, path), reason) in enumerate(zip(rungs, reasons)):
             kind = "chosen" if index == best else ""
@@ -204,26 +217,36 @@ class _Page:
             cells += [self.number(f"{path}.gpu.{what}") for what in ("peak_device", "low", "high")]
             cells += [self.number(f"{path}.host.peak"), self.number(f"{path}.step.seconds") if each.step else "-"]
             verdict = _verdict(words.verdict_in_a_row(each), each.verdict)
-            why = "chosen" if index == best else escape(reason or "")
-            rows.append(_row(name, *cells, kind=kind, text=(verdict, why) if plan is not None else (verdict,)))
+            name = f"{name} (chosen)" if index == best else name
+            text = (verdict, escape(reason or "")) if plan is not None else (verdict,)
+            rows.append(_row(name, *cells, kind=kind, text=text))
             parts.append(_row(name, *(self.number(f"{path}.gpu.components.{part}") for part in there), kind=kind))
         heads = ["setup", "#batch", "#GPU GiB", "#at least", "#at most", "#host GiB", "#s/step", "verdict"]
         heads += ["why not"] if plan is not None else []
         table = _table("Each setup; a batch is sequences x micro-batches", heads, rows)
         detail = _table("GiB of each component at the peak", ("setup", *(f"#{name}" for name in there)), parts)
         more = f"<details><summary>Components of every setup</summary>{detail}</details>"
-        solved = "" if plan is None or plan.solved is None else f"<p><b>{escape(words.solved(plan))}.</b></p>"
-        return f"{solved}<figure>{chart}{svg.legend(there)}</figure>{table}{more}{self.remedies()}"
+        said = "" if plan is None or plan.solved is None else f"<p><b>{escape(words.solved(plan))}.</b></p>"
+        if self.start != words.AS_ASKED:
+            what = (
+                f"A plan of the same run starts with {self.start}, not with {words.strategy(self.estimate)} as above."
+            )
+            said += f"<p>{escape(what)}</p>"
+        return f"{said}<figure>{chart}{svg.legend(there)}</figure>{table}{more}{self.remedies()}"
 
     def rungs(self) -> Iterator[tuple[str, Estimate, str]]:
         """Name, estimate and path of each setup."""
         if self.report.plan is not None:
             for index, rung in enumerate(self.report.plan.rungs):
-                yield rung.name, rung.estimate, f"plan.rungs.{index}.estimate"
+                yield self.named(rung.name), rung.estimate, f"plan.rungs.{index}.estimate"
         elif self.report.ladder is not None:
             several = self.report.ladder.estimates
             for index, (name, each) in enumerate(zip(words.rungs(several), several, strict=True)):
                 yield name, each, f"ladder.estimates.{index}"
+
+    def named(self, rung: str) -> str:
+        """A rung's name, which does not claim to be what was asked for where that is something else."""
+        return rung.replace(words.AS_ASKED, self.start, 1)
 
     def remedies(self) -> str:
         plan = self.report.plan
@@ -233,7 +256,7 @@ class _Page:
             _row(
                 each.options,
                 *(self.number(f"plan.remedies.{index}.{what}") for what in ("high", "host")),
-                text=(escape(each.rung),),
+                text=(escape(self.named(each.rung)),),
             )
             for index, each in enumerate(plan.remedies)
         ]
@@ -247,10 +270,9 @@ class _Page:
         chart = svg.scatter(dots, self.estimate.gpu.capacity, label)
         rows = []
         for index, each in enumerate(plan.pareto):
-            name = f"{index + 1}. {words.point(each)}"
-            batch = f"{each.setup['micro_batch_size']} x {each.setup['grad_accum_steps']}"
+            name = f"{index + 1}. {self.named(words.point(each))}"
             numbers = (self.number(f"plan.pareto.{index}.{what}") for what in ("high", "headroom", "seconds"))
-            rows.append(_row(name, batch, *numbers))
+            rows.append(_row(name, words.batch_of(each), *numbers))
         heads = ("setup", "#batch", "#GPU GiB", "#to spare", "#s/step")
         caption = "What no other setup beats both in time and in memory"
         return f"<figure>{chart}</figure>{_table(caption, heads, rows)}"
@@ -276,9 +298,7 @@ class _Page:
 
     def assumptions(self) -> str:
         rows = [
-            f"<tr><th scope=row>{escape(each.name)}</th><td>{escape(words.assumed(each)[0])}</td>"
-            f"<td>{escape(each.source)}</td></tr>"
-            for each in self.estimate.assumptions
+            _row(each.name, text=[escape(text) for text in words.assumed(each)]) for each in self.estimate.assumptions
         ]
         return _table("Numbers that are no rule of a library, with their ranges", ("name", "value", "source"), rows)
 
@@ -296,30 +316,61 @@ class _Page:
         return f'<data value="{value!r}" data-path="{path}">{text}</data>'
 
 
+def _start(report: Report) -> str:
+    """What the first rung is called: a plan starts without a strategy, whatever the report's own estimate has."""
+    plan = report.plan
+    if plan is None or report.estimate == (plan.best or plan.rungs[0]).estimate:
+        return words.AS_ASKED
+    asked, first = words.strategy(report.estimate), words.strategy(plan.rungs[0].estimate)
+    return words.AS_ASKED if asked == first else words.PLAIN.get(first, first)
+
+
+class _Row(NamedTuple):
+    """A row of a table."""
+
+    name: str
+    cells: Sequence[tuple[str, str]]
+    """Each with its look, and what it says as HTML."""
+    kind: str
+    """What the row stands out as."""
+
+
 def _bar(name: str, estimate: Estimate) -> svg.Bar:
     gpu = estimate.gpu
-    return svg.Bar(name, tuple(gpu.components), gpu.low, gpu.high, words.verdict_in_a_row(estimate))
+    said = f"{name}: {words.verdict_in_a_row(estimate)}" if name else words.verdict_in_a_row(estimate)
+    return svg.Bar(said, tuple(gpu.components), gpu.low, gpu.high)
 
 
 def _verdict(text: str, verdict: Verdict) -> str:
     return f'<span class="verdict" style="background:{VERDICTS[verdict]}">{escape(text)}</span>'
 
 
-def _row(name: str, *numbers: str, kind: str = "", text: Sequence[str] = ()) -> str:
-    """A row: its name as text, numbers and text as HTML."""
-    cells = [f'<td class="n">{number}</td>' for number in numbers] + [f"<td>{each}</td>" for each in text]
-    look = f' class="{kind}"' if kind else ""
-    return f"<tr{look}><th scope=row>{escape(name)}</th>{''.join(cells)}</tr>"
+def _row(name: str, *numbers: str, kind: str = "", text: Sequence[str] = ()) -> _Row:
+    return _Row(name, [*(("n", number) for number in numbers), *(("", each) for each in text)], kind)
 
 
-def _table(caption: str, heads: Sequence[str], rows: Iterable[str]) -> str:
-    """A table that is scrolled by itself where it is wide, by keyboard too; a # marks a column of numbers."""
+def _table(caption: str, heads: Sequence[str], rows: Iterable[_Row]) -> str:
+    """A table that is scrolled by itself where it is wide, by keyboard too; a # marks a column of numbers.
+
+    One with more columns than a phone has room for is a list there: each cell says its column.
+    """
     titles = "".join(
         f'<th scope="col" class="n">{escape(head[1:])}</th>'
         if head[:1] == "#"
         else f'<th scope="col">{escape(head)}</th>'
         for head in heads
     )
+    lines = []
+    for row in rows:
+        cells = "".join(
+            f'<td{_class(look)} data-head="{escape(head.lstrip("#"))}">{cell}</td>'
+            for head, (look, cell) in zip(heads[1:], row.cells, strict=True)
+        )
+        lines.append(f"<tr{_class(row.kind)}><th scope=row>{escape(row.name)}</th>{cells}</tr>")
     head = f"<caption>{escape(caption)}</caption><thead><tr>{titles}</tr></thead>"
-    table = f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
+    table = f"<table{_class('wide' if len(heads) > 2 else '')}>{head}<tbody>{''.join(lines)}</tbody></table>"
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}">{table}</div>'
+
+
+def _class(name: str) -> str:
+    return f' class="{name}"' if name else ""

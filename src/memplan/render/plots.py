@@ -7,13 +7,14 @@ pattern or the order says too.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memplan.answers import Plan
 from memplan.errors import SpecError, UnsupportedError
 from memplan.render import words
-from memplan.render.colors import BLUE, COMPONENTS, SERIES, VERDICTS
+from memplan.render.colors import BLUE, COMPONENTS, VERDICTS, series
 from memplan.results import (
     Estimate,
     EstimateList,
@@ -40,8 +41,8 @@ _OPTIONS = {
     "lora_rank": "rank of the LoRA adapters",
 }
 """What the axis says of an option that estimates differ in."""
-_ON_LINES = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
-"""Behind text that a line may pass."""
+_NAME = 36
+"""Characters of a line of a name: bars and points keep most of a plot's width."""
 
 
 def plot_estimate(estimate: Estimate, *, ax: Axes | None = None) -> Axes:
@@ -57,7 +58,7 @@ def plot_estimates(estimates: EstimateList, *, ax: Axes | None = None) -> Axes:
 
 def plot_ladder(plan: Plan, *, ax: Axes | None = None) -> Axes:
     """Draw a bar per rung, the first on top; the chosen one is marked."""
-    names = [f"{rung.name}\n(chosen)" if rung == plan.best else rung.name for rung in plan.rungs]
+    names = [f"{rung.name} (chosen)" if rung == plan.best else rung.name for rung in plan.rungs]
     return _bars([rung.estimate for rung in plan.rungs], names, plan.rungs[0].estimate.model.id, ax)
 
 
@@ -67,13 +68,15 @@ def plot_phases(estimate: Estimate, *, ax: Axes | None = None) -> Axes:
     names = [phase.name for phase in estimate.gpu.phases]
     sizes = [phase.allocated / GiB for phase in estimate.gpu.phases]
     places = range(len(names))
-    bars = axes.bar(places, sizes, color=BLUE, width=0.7, label="allocated")
-    axes.bar_label(bars, [words.gib(phase.allocated) for phase in estimate.gpu.phases], padding=2, bbox=_ON_LINES)
-    axes.set_xticks(places, [name.replace("_", "\n") for name in names])
+    axes.bar(places, sizes, color=BLUE, width=0.7, label="allocated")
+    # Numbers stand with the names: on the bars the capacity's line would run through some.
+    numbers = [words.gib(phase.allocated) for phase in estimate.gpu.phases]
+    axes.set_xticks(places, [f"{number}\n{name}".replace("_", "\n") for number, name in zip(numbers, names)])
     axes.set_xlabel("phase of the run")
     axes.set_ylabel("GiB allocated per GPU, at most")
     _mark_capacities(axes.axhline, [estimate])
-    axes.set_title(f"{estimate.model.id}: {words.setup_facts(estimate)}")
+    # From the axes' left to the picture's right, over the legend, and on to a next line there.
+    axes.set_title(f"{estimate.model.id}: {words.setup_facts(estimate)}", loc="left", fontsize="medium", wrap=True)
     top = max([*sizes, (estimate.gpu.capacity or 0) / GiB])
     axes.set_ylim(0, 1.1 * top or 1)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -94,12 +97,13 @@ def plot_peaks(estimates: EstimateList | Iterable[Estimate], *, by: str, ax: Axe
             raise SpecError.at("by", by, "is no number of every estimate", f"Use {' or '.join(_OPTIONS)}.")
         lines.setdefault(_line_name(estimate, by), []).append((value, estimate))
     axes: Any = _new_axes(4.8) if ax is None else ax
-    for (name, points), (color, marker) in zip(lines.items(), _repeated(SERIES, len(lines))):
+    for (name, points), (color, marker, style) in zip(lines.items(), series(len(lines))):
         points.sort(key=lambda point: point[0])
         at = [value for value, _ in points]
         gpus = [estimate.gpu for _, estimate in points]
         axes.fill_between(at, [gpu.low / GiB for gpu in gpus], [gpu.high / GiB for gpu in gpus], color=color, alpha=0.2)
-        axes.plot(at, [gpu.peak_device / GiB for gpu in gpus], color=color, marker=marker, label=name)
+        look = {"color": color, "marker": marker, "linestyle": style}
+        axes.plot(at, [gpu.peak_device / GiB for gpu in gpus], label=name, **look)
     _mark_capacities(axes.axhline, several)
     axes.set_xlabel(_OPTIONS.get(by, by))
     axes.set_ylabel("GiB per GPU at the peak (shaded: low to high)")
@@ -111,29 +115,37 @@ def plot_peaks(estimates: EstimateList | Iterable[Estimate], *, by: str, ax: Axe
 
 
 def plot_pareto(plan: Plan, *, ax: Axes | None = None) -> Axes:
-    """Draw the setups that no other beats in time and memory, with the other rungs that fit, or may."""
+    """Draw the setups that no other beats in time and memory, with the other rungs that fit, or may.
+
+    Where nothing is known to fit, the title says so, and rungs that do not fit are drawn too.
+    """
     axes: Any = _new_axes(4.8) if ax is None else ax
     rungs = [rung.estimate for rung in plan.rungs]
-    groups = (("other rung that fits", ("fits",), "o"), ("rung that may fit", ("tight", "unknown"), "x"))
+    front = [(each.seconds, each.high / GiB) for each in plan.pareto]
+    groups = [("other rung that fits", ("fits",), "o"), ("rung that may fit", ("tight", "unknown"), "x")]
+    if not front:
+        groups.append(("rung that does not fit", ("does-not-fit",), "+"))
     for name, verdicts, marker in groups:
         found = [(each.step.seconds, each.gpu.high / GiB) for each in rungs if each.step and each.verdict in verdicts]
+        found = [place for place in found if place not in front]
         if found:
             seconds, highs = zip(*found)
             axes.scatter(seconds, highs, color="#767676", marker=marker, label=name)
-    front = [(each.seconds, each.high / GiB) for each in plan.pareto]
-    look = {"color": BLUE, "marker": "o", "markersize": 11, "drawstyle": "steps-post"}
-    axes.plot([x for x, _ in front], [y for _, y in front], label="not beaten by any", **look)
-    for number, (x, y) in enumerate(front, start=1):
-        axes.annotate(str(number), (x, y), color="white", fontsize=8, ha="center", va="center", fontweight="bold")
+    if front:
+        look: dict[str, Any] = {"color": "#767676", "linewidth": 1, "drawstyle": "steps-post"}
+        axes.plot([x for x, _ in front], [y for _, y in front], label="not beaten by any:", **look)
+    for each, place, (color, marker, _) in zip(plan.pareto, front, series(len(front))):
+        name = textwrap.fill(f"{words.point(each)}, {words.batch_of(each)}", _NAME)
+        axes.plot(*place, color=color, marker=marker, markersize=8, linestyle="none", label=name)
     _mark_capacities(axes.axhline, rungs)
     axes.set_xlabel("seconds per step")
     axes.set_ylabel("GiB per GPU, at most")
-    axes.set_title(rungs[0].model.id if rungs else "")
+    title = rungs[0].model.id if rungs else ""
+    axes.set_title(title if front else f"{title}: no setup is known to fit")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    named = "\n".join(f"{number}  {_point(each)}" for number, each in enumerate(plan.pareto, start=1))
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title=named, alignment="left")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return axes
 
 
@@ -149,7 +161,7 @@ def plot_errors(rows: Iterable[tuple[str, float, float]], *, unit: str = "GiB", 
     axes: Any = _new_axes(4.8) if ax is None else ax
     axes.axhspan(0.9, 1.1, color="#E5E5E5", label="within 10 %")
     axes.axhline(1, color="black", linewidth=1)
-    for (name, points), (color, marker) in zip(groups.items(), _repeated(SERIES, len(groups))):
+    for (name, points), (color, marker, _) in zip(groups.items(), series(len(groups))):
         at, ratios = zip(*points)
         axes.scatter(at, ratios, color=color, marker=marker, s=22, alpha=0.8, label=f"{name} ({len(points)})")
     axes.set_xscale("log")
@@ -174,17 +186,17 @@ def _bars(estimates: Sequence[Estimate], labels: Sequence[str], title: str, ax: 
     lows = [(estimate.gpu.peak_device - estimate.gpu.low) / GiB for estimate in estimates]
     highs = [(estimate.gpu.high - estimate.gpu.peak_device) / GiB for estimate in estimates]
     axes.errorbar(starts, places, xerr=[lows, highs], fmt="none", ecolor="black", capsize=4, label="low to high")
-    for place, estimate in zip(places, estimates):
-        end = max(estimate.gpu.high, estimate.gpu.peak_device) / GiB
-        verdict = words.verdict_in_a_row(estimate)
-        look = {"textcoords": "offset points", "va": "center", "color": VERDICTS[estimate.verdict], "bbox": _ON_LINES}
-        axes.annotate(verdict, (end, place), (8, 0), **look)
     _mark_capacities(axes.axvline, estimates)
-    axes.set_yticks(places, labels)
+    # Verdicts stand below the names: beside the bars the capacity's line would run through some.
+    names = [textwrap.fill(label, _NAME) for label in labels]
+    verdicts = [words.verdict_in_a_row(estimate) for estimate in estimates]
+    axes.set_yticks(places, [f"{name}\n{verdict}" for name, verdict in zip(names, verdicts)])
+    for label, estimate in zip(axes.get_yticklabels(), estimates):
+        label.set_color(VERDICTS[estimate.verdict])
     edge = 0.8 if len(estimates) == 1 else 0.5
     axes.set_ylim(len(estimates) - 1 + edge, -edge)
     ends = [max(each.gpu.high, each.gpu.capacity or 0) / GiB for each in estimates]
-    axes.set_xlim(0, 1.3 * max(ends, default=0) or 1)  # room for the verdicts
+    axes.set_xlim(0, 1.05 * max(ends, default=0) or 1)
     axes.set_xlabel("GiB per GPU at the peak")
     axes.set_title(title)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -216,15 +228,6 @@ def _line_name(estimate: Estimate, by: str) -> str:
     if words.option(estimate, "gradient_checkpointing"):
         parts.append("checkpointing")
     return ", ".join(parts)
-
-
-def _point(each: Any) -> str:
-    batch = f"{each.setup['micro_batch_size']} x {each.setup['grad_accum_steps']}"
-    return f"{words.point(each)}, {batch}"
-
-
-def _repeated(items: Sequence[Any], number: int) -> list[Any]:
-    return [items[index % len(items)] for index in range(number)]
 
 
 def _new_axes(height: float) -> Any:

@@ -1,39 +1,47 @@
 """Charts as SVG for a page that stands alone: sizes are bytes, axes are GiB, colours follow the page's theme.
 
-A chart says in a table beside it what it shows; its ``label`` is for who cannot see it.
+A chart says in a table beside it what it shows; its ``label`` is for who cannot see it. Its places across are percent
+of its width, its places down and its letters are pixels: on a phone it is narrower, and as easily read.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import pairwise
 from typing import NamedTuple
 
 from memplan.render import words
 from memplan.render.colors import BLUE, COMPONENTS
 from memplan.units import GiB
 
-__all__ = ["Bar", "Dot", "alone", "columns", "definitions", "legend", "scatter", "stacks"]
+__all__ = ["Bar", "Dot", "alone", "definitions", "legend", "scatter", "stacks"]
 
 WIDTH = 800
-_ROW = 26
+"""Of a chart in a file of its own."""
+_NARROW = 288
+"""The least width that a chart is laid out for: of a page 320 pixels wide, without its margins."""
 _TEXT = 7.2
 """Width of a character, on average."""
+_LINE = 17
+_LETTERS = 14
+"""Height of a line of text, and what of it letters fill."""
+_BAR = 16
 _TURN = {"//": 45, "xx": 45, "..": 0}
 
 
 class Bar(NamedTuple):
-    """A stacked bar."""
+    """A stacked bar below what stands for it."""
 
     name: str
     parts: Sequence[tuple[str, int]]
-    """Component and bytes, in order."""
+    """Component, or another name, and bytes, in order."""
     low: int
     high: int
-    note: str
-    """What stands behind it."""
+    """An interval of it; none is drawn where both are the sum of the parts."""
 
 
 class Dot(NamedTuple):
@@ -67,7 +75,7 @@ def _ink(hatch: str) -> str:
 
 def alone(chart: str, title: str, names: Sequence[str], style: str) -> str:
     """Return a chart as a file of its own: with a title, its patterns and a legend of the components that are named."""
-    found = re.match(rf'<svg viewBox="0 0 {WIDTH} (\d+)"(.*)</svg>$', chart, re.DOTALL)
+    found = re.match(r'<svg width="100%" height="(\d+)"(.*?)>(.*)</svg>$', chart, re.DOTALL)
     assert found is not None
     row, left = int(found[1]) + 44, 12.0
     keys = []
@@ -75,16 +83,14 @@ def alone(chart: str, title: str, names: Sequence[str], style: str) -> str:
         if left + 24 + len(name) * _TEXT > WIDTH:
             row, left = row + 20, 12.0
         keys.append(f'<rect x="{left:.0f}" y="{row - 6}" width="16" height="12" fill="{_fill(name)}"/>')
-        keys.append(_text(left + 22, row, name, "start"))
+        keys.append(f'<text x="{left + 22:.1f}" y="{row}">{escape(name)}</text>')
         left += 38 + len(name) * _TEXT
     height = row + 18
     size = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
-    rest = found[2].partition(">")
-    moved = f'<g transform="translate(0 30)">{rest[2]}</g>'
     return (
-        f"<svg {size}{rest[0]}><style>{style}</style><defs>{_patterns()}</defs>"
-        f'<rect class="back" width="{WIDTH}" height="{height}"/>{_text(12, 16, title, "start")}'
-        f"{moved}{''.join(keys)}</svg>\n"
+        f"<svg {size}{found[2]}><style>{style}</style><defs>{_patterns()}</defs>"
+        f'<rect class="back" width="{WIDTH}" height="{height}"/><text x="12" y="16">{escape(title)}</text>'
+        f'<g transform="translate(0 30)">{found[3]}</g>{"".join(keys)}</svg>\n'
     )
 
 
@@ -98,136 +104,149 @@ def legend(names: Iterable[str]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def stacks(bars: Sequence[Bar], capacity: int | None, label: str) -> str:
-    """Return a row per bar, with an interval from low to high and the capacity as a dashed line."""
-    left = max((len(bar.name) for bar in bars), default=0) * _TEXT + 12
-    room = WIDTH - left - max((len(bar.note) for bar in bars), default=0) * _TEXT - 16
-    top, bottom = 22, 22 + _ROW * len(bars)
+def stacks(bars: Sequence[Bar], capacity: int | None, axis: str, label: str) -> str:
+    """Return a row per bar below its name, with its interval, and the capacity as a dashed line across the bars."""
     full = max([bar.high for bar in bars] + [capacity or 0, 1])
 
     def x(size: float) -> float:
-        return left + room * size / full
+        return 2 + 92 * size / full
 
-    rows = []
-    for index, bar in enumerate(bars):
-        y, start = top + _ROW * index, 0
-        middle = y + _ROW / 2
-        rows.append(_text(left - 8, middle, bar.name, "end"))
+    y = 8.0
+    parts: list[str] = []
+    if capacity is not None:
+        parts, y = _key(y, capacity), y + 22
+    top = y
+    for bar in bars:
+        for line in textwrap.wrap(bar.name, int(0.96 * _NARROW / _TEXT)):
+            parts.append(_text(2, y, line, halo=True))
+            y += _LINE
+        upper, lower = y - 6, y - 6 + _BAR
+        start = 0
         for name, size in bar.parts:
             if size:
-                rows.append(_rect(x(start), y + 4, x(start + size) - x(start), _ROW - 8, name, size, _fill(name)))
+                parts.append(_rect(x(start), upper, x(start + size) - x(start), name, size))
                 start += size
-        span = f"M{x(bar.low):.1f} {middle}H{x(bar.high):.1f}"
-        span += "".join(f"M{x(end):.1f} {middle - 4}v8" for end in (bar.low, bar.high))
-        rows += [f'<path class="{look}" d="{span}"/>' for look in ("around", "span")]
-        rows.append(_text(x(max(bar.high, start)) + 8, middle, bar.note, "start", halo=True))
-    axis = "".join(
-        _grid(f"M{x(tick):.1f} {top}V{bottom}", _text(x(tick), bottom + 12, f"{tick / GiB:g}", "middle"))
-        for tick in _ticks(full)
-    )
-    axis += _text(left + room / 2, bottom + 30, "GiB per GPU at the peak", "middle")
-    line = ""
-    if capacity is not None:
-        anchor = "start" if x(capacity) < WIDTH / 2 else "end"
-        line = _capacity(f"M{x(capacity):.1f} {top - 4}V{bottom}", x(capacity), 10, capacity, anchor)
-    return _svg(bottom + 40, label, f"{axis}{''.join(rows)}{line}")
-
-
-def columns(sizes: Sequence[tuple[str, int]], capacity: int | None, label: str) -> str:
-    """Return a column per phase, with the capacity as a dashed line."""
-    left, top, bottom = 56, 28, 228
-    full = max([size for _, size in sizes] + [capacity or 0, 1])
-    step = (WIDTH - left - 8) / max(len(sizes), 1)
-
-    def y(size: float) -> float:
-        return bottom - (bottom - top) * size / full
-
-    parts = [
-        _grid(f"M{left} {y(tick):.1f}H{WIDTH - 8}", _text(left - 6, y(tick), f"{tick / GiB:g}", "end"))
-        for tick in _ticks(full)
-    ]
-    for index, (name, size) in enumerate(sizes):
-        at, middle = left + step * index, left + step * (index + 0.5)
-        parts.append(_rect(at + step * 0.15, y(size), step * 0.7, bottom - y(size), name, size, BLUE))
-        parts.append(_text(middle, bottom + 14, name, "middle"))
-    if capacity is not None:
-        parts.append(_capacity(f"M{left} {y(capacity):.1f}H{WIDTH - 8}", WIDTH - 8, y(capacity) - 8, capacity, "end"))
-    for index, (_, size) in enumerate(sizes):  # above the line
-        parts.append(_text(left + step * (index + 0.5), y(size) - 8, words.gib(size), "middle", halo=True))
-    parts.append(_text(left, 10, "GiB allocated per GPU, at most", "start"))
-    return _svg(bottom + 28, label, "".join(parts))
+        if not bar.low == bar.high == start:
+            for look in ("around", "span"):
+                parts.append(_line(look, x(bar.low), upper + _BAR / 2, x(bar.high), upper + _BAR / 2))
+                parts += [_line(look, x(end), upper + 4, x(end), lower - 4) for end in (bar.low, bar.high)]
+        if capacity is not None:  # across the bars only: nothing that is written is on it
+            parts += [_line(look, x(capacity), upper - 2, x(capacity), lower + 2) for look in ("around", "capacity")]
+        y = lower + 16
+    bottom = y - 10
+    grid = []
+    for tick in _ticks(0, full / GiB):
+        grid.append(_line("grid", x(tick * GiB), top - 8, x(tick * GiB), bottom))
+        grid.append(_text(x(tick * GiB), bottom + 10, f"{tick:g}", "middle"))
+    grid.append(_text(50, bottom + 10 + _LINE, axis, "middle"))
+    return _svg(bottom + 20 + _LINE, label, f"{''.join(grid)}{''.join(parts)}")
 
 
 def scatter(dots: Sequence[Dot], capacity: int | None, label: str) -> str:
-    """Return seconds of a step against the memory, the front as a staircase, each setup with its number."""
-    left, top, bottom = 56, 28, 268
-    full, slowest = max([dot.size for dot in dots] + [capacity or 0, 1]), max(dot.seconds for dot in dots)
+    """Return seconds of a step against the memory, the front as a staircase, each setup with its number.
+
+    ``dots`` are those of a front: each is slower than the one before, and smaller.
+    """
+    top, bottom = 52, 300
+    full = max([dot.size for dot in dots] + [capacity or 0, 1])
+    first, last = dots[0].seconds, dots[-1].seconds
+    margin = (last - first) / 6 or last / 6  # for a number to the left of the first
+    least, most = first - margin, last + margin
 
     def x(seconds: float) -> float:
-        return left + (WIDTH - left - 24) * seconds / slowest
+        return 13 + 81 * (seconds - least) / (most - least)
 
     def y(size: float) -> float:
-        return bottom - (bottom - top) * size / full
+        return bottom - 24 - (bottom - 24 - top) * size / full  # room for a number below a dot at the very bottom
 
-    parts = [
-        _grid(f"M{left} {y(tick):.1f}H{WIDTH - 8}", _text(left - 6, y(tick), f"{tick / GiB:g}", "end"))
-        for tick in _ticks(full)
-    ]
-    parts += [
-        _grid(f"M{x(tick):.1f} {top}V{bottom}", _text(x(tick), bottom + 12, f"{tick:g}", "middle"))
-        for tick in _ticks(slowest, 1.0)
-    ]
-    stairs = f"M{x(dots[0].seconds):.1f} {y(dots[0].size):.1f}"
-    stairs += "".join(f"H{x(dot.seconds):.1f}V{y(dot.size):.1f}" for dot in dots[1:])
-    parts.append(f'<path class="front" d="{stairs}"/>')
+    parts = [_text(2, 8, "GiB per GPU, at most")]
+    for tick in _ticks(0, full / GiB):
+        parts += [_line("grid", 13, y(tick * GiB), 98, y(tick * GiB)), _text(12, y(tick * GiB), f"{tick:g}", "end")]
+    for tick in _ticks(max(least, 0.0), most):
+        parts += [_line("grid", x(tick), top, x(tick), bottom), _text(x(tick), bottom + 12, f"{tick:g}", "middle")]
+    parts.append(_text(55, bottom + 12 + _LINE, "seconds per step", "middle"))
+    for one, other in pairwise(dots):
+        parts.append(_line("front", x(one.seconds), y(one.size), x(other.seconds), y(one.size)))
+        parts.append(_line("front", x(other.seconds), y(one.size), x(other.seconds), y(other.size)))
     if capacity is not None:
-        parts.append(_capacity(f"M{left} {y(capacity):.1f}H{WIDTH - 8}", WIDTH - 8, y(capacity) - 8, capacity, "end"))
-    for number, dot in enumerate(dots, start=1):
-        at = f'cx="{x(dot.seconds):.1f}" cy="{y(dot.size):.1f}"'
-        parts.append(f'<circle {at} r="9" fill="{BLUE}" data-bytes="{dot.size}"/>')
-        parts.append(f'<text x="{x(dot.seconds):.1f}" y="{y(dot.size):.1f}" class="on">{number}</text>')
-    parts.append(_text(left, 10, "GiB per GPU, at most", "start"))
-    parts.append(_text((left + WIDTH) / 2, bottom + 30, "seconds per step", "middle"))
-    return _svg(bottom + 40, label, "".join(parts))
+        parts += [*_key(8 + _LINE, capacity), _line("capacity", 13, y(capacity), 98, y(capacity))]
+    for dot in dots:
+        parts.append(
+            f'<circle cx="{x(dot.seconds):.3f}%" cy="{y(dot.size):.1f}" r="5" fill="{BLUE}" data-bytes="{dot.size}"/>'
+        )
+    # Below and to the left of a dot is neither another one of a front nor its staircase.
+    for numbers in _together([(x(dot.seconds) / 100 * _NARROW, y(dot.size)) for dot in dots]):
+        dot = dots[numbers[0]]
+        parts.append(_text(x(dot.seconds), y(dot.size) + 12, _numbers(numbers), "end", halo=True, aside=-7))
+    return _svg(bottom + 22 + _LINE, label, "".join(parts))
+
+
+def _together(places: Sequence[tuple[float, float]]) -> list[list[int]]:
+    """Indices of the dots that share a place for their numbers, because those of each would cover each other.
+
+    ``places`` are pixels from the left and from the top, and both grow.
+
+    >>> _together([(10, 10), (40, 12), (42, 15), (44, 200)])
+    [[0], [1, 2], [3]]
+    """
+    groups: list[list[int]] = []
+    for index in range(len(places)):
+        groups.append([index])
+        # A longer text reaches further to the left, so what was apart may touch.
+        while len(groups) > 1 and _touch(places, *groups[-2:]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return groups
+
+
+def _touch(places: Sequence[tuple[float, float]], before: list[int], after: list[int]) -> bool:
+    (left, above), (right, below) = places[before[0]], places[after[0]]
+    return below - above < _LETTERS and right - left < _TEXT * len(_numbers(after)) + 4
+
+
+def _numbers(indices: Sequence[int]) -> str:
+    first, last = indices[0] + 1, indices[-1] + 1
+    return f"{first}" if first == last else f"{first}-{last}"
 
 
 def _svg(height: float, label: str, inner: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">{inner}</svg>'
+    return f'<svg width="100%" height="{height:.0f}" role="img" aria-label="{escape(label)}">{inner}</svg>'
 
 
 def _fill(name: str) -> str:
+    """A component's colour or pattern; the colour of a bar for what is none."""
+    if name not in COMPONENTS:
+        return BLUE
     return f"url(#fill-{name})" if COMPONENTS[name].hatch else COMPONENTS[name].color
 
 
-def _rect(x: float, y: float, width: float, height: float, name: str, size: int, fill: str) -> str:
+def _rect(x: float, y: float, width: float, name: str, size: int) -> str:
     """An area that says what it is to a pointer that rests on it."""
-    place = f'x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}"'
-    return (
-        f'<rect {place} fill="{fill}" data-bytes="{size}"><title>{escape(name)}: {words.gib(size)} GiB</title></rect>'
-    )
+    place = f'x="{x:.3f}%" y="{y:.1f}" width="{width:.3f}%" height="{_BAR}" fill="{_fill(name)}"'
+    return f'<rect {place} data-bytes="{size}"><title>{escape(name)}: {words.gib(size)} GiB</title></rect>'
 
 
-def _text(x: float, y: float, text: str, anchor: str, *, halo: bool = False) -> str:
+def _text(x: float, y: float, text: str, anchor: str = "start", *, halo: bool = False, aside: int = 0) -> str:
     look = ' class="halo"' if halo else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{look}>{escape(text)}</text>'
+    look += f' dx="{aside}"' if aside else ""
+    return f'<text x="{x:.3f}%" y="{y:.1f}" text-anchor="{anchor}"{look}>{escape(text)}</text>'
 
 
-def _grid(path: str, number: str) -> str:
-    return f'<path class="grid" d="{path}"/>{number}'
+def _line(look: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{look}" x1="{x1:.3f}%" y1="{y1:.1f}" x2="{x2:.3f}%" y2="{y2:.1f}"/>'
 
 
-def _capacity(path: str, x: float, y: float, capacity: int, anchor: str) -> str:
-    text = _text(x, y, f"capacity {words.gib(capacity)} GiB", anchor, halo=True)
-    return f'<path class="capacity" d="{path}"/>{text}'
+def _key(y: float, capacity: int) -> list[str]:
+    """What the dashed line is."""
+    return [_line("capacity", 2, y, 7, y), _text(8, y, f"capacity {words.gib(capacity)} GiB")]
 
 
-def _ticks(full: float, unit: float = GiB) -> list[float]:
-    """About five round steps of 1, 2 or 5 times a power of ten, from 0.
+def _ticks(least: float, most: float) -> list[float]:
+    """About five round steps of 1, 2 or 5 times a power of ten.
 
-    >>> _ticks(24 * GiB) == [0, 5 * GiB, 10 * GiB, 15 * GiB, 20 * GiB]
-    True
+    >>> _ticks(0, 24), _ticks(12.1, 16.4)
+    ([0.0, 5.0, 10.0, 15.0, 20.0], [13.0, 14.0, 15.0, 16.0])
     """
-    rough = full / unit / 5
+    rough = (most - least) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step for step in (1, 2, 5, 10) if step * power >= rough) * power
-    return [step * n * unit for n in range(int(full / unit / step) + 1)]
+    return [float(f"{step * n:.12g}") for n in range(math.ceil(least / step), math.floor(most / step) + 1)]

@@ -1,4 +1,7 @@
-"""Estimates as text for a terminal: aligned numbers, bars, a verdict. A line is never broken in the middle of a row."""
+"""Estimates as text for a terminal: aligned numbers, bars, a verdict.
+
+Facts and names of setups go on to a next line where they are long; names of models and sources of numbers are cut.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,7 @@ def estimates_text(
         return estimate_text(best, gpus=gpus[0] if gpus else (), options=options, console=console)
     names, place = words.rungs(estimates.estimates), estimates.estimates.index(best)
     next_steps = words.next_steps(best, gpus[0] if gpus else (), options, of=names[0] if place else "")
-    title = _line(names[place], style="bold")
+    title = Text(names[place], style="bold")
     body = _body(best, console.width, next_steps)
     return _text(Group(_model(best), _rungs(estimates, gpus), Text(), title, _setup(best), *body), console)
 
@@ -141,7 +144,7 @@ def plan_text(plan: Plan, *, folder: str | None = None, console: Console | None 
         unwritten = "" if folder is None else " No files are written."
         said = Text(f"{answer} {why}{unwritten}")
         return _text(Group(_model(first), Text(), table, Text(), said, *_remedies(plan)), console)
-    title = _line(best.name, style="bold")
+    title = Text(best.name, style="bold")
     body = _body(best.estimate, console.width, words.next_steps(best.estimate))
     answers: list[RenderableType] = []
     if plan.solved is not None:
@@ -167,9 +170,8 @@ def _front(plan: Plan) -> list[RenderableType]:
     for header in ("batch", "GPU GiB", "to spare", "s/step"):
         table.add_column(header, justify="right", no_wrap=True)
     for each in plan.pareto:
-        batch = f"{each.setup['micro_batch_size']} x {each.setup['grad_accum_steps']}"
         memory = (words.gib(each.high), words.gib(each.headroom))
-        table.add_row(words.point(each), batch, *memory, f"{each.seconds:.3g}")
+        table.add_row(words.point(each), words.batch_of(each), *memory, f"{each.seconds:.3g}")
     return [Text(), Text("What no other setup beats both in time and in memory", style="bold"), table]
 
 
@@ -297,7 +299,7 @@ def _facts(*facts: tuple[str, str]) -> RenderableType:
     table = _grid()
     table.add_column(min_width=_LABEL)
     for name, fact in facts:
-        table.add_row(Text(name, style="dim"), _line(fact))
+        table.add_row(Text(name, style="dim"), Text(fact))
     return _indented(table)
 
 
@@ -344,7 +346,7 @@ def _rungs(estimates: EstimateList, gpus: Sequence[Sequence[str]]) -> Renderable
     for estimate, setup, peak, interval, verdict, *gpu in zip(
         estimates.estimates, setups, *columns.values(), strict=True
     ):
-        table.add_row(_line(setup), peak, interval, Text(verdict, style=_STYLES[estimate.verdict]), *gpu)
+        table.add_row(Text(setup), peak, interval, Text(verdict, style=_STYLES[estimate.verdict]), *gpu)
     return Group(Text(), table)
 
 

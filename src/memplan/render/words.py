@@ -13,13 +13,16 @@ from memplan.results import (
     Verdict,
     verdict_by_place,
 )
-from memplan.space import SIZES
+from memplan.space import LADDER, SIZES
 from memplan.specs.strategy import ZeroSpec
 from memplan.units import GiB, KiB, gib
 
 __all__ = [
+    "AS_ASKED",
+    "PLAIN",
     "VERDICTS",
     "assumed",
+    "batch_of",
     "compared_hardware",
     "components_of",
     "count",
@@ -55,14 +58,19 @@ VERDICTS: dict[Verdict, str] = {
 }
 """Verdicts as people read them."""
 
+AS_ASKED = LADDER[0][0]
+"""The name of a plan's first rung."""
+PLAIN = {"single": "plain training", "ddp": "DDP"}
+"""Strategies that a plan starts with, as people say them."""
+
 _PRECISION = {"no": "", "bf16": " + bf16 autocast", "fp16": " + fp16 autocast"}
 _PLACES = {"host": ("--host-memory", "host memory"), "nvme": ("--nvme", "NVMe")}
 _ROW_PLACES = {"host": "host", "nvme": "NVMe"}
 _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
-def findings_title(findings: Sequence[Finding]) -> str:
-    """How many there are of each severity.
+def findings_title(findings: Sequence[Finding], where: str = " in the files") -> str:
+    """How many there are of each severity, and where.
 
     >>> some = Finding(code="padding", severity="error", path="p", message="m", remedy="r")
     >>> findings_title([some, some])
@@ -71,7 +79,7 @@ def findings_title(findings: Sequence[Finding]) -> str:
     counts = {name: sum(finding.severity == name for finding in findings) for name in ("error", "warning", "info")}
     plural = {"error": "errors", "warning": "warnings", "info": "info"}
     parts = [f"{number} {name if number == 1 else plural[name]}" for name, number in counts.items() if number]
-    return f"{', '.join(parts)} in the files"
+    return f"{', '.join(parts)}{where}"
 
 
 def gib_more(size: int) -> str:
@@ -260,6 +268,11 @@ def sizes(setup: Mapping[str, Any]) -> str:
 def point(each: Point) -> str:
     """A setup of the front: its rung, and whether its buffers are DeepSpeed's own."""
     return f"{each.name}, small buffers" if sizes(each.setup) else each.name
+
+
+def batch_of(each: Point) -> str:
+    """Sequences of a micro-batch x micro-batches of a step."""
+    return f"{each.setup['micro_batch_size']} x {each.setup['grad_accum_steps']}"
 
 
 def _batch_of_rung(estimate: Estimate) -> str:
