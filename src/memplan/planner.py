@@ -564,9 +564,9 @@ def _pareto(
     """The fastest setup that fits, and then each that is the fastest of those that leave more memory; the chosen one
     is among them, unless another is both faster and smaller.
 
-    What was ``tried`` counts too. Each has the largest buffers with which it fits, or the smallest. What a setup leaves is told by what it has
-    allocated, which needs no replay; the ones taken are replayed. In the order of time come first setups whose time and
-    memory are bounds, which are looked at closer if they may be taken.
+    What was ``tried`` counts too. Each has the largest buffers with which it fits, or the smallest. What a setup leaves
+    is told by what it has allocated, which needs no replay; the ones taken are replayed. In the order of time come
+    first setups whose time and memory are bounds, which are looked at closer if they may be taken.
     """
     waiting: list[tuple[int, int, tuple[int, ...], int, bool, Setup, str]] = []
     smallest = [(levels(setup)[-1], name, setup) for setup, name in choices if setup.training.micro_batch_size == 1]

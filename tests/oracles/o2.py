@@ -1500,7 +1500,11 @@ def _knobs() -> list[Setup]:
         ("llama", "small", {"strategy": "zero2", "gpus": 4, "zero": {**held, "reduce_bucket_size": 100_000}}),
         ("gpt2", "small", {"strategy": "zero2", "zero": {**held, "reduce_bucket_size": 1000}, "grad_accum_steps": 2}),
         ("qwen2", "small", {"strategy": "zero2", "zero": {**held, "grad_accum_dtype": "fp32"}, "grad_accum_steps": 2}),
-        ("qwen2", "small", {"strategy": "zero2", "gpus": 3, "zero": {"grad_accum_dtype": "fp32", "reduce_scatter": False}}),
+        (
+            "qwen2",
+            "small",
+            {"strategy": "zero2", "gpus": 3, "zero": {"grad_accum_dtype": "fp32", "reduce_scatter": False}},
+        ),
         ("gpt2", "small", {"strategy": "zero1", "gpus": 3, "zero": {**held, "reduce_bucket_size": 100_000}}),
         # What offloads reduces by buffers all the same.
         ("llama", "small", {"strategy": "zero2", **_OFFLOAD, "gpus": 2, "zero": {"contiguous_gradients": False}}),
