@@ -256,8 +256,8 @@ def resolve(
     _check_attention(training, precision, rules)
     has_cast = strategy.kind == "zero3" and strategy.zero.zero3_init_flag
     if strategy.shards and not has_cast and training.quantization is None and training.lora is not None:
-        # DeepSpeedEngine casts all parameters to the 16-bit type, unless zero.Init has, before there were adapters. FSDP
-        # gathers all of them in it.
+        # DeepSpeedEngine casts all parameters to the 16-bit type, unless zero.Init has, before there were adapters.
+        # FSDP gathers all of them in it.
         training = training.replace(lora=training.lora.replace(autocast_adapter_dtype=False))
     if strategy.kind == "fsdp" and strategy.fsdp.activation_checkpointing:
         training = _activation_checkpointing(training, strategy)
