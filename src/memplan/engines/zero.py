@@ -318,8 +318,10 @@ class Zero12(WholeWeights):
 
     def _make_compact(self, weight: Weight) -> None:
         """_get_compact_grad_partition_slice: the buffer of a group, when a weight of this rank's finds none."""
+        if not self.compact or weight.key not in self._owned:
+            return
         place = self.setup.groups.index(self._group[weight.key])
-        if self.compact and weight.key in self._owned and place not in self._compact:
+        if place not in self._compact:
             nbytes = self.setup.groups[place].partition * self.setup.accumulation_dtype.itemsize
             self._compact[place] = self.ledger.allocate("gradients", nbytes, name=PARTITION)
 
