@@ -221,6 +221,7 @@ def test_what_differs_from_the_arguments_is_what_the_trainer_refuses(
         deepspeed=read.raw["deepspeed"].data,
         arguments=read.raw["arguments"].data,
         cluster=SimpleNamespace(gpus=gpus),
+        counted=True,
         path=lambda kind, key: key,
     )
     found = findings.trainer_mismatch(checked)

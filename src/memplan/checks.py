@@ -114,13 +114,18 @@ def _checked(
     keys = run.engine.keys if run.engine is not None else {}
     fixing = EngineConfig(run.source, {}, cluster=fixed, refused=refused, keys=keys)
     hardware, notes = with_cluster(fixing, hardware)
+    counted = "gpus" in hardware.model_fields_set
+    if not counted:
+        hardware, told = _counted(run, asked, hardware)
+        counted = told is not None
+        notes += [] if told is None else [_noted(told)]
     if here and hardware.nvme is None and hardware.nvme_path is not None:
         hardware = hardware.replace(nvme=free_disk_of(hardware.nvme_path))
     case = case_of(model, hardware, software)
     found = list(run.findings)
     if not case.software.at_least("transformers", "5"):
         found = [each for each in found if each.code != "removed-argument"]
-    if "gpus" not in hardware.model_fields_set and case.cluster.gpus == 1:
+    if not counted and case.cluster.gpus == hardware.gpus:
         notes.append(_noted("the files do not say on how many GPUs: give --gpus"))
     unadapted = findings.quantized_full(run, asked)
     if unadapted is not None:
@@ -148,10 +153,33 @@ def _checked(
     estimated = estimated.model_copy(update={"assumptions": (*estimated.assumptions, *notes)})
     if batches is not None:
         batches = _limited(case, setup, estimated, batches)
-    checked = findings.Checked(run, merged, spread, case.cluster, case.model, case.software, estimated, batches)
+    checked = findings.Checked(
+        run, merged, spread, case.cluster, case.model, case.software, estimated, batches, counted
+    )
     found += findings.find(checked)
     check = Check(estimate=estimated, verdict=estimated.verdict, findings=findings.sorted_by_severity(found))
     return case, setup, check
+
+
+def _counted(run: Run, training: TrainingSpec, hardware: ClusterSpec) -> tuple[ClusterSpec, str | None]:
+    """The cluster of a run that does not say how many GPUs it has, and by what it is told after all; None if it is not.
+
+    A batch that is fixed is that of some number of GPUs. Where that is not told, what each node has is taken.
+    """
+    from memplan.configs.run import ranks_of_batch, usual_nodes
+
+    ranks = ranks_of_batch(run, training)
+    nodes = run.cluster.get("nodes", 1)
+    if ranks is not None:
+        if ranks % nodes or nodes == 1:
+            nodes = usual_nodes(ranks)
+        said = f"the files do not say on how many GPUs: {ranks} on {nodes} nodes are taken, as train_batch_size has it"
+        return hardware.replace(gpus=ranks, nodes=nodes), f"{said}; give --gpus and --nodes"
+    batch = None if run.engine is None else run.engine.batch
+    if batch is not None and batch.train is not None:
+        return hardware.replace(gpus=1), None  # of which every batch is a multiple
+    on_node = run.cluster.get("per_node")
+    return (hardware if on_node is None else hardware.replace(gpus=on_node * nodes, nodes=nodes)), None
 
 
 def _limited(case: Case, setup: Setup, estimated: Estimate, batches: Batches) -> Batches:

@@ -50,6 +50,8 @@ class Checked:
     estimate: Estimate
     batches: Batches | None = None
     """Of the dataset's texts, where their lengths are known."""
+    counted: bool = True
+    """Whether anything says how many GPUs there are; else ``cluster`` has what was taken."""
 
     @property
     def deepspeed(self) -> Mapping[str, Any]:
@@ -110,10 +112,15 @@ def trainer_mismatch(checked: Checked) -> Finding | None:
     if not data or not arguments:
         return None
     wanted: dict[str, tuple[str, object]] = {key: (name, argument(arguments, name)) for key, name in _MATCHED.items()}
-    product = checked.cluster.gpus
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        product *= argument(arguments, name)
-    wanted["train_batch_size"] = (f"{checked.cluster.gpus} GPUs x batch x accumulation", product)
+    parts = [argument(arguments, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+    total = data.get("train_batch_size")
+    if all(isinstance(part, int) for part in parts):
+        each = parts[0] * parts[1]
+        if checked.counted:
+            product = checked.cluster.gpus * each
+            wanted["train_batch_size"] = (f"{checked.cluster.gpus} GPUs x batch x accumulation", product)
+        elif isinstance(total, int) and each > 0 and total % each:  # which is no number of GPUs, whatever there are
+            wanted["train_batch_size"] = ("batch x accumulation, of which it is no multiple,", each)
     betas = [argument(arguments, name) for name in ("adam_beta1", "adam_beta2")]
     wanted["optimizer.params.betas"] = ("adam_beta1 and adam_beta2", betas)
     for precision in ("fp16", "bf16"):
