@@ -503,7 +503,7 @@ def _here(spec: ClusterSpec, run: Live) -> tuple[ClusterSpec, list[Finding]]:
     found: list[Finding] = []
     launched = live.world()
     if launched is not None and "gpus" not in spec.model_fields_set:
-        fields |= {"gpus": launched[0], "nodes": max(1, launched[0] // launched[1])}
+        fields |= {"gpus": launched[0], "nodes": _nodes(*launched)}
     if spec.gpu is None and spec.gpu_memory is None:
         fields |= {"gpu": find_gpu("cpu")} if run.on_cpu else _free_gpus()
         if spec.host_memory is None and "gpu" in fields:
@@ -514,6 +514,12 @@ def _here(spec: ClusterSpec, run: Live) -> tuple[ClusterSpec, list[Finding]]:
         if count > 1 and run.of_a_trainer:
             found.append(_data_parallel(count))
     return spec.replace(**fields), found
+
+
+def _nodes(ranks: int, on_node: int) -> int:
+    """The nodes of ranks of which one has ``on_node``: as few as that takes, of those that share them evenly."""
+    least = -(-ranks // on_node)
+    return next(nodes for nodes in range(least, ranks + 1) if ranks % nodes == 0)
 
 
 def _free_gpus() -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No launcher, no GPU, and what the libraries set in the environment is taken back."""
     before = dict(os.environ)
     for name in list(os.environ):
-        if name.startswith(("ACCELERATE_", "FSDP_")) or name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"):
+        if name.startswith(("ACCELERATE_", "FSDP_")) or name.startswith("SLURM_") or name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"):
             del os.environ[name]
     monkeypatch.setattr(detect, "read_nvml", lambda: ())
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -654,11 +654,43 @@ def test_ranks_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert live.world({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}) == (16, 8)
     assert live.world({"WORLD_SIZE": "4"}) == (4, 4)
     assert live.world({"WORLD_SIZE": "many"}) is None
+    for odd in ("²", "９", "-1", "1.5", "9" * 5000):
+        assert live.world({"WORLD_SIZE": odd}) is None
+        assert live.world({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": odd}) == (4, 4)
+        assert live.rank({"RANK": odd}) == 0
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     found = memplan.preflight(llama(), cluster=memplan.ClusterSpec(gpu="A100-80GB"))
     assert found.check.estimate.cluster["gpus"] == 16
     assert found.check.estimate.cluster["nodes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "nodes"),
+    [
+        ({"WORLD_SIZE": "16", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}, 2),
+        ({"WORLD_SIZE": "16", "SLURM_JOB_NUM_NODES": "4"}, 4),
+        ({"WORLD_SIZE": "16", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8"}, 2),
+        ({"WORLD_SIZE": "16", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}, 1),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "SLURM_NNODES": "4"}, 2),
+        ({"WORLD_SIZE": "12", "LOCAL_WORLD_SIZE": "8"}, 2),
+        ({"WORLD_SIZE": "9", "LOCAL_WORLD_SIZE": "8"}, 3),
+        ({"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "8"}, 1),
+    ],
+)
+def test_nodes_of_the_launcher(variables: dict[str, str], nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun says on how many nodes it starts ranks, and no LOCAL_WORLD_SIZE."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", **variables}.items():
+        monkeypatch.setenv(name, value)
+    found = memplan.preflight(llama(), cluster=memplan.ClusterSpec(gpu="A100-80GB"))
+    cluster = found.check.estimate.cluster
+    assert (cluster["gpus"], cluster["nodes"]) == (int(variables["WORLD_SIZE"]), nodes)
+
+
+def test_a_rank_that_is_no_number_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "²")
+    assert not memplan.preflight(llama(), cluster=memplan.ClusterSpec(gpu="A100-80GB")).errors
 
 
 def test_the_process_group_knows_best(monkeypatch: pytest.MonkeyPatch) -> None:
