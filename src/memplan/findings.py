@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from memplan.answers import Finding
 from memplan.architectures.nn import checkpoints_calls
 from memplan.configs.argument_keys import DEFAULTS
-from memplan.configs.arguments import argument
+from memplan.configs.arguments import argument, switched_on
 from memplan.configs.run import Run
 from memplan.engines.zero3 import attributes_recomputed
 from memplan.errors import MemplanError
@@ -103,6 +103,7 @@ _MATCHED = {
     "scheduler.params.warmup_max_lr": "learning_rate",
 }
 """Keys that HfTrainerDeepSpeedConfig compares with an argument."""
+_PRECISIONS: tuple[Literal["fp16", "bf16"], ...] = ("fp16", "bf16")
 
 
 def trainer_mismatch(checked: Checked) -> Finding | None:
@@ -123,8 +124,8 @@ def trainer_mismatch(checked: Checked) -> Finding | None:
             wanted["train_batch_size"] = ("batch x accumulation, of which it is no multiple,", each)
     betas = [argument(arguments, name) for name in ("adam_beta1", "adam_beta2")]
     wanted["optimizer.params.betas"] = ("adam_beta1 and adam_beta2", betas)
-    for precision in ("fp16", "bf16"):
-        on = bool(arguments.get(precision) or arguments.get(f"{precision}_full_eval"))
+    for precision in _PRECISIONS:
+        on = switched_on(arguments, precision) or bool(arguments.get(f"{precision}_full_eval"))
         wanted[f"{precision}.enabled"] = (precision, on)
     warmup = argument(arguments, "warmup_steps")
     if isinstance(warmup, (int, float)) and (warmup >= 1 or warmup == 0) and "warmup_ratio" not in arguments:
@@ -171,7 +172,7 @@ def _of_plugin(checked: Checked) -> dict[str, Any]:
         return {}
     data: dict[str, Any] = {name: section.get(name) for name in ("gradient_accumulation_steps", "gradient_clipping")}
     launched = str(values.data.get("mixed_precision")).lower()
-    if launched in ("bf16", "fp16") and not checked.arguments.get("bf16") and not checked.arguments.get("fp16"):
+    if launched in _PRECISIONS and not any(switched_on(checked.arguments, each) for each in _PRECISIONS):
         data[launched] = {"enabled": True}
     return data
 

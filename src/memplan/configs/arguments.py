@@ -11,23 +11,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 from memplan.adapters.lora import ALL_LINEAR
 from memplan.answers import Finding
 from memplan.configs.argument_keys import (
     DEFAULTS,
     LENGTHS,
+    OF_TRL,
     OTHER_TRAINERS,
     REMOVED_ARGUMENTS,
     SCRIPT_ARGUMENTS,
     TRAINING_ARGUMENTS,
 )
+from memplan.configs.llama_factory import is_llama_factory
 from memplan.configs.section import quoted
 from memplan.configs.setup import EngineConfig
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
 
-__all__ = ["argument", "fsdp_config", "parse_arguments"]
+__all__ = ["argument", "fsdp_config", "parse_arguments", "switched_on"]
 
 MODEL_CLASSES: dict[str, str] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -54,6 +56,16 @@ def argument(data: Mapping[str, Any], name: str) -> Any:
     """What TrainingArguments have for a field: as given, or their default."""
     value = data.get(name)
     return DEFAULTS.get(name) if value is None else value
+
+
+def switched_on(data: Mapping[str, Any], precision: Literal["bf16", "fp16"]) -> bool:
+    """Whether TrainingArguments ask for a mixed precision.
+
+    TRL's take bf16 where neither is said (``self.bf16 = not self.fp16`` of its configs' ``__post_init__``).
+    """
+    if precision == "bf16" and data.get("bf16") is None and not OF_TRL.isdisjoint(data):
+        return not data.get("fp16") and not is_llama_factory(data)
+    return bool(data.get(precision))
 
 
 def parse_arguments(
@@ -298,7 +310,7 @@ def _evaluates(data: Mapping[str, Any]) -> bool:
 
 
 def _mixed_precision(data: Mapping[str, Any], source: str) -> str:
-    bf16, fp16 = bool(data.get("bf16")), bool(data.get("fp16"))
+    bf16, fp16 = switched_on(data, "bf16"), switched_on(data, "fp16")
     if bf16 and fp16:
         raise SpecError.at(f"{source}: fp16", True, "cannot go with bf16, which is on too", "Switch one of them off.")
     return "bf16" if bf16 else "fp16" if fp16 else "no"

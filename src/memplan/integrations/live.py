@@ -20,7 +20,7 @@ from memplan.errors import UnsupportedError
 
 __all__ = ["Live", "as_module", "counted", "free_memory", "made_whole", "rank", "read", "slice_memory", "world"]
 
-_ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps", "optim")
+_ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "bf16")
 """Of TrainingArguments, what is read even where it is the default."""
 _LENGTHS = ("max_length", "max_seq_length")
 """Of trl's configs, tokens of a sequence."""
