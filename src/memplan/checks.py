@@ -39,7 +39,7 @@ from memplan.results import (
 from memplan.space import Setup, changed
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.software import SoftwareSpec
-from memplan.specs.training import TrainingSpec
+from memplan.specs.training import Dtype, TrainingSpec
 
 if TYPE_CHECKING:
     from memplan.configs.run import Run
@@ -133,6 +133,7 @@ def _checked(
         return case, None, check
     merged, spread, said = runs.setup_of(run, asked, {}, case.cluster.gpus, found)
     notes = [*notes, *said, *(_noted(note) for note in run.notes)]
+    merged = _as_loaded(case, run, merged)
     batches = None
     if lengths is not None and not ("packed" in merged.model_fields_set and merged.packed):
         from memplan.lengths import collated
@@ -180,6 +181,23 @@ def _counted(run: Run, training: TrainingSpec, hardware: ClusterSpec) -> tuple[C
         return hardware.replace(gpus=1), None  # of which every batch is a multiple
     on_node = run.cluster.get("per_node")
     return (hardware if on_node is None else hardware.replace(gpus=on_node * nodes, nodes=nodes)), None
+
+
+def _as_loaded(case: Case, run: Run, training: TrainingSpec) -> TrainingSpec:
+    """With the dtype of the checkpoint where nothing says one: ``from_pretrained`` takes it since transformers 5.
+
+    The scripts of TRL ask for float32 (ModelConfig). Of a model that is traced the dtype is known.
+    """
+    from memplan.configs.arguments import is_of_trl
+
+    arguments = run.raw["arguments"].data if "arguments" in run.raw else {}
+    of_trls_script = run.source != _OF_OBJECTS and is_of_trl(arguments)
+    if training.dtype is not None or case.tracer is not None or of_trls_script:
+        return training
+    stored = case.model.config.get("dtype") or case.model.config.get("torch_dtype")
+    if stored not in get_args(Dtype) or not case.software.at_least("transformers", "5.0"):
+        return training
+    return training.replace(dtype="auto")
 
 
 def _limited(case: Case, setup: Setup, estimated: Estimate, batches: Batches) -> Batches:
@@ -415,6 +433,10 @@ def _not_read(optimizer: str) -> Finding:
     )
 
 
+_OF_OBJECTS = "TrainingArguments"
+"""What messages call the arguments of a script that runs."""
+
+
 def as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec]:
     """What the files of a run would say, its model, and what is known beside: what is asked for wins."""
     from memplan.configs.arguments import parse_arguments
@@ -422,7 +444,7 @@ def as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec]
 
     known = dict(run.assumed)
     if run.of_a_trainer:
-        files = read_run(run.said, "TrainingArguments")
+        files = read_run(run.said, _OF_OBJECTS)
         if files.arguments is not None:
             known = {name: value for name, value in known.items() if name not in files.arguments.training}
     else:

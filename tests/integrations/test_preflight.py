@@ -71,7 +71,11 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No launcher, no GPU, and what the libraries set in the environment is taken back."""
     before = dict(os.environ)
     for name in list(os.environ):
-        if name.startswith(("ACCELERATE_", "FSDP_")) or name.startswith("SLURM_") or name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"):
+        if (
+            name.startswith(("ACCELERATE_", "FSDP_"))
+            or name.startswith("SLURM_")
+            or name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK")
+        ):
             del os.environ[name]
     monkeypatch.setattr(detect, "read_nvml", lambda: ())
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -1019,3 +1023,32 @@ def test_the_same_script_in_one_process_stops_if_it_cannot_fit(on_failure: str, 
     )
     stopped(ended)
     assert re.search(r"What fits: .*per_device_train_batch_size=", ended.stderr), ended.stderr
+
+
+# -- the dtype that nothing says ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_name_is_loaded_as_from_pretrained_loads_it(dtype: str, tmp_path: Path) -> None:
+    """transformers 5 takes the checkpoint's dtype where nothing is said, None among it; 4 took float32."""
+    llama().to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    real = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert real.dtype is transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=None).dtype
+    values = {"output_dir": "o", "per_device_train_batch_size": 1, "bf16": True}
+    cluster = {"gpu": "A100-80GB", "gpus": 1}
+
+    def taken(**options: Any) -> str:
+        found = memplan.preflight(str(tmp_path), values, training={"seq_len": 64}, cluster=cluster, **options)
+        return str(setup_of(found)["dtype"])
+
+    assert taken() == str(real.dtype).removeprefix("torch.")
+    assert taken(software={"transformers": "4.57"}) == "float32"
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert setup_of(memplan.preflight(config, values, training={"seq_len": 64}, cluster=cluster))["dtype"] == dtype
+    asked = {"seq_len": 64, "dtype": "float32"}
+    assert setup_of(memplan.preflight(str(tmp_path), values, training=asked, cluster=cluster))["dtype"] == "float32"
+    said = {**values, "model_name_or_path": str(tmp_path), "max_length": 64}
+    for change, expected in (({}, dtype), ({"torch_dtype": "float32"}, "float32"), ({"use_peft": True}, "float32")):
+        found = memplan.check({**said, **change}, cluster=cluster)
+        assert found.estimate is not None
+        assert found.estimate.setup["dtype"] == expected

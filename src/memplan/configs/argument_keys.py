@@ -273,7 +273,15 @@ FastChat's, Qwen's, peft's examples/sft. One script's name means the same in the
 
 OF_TRL = frozenset(
     {
-        *("use_peft", "packing", "packing_strategy", "padding_free", "eval_packing", "eos_token", "use_bnb_nested_quant"),
+        *(
+            "use_peft",
+            "packing",
+            "packing_strategy",
+            "padding_free",
+            "eval_packing",
+            "eos_token",
+            "use_bnb_nested_quant",
+        ),
         *("dataset_text_field", "dataset_train_split", "dataset_test_split", "dataset_streaming", "dataset_kwargs"),
         *("assistant_only_loss", "completion_only_loss", "dataset_num_proc"),
     }

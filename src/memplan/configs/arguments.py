@@ -29,7 +29,7 @@ from memplan.configs.section import quoted
 from memplan.configs.setup import EngineConfig
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
 
-__all__ = ["argument", "fsdp_config", "parse_arguments", "switched_on"]
+__all__ = ["argument", "fsdp_config", "is_of_trl", "parse_arguments", "switched_on"]
 
 MODEL_CLASSES: dict[str, str] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -58,13 +58,18 @@ def argument(data: Mapping[str, Any], name: str) -> Any:
     return DEFAULTS.get(name) if value is None else value
 
 
+def is_of_trl(data: Mapping[str, Any]) -> bool:
+    """Whether arguments are those of TRL's configs."""
+    return not OF_TRL.isdisjoint(data) and not is_llama_factory(data)
+
+
 def switched_on(data: Mapping[str, Any], precision: Literal["bf16", "fp16"]) -> bool:
     """Whether TrainingArguments ask for a mixed precision.
 
     TRL's take bf16 where neither is said (``self.bf16 = not self.fp16`` of its configs' ``__post_init__``).
     """
-    if precision == "bf16" and data.get("bf16") is None and not OF_TRL.isdisjoint(data):
-        return not data.get("fp16") and not is_llama_factory(data)
+    if precision == "bf16" and data.get("bf16") is None and is_of_trl(data):
+        return not data.get("fp16")
     return bool(data.get(precision))
 
 
