@@ -6,6 +6,7 @@ running them, or where memplan's own estimate says so. ``docs/checks.md`` has a 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from memplan.architectures.nn import checkpoints_calls
 from memplan.configs.argument_keys import DEFAULTS
 from memplan.configs.arguments import argument, switched_on
 from memplan.configs.run import Run
+from memplan.configs.section import quoted
 from memplan.engines.zero3 import attributes_recomputed
 from memplan.errors import MemplanError
 from memplan.estimator import resolve
@@ -128,7 +130,8 @@ def trainer_mismatch(checked: Checked) -> Finding | None:
         on = switched_on(arguments, precision) or bool(arguments.get(f"{precision}_full_eval"))
         wanted[f"{precision}.enabled"] = (precision, on)
     warmup = argument(arguments, "warmup_steps")
-    if isinstance(warmup, (int, float)) and (warmup >= 1 or warmup == 0) and "warmup_ratio" not in arguments:
+    whole = isinstance(warmup, (int, float)) and (1 <= warmup < math.inf or warmup == 0)
+    if whole and "warmup_ratio" not in arguments:
         wanted["scheduler.params.warmup_num_steps"] = ("warmup_steps", max(1, int(warmup)))
     found = [
         (key, value, name, theirs)
@@ -208,7 +211,7 @@ def scheduler_warmup_steps(checked: Checked) -> Finding | None:
         code="scheduler-warmup-steps",
         severity="error",
         path=checked.path("deepspeed", "scheduler.params.warmup_num_steps"),
-        message=f"{steps} is refused by DeepSpeed since 0.19.6, which wants a positive whole number.",
+        message=f"{quoted(steps)} is refused by DeepSpeed since 0.19.6, which wants a positive whole number.",
         remedy='Write 1 for no warm-up, or "auto" for the Trainer.',
     )
 
@@ -607,13 +610,13 @@ def _equal(value: object, other: object) -> bool:
             return [float(each) for each in value] == [float(each) for each in other]
         if isinstance(other, (int, float)) and not isinstance(value, (list, tuple, Mapping)):
             return float(value) == float(other)  # type: ignore[arg-type]  # a TypeError is no number
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # an integer beyond all floats is none of them
         return False
     return value == other
 
 
 def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return value if isinstance(value, str) else quoted(value)
 
 
 def _has_auto(value: object) -> bool:
