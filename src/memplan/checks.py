@@ -295,13 +295,19 @@ def _excused(code: Code, severity: Literal["error", "warning"], error: MemplanEr
     return Finding(code=code, severity=severity, path=path, message=f"{problem}.", remedy=remedy)
 
 
-def _of_memplan(error: Exception) -> Finding:
+def said_of_memplan(error: Exception) -> str:
+    """What is said of an error that is not one of memplan's own."""
     last = traceback.extract_tb(error.__traceback__)[-1]
+    text = str(error)[:500]
+    return f"The run was not checked: {type(error).__name__}: {text} ({Path(last.filename).name}:{last.lineno})."
+
+
+def _of_memplan(error: Exception) -> Finding:
     return Finding(
         code="memplan-error",
         severity="warning",
         path="memplan",
-        message=f"The run was not checked: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}).",
+        message=said_of_memplan(error),
         remedy="Please report it. The run itself is not touched.",
     )
 

@@ -20,7 +20,8 @@ from tests.ranks import on_two_ranks
 import memplan
 from memplan import checks
 from memplan.catalog import detect
-from memplan.errors import PreflightError, SpecError, UnsupportedError
+from memplan.errors import MemplanError, PreflightError, SpecError, UnsupportedError
+from memplan.integrations import largest
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:memplan")
 
@@ -247,3 +248,18 @@ def test_a_script_trains_with_the_batch_that_was_found(stage: int | None, tmp_pa
     assert ended.returncode == 0, ended.stderr[-3000:]
     seen = json.loads(next(line for line in ended.stdout.split("\n") if line.startswith("SEEN"))[5:])
     assert seen == [[4, 24]] * 2
+
+
+def test_an_object_that_cannot_be_read_is_no_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one rank alone it would leave the others in all_reduce."""
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("gone")
+
+    asked = []
+    monkeypatch.setattr(largest, "_least_of_all_ranks", lambda size: asked.append(size) or size)
+    for given in ((Broken(), values()), ("meta-llama/Llama-3.2-1B", Broken())):
+        with pytest.raises(MemplanError, match=r"^memplan: The run was not checked: RuntimeError: gone"):
+            memplan.largest_batch(*given, cluster="1xA100-40GB")
+    assert asked == [0, 0]

@@ -60,10 +60,17 @@ def largest_batch(
 
 def in_step(model: Any, args: Any, *, total: int | None = None, share: int | None = None, **asked: Any) -> int:
     """As :func:`largest_batch`, for ``total`` sequences of a step, or a ``share`` of each rank."""
+    error: MemplanError | None = None
     try:
-        size, error = _largest(model, args, total, share, **asked), None
+        size = _largest(model, args, total, share, **asked)
     except MemplanError as raised:
         size, error = 0, raised
+    except Exception as raised:
+        # A mistake of memplan's, or of an object that is asked: the other ranks wait for this one all the same.
+        from memplan.checks import said_of_memplan
+
+        size, error = 0, MemplanError(f"memplan: {said_of_memplan(raised)}")
+        error.__cause__ = raised
     size = _least_of_all_ranks(size)
     if error is not None and (not isinstance(error, PreflightError) or live.rank() == 0):
         raise error

@@ -18,7 +18,18 @@ from memplan.catalog.detect import Device
 from memplan.configs.run import is_arguments
 from memplan.errors import UnsupportedError
 
-__all__ = ["Live", "as_module", "counted", "free_memory", "made_whole", "rank", "read", "slice_memory", "world"]
+__all__ = [
+    "Live",
+    "as_module",
+    "asked_for",
+    "counted",
+    "free_memory",
+    "made_whole",
+    "rank",
+    "read",
+    "slice_memory",
+    "world",
+]
 
 _ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "bf16")
 """Of TrainingArguments, what is read even where it is the default."""
@@ -76,6 +87,14 @@ def read(model: Any, args: Any = None) -> Live:
     module = model if hasattr(model, "named_parameters") else None
     assumed = {"packed": False} if found.of_a_trainer else {}  # its collators pad
     return dataclasses.replace(found, module=module, assumed=assumed)
+
+
+def asked_for(training: Any) -> dict[str, Any]:
+    """The fields that a ``training=`` says, whatever it is written as. Raises SpecError."""
+    from memplan.case import training_spec
+
+    spec = training_spec(training)
+    return {name: getattr(spec, name) for name in spec.model_fields_set}
 
 
 _OF_THE_MODEL = frozenset(

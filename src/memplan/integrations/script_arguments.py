@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memplan.errors import PreflightError, SpecError
+from memplan.integrations.live import asked_for
 
 __all__ = ["MemplanArguments"]
 
@@ -82,10 +83,7 @@ class MemplanArguments:
         return {name: value for name, value in given.items() if value is not None}
 
     def _asked(self, options: dict[str, Any]) -> dict[str, Any]:
-        training = options.get("training")
-        if training is not None and not isinstance(training, dict):
-            training = {name: getattr(training, name) for name in training.model_fields_set}
-        asked = {**options, "training": {**(training or {}), **self._training()}}
+        asked = {**options, "training": {**asked_for(options.get("training")), **self._training()}}
         given = {"cluster": self.preflight_cluster, "lengths": self.preflight_lengths}
         return asked | {name: value for name, value in given.items() if value is not None}
 
