@@ -163,6 +163,8 @@ class Lengths:
         """
         if order not in get_args(Order):
             raise SpecError.at("order", order, "is not known", f"Use {' or '.join(get_args(Order))}.")
+        limit = _whole("limit", limit, None)
+        limit_of_last = None if limit_of_last is None else _whole("limit_of_last", limit_of_last, None)
         seen = self.seen(micro_batch_size, ranks, steps=steps, drop_last=drop_last)
         if order == "sequential":
             return float(any(length > limit for length in self.first[:seen]))

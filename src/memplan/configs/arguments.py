@@ -234,8 +234,8 @@ def _unread(data: Mapping[str, Any], source: str, findings: list[Finding] | None
             continue
         if findings is not None and name in REMOVED_ARGUMENTS:
             wrong.append(_removed(name, value, source))
-        elif findings is not None and (near := _misspelt(name)) is not None:
-            wrong.append(_near(name, value, near, source))
+        elif findings is not None and (near := _misspelt(name, known)) is not None:
+            wrong.append(_near(name, value, near, source, "LLaMA-Factory does" if known else "TrainingArguments do"))
         else:
             unknown.append(name)
     if findings is not None:
@@ -244,11 +244,15 @@ def _unread(data: Mapping[str, Any], source: str, findings: list[Finding] | None
     return [f"{source}: {', '.join(unknown)} are not read"] if unknown else []
 
 
-def _misspelt(name: str) -> str | None:
-    """The argument of the Trainer that a name differs from by a slip: a letter or two, or dashes for underscores."""
+def _misspelt(name: str, known: tuple[str, ...]) -> str | None:
+    """The argument that a name differs from by a slip: a letter or two, or dashes for underscores.
+
+    A script has arguments of its own, ``known`` are all that there are.
+    """
     import difflib
 
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), TRAINING_ARGUMENTS, n=1, cutoff=0.92)
+    names, cutoff = ((*TRAINING_ARGUMENTS, *known), 0.9) if known else (TRAINING_ARGUMENTS, 0.92)
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=cutoff)
     return near[0] if near else None
 
 
@@ -264,12 +268,12 @@ def _removed(name: str, value: object, source: str) -> Finding:
     )
 
 
-def _near(name: str, value: object, near: str, source: str) -> Finding:
+def _near(name: str, value: object, near: str, source: str, whose: str) -> Finding:
     return Finding(
         code="misspelt-argument",
         severity="error",
         path=f"{source}: {name}",
-        message=f"{quoted(value)} is given to an argument that TrainingArguments do not have: HfArgumentParser refuses "
+        message=f"{quoted(value)} is given to an argument that {whose} not have: HfArgumentParser refuses "
         "it, unless the script has it.",
         remedy=f"Did you mean {near}?",
     )
