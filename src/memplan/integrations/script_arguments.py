@@ -8,6 +8,7 @@ from typing import Any
 
 from memplan.errors import PreflightError, SpecError
 from memplan.integrations.live import asked_for
+from memplan.specs._base import LARGEST_INT
 
 __all__ = ["MemplanArguments"]
 
@@ -92,7 +93,12 @@ def _with_largest_batch(model: Any, args: Any, asked: dict[str, Any]) -> Any:
     """TrainingArguments made anew: DeepSpeed's config has been filled in with the batch that they had."""
     from memplan.integrations.largest import in_step
 
-    share = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    share = 1
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        value = getattr(args, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_INT:
+            raise SpecError.at(name, value, "is not a positive integer", f"Use 1 to {LARGEST_INT}.")
+        share *= value
     try:
         size = in_step(model, args, share=share, **asked)
     except PreflightError:
