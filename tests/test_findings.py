@@ -732,3 +732,31 @@ def test_outdated_adapters_of_unprepared_weights_have_gradients() -> None:
         ids = torch.zeros(1, 4, dtype=torch.long)
         adapted(input_ids=ids, labels=ids).loss.backward()
         assert all(p.grad is not None for name, p in adapted.named_parameters() if "lora_B" in name)
+
+
+def test_a_precision_is_named_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: bf16\n")
+    rest = "--model_name_or_path gpt2 --output_dir o --model_max_length 64"
+    launched = f"accelerate launch --config_file a.yaml t.py {rest}"
+    for command, path in (
+        (launched, "a.yaml: mixed_precision"),
+        (f"torchrun --nproc_per_node 2 t.py {rest} --torch_dtype bfloat16", "run.sh: torch_dtype"),
+        (f"torchrun --nproc_per_node 2 t.py {rest} --bf16 True", "run.sh: bf16"),
+    ):
+        Path("run.sh").write_text(command + "\n")
+        found = checks.check("run.sh", cluster={"gpu": "V100-32GB", "gpus": 2})
+        assert [each.path for each in found.findings if each.code == "bf16-emulated"] == [path]
+    Path("a.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: fp16\n")
+    Path("run.sh").write_text(launched + " --dtype float32\n")
+    model = {**dict(case.model_spec(GPT2).config), "dtype": "bfloat16", "model_type": "gpt2"}
+    found = checks.check("run.sh", model, cluster={"gpu": "V100-32GB", "gpus": 2})
+    assert [each.path for each in found.findings if each.code == "bf16-in-fp16"] == ["a.yaml: mixed_precision"]
+
+
+def test_a_default_that_no_file_has_is_said_to_be_one() -> None:
+    values = {"stage": "sft", "finetuning_type": "lora", "model_name_or_path": GPT2, "bf16": True}
+    with pytest.raises(SpecError, match=r"^values: cutoff_len: 2048, LLaMA-Factory's default, is longer"):
+        check(values)
+    with pytest.raises(SpecError, match=r"^values: cutoff_len: 4096 is longer"):
+        check({**values, "cutoff_len": 4096})

@@ -379,9 +379,20 @@ def bf16_in_fp16(checked: Checked) -> Finding | None:
 
 
 def _of_precision(checked: Checked, name: str) -> str:
-    if name in checked.arguments:
+    """Where a 16-bit type is asked for: the arguments go before the launcher's config, and weights come last."""
+    arguments = checked.arguments
+    if arguments.get(name):
         return checked.path("arguments", name)
-    return checked.path("deepspeed", name) if name in checked.deepspeed else checked.run.source
+    if name in checked.deepspeed:
+        return checked.path("deepspeed", name)
+    launched = checked.run.raw.get("accelerate")
+    if launched is not None and str(launched.data.get("mixed_precision")).lower() == name:
+        return checked.path("accelerate", "mixed_precision")
+    loaded = {"bf16": "bfloat16", "fp16": "float16"}[name]
+    for key in ("dtype", "torch_dtype", "bnb_4bit_quant_storage_dtype"):
+        if str(arguments.get(key)).removeprefix("torch.") == loaded:
+            return checked.path("arguments", key)
+    return checked.path("arguments", "dtype") if arguments else checked.run.source
 
 
 _SMALLER = 50_000_000

@@ -571,7 +571,11 @@ def as_written(run: Run, training: TrainingSpec, error: SpecError) -> SpecError:
     if isinstance(error, ResolutionError) or top in training.model_fields_set:
         return error
     if arguments is not None and top in arguments.training:
-        return SpecError(in_keys(arguments, str(error)))
+        said, key = in_keys(arguments, str(error)), arguments.keys.get(field)
+        if key == llama_factory.KEYS.get(field) and key not in run.raw["arguments"].data:
+            value = f"{arguments.training[top]}"
+            said = said.replace(f"{key}: {value} ", f"{key}: {value}, LLaMA-Factory's default, ", 1)
+        return SpecError(said)
     if engine is not None and any(name.endswith(".") and field.startswith(name) for name in engine.keys):
         return SpecError(in_keys(engine, str(error)))
     return error
