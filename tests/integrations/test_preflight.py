@@ -373,13 +373,13 @@ def test_another_head_than_the_config_says_is_traced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "codes_of_it"),
     [
-        (peft.LoraConfig(r=4, target_modules=r".*\.q_proj"), set()),
+        (peft.LoraConfig(r=4, target_modules=r"(?:\w+\.)+q_proj"), set()),
         (peft.LoraConfig(r=4, use_dora=True), set()),
         (peft.LoraConfig(r=4, layers_to_transform=[0], target_modules=["q_proj"]), set()),
         (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), set()),
         (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8), None),
     ],
-    ids=["regex", "dora", "some layers", "ia3", "prompt tuning"],
+    ids=["repeated group", "dora", "some layers", "ia3", "prompt tuning"],
 )
 def test_what_peft_can_and_memplan_has_no_words_for(options: Any, codes_of_it: set[str] | None, tmp_path: Path) -> None:
     model = peft.get_peft_model(llama(), options)
@@ -392,6 +392,14 @@ def test_what_peft_can_and_memplan_has_no_words_for(options: Any, codes_of_it: s
     assert found.check.estimate.model.trainable_parameters == trained
     sharded = arguments(tmp_path, bf16=True, deepspeed=ZERO_3)
     assert not memplan.preflight(model, sharded, training={"seq_len": 32}, cluster=TWO).errors
+
+
+def test_adapters_by_a_regular_expression_need_no_trace(tmp_path: Path) -> None:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=r".*\.(q|v)_proj"))
+    found = memplan.preflight(model, arguments(tmp_path), training={"seq_len": 32}, cluster="1xA100-80GB")
+    assert found.check.estimate.model.source == "mapping"
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert found.check.estimate.model.trainable_parameters == trained
 
 
 def test_a_model_without_a_loss_is_no_error(tmp_path: Path) -> None:
