@@ -71,11 +71,8 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No launcher, no GPU, and what the libraries set in the environment is taken back."""
     before = dict(os.environ)
     for name in list(os.environ):
-        if (
-            name.startswith(("ACCELERATE_", "FSDP_"))
-            or name.startswith("SLURM_")
-            or name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK")
-        ):
+        of_a_launcher = name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK")
+        if name.startswith(("ACCELERATE_", "FSDP_", "SLURM_")) or of_a_launcher:
             del os.environ[name]
     monkeypatch.setattr(detect, "read_nvml", lambda: ())
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
