@@ -180,3 +180,77 @@ def test_the_length_is_asked_for_where_nothing_says_it(
     arguments = {"output_dir": "out", "per_device_train_batch_size": 1} | more
     found = checks.check(arguments, "EleutherAI/pythia-70m", training, "1xT4", lengths=lengths)
     assert ("seq-len-unknown" in [each.code for each in found.findings]) == asked
+
+
+FOR_16: dict[str, Any] = {
+    "train_batch_size": 64,
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 1,
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": 10**6},
+}
+_REST = (
+    "a.py --model_name_or_path gpt2 --output_dir o --bf16 True --model_max_length 512 "
+    "--per_device_train_batch_size 4 --deepspeed ds.json"
+)
+_OF_SLURM = f"torchrun --nproc_per_node 8 --nnodes $SLURM_NNODES {_REST}"
+
+
+@pytest.mark.parametrize(
+    ("command", "nodes"),
+    [
+        (f"deepspeed {_REST}", 2),
+        (f"torchrun --nproc_per_node gpu {_REST}", 2),
+        (f"torchrun --nproc_per_node $(nvidia-smi -L | wc -l) {_REST}", 2),
+        (f"srun {_OF_SLURM}", 2),
+        (f"#!/bin/bash\n#SBATCH --nodes=2\nsrun {_OF_SLURM}", 2),
+        (f"#!/bin/bash\n#SBATCH --nodes=4\nsrun {_OF_SLURM.replace('8 ', '4 ', 1)}", 4),
+        (f"deepspeed --hostfile hosts {_REST}", 2),
+        (f"deepspeed -H hosts4 --num_gpus 4 {_REST}", 4),
+        (f"deepspeed --hostfile elsewhere {_REST}", 2),
+    ],
+)
+def test_a_batch_is_of_the_ranks_that_are_not_said(command: str, nodes: int, tmp_path: Path) -> None:
+    """The files are right for 16 GPUs, and no error rests on a number of them that nobody gave."""
+    (tmp_path / "ds.json").write_text(json.dumps(FOR_16))
+    (tmp_path / "hosts").write_text("# two\na slots=8\nb slots=8\n")
+    (tmp_path / "hosts4").write_text("".join(f"{name} slots=8\n" for name in "abcd"))
+    (tmp_path / "run.sh").write_text(command + "\n")
+    found = checks.check(tmp_path / "run.sh", cluster={"gpu": "A100-80GB"})
+    assert [each.code for each in found.findings] == ["padding"]
+    assert found.estimate is not None
+    assert (found.estimate.cluster["gpus"], found.estimate.cluster["nodes"]) == (16, nodes)
+    said = any("do not say on how many GPUs" in each.source for each in found.estimate.assumptions)
+    assert said == ("hosts" not in command and "#SBATCH" not in command)
+
+
+def test_a_batch_of_deepspeeds_own_is_of_the_ranks_that_are_not_said() -> None:
+    def codes(**changes: Any) -> list[str]:
+        found = checks.check({**FOR_16, **changes}, "gpt2", {"seq_len": 512}, memplan.ClusterSpec(gpu="A100-80GB"))
+        return [each.code for each in found.findings]
+
+    assert codes() == []
+    assert codes(train_batch_size=20, gradient_accumulation_steps="auto") == []
+    assert codes(train_batch_size=63) == ["batch-product"]  # which no number of GPUs makes it
+    known = memplan.ClusterSpec(gpu="A100-80GB", gpus=8)
+    found = checks.check(FOR_16, "gpt2", {"seq_len": 512}, known)
+    assert [each.code for each in found.findings] == ["batch-product"]
+    arguments = {**ARGUMENTS, "per_device_train_batch_size": 5, "deepspeed": FOR_16}
+    found = checks.check(arguments, cluster=memplan.ClusterSpec(gpu="A100-80GB"))
+    assert (
+        "train_batch_size is 64, but batch x accumulation, of which it is no multiple, is 5"
+        in found.findings[0].message
+    )
+
+
+def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({**FOR_16, "train_batch_size": "auto"}))
+    (tmp_path / "run.sh").write_text(f"deepspeed --hostfile hosts {_REST}\n")
+    for text, problem in (("a slots=8\na slots=8\n", "names a host twice"), ("a 8\n", "is no line"), ("", "no host")):
+        (tmp_path / "hosts").write_text(text)
+        with pytest.raises(SpecError, match=problem):
+            checks.check(tmp_path / "run.sh", cluster={"gpu": "A100-80GB"})
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=4\n")
+    found = checks.check(tmp_path / "run.sh", cluster={"gpu": "A100-80GB"})
+    assert found.estimate is not None
+    assert any("different numbers of GPUs" in each.source for each in found.estimate.assumptions)

@@ -19,6 +19,7 @@ from memplan import case, checks, findings, planning
 from memplan.answers import Check, Finding
 from memplan.catalog import detect
 from memplan.configs import launch
+from memplan.configs.arguments import switched_on
 from memplan.errors import SpecError
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
@@ -221,6 +222,7 @@ def test_what_differs_from_the_arguments_is_what_the_trainer_refuses(
         deepspeed=read.raw["deepspeed"].data,
         arguments=read.raw["arguments"].data,
         cluster=SimpleNamespace(gpus=gpus),
+        counted=True,
         path=lambda kind, key: key,
     )
     found = findings.trainer_mismatch(checked)
@@ -228,6 +230,40 @@ def test_what_differs_from_the_arguments_is_what_the_trainer_refuses(
     assert (found is not None) == bool(expected)
     if found is not None:
         assert all(key in found.message for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "precision", "errors"),
+    [
+        ("--use_peft --packing", "bf16", []),
+        ("--packing --fp16", "fp16", []),
+        ("--packing --bf16 False", "bf16", ["trainer-mismatch"]),  # said, and it is no
+        ("", "bf16", ["trainer-mismatch"]),  # TrainingArguments alone
+    ],
+)
+def test_trl_takes_bf16_where_nothing_is_said(
+    options: str, precision: str, errors: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's sft.py with the config of accelerate that lies beside it, which says mixed_precision: bf16.
+
+    ``self.bf16 = not self.fp16 if self.bf16 is None`` stands in ``__post_init__`` of TRL's configs.
+    """
+    monkeypatch.chdir(tmp_path)
+    config = {"distributed_type": "DEEPSPEED", "num_processes": 8, "mixed_precision": "bf16"}
+    section = {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": True}
+    Path("zero3.yaml").write_text(json.dumps({**config, "deepspeed_config": section}))
+    Path("run.sh").write_text(
+        "accelerate launch --config_file=zero3.yaml sft.py --model_name_or_path gpt2 --dataset_name a/b "
+        f"--max_length 64 --per_device_train_batch_size 2 --output_dir o {options}\n"
+    )
+    found = checks.check("run.sh", cluster=CLUSTER)
+    assert found.estimate is not None
+    assert found.estimate.setup["mixed_precision"] == precision
+    assert [each.code for each in found.findings if each.severity == "error"] == errors
+    ddp = {"model_name_or_path": GPT2, "max_length": 64, "output_dir": "o", "use_peft": True}
+    assert check(ddp).estimate.setup["mixed_precision"] == "bf16"  # type: ignore[union-attr]
+    of_llama_factory = {"stage": "sft", "model_name_or_path": GPT2, "template": "a", "packing": True}
+    assert not switched_on(of_llama_factory, "bf16")
 
 
 def test_a_mismatch_names_both_values() -> None:
@@ -272,7 +308,7 @@ def test_what_accelerate_launches_differs_from_the_arguments(
         refused = re.findall(r"^- ds (\S+)=", str(error), re.MULTILINE)
     (tmp_path / "a.yaml").write_text(json.dumps(yaml))
     (tmp_path / "run.sh").write_text(
-        "accelerate launch --config_file a.yaml train.py --model_name_or_path gpt2 --max_length 64 --packing True "
+        "accelerate launch --config_file a.yaml train.py --model_name_or_path gpt2 --max_length 64 --packed True "
         + " ".join(f"--{name} {value}" for name, value in arguments.items())
     )
     read = read_run(tmp_path / "run.sh")
@@ -696,3 +732,31 @@ def test_outdated_adapters_of_unprepared_weights_have_gradients() -> None:
         ids = torch.zeros(1, 4, dtype=torch.long)
         adapted(input_ids=ids, labels=ids).loss.backward()
         assert all(p.grad is not None for name, p in adapted.named_parameters() if "lora_B" in name)
+
+
+def test_a_precision_is_named_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: bf16\n")
+    rest = "--model_name_or_path gpt2 --output_dir o --model_max_length 64"
+    launched = f"accelerate launch --config_file a.yaml t.py {rest}"
+    for command, path in (
+        (launched, "a.yaml: mixed_precision"),
+        (f"torchrun --nproc_per_node 2 t.py {rest} --torch_dtype bfloat16", "run.sh: torch_dtype"),
+        (f"torchrun --nproc_per_node 2 t.py {rest} --bf16 True", "run.sh: bf16"),
+    ):
+        Path("run.sh").write_text(command + "\n")
+        found = checks.check("run.sh", cluster={"gpu": "V100-32GB", "gpus": 2})
+        assert [each.path for each in found.findings if each.code == "bf16-emulated"] == [path]
+    Path("a.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: fp16\n")
+    Path("run.sh").write_text(launched + " --dtype float32\n")
+    model = {**dict(case.model_spec(GPT2).config), "dtype": "bfloat16", "model_type": "gpt2"}
+    found = checks.check("run.sh", model, cluster={"gpu": "V100-32GB", "gpus": 2})
+    assert [each.path for each in found.findings if each.code == "bf16-in-fp16"] == ["a.yaml: mixed_precision"]
+
+
+def test_a_default_that_no_file_has_is_said_to_be_one() -> None:
+    values = {"stage": "sft", "finetuning_type": "lora", "model_name_or_path": GPT2, "bf16": True}
+    with pytest.raises(SpecError, match=r"^values: cutoff_len: 2048, LLaMA-Factory's default, is longer"):
+        check(values)
+    with pytest.raises(SpecError, match=r"^values: cutoff_len: 4096 is longer"):
+        check({**values, "cutoff_len": 4096})

@@ -6,11 +6,13 @@ import itertools
 import json
 import math
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import memplan
 from memplan import cli
@@ -20,6 +22,7 @@ from memplan.lengths import Lengths, collated, read_lengths
 RUN: dict[str, Any] = {
     "output_dir": "out",
     "bf16": True,
+    "dtype": "float32",
     "optim": "adamw_torch",
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 8,
@@ -214,7 +217,7 @@ class Evil:
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
     np.save(tmp_path / "evil.npy", np.array([Evil(tmp_path / "done")], dtype=object), allow_pickle=True)
-    with pytest.raises(SpecError, match=r"evil\.npy: cannot be read"):
+    with pytest.raises(SpecError, match=r"evil\.npy: are of type object, which are no numbers"):
         read_lengths(tmp_path / "evil.npy")
     assert not (tmp_path / "done").exists()
 
@@ -328,3 +331,100 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_arguments_of_older_versions() -> None:
     assert collated(Lengths.of([3]), {"group_by_length": True}, None).order == "group_by_length"
     assert collated(Lengths.of([3]), {"max_steps": -1, "dataloader_drop_last": True}, None).max_steps is None
+
+
+# -- what nobody should give -------------------------------------------------------------------------------------------
+
+
+def header(descr: str, shape: str) -> bytes:
+    """A .npy that claims to have an array."""
+    text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}".encode()
+    return b"\x93NUMPY\x01\x00" + (len(text) + 1).to_bytes(2, "little") + text + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read"),
+        (b"PK\x03\x04" + b"\0" * 100, "cannot be read"),
+        (header("'<i8'", "(10000000000000,)"), "more than 16777216 texts"),
+        (header("'<i8'", f"({10**30},)"), "more than 16777216 texts"),
+        (header("'<i8'", "(1000,)"), "are 1000 by the file's header, and fewer in it"),
+        (header("'<i8'", "(-1,)"), "are -1 by the file's header"),
+        (header("'|V0'", "(1000000000,)"), "are of type"),
+        (header("[('a', '<i8'), ('b', '<i8')]", "(1,)") + b"\0" * 16, "are of type"),
+        (header("'|O'", "(1,)"), "are of type object"),
+        (header("'<i8'", "(2, 2)") + b"\0" * 32, "have 2 dimensions"),
+        (header("'<i8'", "()") + b"\0" * 8, "have 0 dimensions"),
+        (header("'|i1'", "(20000000,)") + b"\1" * 20_000_000, "more than 16777216 texts"),
+        (header("(", "(1,)"), "file"),
+        (header("'<f8'", "(1,)") + b"\0\0\0\0\0\0\xf8\x7f", "nan is not a number of tokens"),
+    ],
+)
+def test_an_array_of_a_file_is_what_its_header_says(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    path.write_bytes(content)
+    start = time.process_time()
+    with pytest.raises(SpecError, match=message):
+        read_lengths(path)
+    assert time.process_time() - start < 2
+
+
+def test_as_many_texts_as_are_taken_take_seconds(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(2**24, dtype=np.int32) % 4096)
+    start = time.process_time()
+    found = read_lengths(tmp_path / "a.npy").padded(1024)
+    assert time.process_time() - start < 20
+    assert (found.texts, found.longest) == (2**24, 1024)
+    (tmp_path / "a.json").write_text("[" + "[]," * 12_000_000 + "[]]")
+    with pytest.raises(SpecError, match="bytes of JSON"):
+        read_lengths(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        list(np.array([3, 1, 3])),
+        [np.array(3), np.array(1), np.array(3)],
+        [torch.tensor(3), torch.tensor(1), torch.tensor(3)],
+        torch.tensor([3, 1, 3]),
+        [np.zeros(3), np.zeros(1), np.zeros(3)],
+        (np.int8(each) for each in (3, 1, 3)),
+    ],
+)
+def test_numbers_of_any_library_are_lengths(given: Any) -> None:
+    assert Lengths.of(given).counts == ((1, 1), (3, 2))
+
+
+@pytest.mark.parametrize(
+    "given", [np.array(5), torch.tensor(5), list, [torch.tensor(5.5)], [np.array(True)], [object()], range(2**24 + 1)]
+)
+def test_what_only_looks_like_lengths(given: Any) -> None:
+    with pytest.raises(SpecError, match=r"^lengths: "):
+        Lengths.of(given)
+    with pytest.raises(SpecError):
+        memplan.check({**RUN, "model_name_or_path": MODEL}, cluster=GPUS, lengths=given)
+
+
+@pytest.mark.parametrize(
+    ("ask", "field"),
+    [
+        (lambda lengths: lengths.risk(4, 0), "micro_batch_size"),
+        (lambda lengths: lengths.risk(4, 1, 0), "ranks"),
+        (lambda lengths: lengths.risk(None, 1), "limit"),
+        (lambda lengths: lengths.risk("a", 1), "limit"),
+        (lambda lengths: lengths.risk(4, 1, steps=-1), "steps"),
+        (lambda lengths: lengths.risk(4, 1, order="x"), "order"),
+        (lambda lengths: lengths.step_by_which(4, 0), "micro_batch_size"),
+        (lambda lengths: lengths.step_by_which(4, -1), "micro_batch_size"),
+        (lambda lengths: lengths.step_by_which(4, 1, risk=2), "risk"),
+        (lambda lengths: lengths.step_by_which(4, 1, order="x"), "order"),
+        (lambda lengths: lengths.batch_longest(0), "micro_batch_size"),
+        (lambda lengths: lengths.batch_longest(-1), "micro_batch_size"),
+        (lambda lengths: lengths.seen(True), "micro_batch_size"),
+        (lambda lengths: lengths.beyond(1.5), "limit"),
+    ],
+)
+def test_what_is_asked_of_lengths_is_checked(ask: Any, field: str) -> None:
+    with pytest.raises(SpecError, match=f"^{field}: "):
+        ask(Lengths.of([3, 1, 3]))

@@ -21,6 +21,7 @@ from memplan.case import (
 )
 from memplan.catalog.gpus import all_gpus
 from memplan.errors import MemplanError
+from memplan.estimator import least
 from memplan.results import Estimate, EstimateList, verdict_by_place
 from memplan.space import (
     Change,
@@ -193,6 +194,11 @@ def _cost(ratio: float) -> str:
 def _needs(case: Case, setup: Setup) -> int | None:
     """Bytes of each GPU if the setup fits for certain; None if it does not, or is refused."""
     try:
+        # What an engine holds as it is set up is soon told, and most of what does not fit fails there.
+        if case.tracer is None:
+            specs = (case.model, setup.training, case.cluster, setup.strategy, case.software)
+            if least(*specs, played=False).verdict == "does-not-fit":
+                return None
         roughly = case.estimate(setup, replay=False)
         places = verdict_by_place(roughly.gpu, roughly.host, roughly.nvme)
         # The replay can only tell what is between the two ends on the GPU.

@@ -39,7 +39,7 @@ from memplan.results import (
 from memplan.space import Setup, changed
 from memplan.specs.hardware import ClusterSpec, GPUSpec
 from memplan.specs.software import SoftwareSpec
-from memplan.specs.training import TrainingSpec
+from memplan.specs.training import Dtype, TrainingSpec
 
 if TYPE_CHECKING:
     from memplan.configs.run import Run
@@ -114,13 +114,18 @@ def _checked(
     keys = run.engine.keys if run.engine is not None else {}
     fixing = EngineConfig(run.source, {}, cluster=fixed, refused=refused, keys=keys)
     hardware, notes = with_cluster(fixing, hardware)
+    counted = "gpus" in hardware.model_fields_set
+    if not counted:
+        hardware, told = _counted(run, asked, hardware)
+        counted = told is not None
+        notes += [] if told is None else [_noted(told)]
     if here and hardware.nvme is None and hardware.nvme_path is not None:
         hardware = hardware.replace(nvme=free_disk_of(hardware.nvme_path))
     case = case_of(model, hardware, software)
     found = list(run.findings)
     if not case.software.at_least("transformers", "5"):
         found = [each for each in found if each.code != "removed-argument"]
-    if "gpus" not in hardware.model_fields_set and case.cluster.gpus == 1:
+    if not counted and case.cluster.gpus == hardware.gpus:
         notes.append(_noted("the files do not say on how many GPUs: give --gpus"))
     unadapted = findings.quantized_full(run, asked)
     if unadapted is not None:
@@ -128,6 +133,7 @@ def _checked(
         return case, None, check
     merged, spread, said = runs.setup_of(run, asked, {}, case.cluster.gpus, found)
     notes = [*notes, *said, *(_noted(note) for note in run.notes)]
+    merged = _as_loaded(case, run, merged)
     batches = None
     if lengths is not None and not ("packed" in merged.model_fields_set and merged.packed):
         from memplan.lengths import collated
@@ -148,10 +154,50 @@ def _checked(
     estimated = estimated.model_copy(update={"assumptions": (*estimated.assumptions, *notes)})
     if batches is not None:
         batches = _limited(case, setup, estimated, batches)
-    checked = findings.Checked(run, merged, spread, case.cluster, case.model, case.software, estimated, batches)
+    checked = findings.Checked(
+        run, merged, spread, case.cluster, case.model, case.software, estimated, batches, counted
+    )
     found += findings.find(checked)
     check = Check(estimate=estimated, verdict=estimated.verdict, findings=findings.sorted_by_severity(found))
     return case, setup, check
+
+
+def _counted(run: Run, training: TrainingSpec, hardware: ClusterSpec) -> tuple[ClusterSpec, str | None]:
+    """The cluster of a run that does not say how many GPUs it has, and by what it is told after all; None if it is not.
+
+    A batch that is fixed is that of some number of GPUs. Where that is not told, what each node has is taken.
+    """
+    from memplan.configs.run import ranks_of_batch, usual_nodes
+
+    ranks = ranks_of_batch(run, training)
+    nodes = run.cluster.get("nodes", 1)
+    if ranks is not None:
+        if ranks % nodes or nodes == 1:
+            nodes = usual_nodes(ranks)
+        said = f"the files do not say on how many GPUs: {ranks} on {nodes} nodes are taken, as train_batch_size has it"
+        return hardware.replace(gpus=ranks, nodes=nodes), f"{said}; give --gpus and --nodes"
+    batch = None if run.engine is None else run.engine.batch
+    if batch is not None and batch.train is not None:
+        return hardware.replace(gpus=1), None  # of which every batch is a multiple
+    on_node = run.cluster.get("per_node")
+    return (hardware if on_node is None else hardware.replace(gpus=on_node * nodes, nodes=nodes)), None
+
+
+def _as_loaded(case: Case, run: Run, training: TrainingSpec) -> TrainingSpec:
+    """With the dtype of the checkpoint where nothing says one: ``from_pretrained`` takes it since transformers 5.
+
+    The scripts of TRL ask for float32 (ModelConfig). Of a model that is traced the dtype is known.
+    """
+    from memplan.configs.arguments import is_of_trl
+
+    arguments = run.raw["arguments"].data if "arguments" in run.raw else {}
+    of_trls_script = run.source != _OF_OBJECTS and is_of_trl(arguments)
+    if training.dtype is not None or case.tracer is not None or of_trls_script:
+        return training
+    stored = case.model.config.get("dtype") or case.model.config.get("torch_dtype")
+    if stored not in get_args(Dtype) or not case.software.at_least("transformers", "5.0"):
+        return training
+    return training.replace(dtype="auto")
 
 
 def _limited(case: Case, setup: Setup, estimated: Estimate, batches: Batches) -> Batches:
@@ -249,13 +295,19 @@ def _excused(code: Code, severity: Literal["error", "warning"], error: MemplanEr
     return Finding(code=code, severity=severity, path=path, message=f"{problem}.", remedy=remedy)
 
 
-def _of_memplan(error: Exception) -> Finding:
+def said_of_memplan(error: Exception) -> str:
+    """What is said of an error that is not one of memplan's own."""
     last = traceback.extract_tb(error.__traceback__)[-1]
+    text = str(error)[:500]
+    return f"The run was not checked: {type(error).__name__}: {text} ({Path(last.filename).name}:{last.lineno})."
+
+
+def _of_memplan(error: Exception) -> Finding:
     return Finding(
         code="memplan-error",
         severity="warning",
         path="memplan",
-        message=f"The run was not checked: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}).",
+        message=said_of_memplan(error),
         remedy="Please report it. The run itself is not touched.",
     )
 
@@ -387,6 +439,10 @@ def _not_read(optimizer: str) -> Finding:
     )
 
 
+_OF_OBJECTS = "TrainingArguments"
+"""What messages call the arguments of a script that runs."""
+
+
 def as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec]:
     """What the files of a run would say, its model, and what is known beside: what is asked for wins."""
     from memplan.configs.arguments import parse_arguments
@@ -394,7 +450,7 @@ def as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec]
 
     known = dict(run.assumed)
     if run.of_a_trainer:
-        files = read_run(run.said, "TrainingArguments")
+        files = read_run(run.said, _OF_OBJECTS)
         if files.arguments is not None:
             known = {name: value for name, value in known.items() if name not in files.arguments.training}
     else:
@@ -475,7 +531,7 @@ def _here(spec: ClusterSpec, run: Live) -> tuple[ClusterSpec, list[Finding]]:
     found: list[Finding] = []
     launched = live.world()
     if launched is not None and "gpus" not in spec.model_fields_set:
-        fields |= {"gpus": launched[0], "nodes": max(1, launched[0] // launched[1])}
+        fields |= {"gpus": launched[0], "nodes": _nodes(*launched)}
     if spec.gpu is None and spec.gpu_memory is None:
         fields |= {"gpu": find_gpu("cpu")} if run.on_cpu else _free_gpus()
         if spec.host_memory is None and "gpu" in fields:
@@ -486,6 +542,12 @@ def _here(spec: ClusterSpec, run: Live) -> tuple[ClusterSpec, list[Finding]]:
         if count > 1 and run.of_a_trainer:
             found.append(_data_parallel(count))
     return spec.replace(**fields), found
+
+
+def _nodes(ranks: int, on_node: int) -> int:
+    """The nodes of ranks of which one has ``on_node``: as few as that takes, of those that share them evenly."""
+    least = -(-ranks // on_node)
+    return next(nodes for nodes in range(least, ranks + 1) if ranks % nodes == 0)
 
 
 def _free_gpus() -> dict[str, Any]:

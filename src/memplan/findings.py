@@ -6,16 +6,18 @@ running them, or where memplan's own estimate says so. ``docs/checks.md`` has a 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from memplan.answers import Finding
 from memplan.architectures.nn import checkpoints_calls
 from memplan.configs.argument_keys import DEFAULTS
-from memplan.configs.arguments import argument
+from memplan.configs.arguments import argument, switched_on
 from memplan.configs.run import Run
+from memplan.configs.section import quoted
 from memplan.engines.zero3 import attributes_recomputed
 from memplan.errors import MemplanError
 from memplan.estimator import resolve
@@ -50,6 +52,8 @@ class Checked:
     estimate: Estimate
     batches: Batches | None = None
     """Of the dataset's texts, where their lengths are known."""
+    counted: bool = True
+    """Whether anything says how many GPUs there are; else ``cluster`` has what was taken."""
 
     @property
     def deepspeed(self) -> Mapping[str, Any]:
@@ -101,6 +105,7 @@ _MATCHED = {
     "scheduler.params.warmup_max_lr": "learning_rate",
 }
 """Keys that HfTrainerDeepSpeedConfig compares with an argument."""
+_PRECISIONS: tuple[Literal["fp16", "bf16"], ...] = ("fp16", "bf16")
 
 
 def trainer_mismatch(checked: Checked) -> Finding | None:
@@ -110,17 +115,23 @@ def trainer_mismatch(checked: Checked) -> Finding | None:
     if not data or not arguments:
         return None
     wanted: dict[str, tuple[str, object]] = {key: (name, argument(arguments, name)) for key, name in _MATCHED.items()}
-    product = checked.cluster.gpus
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        product *= argument(arguments, name)
-    wanted["train_batch_size"] = (f"{checked.cluster.gpus} GPUs x batch x accumulation", product)
+    parts = [argument(arguments, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+    total = data.get("train_batch_size")
+    if all(isinstance(part, int) for part in parts):
+        each = parts[0] * parts[1]
+        if checked.counted:
+            product = checked.cluster.gpus * each
+            wanted["train_batch_size"] = (f"{checked.cluster.gpus} GPUs x batch x accumulation", product)
+        elif isinstance(total, int) and each > 0 and total % each:  # which is no number of GPUs, whatever there are
+            wanted["train_batch_size"] = ("batch x accumulation, of which it is no multiple,", each)
     betas = [argument(arguments, name) for name in ("adam_beta1", "adam_beta2")]
     wanted["optimizer.params.betas"] = ("adam_beta1 and adam_beta2", betas)
-    for precision in ("fp16", "bf16"):
-        on = bool(arguments.get(precision) or arguments.get(f"{precision}_full_eval"))
+    for precision in _PRECISIONS:
+        on = switched_on(arguments, precision) or bool(arguments.get(f"{precision}_full_eval"))
         wanted[f"{precision}.enabled"] = (precision, on)
     warmup = argument(arguments, "warmup_steps")
-    if isinstance(warmup, (int, float)) and (warmup >= 1 or warmup == 0) and "warmup_ratio" not in arguments:
+    whole = isinstance(warmup, (int, float)) and (1 <= warmup < math.inf or warmup == 0)
+    if whole and "warmup_ratio" not in arguments:
         wanted["scheduler.params.warmup_num_steps"] = ("warmup_steps", max(1, int(warmup)))
     found = [
         (key, value, name, theirs)
@@ -164,7 +175,7 @@ def _of_plugin(checked: Checked) -> dict[str, Any]:
         return {}
     data: dict[str, Any] = {name: section.get(name) for name in ("gradient_accumulation_steps", "gradient_clipping")}
     launched = str(values.data.get("mixed_precision")).lower()
-    if launched in ("bf16", "fp16") and not checked.arguments.get("bf16") and not checked.arguments.get("fp16"):
+    if launched in _PRECISIONS and not any(switched_on(checked.arguments, each) for each in _PRECISIONS):
         data[launched] = {"enabled": True}
     return data
 
@@ -200,7 +211,7 @@ def scheduler_warmup_steps(checked: Checked) -> Finding | None:
         code="scheduler-warmup-steps",
         severity="error",
         path=checked.path("deepspeed", "scheduler.params.warmup_num_steps"),
-        message=f"{steps} is refused by DeepSpeed since 0.19.6, which wants a positive whole number.",
+        message=f"{quoted(steps)} is refused by DeepSpeed since 0.19.6, which wants a positive whole number.",
         remedy='Write 1 for no warm-up, or "auto" for the Trainer.',
     )
 
@@ -368,9 +379,20 @@ def bf16_in_fp16(checked: Checked) -> Finding | None:
 
 
 def _of_precision(checked: Checked, name: str) -> str:
-    if name in checked.arguments:
+    """Where a 16-bit type is asked for: the arguments go before the launcher's config, and weights come last."""
+    arguments = checked.arguments
+    if arguments.get(name):
         return checked.path("arguments", name)
-    return checked.path("deepspeed", name) if name in checked.deepspeed else checked.run.source
+    if name in checked.deepspeed:
+        return checked.path("deepspeed", name)
+    launched = checked.run.raw.get("accelerate")
+    if launched is not None and str(launched.data.get("mixed_precision")).lower() == name:
+        return checked.path("accelerate", "mixed_precision")
+    loaded = {"bf16": "bfloat16", "fp16": "float16"}[name]
+    for key in ("dtype", "torch_dtype", "bnb_4bit_quant_storage_dtype"):
+        if str(arguments.get(key)).removeprefix("torch.") == loaded:
+            return checked.path("arguments", key)
+    return checked.path("arguments", "dtype") if arguments else checked.run.source
 
 
 _SMALLER = 50_000_000
@@ -599,13 +621,13 @@ def _equal(value: object, other: object) -> bool:
             return [float(each) for each in value] == [float(each) for each in other]
         if isinstance(other, (int, float)) and not isinstance(value, (list, tuple, Mapping)):
             return float(value) == float(other)  # type: ignore[arg-type]  # a TypeError is no number
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # an integer beyond all floats is none of them
         return False
     return value == other
 
 
 def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return value if isinstance(value, str) else quoted(value)
 
 
 def _has_auto(value: object) -> bool:

@@ -14,8 +14,10 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
+from operator import index
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -27,8 +29,12 @@ Padding: TypeAlias = Literal["longest", "max_length"]
 """``padding`` of a collator: to the longest text of a batch, or all to ``max_length``."""
 Order: TypeAlias = Literal["random", "sequential", "group_by_length"]
 """``train_sampling_strategy`` of TrainingArguments, as far as it is modelled."""
-LARGEST_FILE = 2**27
-"""Bytes: sixteen million lengths of 8 bytes."""
+MOST_TEXTS = 2**24
+"""Sixteen million, each of which Python holds as a number."""
+LARGEST_FILE = 8 * MOST_TEXTS
+"""Bytes."""
+LARGEST_JSON = 2**25
+"""Bytes: an empty list of three letters takes twenty times as many to hold."""
 LONGEST_TEXT = 2**31
 """Tokens."""
 _NAMES = ("length", "lengths", "num_tokens", "n_tokens", "seq_len", "input_ids")
@@ -55,12 +61,10 @@ class Lengths:
         """
         if isinstance(lengths, Mapping):
             lengths = _column(lengths)
-        if isinstance(lengths, (str, bytes)) or not hasattr(lengths, "__iter__"):
-            raise SpecError.at("lengths", lengths, "are no lengths", "Give numbers of tokens, or the path of a file.")
-        values = lengths.tolist() if hasattr(lengths, "tolist") else lengths  # an array, whose items are not ints
-        ordered = tuple(_length(each) for each in values)
+        ordered = tuple(map(_length, islice(_items(lengths), MOST_TEXTS + 1)))
         if not ordered:
             raise SpecError("lengths: are none. Give the number of tokens of each text.")
+        _refuse_many(len(ordered))
         return cls(tuple(sorted(Counter(ordered).items())), ordered)
 
     @property
@@ -84,7 +88,8 @@ class Lengths:
         return next(length for (length, _), below in zip(self.counts, seen) if 2 * below >= self.texts)
 
     def beyond(self, limit: int) -> int:
-        """How many texts have more than ``limit`` tokens."""
+        """How many texts have more than ``limit`` tokens. Raises SpecError."""
+        limit = _whole("limit", limit, None)
         return sum(count for length, count in self.counts if length > limit)
 
     def padded(
@@ -107,18 +112,19 @@ class Lengths:
             cut = tokens if max_length is None else max_length if padding == "max_length" else min(tokens, max_length)
             return -(-cut // step) * step
 
+        made = {tokens: length(tokens) for tokens, _ in self.counts}
         found: Counter[int] = Counter()
         for tokens, count in self.counts:
-            found[length(tokens)] += count
-        return Lengths(tuple(sorted(found.items())), tuple(map(length, self.first)))
+            found[made[tokens]] += count
+        return Lengths(tuple(sorted(found.items())), tuple(map(made.__getitem__, self.first)))
 
     def batch_longest(self, micro_batch_size: int) -> dict[int, float]:
         """Return the distribution of the longest text of a random batch: tokens -> probability.
 
         Of ``n`` texts of which ``k`` have at most ``t`` tokens, a batch of ``b`` has no longer one with probability
-        C(k, b) / C(n, b).
+        C(k, b) / C(n, b). Raises SpecError.
         """
-        size = min(micro_batch_size, self.texts)
+        size = min(_whole("micro_batch_size", micro_batch_size), self.texts)
         found: dict[int, float] = {}
         below, before = 0, 0.0
         for length, count in self.counts:
@@ -152,7 +158,13 @@ class Lengths:
             drop_last: ``dataloader_drop_last``: what makes up no whole round of batches is left out.
             limit_of_last: the same as ``limit`` for the last batch of one rank, which is smaller; None is ``limit``.
                 Several ranks fill it up with texts from the beginning.
+
+        Raises SpecError.
         """
+        if order not in get_args(Order):
+            raise SpecError.at("order", order, "is not known", f"Use {' or '.join(get_args(Order))}.")
+        limit = _whole("limit", limit, None)
+        limit_of_last = None if limit_of_last is None else _whole("limit_of_last", limit_of_last, None)
         seen = self.seen(micro_batch_size, ranks, steps=steps, drop_last=drop_last)
         if order == "sequential":
             return float(any(length > limit for length in self.first[:seen]))
@@ -169,7 +181,13 @@ class Lengths:
     def step_by_which(
         self, limit: int, micro_batch_size: int, ranks: int = 1, *, risk: float = 0.5, order: Order = "random"
     ) -> int | None:
-        """Return the first forward of an epoch by which the risk is at least ``risk``; None if that is never."""
+        """Return the first forward of an epoch by which the risk is at least ``risk``; None if that is never.
+
+        Raises SpecError.
+        """
+        if isinstance(risk, bool) or not isinstance(risk, (int, float)) or not 0 < risk <= 1:
+            raise SpecError.at("risk", risk, "is not a probability", "Use a number above 0, up to 1.")
+        micro_batch_size, ranks = _whole("micro_batch_size", micro_batch_size), _whole("ranks", ranks)
         last = -(-self.texts // (micro_batch_size * ranks))
         if self.risk(limit, micro_batch_size, ranks, order=order) < risk:
             return None
@@ -181,7 +199,12 @@ class Lengths:
         return high
 
     def seen(self, micro_batch_size: int, ranks: int = 1, *, steps: int | None = None, drop_last: bool = False) -> int:
-        """Return how many different texts an epoch, or the first ``steps`` forwards of one, go through."""
+        """Return how many different texts an epoch, or the first ``steps`` forwards of one, go through.
+
+        Raises SpecError.
+        """
+        micro_batch_size, ranks = _whole("micro_batch_size", micro_batch_size), _whole("ranks", ranks)
+        steps = None if steps is None else _whole("steps", steps, 0)
         round_ = micro_batch_size * ranks
         whole = self.texts // round_ * round_ if drop_last else self.texts
         return whole if steps is None else min(whole, steps * round_)
@@ -248,17 +271,48 @@ def _all_within(good: int, of: int, drawn: int) -> float:
     )
 
 
+def _items(lengths: Any) -> Iterator[Any]:
+    """What lengths are made of: the numbers of an array, which are no ints, as such."""
+    if not isinstance(lengths, (str, bytes)):
+        with suppress(TypeError):  # of what only looks like a list, and of an array without dimensions
+            _refuse_many(len(lengths) if hasattr(lengths, "__len__") else 0)
+            return iter(lengths.tolist() if hasattr(lengths, "tolist") else lengths)
+    raise SpecError.at("lengths", lengths, "are no lengths", "Give numbers of tokens, or the path of a file.")
+
+
 def _length(value: Any) -> int:
     """A number of tokens; of a text that is tokenized, how many it has."""
-    if hasattr(value, "__len__") and not isinstance(value, (str, bytes, Mapping)):
-        value = len(value)
     number = value
-    if isinstance(value, float) and value.is_integer():
-        number = int(value)
-    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= LONGEST_TEXT:
+    if hasattr(value, "__len__") and not isinstance(value, (str, bytes, Mapping)):
+        with suppress(TypeError):  # of an array without dimensions, which is a number
+            number = len(value)
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    try:
+        tokens = -1 if isinstance(number, bool) else index(number)
+    except (TypeError, ValueError, RuntimeError):
+        tokens = -1
+    if not 0 <= tokens <= LONGEST_TEXT:
         problem, remedy = "is not a number of tokens", f"Use integers from 0 to {LONGEST_TEXT}."
         raise SpecError.at("lengths", value, problem, remedy)
+    return tokens
+
+
+def _whole(name: str, value: Any, least: int | None = 1) -> int:
+    """An argument that counts something. Raises SpecError."""
+    try:
+        number = None if isinstance(value, bool) else index(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = None
+    if number is None or (least is not None and number < least):
+        problem = "is not a whole number" if least is None else f"is not a whole number from {least} on"
+        raise SpecError.at(name, value, problem, "Give one.")
     return number
+
+
+def _refuse_many(texts: int) -> None:
+    if texts > MOST_TEXTS:
+        raise SpecError(f"lengths: are of more than {MOST_TEXTS} texts, too many. Give those of a sample of them.")
 
 
 def _column(data: Mapping[str, Any]) -> Any:
@@ -341,17 +395,37 @@ def _csv(path: Path) -> Iterator[int]:
 def _json(path: Path) -> Any:
     import json
 
+    if path.stat().st_size > LARGEST_JSON:
+        raise SpecError(f"lengths: are more than {LARGEST_JSON} bytes of JSON. Save them as .npy.")
     data = json.loads(path.read_bytes())
     return _column(data) if isinstance(data, dict) else data
 
 
 def _npy(path: Path) -> Any:
+    """The header is read first: what it asks for need not be there."""
+    from tokenize import TokenError
+
     import numpy as np
 
-    array = np.load(path, allow_pickle=False)
-    if array.ndim != 1:
-        raise SpecError(f"lengths: have {array.ndim} dimensions. Give one number for each text.")
-    return array
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise SpecError(
+                f"lengths: are in version {version[0]} of .npy, which is for tables. Save an array of integers."
+            )
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        try:
+            shape, _, dtype = read_header(file)
+        except (TypeError, SyntaxError, TokenError, OverflowError, MemoryError) as error:
+            raise SpecError(f"lengths: have a header that is none ({type(error).__name__}). Save them again.") from None
+        if dtype.kind not in "iuf":
+            raise SpecError(f"lengths: are of type {str(dtype)[:60]}, which are no numbers. Save an array of integers.")
+        if len(shape) != 1:
+            raise SpecError(f"lengths: have {len(shape)} dimensions. Give one number for each text.")
+        _refuse_many(shape[0])
+        if not 0 <= shape[0] * dtype.itemsize <= path.stat().st_size - file.tell():
+            raise SpecError(f"lengths: are {shape[0]} by the file's header, and fewer in it. Save them again.")
+        return np.fromfile(file, dtype, shape[0])
 
 
 def _parquet(path: Path) -> Any:
@@ -361,8 +435,11 @@ def _parquet(path: Path) -> Any:
         raise SpecError("lengths: are in a .parquet, for which pyarrow is missing. Save them as .npy.") from None
     try:
         file = parquet.ParquetFile(path)
+        _refuse_many(file.metadata.num_rows)  # a few bytes may hold as many as they like
         name = _column({each: each for each in file.schema_arrow.names})
         return file.read(columns=[name]).column(name).to_pylist()
+    except SpecError:
+        raise
     except (OSError, ValueError, LookupError) as error:  # pyarrow's own errors are among these
         raise SpecError(f"lengths: cannot be read ({str(error)[:200]}). Save them as .npy.") from None
 

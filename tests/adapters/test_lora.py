@@ -173,6 +173,74 @@ def test_a_layer_that_is_named_by_its_index_is_adapted_alone() -> None:
     assert saved == every + mlp
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about a name that PEFT asks it for
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(q|v)_proj",
+        r"model\.layers\.[02]\.self_attn\.[qk]_proj",
+        r".*layers\.\d\.mlp\.(?:up|down)_proj",
+        r"(?!.*mlp).*_proj",
+        r"lm_head|.*k_proj",
+        r".*layers.(1|2).*o_proj",
+        r"(q|v)_proj",  # of whole paths, which it is none of
+    ],
+)
+def test_a_text_is_matched_with_whole_paths_as_in_peft(pattern: str) -> None:
+    import peft
+    import torch
+    import transformers
+
+    import memplan
+
+    config = transformers.LlamaConfig(**{name: value for name, value in LLAMA.items() if name != "architectures"})
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    b, root = build(LLAMA, "float32")
+    lora = LoraSpec(rank=4, targets=pattern)
+    try:
+        real = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=pattern))
+    except ValueError:
+        with pytest.raises(SpecError, match="matches no module"):
+            apply_lora(b, root, lora, "llama")
+        return
+    expected = {
+        path.removeprefix("base_model.model.") for path, each in real.named_modules() if hasattr(each, "lora_A")
+    }
+    apply_lora(b, root, lora, "llama")
+    assert {path for path, module in root.named_modules() if hasattr(module, "lora_A")} == expected
+    estimate = memplan.estimate(LLAMA, {"seq_len": 16, "lora": lora}, "T4", replay=False)
+    assert estimate.model.trainable_parameters == sum(each.numel() for each in real.parameters() if each.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "message"),
+    [
+        ("(.*)*x", UnsupportedError, "may take long"),
+        ("(a+)+$", UnsupportedError, "may take long"),
+        (".*.*.*.*.*x", UnsupportedError, "may take long"),
+        ("(a|b)" * 100, UnsupportedError, "may take long"),
+        ("(q_proj", SpecError, "is no regular expression"),
+        ("a{99999999999}", SpecError, "is no regular expression"),
+        ((".*q_proj", "v_proj"), UnsupportedError, "beside other names"),
+        (".{1,2}_proj", UnsupportedError, "has a comma"),
+    ],
+)
+def test_a_regular_expression_that_is_not_matched_is_refused(
+    targets: Any, error: type[Exception], message: str
+) -> None:
+    b, root = build(LLAMA, "float32")
+    with pytest.raises(error, match=message):
+        apply_lora(b, root, LoraSpec(rank=4, targets=targets), "llama")
+
+
+def test_what_is_saved_is_no_regular_expression() -> None:
+    """re.error: PEFT matches these names so where it looks for adapters' places, and not where it saves."""
+    b, root = build(LLAMA, "float32")
+    with pytest.raises(SpecError, match="modules_to_save: '\\('"):
+        apply_lora(b, root, LoraSpec(rank=4, targets="q_proj", modules_to_save="("), "llama")
+
+
 def test_default_targets_are_pefts_mapping() -> None:
     pefts = {family: tuple(names) for family, names in PEFT_TARGETS.items() if family in FAMILIES}
     assert {family: DEFAULT_TARGETS.get(family) for family in pefts} == pefts

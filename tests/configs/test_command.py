@@ -160,3 +160,40 @@ def test_what_cannot_be_told_is_said(text: str, message: str) -> None:
         parse_command(text, "run.sh")
     assert str(error.value).startswith("run.sh: ")
     assert message in str(error.value)
+
+
+_OF_SLURM = "torchrun --nproc_per_node 8 --nnodes $SLURM_NNODES a.py --bf16"
+
+
+@pytest.mark.parametrize(
+    ("text", "cluster"),
+    [
+        ("torchrun --nproc_per_node 8 a.py --bf16", {"gpus": 8, "nodes": 1}),
+        ("torchrun --nproc_per_node gpu a.py --bf16", {"nodes": 1}),
+        ("torchrun --nproc_per_node $(nvidia-smi -L | wc -l) a.py --bf16", {"nodes": 1}),
+        ("torchrun --nproc_per_node ² a.py --bf16", {"nodes": 1}),
+        ("torchrun --nproc_per_node 8 --nnodes 1:4 a.py --bf16", {"per_node": 8}),
+        ("srun torchrun --nproc_per_node 8 --nnodes $SLURM_NNODES a.py --bf16", {"per_node": 8}),
+        (
+            "#!/bin/bash\n#SBATCH --nodes=2\n\nsrun torchrun --nproc_per_node 8 --nnodes $SLURM_NNODES a.py --bf16",
+            {"gpus": 16, "nodes": 2},
+        ),
+        (
+            "#!/bin/bash\n#SBATCH -N 2  # both\n#SBATCH --gpus-per-node=a100:4\n"
+            "srun torchrun --nproc_per_node=$SLURM_GPUS_ON_NODE --nnodes=${SLURM_JOB_NUM_NODES} a.py --bf16",
+            {"gpus": 8, "nodes": 2},
+        ),
+        (f"#!/bin/bash\n#SBATCH --nodes=2-4\n{_OF_SLURM}", {"per_node": 8}),
+        (f"#!/bin/bash\necho\n#SBATCH -N2\n{_OF_SLURM}", {"per_node": 8}),
+        ("#!/bin/bash\n#SBATCH -N 2 --ntasks-per-node=8\nsrun python a.py --bf16", {"gpus": 16, "nodes": 2}),
+        ("#!/bin/bash\n#SBATCH -N 2 --ntasks-per-node=8\nsrun -N1 python a.py --bf16", {"gpus": 8, "nodes": 1}),
+        ("srun -N 2 -n 16 python a.py --bf16", {"gpus": 16, "nodes": 2}),
+        ("srun python a.py --bf16", {}),
+        ("mpirun -np 4 python a.py --bf16", {"gpus": 4}),
+        ("accelerate launch --num_processes 16 --num_machines $N a.py --bf16", {"gpus": 16}),
+        ("deepspeed a.py --bf16", {"nodes": 1}),
+        ("python a.py --bf16", {"gpus": 1, "nodes": 1}),
+    ],
+)  # fmt: skip
+def test_only_what_is_said_is_known_of_the_ranks(text: str, cluster: dict[str, int]) -> None:
+    assert parse_command(text, "run.sh").cluster == cluster

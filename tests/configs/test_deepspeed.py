@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from memplan.answers import Finding
 from memplan.configs import keys
 from memplan.configs.deepspeed import DTYPES, parse_deepspeed, to_deepspeed
 from memplan.configs.setup import with_cluster, with_training
@@ -582,3 +583,99 @@ def test_a_file_without_any_key_of_deepspeed_is_not_its_config() -> None:
     fsdp_config = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "backward_prefetch": "backward_pre"}
     with pytest.raises(SpecError, match=r"is none of DeepSpeed's keys, .*--strategy fsdp"):
         parse_deepspeed(fsdp_config, "fsdp.json")
+
+
+# -- what DeepSpeed hands on -------------------------------------------------------------------------------------------
+
+
+def test_params_are_those_of_the_optimizers_that_deepspeed_makes() -> None:
+    import inspect
+
+    import torch
+    from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+    from deepspeed.runtime import lr_schedules
+
+    from memplan.configs.keys import OPTIMIZER_PARAMS, SCHEDULERS, TORCH_SCHEDULERS
+
+    def taken(cls: type) -> set[str]:
+        return set(list(inspect.signature(cls.__init__).parameters)[2:])
+
+    read = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}  # by the engine, which hands them on by itself
+    real = {
+        "torch_adam": taken(torch.optim.AdamW) | read,
+        "cpu_adam": taken(DeepSpeedCPUAdam) - {"adamw_mode"} | read,
+        "adam": taken(FusedAdam) | read,
+        "cpu_adagrad": taken(DeepSpeedCPUAdagrad),
+        "adagrad": taken(torch.optim.Adagrad),
+        "cpu_lion": taken(DeepSpeedCPULion),
+        "lion": taken(FusedLion),
+        "SGD": taken(torch.optim.SGD),
+        "RMSprop": taken(torch.optim.RMSprop),
+    }
+    assert {name: set(params) for name, params in OPTIMIZER_PARAMS.items()} == real
+    assert {name: set(params) for name, params in SCHEDULERS.items()} == {
+        name: taken(getattr(lr_schedules, name)) for name in SCHEDULERS
+    }
+    scheduler = torch.optim.lr_scheduler
+    assert {name for name in scheduler.__all__ if name not in TORCH_SCHEDULERS} == set()
+
+
+def made_by_deepspeed(config: dict[str, Any]) -> None:
+    """The two methods of the engine that hand a config's params on, with an optimizer of torch's on the CPU."""
+    from types import SimpleNamespace
+
+    import torch
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    optimizer, scheduler = config.get("optimizer", {}), config.get("scheduler", {})
+    engine: Any = SimpleNamespace(
+        optimizer_params=lambda: optimizer.get("params"),
+        optimizer_name=lambda: str(optimizer.get("type")).lower(),
+        scheduler_name=lambda: scheduler.get("type"),
+        scheduler_params=lambda: scheduler.get("params"),
+        zero_use_cpu_optimizer=lambda: False,
+    )
+    engine.get_optimizer_configuration = lambda *args, **kwargs: DeepSpeedEngine.get_optimizer_configuration(
+        engine, *args, **kwargs
+    )
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    if optimizer:
+        made = DeepSpeedEngine._configure_basic_optimizer(engine, weights)
+    else:
+        made = torch.optim.AdamW(weights)
+    DeepSpeedEngine._scheduler_from_config(engine, made)
+
+
+OF_TORCH = {"torch_adam": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        ({"optimizer": {"type": "AdamW", "params": {**OF_TORCH, "lr": 1e-4}}}, None),
+        ({"optimizer": {"type": "AdamW", "params": {**OF_TORCH, "learning_rate": 1e-4}}}, "params.learning_rate"),
+        ({"optimizer": {"type": "AdamW", "params": {**OF_TORCH, "fused": True, "_comment": 1}}}, "params._comment"),
+        ({"optimizer": {"type": "Adagrad", "params": {"lr": 1e-4, "betas": [0.9, 0.99]}}}, "params.betas"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}}, None),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 10}}}, "params.warmup_steps"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 10}}}, "params.total_num_steps"),
+        ({"scheduler": {"type": "WarmupLr", "params": {"warmup_num_steps": 10}}}, "scheduler.type"),
+        ({"scheduler": {"type": "StepLR", "params": {"step_size": 10}}}, None),
+    ],
+)  # fmt: skip
+def test_what_is_handed_on_has_names_that_are_taken(change: dict[str, Any], path: str | None) -> None:
+    config = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1, **change}
+    found: list[Finding] = []
+    parse_deepspeed(config, "ds.json", findings=found)
+    assert [each.code for each in found] == ([] if path is None else ["unknown-key"])
+    if path is None:
+        made_by_deepspeed(config)
+        parse_deepspeed(config, "ds.json")
+        return
+    assert found[0].path.endswith(path)
+    with pytest.raises((TypeError, AssertionError)):
+        made_by_deepspeed(config)
+    with pytest.raises(SpecError, match=path):
+        parse_deepspeed(config, "ds.json")

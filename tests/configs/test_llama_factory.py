@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from memplan.answers import Finding
 from memplan.configs.arguments import parse_arguments
 from memplan.configs.llama_factory import is_llama_factory, known_names, to_arguments
 from memplan.errors import SpecError, UnsupportedError
@@ -103,3 +104,27 @@ def test_what_llama_factory_refuses_is_refused(values: dict[str, Any]) -> None:
 )
 def test_they_are_told_from_other_arguments(values: dict[str, Any], expected: bool) -> None:
     assert is_llama_factory(values) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("lora_rnk", "lora_rank"),
+        ("cutof_len", "cutoff_len"),
+        ("finetunning_tipe", "finetuning_type"),
+        ("lerning_rate", "learning_rate"),
+        ("image_min_pixels", None),  # of LLaMA-Factory, though it is like another one
+        ("video_fps", None),
+    ],
+)
+def test_a_misspelt_argument_is_refused(name: str, near: str | None) -> None:
+    """LLaMA-Factory's parser is transformers', which takes no more than its dataclasses have."""
+    found: list[Finding] = []
+    data = {"stage": "sft", "model_name_or_path": "gpt2", "bf16": True, name: 1}
+    parse_arguments(to_arguments(data, "a.yaml", shards=False), "a.yaml", found, known=known_names())
+    if near is None:
+        assert found == []
+        return
+    assert [(each.code, each.severity, each.remedy) for each in found] == [
+        ("misspelt-argument", "error", f"Did you mean {near}?")
+    ]

@@ -24,7 +24,7 @@ from typing import Any
 
 MEMORY = 6 * 2**30
 """Bytes of address space: Python, what it has loaded, the fuzzer's own tables, and 2 GiB for an input."""
-NAMES = ("model_config", "deepspeed_json", "accelerate_yaml", "arguments", "raw_file", "command")
+NAMES = ("model_config", "deepspeed_json", "accelerate_yaml", "arguments", "raw_file", "command", "lengths")
 """Of the targets, which are imported where they can be instrumented."""
 SECONDS = 10
 """Of a processor, for one input: by the clock a process of the lowest priority may wait for minutes."""

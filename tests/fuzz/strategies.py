@@ -133,10 +133,14 @@ def _deepspeed(draw: Any) -> dict[str, Any]:
         config["zero_optimization"]["offload_param"] = draw(offload)
     if draw(st.booleans()):
         named = _mostly("Adam", "AdamW", "AdamW", *OPTIMIZERS)
-        params = st.dictionaries(
-            st.sampled_from(["lr", "betas", "torch_adam", "eps", "x"]), _mostly("auto", 1e-4), max_size=2
-        )
+        names = ["lr", "betas", "torch_adam", "eps", "weight_decay", "learning_rate", "x"]
+        params = st.dictionaries(st.sampled_from(names), _mostly("auto", 1e-4, 10**400), max_size=2)
         config["optimizer"] = {"type": draw(named), "params": draw(params)}
+    if draw(st.integers(0, 3)) == 0:
+        kind = _mostly("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "WarmupLr")
+        names = ["warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_steps", "x"]
+        params = st.dictionaries(st.sampled_from(names), _mostly("auto", 0, 100, 10**400), max_size=3)
+        config["scheduler"] = {"type": draw(kind), "params": draw(params | odd)}
     config |= {
         name: {"enabled": draw(_mostly(True, "auto", False))}
         for name in draw(st.lists(st.sampled_from(["bf16", "fp16"]), max_size=2))
@@ -160,6 +164,8 @@ _NAMES = [*TRAINING_ARGUMENTS, *SCRIPT_ARGUMENTS, *REMOVED_ARGUMENTS, *llama_fac
 _RUNS: tuple[dict[str, Any], ...] = (
     {"per_device_train_batch_size": 1, "seq_len": 16, "output_dir": "out", "bf16": True},
     {"per_device_train_batch_size": 1, "max_length": 16, "output_dir": "out", "use_peft": True, "load_in_4bit": True},
+    {"max_length": 16, "output_dir": "out", "use_peft": True, "lora_target_modules": ".*(q|v)_proj", "packing": True},
+    {"max_length": 16, "output_dir": "out", "use_peft": True, "lora_target_modules": "(.*)*x", "bf16": True},
     {"stage": "sft", "finetuning_type": "lora", "cutoff_len": 16, "model_name_or_path": "gpt2"},
     {"stage": "pt", "finetuning_type": "full", "cutoff_len": 16, "deepspeed": {"zero_optimization": {"stage": 3}}},
     {"per_device_train_batch_size": 1, "output_dir": "out", "fsdp": "full_shard", "fsdp_config": {"version": 2}},
@@ -195,8 +201,19 @@ def _texts(draw: Any) -> str:
 @st.composite
 def _scripts(draw: Any) -> str:
     """A launching script: variables, a launcher, a Trainer's arguments over several lines."""
-    launcher = draw(_mostly("torchrun --nproc_per_node $N", "accelerate launch", "deepspeed --num_gpus=2", "python"))
+    launcher = draw(
+        _mostly(
+            *("torchrun --nproc_per_node $N", "accelerate launch", "deepspeed --num_gpus=2", "python"),
+            *(
+                "srun torchrun --nproc_per_node 8 --nnodes $SLURM_NNODES",
+                "srun -N 2 -n 4 python",
+                "mpirun -np 2 python",
+            ),
+            *("torchrun --nproc_per_node gpu", "deepspeed --hostfile run.sh", "deepspeed --include a:0,1@b:1,2"),
+        )
+    )
     lines = [
+        f"#SBATCH --nodes={_text(draw(_mostly(1, 2)))} --ntasks-per-node {_text(draw(_mostly(1, 2)))}",
         f"export N={draw(_mostly(1, 2))}",
         draw(_mostly("set -e", "B=${N:-4}", "# run", "cd /tmp", "if true; then")),
     ]
@@ -222,6 +239,7 @@ _PIECES = (
         b"2001-99-99",
         b"0x_",
         b"1:" * 50,
+        b"1:" * 3000 + b"1.5",
         b"!!binary x",
         b"!!set {a}",
         b"? [a]\n: b",
@@ -273,7 +291,49 @@ _WORDS: dict[str, list[str]] = {
     "lora_dropout": ["0.1", "1"],
 }
 
+
+@st.composite
+def _npy(draw: Any) -> bytes:
+    """An array as a file: its header says what is there, or something else."""
+    descr = draw(_mostly("'<i8'", "'|i1'", "'<u2'", "'<f8'", "'|V0'", "'|O'", "'<U3'", "[('a', '<i8')]").map(_text))
+    shape = draw(_mostly("(4,)", "(0,)", "(2, 2)", "()", "(-1,)", "(1000000000,)", f"({10**30},)").map(_text))
+    text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}\n".encode("utf-8", "surrogatepass")
+    version = draw(st.sampled_from([b"\x01\x00", b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x00"]))
+    size = len(text).to_bytes(2 if version[0] == 1 else 4, "little", signed=False) if len(text) < 2**16 else b"\xff\xff"
+    return b"\x93NUMPY" + version + size + text + draw(st.sampled_from([b"\3" * 32, b"", b"\xff" * 8]))
+
+
+@st.composite
+def _lengths(draw: Any) -> dict[str, Any]:
+    """A file of lengths, and what they are asked for."""
+    numbers = draw(st.lists(st.integers(0, 4096), min_size=1, max_size=20))
+    lines = "\n".join(map(str, numbers))
+    suffix, usual = draw(
+        st.sampled_from(
+            [
+                (".txt", lines.encode()),
+                (".csv", b"length,x\n" + lines.replace("\n", ",1\n").encode() + b",1"),
+                (".json", json.dumps(draw(st.sampled_from([numbers, {"length": numbers}]))).encode()),
+                (".npy", draw(_npy())),
+                (".parquet", b"PAR1PAR1"),
+            ]
+        )
+    )
+    content = draw(st.just(usual) | st.just(usual) | _raw())
+    given = draw(st.just(numbers) | value)
+    return {
+        "suffix": suffix,
+        "content": content,
+        "given": given,
+        "limit": draw(_mostly(512)),
+        "micro_batch_size": draw(_mostly(1, 4)),
+        "ranks": draw(_mostly(1, 2)),
+        "order": draw(_mostly("random", "sequential", "group_by_length")),
+    }
+
+
 STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
+    "lengths": _lengths(),
     "model_config": _models(),
     "deepspeed_json": _deepspeed(),
     "accelerate_yaml": _accelerate(),

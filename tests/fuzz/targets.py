@@ -22,7 +22,17 @@ import yaml
 from memplan import api, checks, cli
 from memplan.errors import MemplanError
 
-__all__ = ["LLAMA", "TARGETS", "accelerate_yaml", "arguments", "command", "deepspeed_json", "model_config", "raw_file"]
+__all__ = [
+    "LLAMA",
+    "TARGETS",
+    "accelerate_yaml",
+    "arguments",
+    "command",
+    "deepspeed_json",
+    "lengths",
+    "model_config",
+    "raw_file",
+]
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -113,6 +123,22 @@ def raw_file(content: bytes) -> bool:
     return found
 
 
+def lengths(asked: dict[str, Any]) -> bool:
+    """A file of lengths, by the name that decides how it is read, or values; and what is asked of them."""
+    from memplan.lengths import Lengths, read_lengths
+
+    def ask(found: Lengths) -> None:
+        limit, batch, ranks = asked["limit"], asked["micro_batch_size"], asked["ranks"]
+        _answered(lambda: found.risk(limit, batch, ranks, order=asked["order"]))
+        _answered(lambda: found.step_by_which(limit, batch, ranks, order=asked["order"]))
+        _answered(lambda: found.batch_longest(batch))
+        _answered(lambda: found.padded(limit, pad_to_multiple_of=batch))
+
+    with _written(asked["content"], f"a{asked['suffix']}") as path:
+        answered = _answered(lambda: ask(read_lengths(path)))
+    return _answered(lambda: ask(Lengths.of(asked["given"]))) or answered
+
+
 def command(words: list[str]) -> bool:
     """A command line. Whatever it is, it ends with one of memplan's exit codes, and says so on stderr if it failed."""
     out, err = io.StringIO(), io.StringIO()
@@ -127,5 +153,6 @@ def command(words: list[str]) -> bool:
 
 
 TARGETS: dict[str, Callable[[Any], bool]] = {
-    each.__name__: each for each in (model_config, deepspeed_json, accelerate_yaml, arguments, raw_file, command)
+    each.__name__: each
+    for each in (model_config, deepspeed_json, accelerate_yaml, arguments, raw_file, command, lengths)
 }

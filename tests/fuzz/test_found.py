@@ -97,3 +97,45 @@ def test_odd_files_are_refused(content: bytes, name: str, tmp_path: Path, monkey
     with pytest.raises(MemplanError):
         memplan.check(name, LLAMA, SHORT, HERE)
     assert not (tmp_path / "done").exists()
+
+
+RUN: dict[str, Any] = {"output_dir": "o", "bf16": True, "per_device_train_batch_size": 1, "seq_len": 16}
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), 10**5000, float("inf"), float("nan")], ids=range(5))
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("optimizer.params.lr", "optimizer.params.eps", "optimizer.params.weight_decay", "optimizer.params.betas"),
+        *("gradient_clipping", "scheduler.params.warmup_max_lr", "scheduler.params.warmup_num_steps"),
+    ],
+)
+def test_a_number_beyond_all_floats_is_another_one(path: str, number: Any) -> None:
+    """OverflowError: a DeepSpeed config's numbers are compared with the Trainer's arguments."""
+    config: dict[str, Any] = {
+        "train_batch_size": "auto",
+        "optimizer": {"type": "AdamW", "params": {}},
+        "scheduler": {"type": "WarmupLR", "params": {}},
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+    }
+    *sections, key = path.split(".")
+    section = config
+    for name in sections:
+        section = section[name]
+    section[key] = [number, number] if key == "betas" else number
+    found = memplan.check({**RUN, "deepspeed": config}, LLAMA, cluster=HERE)
+    assert found.findings[0].code == "trainer-mismatch"
+    assert len(found.findings[0].message) < 500
+
+
+@pytest.mark.parametrize("steps", [10**400, float("inf"), float("nan")])
+def test_a_warm_up_beyond_all_steps_is_read(steps: Any) -> None:
+    memplan.check({**RUN, "warmup_steps": steps, "deepspeed": {"zero_optimization": {"stage": 1}}}, LLAMA, cluster=HERE)
+
+
+def test_a_yaml_number_of_thousands_of_parts_is_refused(tmp_path: Path) -> None:
+    """OverflowError: 1:1:1.5 is a number of YAML 1.1, with the base 60."""
+    (tmp_path / "a.yaml").write_text("output_dir: o\nbf16: true\nlearning_rate: " + "1:" * 3000 + "1.5\n")
+    with pytest.raises(SpecError, match="is not YAML that can be read"):
+        memplan.check(tmp_path / "a.yaml", LLAMA, cluster=HERE)

@@ -20,7 +20,8 @@ from tests.ranks import on_two_ranks
 import memplan
 from memplan import checks
 from memplan.catalog import detect
-from memplan.errors import PreflightError, SpecError, UnsupportedError
+from memplan.errors import MemplanError, PreflightError, SpecError, UnsupportedError
+from memplan.integrations import largest
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:memplan")
 
@@ -247,3 +248,47 @@ def test_a_script_trains_with_the_batch_that_was_found(stage: int | None, tmp_pa
     assert ended.returncode == 0, ended.stderr[-3000:]
     seen = json.loads(next(line for line in ended.stdout.split("\n") if line.startswith("SEEN"))[5:])
     assert seen == [[4, 24]] * 2
+
+
+def test_an_object_that_cannot_be_read_is_no_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one rank alone it would leave the others in all_reduce."""
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("gone")
+
+    asked = []
+    monkeypatch.setattr(largest, "_least_of_all_ranks", lambda size: asked.append(size) or size)
+    for given in ((Broken(), values()), ("meta-llama/Llama-3.2-1B", Broken())):
+        with pytest.raises(MemplanError, match=r"^memplan: The run was not checked: RuntimeError: gone"):
+            memplan.largest_batch(*given, cluster="1xA100-40GB")
+    assert asked == [0, 0]
+
+
+@pytest.mark.parametrize("total", [2 * (2**61 - 1), 10**400, -2, 0, True, "8", 2**40 + 2])
+def test_a_batch_that_no_run_has_is_refused_soon(total: Any) -> None:
+    start = time.process_time()
+    with pytest.raises(SpecError, match=r"^global_batch_size: "):
+        memplan.largest_batch(
+            "gpt2", values(), training={"seq_len": 64}, cluster="2xA100-40GB", global_batch_size=total
+        )
+    assert time.process_time() - start < 5
+
+
+def test_the_largest_batch_that_is_taken_is_shared_out() -> None:
+    found = memplan.largest_batch(
+        "gpt2", values(), training={"seq_len": 64}, cluster="2xA100-40GB", global_batch_size=2**16
+    )
+    assert 2**16 % found == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("per_device_train_batch_size", -3), ("gradient_accumulation_steps", 0), ("gradient_accumulation_steps", "2")],
+)
+def test_a_batch_of_a_script_is_refused_by_its_name(name: str, value: Any) -> None:
+    from types import SimpleNamespace
+
+    args = SimpleNamespace(**{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, name: value})
+    with pytest.raises(SpecError, match=f"^{name}: "):
+        memplan.MemplanArguments(largest_batch=True).prepare("gpt2", args)

@@ -71,7 +71,8 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No launcher, no GPU, and what the libraries set in the environment is taken back."""
     before = dict(os.environ)
     for name in list(os.environ):
-        if name.startswith(("ACCELERATE_", "FSDP_")) or name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"):
+        of_a_launcher = name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK")
+        if name.startswith(("ACCELERATE_", "FSDP_", "SLURM_")) or of_a_launcher:
             del os.environ[name]
     monkeypatch.setattr(detect, "read_nvml", lambda: ())
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -369,13 +370,13 @@ def test_another_head_than_the_config_says_is_traced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "codes_of_it"),
     [
-        (peft.LoraConfig(r=4, target_modules=r".*\.q_proj"), set()),
+        (peft.LoraConfig(r=4, target_modules=r"(?:\w+\.)+q_proj"), set()),
         (peft.LoraConfig(r=4, use_dora=True), set()),
         (peft.LoraConfig(r=4, layers_to_transform=[0], target_modules=["q_proj"]), set()),
         (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), set()),
         (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8), None),
     ],
-    ids=["regex", "dora", "some layers", "ia3", "prompt tuning"],
+    ids=["repeated group", "dora", "some layers", "ia3", "prompt tuning"],
 )
 def test_what_peft_can_and_memplan_has_no_words_for(options: Any, codes_of_it: set[str] | None, tmp_path: Path) -> None:
     model = peft.get_peft_model(llama(), options)
@@ -388,6 +389,14 @@ def test_what_peft_can_and_memplan_has_no_words_for(options: Any, codes_of_it: s
     assert found.check.estimate.model.trainable_parameters == trained
     sharded = arguments(tmp_path, bf16=True, deepspeed=ZERO_3)
     assert not memplan.preflight(model, sharded, training={"seq_len": 32}, cluster=TWO).errors
+
+
+def test_adapters_by_a_regular_expression_need_no_trace(tmp_path: Path) -> None:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=r".*\.(q|v)_proj"))
+    found = memplan.preflight(model, arguments(tmp_path), training={"seq_len": 32}, cluster="1xA100-80GB")
+    assert found.check.estimate.model.source == "mapping"
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert found.check.estimate.model.trainable_parameters == trained
 
 
 def test_a_model_without_a_loss_is_no_error(tmp_path: Path) -> None:
@@ -654,11 +663,43 @@ def test_ranks_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert live.world({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}) == (16, 8)
     assert live.world({"WORLD_SIZE": "4"}) == (4, 4)
     assert live.world({"WORLD_SIZE": "many"}) is None
+    for odd in ("²", "９", "-1", "1.5", "9" * 5000):
+        assert live.world({"WORLD_SIZE": odd}) is None
+        assert live.world({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": odd}) == (4, 4)
+        assert live.rank({"RANK": odd}) == 0
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     found = memplan.preflight(llama(), cluster=memplan.ClusterSpec(gpu="A100-80GB"))
     assert found.check.estimate.cluster["gpus"] == 16
     assert found.check.estimate.cluster["nodes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "nodes"),
+    [
+        ({"WORLD_SIZE": "16", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}, 2),
+        ({"WORLD_SIZE": "16", "SLURM_JOB_NUM_NODES": "4"}, 4),
+        ({"WORLD_SIZE": "16", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8"}, 2),
+        ({"WORLD_SIZE": "16", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}, 1),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "SLURM_NNODES": "4"}, 2),
+        ({"WORLD_SIZE": "12", "LOCAL_WORLD_SIZE": "8"}, 2),
+        ({"WORLD_SIZE": "9", "LOCAL_WORLD_SIZE": "8"}, 3),
+        ({"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "8"}, 1),
+    ],
+)
+def test_nodes_of_the_launcher(variables: dict[str, str], nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun says on how many nodes it starts ranks, and no LOCAL_WORLD_SIZE."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", **variables}.items():
+        monkeypatch.setenv(name, value)
+    found = memplan.preflight(llama(), cluster=memplan.ClusterSpec(gpu="A100-80GB"))
+    cluster = found.check.estimate.cluster
+    assert (cluster["gpus"], cluster["nodes"]) == (int(variables["WORLD_SIZE"]), nodes)
+
+
+def test_a_rank_that_is_no_number_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "²")
+    assert not memplan.preflight(llama(), cluster=memplan.ClusterSpec(gpu="A100-80GB")).errors
 
 
 def test_the_process_group_knows_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -987,3 +1028,32 @@ def test_the_same_script_in_one_process_stops_if_it_cannot_fit(on_failure: str, 
     )
     stopped(ended)
     assert re.search(r"What fits: .*per_device_train_batch_size=", ended.stderr), ended.stderr
+
+
+# -- the dtype that nothing says ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_name_is_loaded_as_from_pretrained_loads_it(dtype: str, tmp_path: Path) -> None:
+    """transformers 5 takes the checkpoint's dtype where nothing is said, None among it; 4 took float32."""
+    llama().to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    real = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert real.dtype is transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=None).dtype
+    values = {"output_dir": "o", "per_device_train_batch_size": 1, "bf16": True}
+    cluster = {"gpu": "A100-80GB", "gpus": 1}
+
+    def taken(**options: Any) -> str:
+        found = memplan.preflight(str(tmp_path), values, training={"seq_len": 64}, cluster=cluster, **options)
+        return str(setup_of(found)["dtype"])
+
+    assert taken() == str(real.dtype).removeprefix("torch.")
+    assert taken(software={"transformers": "4.57"}) == "float32"
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert setup_of(memplan.preflight(config, values, training={"seq_len": 64}, cluster=cluster))["dtype"] == dtype
+    asked = {"seq_len": 64, "dtype": "float32"}
+    assert setup_of(memplan.preflight(str(tmp_path), values, training=asked, cluster=cluster))["dtype"] == "float32"
+    said = {**values, "model_name_or_path": str(tmp_path), "max_length": 64}
+    for change, expected in (({}, dtype), ({"torch_dtype": "float32"}, "float32"), ({"use_peft": True}, "float32")):
+        found = memplan.check({**said, **change}, cluster=cluster)
+        assert found.estimate is not None
+        assert found.estimate.setup["dtype"] == expected

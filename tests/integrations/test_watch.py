@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import memplan
+from memplan.errors import SpecError
 from memplan.integrations import watch as watching
 from memplan.integrations.callback import MemoryCallback
 from memplan.integrations.watch import RECORD, RISES, WINDOW
@@ -333,3 +334,66 @@ def test_a_model_that_cannot_be_estimated_is_measured(tmp_path: Path, cuda: Coun
     for _ in range(2):
         callback.on_step_end(running.args, state, None, model=running.model)
     assert json.loads((tmp_path / RECORD).read_text())["estimate"] is None
+
+
+def test_fields_that_nobody_has_set_are_not_asked_for() -> None:
+    callback = MemoryCallback(training=memplan.TrainingSpec(seq_len=32))
+    assert callback.training == {"seq_len": 32}
+    assert MemoryCallback(training={"seq_len": 32}).training == {"seq_len": 32}
+    asked = memplan.MemplanArguments(preflight_dtype="bfloat16")._asked({"training": memplan.TrainingSpec(seq_len=32)})
+    assert asked["training"] == {"seq_len": 32, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: MemoryCallback(training=5), "training"),
+        (lambda: MemoryCallback(training={"seq_len": 0}), "seq_len"),
+        (lambda: MemoryCallback(cluster=5), "cluster"),
+        (lambda: MemoryCallback(5), "estimate"),
+        (lambda: memplan.MemplanArguments()._asked({"training": 5}), "training"),
+        (lambda: watching.Watch(5), "estimate"),
+        (lambda: watching.Watch(folder=5), "folder"),
+        (lambda: watching.Watch(folder="a\0b"), "folder"),
+        (lambda: watching.Watch(folder="\ud800"), "folder"),
+        (lambda: watching.Watch(say="x"), "say"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(make: Any, field: str) -> None:
+    with pytest.raises(SpecError, match=f"^{field}: "):
+        make()
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_report_that_cannot_be_said_ends_no_loop(cuda: Counters, tmp_path: Path, dies: bool) -> None:
+    def say(text: str) -> None:
+        raise BrokenPipeError("nobody listens")
+
+    def loop() -> int:
+        steps = 0
+        try:
+            with memplan.watch(predicted(), tmp_path, say=say) as watched:
+                for _ in range(4):
+                    watched.step()
+                    steps = watched.steps
+                if dies:
+                    raise KeyError("the script's own")
+        except KeyError:
+            assert dies
+        return steps
+
+    with pytest.warns(UserWarning, match="memory is not watched: BrokenPipeError"):
+        assert loop() == 4
+
+
+def test_counters_that_cannot_be_read_end_no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("CUDA driver error")
+
+    monkeypatch.setattr(watching, "_cuda", broken)
+    with pytest.warns(UserWarning, match="memory is not watched: RuntimeError"):
+        watched = watching.Watch()
+    watched.step()
+    watched.step()
+    watched.finish()
+    assert watched.report == ""

@@ -42,7 +42,13 @@ def test_auto_needs_a_checkpoint_dtype() -> None:
         resolve_precision(TrainingSpec(dtype="auto"), Strategy(), None, None)
 
 
-@pytest.mark.parametrize("kind", ["single", "ddp", "fsdp"])
+def test_fsdp_makes_float32_of_float16_weights_that_are_trained() -> None:
+    """accelerate's ``prepare_model`` and ``fsdp2_prepare_model``, wherever mixed precision is on."""
+    training = TrainingSpec(dtype="float16", mixed_precision="fp16")
+    assert resolve_precision(training, Strategy(kind="fsdp"), None, None) == Precision("float16", "fp16")
+
+
+@pytest.mark.parametrize("kind", ["single", "ddp"])
 def test_float16_weights_under_fp16_are_refused(kind) -> None:
     with pytest.raises(SpecError, match=r"^dtype: 'float16' cannot be trained under mixed precision fp16"):
         resolve_precision(TrainingSpec(dtype="float16", mixed_precision="fp16"), Strategy(kind=kind), None, None)

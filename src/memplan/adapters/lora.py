@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -136,9 +137,26 @@ class ModulesToSave(Module):
         return result
 
 
+_NAME = re.compile(r"[\w.-]+")
+"""What a path of a module is made of."""
+_LONGEST_PATTERN = 300
+_MOST_REPEATS = 4
+"""In a regular expression: the time for a path of some sixty letters grows with their number as its exponent."""
+
+
+def is_pattern(targets: Sequence[str]) -> bool:
+    """Whether targets are one text that PEFT matches with whole paths, by ``re.fullmatch``."""
+    return len(targets) == 1 and _NAME.fullmatch(targets[0]) is None
+
+
 def tells_layers_apart(lora: LoraSpec) -> bool:
-    """Whether a name holds a layer's index, as in ``layers.3.mlp``: then no layer can stand for another."""
-    return any(part.isdigit() for name in (*lora.targets, *lora.modules_to_save) for part in name.split("."))
+    """Whether a name holds a layer's index, as in ``layers.3.mlp``: then no layer can stand for another.
+
+    A regular expression may, whatever it looks like.
+    """
+    return is_pattern(lora.targets) or any(
+        part.isdigit() for name in (*lora.targets, *lora.modules_to_save) for part in name.split(".")
+    )
 
 
 def sees_sharded_adapters(root: Module, dtype: DType) -> None:
@@ -164,11 +182,16 @@ def apply_lora(b: Build, root: Module, lora: LoraSpec, model_type: str) -> None:
     if lora.bias != "none":
         raise UnsupportedError.at("lora.bias", lora.bias, "is not modelled", "Use none.")
     targets = _targets(root, lora, model_type)
+    pattern = _pattern(targets) if lora.targets else None
     freeze(root)
     places = list(root.places())
+    _refuse_unknown(lora.modules_to_save, places)
     matched: set[str] = set()
     for parent, name, path, module in places:
-        target = _matching(path, targets)
+        if pattern is None:
+            target = _matching(path, targets)
+        else:
+            target = targets[0] if pattern.fullmatch(path) else None
         if target is None or _is_saved(path, lora.modules_to_save):
             continue
         matched.add(target)
@@ -206,10 +229,34 @@ def _targets(root: Module, lora: LoraSpec, model_type: str) -> Sequence[str]:
             f"or use {ALL_LINEAR}."
         )
     for target in targets:
-        if target.rpartition(".")[2] in fused:
+        if target.rpartition(".")[2] in fused or (fused and is_pattern(targets)):
             problem = f"stands in PEFT for the experts' fused 3-D weights of {model_type}, which is not modelled"
             raise UnsupportedError.at("lora_targets", target, problem, "Name other layers, as in q_proj,v_proj.")
     return targets
+
+
+def _pattern(targets: Sequence[str]) -> re.Pattern[str] | None:
+    """The regular expression that targets are; None for names. Raises SpecError, and UnsupportedError."""
+    if not is_pattern(targets):
+        odd = next((target for target in targets if _NAME.fullmatch(target) is None), None)
+        if odd is not None:  # among names PEFT takes it literally; text with a comma has been taken apart
+            problem = "is a regular expression beside other names, or has a comma, which is not modelled"
+            raise UnsupportedError.at("lora_targets", odd, problem, "Name modules, as in q_proj,v_proj.")
+        return None
+    (text,) = targets
+    plain = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "a", text, flags=re.DOTALL)  # without what is quoted and sets
+    repeats = len(re.findall(r"[*+{]", plain))
+    if len(text) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or re.search(r"\)\??[*+{]", plain):
+        problem = f"is a regular expression that may take long: longer than {_LONGEST_PATTERN} letters, with more than"
+        problem += f" {_MOST_REPEATS} repeats, or with a group that is repeated"
+        raise UnsupportedError.at("lora_targets", text, problem, "Name modules, as in q_proj,v_proj.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        problem = f"is no regular expression ({error}), and no module's name"
+        raise SpecError.at("lora_targets", text, problem, "Name modules, as in q_proj,v_proj.") from None
 
 
 def _matching(path: str, targets: Sequence[str]) -> str | None:
@@ -239,10 +286,7 @@ def _adapted(b: Build, module: AnyLinear, path: str, lora: LoraSpec) -> LoraLine
 def _save_modules(b: Build, root: Module, names: Sequence[str]) -> None:
     """peft's _set_trainable: every module whose path ends in one of the names, once."""
     places = list(root.places())
-    for name in names:
-        if not any(path.endswith(name) for _, _, path, _ in places):
-            known = sorted({child for _, child, _, _ in places})
-            raise SpecError.at("modules_to_save", name, "matches no module", did_you_mean(name, known))
+    _refuse_unknown(names, places)
     saved: list[str] = []
     for parent, child, path, module in places:
         if not path.endswith(tuple(names)):
@@ -259,6 +303,14 @@ def _save_modules(b: Build, root: Module, names: Sequence[str]) -> None:
             )
         saved.append(path)
         parent.replace_child(child, ModulesToSave(b, module))
+
+
+def _refuse_unknown(names: Sequence[str], places: Sequence[tuple[Module, str, str, Module]]) -> None:
+    """A name that ends no path, as PEFT's ``_set_trainable`` compares them; what is left is no regular expression."""
+    for name in names:
+        if not any(path.endswith(name) for _, _, path, _ in places):
+            known = sorted({child for _, child, _, _ in places})
+            raise SpecError.at("modules_to_save", name, "matches no module", did_you_mean(name, known))
 
 
 def _trainable_copy(b: Build, module: Module, copied: dict[int, Parameter] | None = None) -> Module:

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from memplan.configs.keys import Key, _idle, _only, _sets
 
-__all__ = ["DEFAULTS", "LENGTHS", "OTHER_TRAINERS", "REMOVED_ARGUMENTS", "SCRIPT_ARGUMENTS", "TRAINING_ARGUMENTS"]
+__all__ = [
+    "DEFAULTS",
+    "LENGTHS",
+    "OF_TRL",
+    "OTHER_TRAINERS",
+    "REMOVED_ARGUMENTS",
+    "SCRIPT_ARGUMENTS",
+    "TRAINING_ARGUMENTS",
+]
 
 _DATA = "it is about the data"
 _LOGS = "it writes logs"
@@ -262,6 +270,23 @@ SCRIPT_ARGUMENTS: dict[str, Key] = {
 }
 """Arguments of scripts that are known: memplan's train.py, transformers' run_clm.py, TRL's, alignment-handbook's,
 FastChat's, Qwen's, peft's examples/sft. One script's name means the same in the others."""
+
+OF_TRL = frozenset(
+    {
+        *(
+            "use_peft",
+            "packing",
+            "packing_strategy",
+            "padding_free",
+            "eval_packing",
+            "eos_token",
+            "use_bnb_nested_quant",
+        ),
+        *("dataset_text_field", "dataset_train_split", "dataset_test_split", "dataset_streaming", "dataset_kwargs"),
+        *("assistant_only_loss", "completion_only_loss", "dataset_num_proc"),
+    }
+)
+"""Arguments that TRL's ModelConfig, ScriptArguments and SFTConfig have, and TrainingArguments have not."""
 
 OTHER_TRAINERS: dict[str, str] = {
     "vision_tower": "a model of images and text",

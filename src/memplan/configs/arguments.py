@@ -11,23 +11,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 from memplan.adapters.lora import ALL_LINEAR
 from memplan.answers import Finding
 from memplan.configs.argument_keys import (
     DEFAULTS,
     LENGTHS,
+    OF_TRL,
     OTHER_TRAINERS,
     REMOVED_ARGUMENTS,
     SCRIPT_ARGUMENTS,
     TRAINING_ARGUMENTS,
 )
+from memplan.configs.llama_factory import is_llama_factory
 from memplan.configs.section import quoted
 from memplan.configs.setup import EngineConfig
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
 
-__all__ = ["argument", "fsdp_config", "parse_arguments"]
+__all__ = ["argument", "fsdp_config", "is_of_trl", "parse_arguments", "switched_on"]
 
 MODEL_CLASSES: dict[str, str] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -54,6 +56,21 @@ def argument(data: Mapping[str, Any], name: str) -> Any:
     """What TrainingArguments have for a field: as given, or their default."""
     value = data.get(name)
     return DEFAULTS.get(name) if value is None else value
+
+
+def is_of_trl(data: Mapping[str, Any]) -> bool:
+    """Whether arguments are those of TRL's configs."""
+    return not OF_TRL.isdisjoint(data) and not is_llama_factory(data)
+
+
+def switched_on(data: Mapping[str, Any], precision: Literal["bf16", "fp16"]) -> bool:
+    """Whether TrainingArguments ask for a mixed precision.
+
+    TRL's take bf16 where neither is said (``self.bf16 = not self.fp16`` of its configs' ``__post_init__``).
+    """
+    if precision == "bf16" and data.get("bf16") is None and is_of_trl(data):
+        return not data.get("fp16")
+    return bool(data.get(precision))
 
 
 def parse_arguments(
@@ -217,8 +234,8 @@ def _unread(data: Mapping[str, Any], source: str, findings: list[Finding] | None
             continue
         if findings is not None and name in REMOVED_ARGUMENTS:
             wrong.append(_removed(name, value, source))
-        elif findings is not None and (near := _misspelt(name)) is not None:
-            wrong.append(_near(name, value, near, source))
+        elif findings is not None and (near := _misspelt(name, known)) is not None:
+            wrong.append(_near(name, value, near, source, "LLaMA-Factory does" if known else "TrainingArguments do"))
         else:
             unknown.append(name)
     if findings is not None:
@@ -227,11 +244,15 @@ def _unread(data: Mapping[str, Any], source: str, findings: list[Finding] | None
     return [f"{source}: {', '.join(unknown)} are not read"] if unknown else []
 
 
-def _misspelt(name: str) -> str | None:
-    """The argument of the Trainer that a name differs from by a slip: a letter or two, or dashes for underscores."""
+def _misspelt(name: str, known: tuple[str, ...]) -> str | None:
+    """The argument that a name differs from by a slip: a letter or two, or dashes for underscores.
+
+    A script has arguments of its own, ``known`` are all that there are.
+    """
     import difflib
 
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), TRAINING_ARGUMENTS, n=1, cutoff=0.92)
+    names, cutoff = ((*TRAINING_ARGUMENTS, *known), 0.9) if known else (TRAINING_ARGUMENTS, 0.92)
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=cutoff)
     return near[0] if near else None
 
 
@@ -247,12 +268,12 @@ def _removed(name: str, value: object, source: str) -> Finding:
     )
 
 
-def _near(name: str, value: object, near: str, source: str) -> Finding:
+def _near(name: str, value: object, near: str, source: str, whose: str) -> Finding:
     return Finding(
         code="misspelt-argument",
         severity="error",
         path=f"{source}: {name}",
-        message=f"{quoted(value)} is given to an argument that TrainingArguments do not have: HfArgumentParser refuses "
+        message=f"{quoted(value)} is given to an argument that {whose} not have: HfArgumentParser refuses "
         "it, unless the script has it.",
         remedy=f"Did you mean {near}?",
     )
@@ -298,7 +319,7 @@ def _evaluates(data: Mapping[str, Any]) -> bool:
 
 
 def _mixed_precision(data: Mapping[str, Any], source: str) -> str:
-    bf16, fp16 = bool(data.get("bf16")), bool(data.get("fp16"))
+    bf16, fp16 = switched_on(data, "bf16"), switched_on(data, "fp16")
     if bf16 and fp16:
         raise SpecError.at(f"{source}: fp16", True, "cannot go with bf16, which is on too", "Switch one of them off.")
     return "bf16" if bf16 else "fp16" if fp16 else "no"

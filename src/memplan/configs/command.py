@@ -37,6 +37,19 @@ _LONGEST = 2**16
 _MOST_WORDS = 2_000
 _PER_NODE = ("nproc_per_node", "num_gpus", "num_processes", "nproc-per-node")
 _NODES = ("nnodes", "num_nodes", "num_machines")
+_STARTS_SEVERAL = ("srun", "mpirun", "mpiexec")
+"""Wrappers that may start what stands after them more than once."""
+_SBATCH = re.compile(r"#SBATCH\s+(.*)")
+_SLURM = {
+    "--nodes": "nodes",
+    "-N": "nodes",
+    "--ntasks": "ntasks",
+    "-n": "ntasks",
+    "--ntasks-per-node": "per_node",
+    "--gpus-per-node": "gpus",
+    "--gres": "gpus",
+}
+"""Options of ``sbatch`` and ``srun`` that say how much is started, the first two of ``mpirun`` likewise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +65,59 @@ class Command:
     files: tuple[str, ...] = ()
     """Files that the script is given before its options."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    started: Mapping[str, int] | None = None
+    """``nodes``, ``ntasks`` and ``per_node`` of the ``srun`` or ``mpirun`` in front of it, as far as it says so; None
+    without one."""
 
     @property
     def per_node(self) -> int | None:
         """Processes that it starts on a node, as far as it says so."""
-        found = next((str(self.options[name]) for name in _PER_NODE if name in self.options), "")
         if self.launcher == "deepspeed" and self._included:
             return max(map(len, self._included))
-        if not found and self.launcher == "python":
-            return 1
-        found = found or self.environment.get("NPROC_PER_NODE", "")
-        count = int(found) if found.isdigit() and int(found) > 0 else None
+        found = self._said(_PER_NODE)
+        if found is None and self.launcher == "python":
+            return 1 if self.started is None else self.started.get("per_node")
+        count = _count(found if found is not None else self.environment.get("NPROC_PER_NODE", ""))
         return count // (self.nodes or 1) if self.launcher == "accelerate" and count is not None else count
 
     @property
     def nodes(self) -> int | None:
         """Nodes that it starts on, as far as it says so."""
-        found = next((str(self.options[name]) for name in _NODES if name in self.options), None)
         if self.launcher == "deepspeed" and self._included:
             return len(self._included)
-        return int(found) if found is not None and found.isdigit() and int(found) > 0 else None
+        if self.launcher == "python" and self.started is not None:
+            return self.started.get("nodes")
+        return _count(self._said(_NODES) or "")
+
+    @property
+    def cluster(self) -> dict[str, int]:
+        """``gpus`` and ``nodes``, each as far as it is said: nothing of what the shell or the machine has to say.
+
+        ``per_node`` are the GPUs of one of nodes whose number is not said.
+        """
+        nodes = self.nodes
+        if nodes is None and self.unknown_nodes is None and self.launcher != "accelerate":
+            nodes = 1
+        if self.launcher == "accelerate":  # which is told of all processes
+            gpus = _count(self._said(_PER_NODE) or "")
+        elif self.launcher == "python" and self.started is not None and "ntasks" in self.started:
+            gpus = self.started["ntasks"]
+        else:
+            gpus = None if self.per_node is None or nodes is None else self.per_node * nodes
+        found = {"gpus": gpus, "nodes": nodes, "per_node": self.per_node if gpus is None else None}
+        return {name: count for name, count in found.items() if count is not None}
+
+    @property
+    def unknown_nodes(self) -> str | None:
+        """How the number of nodes is written, where that is no number; None where it is one, or not said."""
+        if self.launcher == "python" and self.started is not None:
+            return None if "nodes" in self.started else "left to srun or mpirun"
+        found = self._said(_NODES)
+        return found if found is not None and _count(found) is None else None
+
+    def _said(self, names: Sequence[str]) -> str | None:
+        """The first of these options, as it is written."""
+        return next((_joined(self.options[name]) for name in names if name in self.options), None)
 
     @property
     def _included(self) -> list[list[str]]:
@@ -79,6 +125,15 @@ class Command:
         nodes = str(self.options.get("include", "")).split("@")
         listed = [slots.split(",") for _, colon, slots in (node.partition(":") for node in nodes) if colon]
         return listed if len(listed) == len(nodes) and len(set(map(len, listed))) == 1 else []
+
+
+def _count(text: str) -> int | None:
+    """A positive number, in digits that are one."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0 else None
+
+
+def _joined(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def is_command(text: str) -> bool:
@@ -109,7 +164,7 @@ def parse_command(command: str | Sequence[str], source: str) -> Command:
         return _taken_apart(list(command), {}, source)
     if len(command) > _LONGEST:
         raise SpecError(f"{source}: has {len(command)} letters, too many for a script. Give the command alone.")
-    variables: dict[str, str] = {}
+    variables = _of_sbatch(command)
     arrays: dict[str, list[str]] = {}
     started: list[list[str]] = []
     for line in _lines(command):
@@ -138,6 +193,47 @@ def parse_command(command: str | Sequence[str], source: str) -> Command:
         remedy = "Give a file with one command, such as torchrun ... train.py --model_name_or_path ..."
         raise SpecError(f"{source}: {what} that memplan can tell. {remedy}")
     return _taken_apart(runs[0], variables, source)
+
+
+def _of_sbatch(text: str) -> dict[str, str]:
+    """The variables that SLURM sets from a script's ``#SBATCH`` lines, which end with its first command."""
+    words: list[str] = []
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("#"):
+            break
+        if match := _SBATCH.match(line):
+            words += match[1].partition(" #")[0].split()
+    found = _of_slurm(words)
+    names = {"nodes": ("SLURM_NNODES", "SLURM_JOB_NUM_NODES"), "ntasks": ("SLURM_NTASKS", "SLURM_NPROCS"),
+             "per_node": ("SLURM_NTASKS_PER_NODE",), "gpus": ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE")}  # fmt: skip
+    return {variable: str(count) for name, count in found.items() for variable in names[name]}
+
+
+def _of_slurm(words: Sequence[str], known: Mapping[str, int] | None = None) -> dict[str, int]:
+    """How much ``sbatch``, ``srun`` or ``mpirun`` are asked to start; a range of nodes, or a variable, says nothing."""
+    found = dict(known or {})
+    given: dict[str, str] = {}
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if not equals and word[:2] in ("-N", "-n") and word[2:].isdigit():
+            name, value = word[:2], word[2:]
+        elif not equals:
+            value = words[place + 1] if place + 1 < len(words) else ""
+        name = "-n" if name in ("-np", "--np") else name
+        if name in _SLURM:
+            given[_SLURM[name]] = value.rsplit(":", 1)[-1]  # of gpu:a100:8
+    if "ntasks" in given or "per_node" in given or "nodes" in given:
+        found.pop("ntasks", None)  # what there was is of other nodes
+    for name, value in given.items():
+        count = _count(value)
+        found.pop(name, None)
+        if count is not None:
+            found[name] = count
+    if "nodes" in found and "per_node" in found:
+        found.setdefault("ntasks", found["nodes"] * found["per_node"])
+    elif "nodes" in found and "ntasks" in found and found["ntasks"] % found["nodes"] == 0:
+        found["per_node"] = found["ntasks"] // found["nodes"]
+    return found
 
 
 def _lines(text: str) -> list[str]:
@@ -228,6 +324,7 @@ def _taken_apart(words: list[str], variables: Mapping[str, str], source: str) ->
     launcher, rest = _launcher(words)
     if not launcher:
         return Command("", {}, _options(rest, source), (), environment)
+    wrapper = words[: len(words) - len(rest)]
     index = next((i for i, word in enumerate(rest) if _is_script(rest, i)), None)
     if index is None:
         raise SpecError(f"{source}: {launcher}: starts no script that memplan can tell. Name it, as in train.py.")
@@ -236,7 +333,17 @@ def _taken_apart(words: list[str], variables: Mapping[str, str], source: str) ->
     while script and not script[0].startswith("-"):
         files.append(script[0])
         script = script[1:]
-    return Command(launcher, _options(own, source), _options(script, source), tuple(files), environment)
+    started = None
+    if any(word.rsplit("/", 1)[-1] in _STARTS_SEVERAL for word in wrapper):
+        started = _of_slurm(wrapper, _of_variables(environment))
+    options = _options(own, source)
+    return Command(launcher, options, _options(script, source), tuple(files), environment, started)
+
+
+def _of_variables(environment: Mapping[str, str]) -> dict[str, int]:
+    names = {"nodes": "SLURM_NNODES", "ntasks": "SLURM_NTASKS", "per_node": "SLURM_NTASKS_PER_NODE"}
+    counts = {name: _count(environment.get(variable, "")) for name, variable in names.items()}
+    return {name: count for name, count in counts.items() if count is not None}
 
 
 def _launcher(words: list[str]) -> tuple[str, list[str]]:

@@ -12,7 +12,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from memplan.answers import Finding
-from memplan.configs.keys import DEEPSPEED, LENIENT, OPTIMIZERS, REMOVED, RENAMED
+from memplan.configs.keys import (
+    DEEPSPEED,
+    LENIENT,
+    OPTIMIZER_PARAMS,
+    OPTIMIZERS,
+    REMOVED,
+    RENAMED,
+    SCHEDULERS,
+    TORCH_SCHEDULERS,
+    Key,
+)
 from memplan.configs.section import Section, quoted
 from memplan.configs.setup import Batch, EngineConfig
 from memplan.errors import MemplanError, SpecError, UnsupportedError, did_you_mean
@@ -136,6 +146,7 @@ class _Reader:
         mixed = precision.get("mixed_precision")
         zero |= self._data_types(mixed)
         optimizer = self._optimizer(strategy, mixed)
+        self._scheduler()
         self._other_sections(strategy)
         self.top.refuse_unmodelled(self.stage)
         return EngineConfig(
@@ -423,12 +434,39 @@ class _Reader:
                 "is refused by DeepSpeed as an optimizer's",
                 "Use gradient_clipping at the top.",
             )
+        self._params("optimizer", params, _taken_by(kind, params, offloaded))
         try:
             strategy["zero"]["ds_optimizer"] = True
             return {"optim": self._optim(section, kind, params, offloaded, mixed)}
         except UnsupportedError as error:
             self.refused["optim"] = error
             return {}
+
+    def _scheduler(self) -> None:
+        """``_scheduler_from_config``: a name that is none fails an assertion, a parameter that is none a call."""
+        given = self.top.raw.get("scheduler")
+        kind = given.get("type") if isinstance(given, Mapping) else None
+        if kind is None or not isinstance(given, Mapping):
+            return
+        if not isinstance(kind, str) or kind not in SCHEDULERS.keys() | TORCH_SCHEDULERS:
+            where = f"{self.source}: scheduler.type"
+            problem, remedy = "is not a schedule of DeepSpeed or torch", did_you_mean(str(kind)[:80], SCHEDULERS)
+            if self.findings is None:
+                raise SpecError.at(where, kind, problem, remedy)
+            message = f"{quoted(kind)} {problem}: it does not start."
+            self.findings.append(
+                Finding(code="unknown-key", severity="error", path=where, message=message, remedy=remedy)
+            )
+        elif kind in SCHEDULERS and isinstance(given.get("params"), Mapping):
+            self._params("scheduler", given["params"], SCHEDULERS[kind])
+
+    def _params(self, section: str, params: Mapping[str, Any], taken: tuple[str, ...] | None) -> None:
+        """What is handed over to an optimizer or a schedule, as it is; ``taken`` None is one that is not modelled."""
+        if taken is not None:
+            keys = dict.fromkeys(taken, Key(Any))
+            Section(
+                params, keys, library="DeepSpeed", source=self.source, path=f"{section}.params", findings=self.findings
+            )
 
     def _optim(self, section: Section, kind: str, params: Mapping[str, Any], offloaded: bool, mixed: str | None) -> str:
         name = kind.lower() if kind.lower() in _OWN_OPTIMIZERS else kind
@@ -501,6 +539,14 @@ class _Reader:
                 "activation_checkpointing is for models that call deepspeed.checkpointing, which transformers' do not: "
                 "gradient_checkpointing is what counts"
             )
+
+
+def _taken_by(kind: str, params: Mapping[str, Any], offloaded: bool) -> tuple[str, ...] | None:
+    """The params of the optimizer that ``_configure_basic_optimizer`` makes; None where memplan does not know it."""
+    name = kind.lower() if kind.lower() in _OWN_OPTIMIZERS else kind
+    if name in ("adam", "adamw"):
+        name = "torch_adam" if params.get("torch_adam") else "adam"
+    return OPTIMIZER_PARAMS.get(f"cpu_{name}" if offloaded else name, OPTIMIZER_PARAMS.get(name))
 
 
 _BF16 = ("bf16_master_weights_and_grads", "bf16_optimizer_states")

@@ -162,7 +162,10 @@ def _yaml(text: str, source: str) -> Any:
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         problem = str(getattr(error, "problem", None) or error).split("\n")[0]
         raise SpecError(f"{source}: is not plain YAML: {problem}{where}. Correct it there.") from None
-    except ValueError as error:  # a date that does not exist, an integer of thousands of digits
+    except (
+        ValueError,
+        OverflowError,
+    ) as error:  # a date that does not exist, an integer of thousands of digits, 1:1:1.5
         if isinstance(error, SpecError):
             raise
         raise SpecError(f"{source}: is not YAML that can be read: {error}. Correct it there.") from None

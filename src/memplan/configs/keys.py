@@ -14,7 +14,18 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-__all__ = ["ACCELERATE", "DEEPSPEED", "LENIENT", "OPTIMIZERS", "REMOVED", "RENAMED", "Key"]
+__all__ = [
+    "ACCELERATE",
+    "DEEPSPEED",
+    "LENIENT",
+    "OPTIMIZERS",
+    "OPTIMIZER_PARAMS",
+    "REMOVED",
+    "RENAMED",
+    "SCHEDULERS",
+    "TORCH_SCHEDULERS",
+    "Key",
+]
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -313,6 +324,45 @@ REMOVED: dict[str, str] = {
 OPTIMIZERS: dict[str, str] = {"SGD": "sgd", "RMSprop": "rmsprop", "adagrad": "adagrad"}
 """``optimizer.type`` of torch, as ``DeepSpeedEngine._configure_basic_optimizer`` looks it up; Adam and AdamW depend on
 ``params``."""
+
+_OF_TORCH = ("lr", "weight_decay", "foreach", "maximize", "differentiable")
+OPTIMIZER_PARAMS: dict[str, tuple[str, ...]] = {
+    "torch_adam": (*_OF_TORCH, "betas", "eps", "amsgrad", "capturable", "fused", "torch_adam", "adam_w_mode",
+                   "fp32_optimizer_states"),
+    "cpu_adam": ("lr", "bias_correction", "betas", "eps", "weight_decay", "amsgrad", "torch_adam", "adam_w_mode",
+                 "fp32_optimizer_states"),
+    "adam": ("lr", "bias_correction", "betas", "eps", "weight_decay", "amsgrad", "set_grad_none", "torch_adam",
+             "adam_w_mode", "fp32_optimizer_states"),
+    "cpu_adagrad": ("lr", "eps", "weight_decay", "amsgrad", "fp32_optimizer_states"),
+    "adagrad": (*_OF_TORCH, "lr_decay", "initial_accumulator_value", "eps", "fused"),
+    "cpu_lion": ("lr", "betas", "weight_decay", "fp32_optimizer_states"),
+    "lion": ("lr", "betas", "weight_decay", "set_grad_none"),
+    "SGD": (*_OF_TORCH, "momentum", "dampening", "nesterov", "fused"),
+    "RMSprop": (*_OF_TORCH, "alpha", "eps", "momentum", "centered", "capturable"),
+}  # fmt: skip
+"""``optimizer.params`` that the optimizer takes which DeepSpeed makes; ``cpu_`` is what it makes where it is offloaded,
+``torch_adam`` where the params ask for it. All are handed over: a name that it does not take is a TypeError."""
+
+_WARMUP = ("warmup_num_steps", "warmup_type", "last_batch_iteration")
+SCHEDULERS: dict[str, tuple[str, ...]] = {
+    "LRRangeTest": ("lr_range_test_min_lr", "lr_range_test_step_size", "lr_range_test_step_rate",
+                    "lr_range_test_staircase", "last_batch_iteration"),
+    "OneCycle": ("cycle_min_lr", "cycle_max_lr", "decay_lr_rate", "cycle_first_step_size", "cycle_second_step_size",
+                 "cycle_first_stair_count", "cycle_second_stair_count", "decay_step_size", "cycle_momentum",
+                 "cycle_min_mom", "cycle_max_mom", "decay_mom_rate", "last_batch_iteration"),
+    "WarmupLR": ("warmup_min_lr", "warmup_max_lr", *_WARMUP),
+    "WarmupDecayLR": ("total_num_steps", "warmup_min_lr", "warmup_max_lr", *_WARMUP),
+    "WarmupCosineLR": ("total_num_steps", "warmup_min_ratio", "cos_min_ratio", *_WARMUP),
+}  # fmt: skip
+"""DeepSpeed's own schedules (``runtime/lr_schedules.py``), and the ``params`` that each takes."""
+TORCH_SCHEDULERS = frozenset(
+    {
+        *("LambdaLR", "MultiplicativeLR", "StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR"),
+        *("SequentialLR", "CosineAnnealingLR", "ChainedScheduler", "ReduceLROnPlateau", "CyclicLR"),
+        *("CosineAnnealingWarmRestarts", "OneCycleLR", "PolynomialLR", "LRScheduler"),
+    }
+)
+"""``torch.optim.lr_scheduler``, in which DeepSpeed looks for all others."""
 
 _DEVICE = "it is about another kind of device"
 _LAUNCH = "it is about starting processes"

@@ -29,10 +29,22 @@ from memplan.errors import MemplanError, ResolutionError, SpecError, Unsupported
 from memplan.results import (
     Assumption,
 )
+from memplan.specs.hardware import LARGEST_CLUSTER
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 
-__all__ = ["Run", "Values", "as_written", "is_arguments", "of_texts", "read_folder", "read_run", "setup_of"]
+__all__ = [
+    "Run",
+    "Values",
+    "as_written",
+    "is_arguments",
+    "of_texts",
+    "ranks_of_batch",
+    "read_folder",
+    "read_run",
+    "setup_of",
+    "usual_nodes",
+]
 
 _ALLOCATOR = re.compile(
     r'^export PYTORCH_(?:CUDA_)?ALLOC_CONF="\$\{PYTORCH_(?:CUDA_)?ALLOC_CONF:-([^}"]*)\}"$', re.MULTILINE
@@ -67,7 +79,7 @@ class Run:
     """TrainingArguments; None where the files have none."""
     model: str | None = None
     cluster: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """``gpus`` and ``nodes``, as far as a launcher is told."""
+    """``gpus`` and ``nodes``, as far as a launcher is told; ``per_node``, where it is told no more."""
     alloc_conf: str | None = None
     raw: Mapping[str, Values] = dataclasses.field(default_factory=dict)
     """Values as they are written, by the names ``arguments``, ``deepspeed`` and ``accelerate``."""
@@ -240,12 +252,16 @@ def _of_arguments(values: Values, folder: Path | None, run: Run) -> Run:
 
 
 def _of_command(command: Command, values: Values, folder: Path | None) -> Run:
-    cluster: dict[str, Any] = {}
-    per_node, nodes = command.per_node, command.nodes or 1
-    if per_node is not None:
-        cluster = {"gpus": per_node * nodes, "nodes": nodes}
+    cluster, notes = command.cluster, list[str]()
+    if command.unknown_nodes is not None:
+        notes.append(f"{values.source}: how many nodes there are ({command.unknown_nodes}) is not known: give --nodes")
+        if "gpus" in cluster:
+            cluster["nodes"] = usual_nodes(cluster["gpus"])
+    hostfile = command.options.get("hostfile", command.options.get("H"))
+    if command.launcher == "deepspeed" and isinstance(hostfile, str):
+        cluster = _of_hostfile(hostfile, command, values.source, folder, notes)
     run = Run(values.source, cluster=cluster, environment=command.environment, launcher=command.launcher)
-    run = dataclasses.replace(run, alloc_conf=_allocator_of(command.environment))
+    run = dataclasses.replace(run, alloc_conf=_allocator_of(command.environment), notes=tuple(notes))
     if command.launcher == "accelerate":
         run = _launched(run, command, values, folder)
     arguments = dict(command.arguments)
@@ -268,6 +284,47 @@ def _of_command(command: Command, values: Values, folder: Path | None) -> Run:
         )
         raise SpecError(f"{values.source}: starts a script with {names}, which are no TrainingArguments. {remedy}")
     return _of_arguments(Values(values.source, arguments), folder, run)
+
+
+_HOST = re.compile(r"(\S+)\s+slots=([0-9]{1,9})")
+
+
+def _of_hostfile(named: str, command: Command, source: str, folder: Path | None, notes: list[str]) -> dict[str, int]:
+    """The ranks that ``deepspeed --hostfile`` starts, as ``fetch_hostfile`` and ``apply_num_nodes_and_gpus`` have it.
+
+    Empty where the file is not here, or not all that decides. Raises SpecError for a file that DeepSpeed refuses.
+    """
+    said = command.cluster
+    if "gpus" in said and command.nodes is not None:
+        return said
+    if {"include", "exclude"} & command.options.keys():
+        return {}
+    try:
+        path = _found(named, source, "hostfile", folder, notes)
+    except SpecError:
+        notes.append(f"{source}: hostfile: {named} is not here to be read: give --gpus and --nodes")
+        return {}
+    hosts: dict[str, int] = {}
+    for line in read_text(path, f"{source}: hostfile").splitlines():
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        match = _HOST.match(line)
+        if match is None or match[1] in hosts:
+            problem = "names a host twice" if match is not None else "is no line of a hostfile"
+            raise SpecError.at(str(path), line, f"{problem}, which DeepSpeed refuses", "Write worker-1 slots=8.")
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise SpecError(f"{path}: names no host, which DeepSpeed refuses. Write worker-1 slots=8.")
+    asked = {name: command.options[name] for name in ("num_nodes", "num_gpus") if name in command.options}
+    if not all(isinstance(each, int) and each > 0 for each in asked.values()):
+        return {}
+    slots = list(hosts.values())[: asked.get("num_nodes")]
+    slots = [asked["num_gpus"]] * len(slots) if "num_gpus" in asked else slots
+    if len(set(slots)) > 1:
+        notes.append(f"{path}: nodes with different numbers of GPUs are not modelled: give --gpus and --nodes")
+        return {}
+    return {"gpus": sum(slots), "nodes": len(slots)} if slots[0] else {}
 
 
 def _launched(run: Run, command: Command, values: Values, folder: Path | None) -> Run:
@@ -338,6 +395,13 @@ def _referenced(
 
 
 def _file(name: str, source: str, field: str, folder: Path | None, notes: list[str]) -> Values:
+    """What is in a file that another one names."""
+    path = _found(name, source, field, folder, notes)
+    data, _ = read_mapping(path, f"{source}: {field}")
+    return Values(str(path), data)
+
+
+def _found(name: str, source: str, field: str, folder: Path | None, notes: list[str]) -> Path:
     """A file that another one names: from the folder a run is started in, or one above the file that names it."""
     path, roots = Path(name), list[Path]()
     if "$" in name:
@@ -354,8 +418,7 @@ def _file(name: str, source: str, field: str, folder: Path | None, notes: list[s
         raise SpecError.at(f"{source}: {field}", name, "does not exist", remedy)
     if folder is not None:
         refuse_outside(path, folder, f"{source}: {field}", roots)
-    data, _ = read_mapping(path, f"{source}: {field}")
-    return Values(str(path), data)
+    return path
 
 
 # -- a plan's folder ---------------------------------------------------------------------------------------------------
@@ -473,6 +536,33 @@ def setup_of(
     return merged_training, merged_strategy, (*notes, *(each for part in parts for each in part.assumptions), *said)
 
 
+def ranks_of_batch(run: Run, training: TrainingSpec) -> int | None:
+    """The ranks on which a DeepSpeed config's ``train_batch_size`` is the product of its parts, where all are said.
+
+    The Trainer's arguments say the parts where there are any; what the files leave open, ``training`` may say.
+    """
+    batch = None if run.engine is None else run.engine.batch
+    if batch is None or batch.train is None:
+        return None
+    own = {"micro_batch_size": batch.micro, "grad_accum_steps": batch.steps}
+    product = 1
+    for name, number in own.items():
+        if run.arguments is not None:
+            number = run.arguments.training.get(name)
+        elif number is None and name in training.model_fields_set:
+            number = getattr(training, name)
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            return None
+        product *= number
+    ranks, rest = divmod(batch.train, product)
+    return ranks if not rest and ranks <= LARGEST_CLUSTER else None
+
+
+def usual_nodes(ranks: int) -> int:
+    """The nodes that so many ranks are on, as few as can be with equal numbers and at most 8 GPUs of each."""
+    return ranks // max(each for each in range(1, 9) if ranks % each == 0)
+
+
 def as_written(run: Run, training: TrainingSpec, error: SpecError) -> SpecError:
     """An error of the estimate about what the arguments say, in their words; ``training`` is what options say."""
     arguments, engine = run.arguments, run.engine
@@ -481,7 +571,11 @@ def as_written(run: Run, training: TrainingSpec, error: SpecError) -> SpecError:
     if isinstance(error, ResolutionError) or top in training.model_fields_set:
         return error
     if arguments is not None and top in arguments.training:
-        return SpecError(in_keys(arguments, str(error)))
+        said, key = in_keys(arguments, str(error)), arguments.keys.get(field)
+        if key == llama_factory.KEYS.get(field) and key not in run.raw["arguments"].data:
+            value = f"{arguments.training[top]}"
+            said = said.replace(f"{key}: {value} ", f"{key}: {value}, LLaMA-Factory's default, ", 1)
+        return SpecError(said)
     if engine is not None and any(name.endswith(".") and field.startswith(name) for name in engine.keys):
         return SpecError(in_keys(engine, str(error)))
     return error

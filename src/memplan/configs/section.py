@@ -143,7 +143,10 @@ def quoted(value: object) -> str:
     """A value as JSON has it, short."""
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits, which Python does not write out
+        text = f"a {type(value).__name__} of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from memplan.adapters.lora import ALL_LINEAR
+from memplan.adapters.lora import ALL_LINEAR, is_pattern
 from memplan.architectures.registry import head_of
 from memplan.configs.arguments import DDP, FOUR_BIT, MODEL_CLASSES
 from memplan.errors import SpecError
@@ -113,7 +113,9 @@ def _to_lora(lora: LoraSpec) -> dict[str, Any]:
     if lora.alpha is not None:
         values["lora_alpha"] = lora.alpha
     if lora.targets:
-        values["target_modules"] = ALL_LINEAR if lora.targets == (ALL_LINEAR,) else list(lora.targets)
+        # A list has names only: what PEFT matches with paths is text.
+        as_text = lora.targets == (ALL_LINEAR,) or is_pattern(lora.targets)
+        values["target_modules"] = lora.targets[0] if as_text else list(lora.targets)
     if lora.modules_to_save:
         values["modules_to_save"] = list(lora.modules_to_save)
     return values

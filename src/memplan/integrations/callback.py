@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from memplan.integrations.watch import JUDGED_AFTER, Watch
+from memplan.integrations.live import asked_for
+from memplan.integrations.watch import JUDGED_AFTER, Watch, harmless, of_estimate
 
 if TYPE_CHECKING:
     from memplan.results import Estimate
@@ -33,8 +32,11 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]  # t
     """
 
     def __init__(self, estimate: Estimate | None = None, *, training: Any = None, cluster: Any = None) -> None:
-        """``training`` and ``cluster`` are :func:`memplan.preflight`'s."""
-        self.estimate, self.training, self.cluster = estimate, dict(training or {}), cluster
+        """``training`` and ``cluster`` are :func:`memplan.preflight`'s. Raises SpecError for what is neither."""
+        from memplan.case import cluster_spec
+
+        self.estimate, self.training, self.cluster = of_estimate(estimate), asked_for(training), cluster
+        cluster_spec(cluster)
         self.watch: Watch | None = None
         self._seen: dict[str, Any] = {}
         self._hook: Any = None
@@ -43,7 +45,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]  # t
         """Begin to watch, and to look at what the model is given."""
         self._forget()
         self._seen = {}
-        with self._harmless():
+        with harmless(self._stop):
             self.watch = Watch(self.estimate, args.output_dir)
             if self.estimate is None and hasattr(model, "register_forward_pre_hook"):
                 self._hook = model.register_forward_pre_hook(self._look, with_kwargs=True)
@@ -53,7 +55,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]  # t
         watch = self.watch
         if watch is None:
             return
-        with self._harmless():
+        with harmless(self._stop):
             if watch.steps == JUDGED_AFTER - 1 and self.estimate is None:
                 self._predict(watch, model, args)
             watch.step()
@@ -62,19 +64,11 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]  # t
         """Write the record as it is now."""
         self._forget()
         if self.watch is not None:
-            with self._harmless():
+            with harmless(self._stop):
                 self.watch.finish()
 
-    @contextmanager
-    def _harmless(self) -> Iterator[None]:
-        """A mistake of memplan's ends the watching, never the training; a warning that is an error is the script's."""
-        try:
-            yield
-        except Warning:
-            raise
-        except Exception as error:
-            self.watch = None
-            warnings.warn(f"memplan: memory is not watched: {type(error).__name__}: {error}.", stacklevel=4)
+    def _stop(self) -> None:
+        self.watch = None
 
     def _look(self, _module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)

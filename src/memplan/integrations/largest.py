@@ -11,7 +11,8 @@ from memplan.errors import MemplanError, PreflightError, SpecError
 from memplan.integrations import live
 from memplan.parallel import uncollected
 from memplan.solving import MOST
-from memplan.space import Setup, changed, divisors
+from memplan.space import Setup, changed
+from memplan.specs._base import LARGEST_INT
 
 __all__ = ["largest_batch"]
 
@@ -44,9 +45,9 @@ def largest_batch(
         cluster: as for :func:`memplan.preflight`.
         software: as for :func:`memplan.preflight`.
         lengths: as for :func:`memplan.preflight`.
-        global_batch_size: sequences of one optimizer step over all ranks, which stay as many: the micro-batch divides
-            a rank's share, and what is left is accumulated. None is any micro-batch up to 4096, with the accumulation
-            that the arguments have. A DeepSpeed config that fixes ``train_batch_size`` has said it.
+        global_batch_size: sequences of one optimizer step over all ranks, which stay as many: the micro-batch, of up to
+            4096, divides a rank's share, and what is left is accumulated. None is any micro-batch up to 4096, with the
+            accumulation that the arguments have. A DeepSpeed config that fixes ``train_batch_size`` has said it.
 
     Raises PreflightError, with what would fit, if not even one sequence does: on the first rank, while the others go on
     with 1 until the launcher ends them. SpecError for a wrong argument, for a GPU whose memory is not known, and for a
@@ -60,10 +61,17 @@ def largest_batch(
 
 def in_step(model: Any, args: Any, *, total: int | None = None, share: int | None = None, **asked: Any) -> int:
     """As :func:`largest_batch`, for ``total`` sequences of a step, or a ``share`` of each rank."""
+    error: MemplanError | None = None
     try:
-        size, error = _largest(model, args, total, share, **asked), None
+        size = _largest(model, args, total, share, **asked)
     except MemplanError as raised:
         size, error = 0, raised
+    except Exception as raised:
+        # A mistake of memplan's, or of an object that is asked: the other ranks wait for this one all the same.
+        from memplan.checks import said_of_memplan
+
+        size, error = 0, MemplanError(f"memplan: {said_of_memplan(raised)}")
+        error.__cause__ = raised
     size = _least_of_all_ranks(size)
     if error is not None and (not isinstance(error, PreflightError) or live.rank() == 0):
         raise error
@@ -124,11 +132,12 @@ def _sizes(setup: Setup, total: int | None) -> Sequence[Setup]:
     """The setups to choose from, the smallest micro-batch first. Raises SpecError."""
     if total is None:
         return _Sizes(setup)
-    if isinstance(total, bool) or not isinstance(total, int) or total < 1 or total % setup.gpus:
+    if isinstance(total, bool) or not isinstance(total, int) or not 1 <= total <= LARGEST_INT or total % setup.gpus:
         problem = f"is no number of sequences that {setup.gpus} ranks can share"
-        raise SpecError.at("global_batch_size", total, problem, "Use a multiple of the ranks.")
+        raise SpecError.at("global_batch_size", total, problem, f"Use a multiple of the ranks, up to {LARGEST_INT}.")
     share = total // setup.gpus
-    return [changed(setup, micro_batch_size=size, grad_accum_steps=share // size) for size in divisors(share)]
+    sizes = (size for size in range(1, min(share, MOST) + 1) if share % size == 0)
+    return [changed(setup, micro_batch_size=size, grad_accum_steps=share // size) for size in sizes]
 
 
 class _Sizes(Sequence[Setup]):

@@ -18,9 +18,20 @@ from memplan.catalog.detect import Device
 from memplan.configs.run import is_arguments
 from memplan.errors import UnsupportedError
 
-__all__ = ["Live", "as_module", "counted", "free_memory", "made_whole", "rank", "read", "slice_memory", "world"]
+__all__ = [
+    "Live",
+    "as_module",
+    "asked_for",
+    "counted",
+    "free_memory",
+    "made_whole",
+    "rank",
+    "read",
+    "slice_memory",
+    "world",
+]
 
-_ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps", "optim")
+_ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "bf16")
 """Of TrainingArguments, what is read even where it is the default."""
 _LENGTHS = ("max_length", "max_seq_length")
 """Of trl's configs, tokens of a sequence."""
@@ -76,6 +87,14 @@ def read(model: Any, args: Any = None) -> Live:
     module = model if hasattr(model, "named_parameters") else None
     assumed = {"packed": False} if found.of_a_trainer else {}  # its collators pad
     return dataclasses.replace(found, module=module, assumed=assumed)
+
+
+def asked_for(training: Any) -> dict[str, Any]:
+    """The fields that a ``training=`` says, whatever it is written as. Raises SpecError."""
+    from memplan.case import training_spec
+
+    spec = training_spec(training)
+    return {name: getattr(spec, name) for name in spec.model_fields_set}
 
 
 _OF_THE_MODEL = frozenset(
@@ -448,21 +467,30 @@ def made_whole(model: Any) -> bool:
 
 
 def world(environ: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
-    """Ranks in all and on each node, as the process group or the launcher says; None without one."""
+    """Ranks in all and at most on each node, as the process group, the launcher or SLURM says; None without one."""
     group = _process_group()
-    total = str(group.get_world_size()) if group is not None else environ.get("WORLD_SIZE", "")
-    if not total.isdigit() or int(total) < 1:
+    total = group.get_world_size() if group is not None else _number(environ, "WORLD_SIZE")
+    if not total:
         return None
-    local = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or total
-    ranks, on_node = int(total), int(local) if local.isdigit() and int(local) else int(total)
-    return ranks, min(on_node, ranks)
+    local = _number(environ, "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    nodes = _number(environ, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
+    if not local and nodes:
+        local = -(-total // nodes)
+    elif not local and _number(environ, "SLURM_NTASKS", "SLURM_NPROCS") == total:
+        local = _number(environ, "SLURM_NTASKS_PER_NODE")
+    return total, min(local or total, total)
 
 
 def rank(environ: Mapping[str, str] = os.environ) -> int:
     """This process's, 0 without a launcher."""
     group = _process_group()
-    number = str(group.get_rank()) if group is not None else environ.get("RANK", "0")
-    return int(number) if number.isdigit() else 0
+    return group.get_rank() if group is not None else _number(environ, "RANK") or 0
+
+
+def _number(environ: Mapping[str, str], *names: str) -> int | None:
+    """The first of these variables that is a number; what is none is no launcher's."""
+    found = (environ.get(name, "") for name in names)
+    return next((int(text) for text in found if text.isascii() and text.isdigit() and len(text) < 10), None)
 
 
 def _process_group() -> Any:

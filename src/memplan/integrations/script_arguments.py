@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memplan.errors import PreflightError, SpecError
+from memplan.integrations.live import asked_for
+from memplan.specs._base import LARGEST_INT
 
 __all__ = ["MemplanArguments"]
 
@@ -82,10 +84,7 @@ class MemplanArguments:
         return {name: value for name, value in given.items() if value is not None}
 
     def _asked(self, options: dict[str, Any]) -> dict[str, Any]:
-        training = options.get("training")
-        if training is not None and not isinstance(training, dict):
-            training = {name: getattr(training, name) for name in training.model_fields_set}
-        asked = {**options, "training": {**(training or {}), **self._training()}}
+        asked = {**options, "training": {**asked_for(options.get("training")), **self._training()}}
         given = {"cluster": self.preflight_cluster, "lengths": self.preflight_lengths}
         return asked | {name: value for name, value in given.items() if value is not None}
 
@@ -94,7 +93,12 @@ def _with_largest_batch(model: Any, args: Any, asked: dict[str, Any]) -> Any:
     """TrainingArguments made anew: DeepSpeed's config has been filled in with the batch that they had."""
     from memplan.integrations.largest import in_step
 
-    share = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    share = 1
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        value = getattr(args, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_INT:
+            raise SpecError.at(name, value, "is not a positive integer", f"Use 1 to {LARGEST_INT}.")
+        share *= value
     try:
         size = in_step(model, args, share=share, **asked)
     except PreflightError:

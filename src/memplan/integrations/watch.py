@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import memplan
+from memplan.errors import SpecError
 from memplan.integrations.live import rank
 from memplan.introspect.measurement import Difference, Measured, Measurement
 from memplan.results import Estimate
@@ -39,6 +40,39 @@ LEAST_GROWTH = MiB
 _PHASES_OF_TRAINING = ("load", "first_step", "forward", "loss", "backward", "step", "idle")
 
 
+@contextmanager
+def harmless(stop: Callable[[], None]) -> Iterator[None]:
+    """A mistake of memplan's ends the watching, never the training; a warning that is an error is the script's."""
+    try:
+        yield
+    except Warning:
+        raise
+    except Exception as error:
+        stop()
+        warnings.warn(f"memplan: memory is not watched: {type(error).__name__}: {error}.", stacklevel=4)
+
+
+def of_estimate(estimate: Any) -> Estimate | None:
+    """What is watched beside. Raises SpecError for what is no estimate."""
+    if estimate is not None and not isinstance(estimate, Estimate):
+        raise SpecError.at("estimate", estimate, "is none", "Give what memplan.estimate returns, or leave it out.")
+    return estimate
+
+
+def _folder(folder: Any) -> Path | None:
+    """Where the record is written. Raises SpecError for what can be no path."""
+    if folder is None:
+        return None
+    try:
+        path = Path(folder)
+        if b"\0" in os.fsencode(path):
+            raise ValueError("a null byte")
+    except (TypeError, ValueError):  # text that no file system has, among it
+        remedy = "Give the path of one, or leave it out."
+        raise SpecError.at("folder", folder, "is no path of a folder", remedy) from None
+    return path
+
+
 class Watch:
     """Compares a run with an estimate. Call :meth:`step` after every optimizer step, gradients being gone."""
 
@@ -49,9 +83,11 @@ class Watch:
         *,
         say: Callable[[str], object] = print,
     ) -> None:
-        """``folder`` is where the record is written; the first rank gives ``say`` the report."""
-        self.estimate = estimate
-        self.folder = None if folder is None else Path(folder)
+        """``folder`` is where the record is written; the first rank gives ``say`` the report. Raises SpecError."""
+        if not callable(say):
+            raise SpecError.at("say", say, "cannot be called", "Give a function of a text, such as print.")
+        self.estimate = of_estimate(estimate)
+        self.folder = _folder(folder)
         self.model: dict[str, Any] = {}
         self.asked: dict[str, Any] = {}
         """A Measurement's, where they are known."""
@@ -61,8 +97,12 @@ class Watch:
         """What was measured beside what was predicted, in words; empty until the second step is done."""
         self.status = "ok"
         self._message = ""
-        self._cuda = _cuda()
-        self._in_use_before = _in_use(self._cuda)
+        self._ended = False
+        self._cuda: Any = None
+        self._in_use_before = 0
+        with harmless(self._end):
+            self._cuda = _cuda()
+            self._in_use_before = _in_use(self._cuda)
         self._idle: int | None = None
         self._lowest: int | None = None
         self._level: int | None = None
@@ -73,6 +113,15 @@ class Watch:
     def step(self) -> None:
         """An optimizer step is done. Warns where there is reason to."""
         self.steps += 1
+        if self._ended:
+            return
+        with harmless(self._end):
+            self._step()
+
+    def _end(self) -> None:
+        self._ended = True
+
+    def _step(self) -> None:
         if self._cuda is not None and self.steps >= JUDGED_AFTER:
             self._idle = _now(self._cuda, "allocated_bytes", "current")
             self._lowest = self._idle if self._lowest is None else min(self._lowest, self._idle)
@@ -94,8 +143,11 @@ class Watch:
         """The run has ended, or died of ``error``: the record is written again."""
         if error is not None:
             self.status = "out-of-memory" if "OutOfMemory" in type(error).__name__ else "failed"
-            self._message = f"{type(error).__name__}: {error}".split("\n")[0][:500]
-        if self.steps >= JUDGED_AFTER or error is not None:
+        if self._ended or (self.steps < JUDGED_AFTER and error is None):
+            return
+        with harmless(self._end):
+            if error is not None:
+                self._message = f"{type(error).__name__}: {error}".split("\n")[0][:500]
             measured = self.measured()
             self._warn_of_drift(measured)
             self.write(measured)
@@ -195,7 +247,7 @@ def watch(
     """Watch a training loop of one's own, whose body calls ``step()`` after each optimizer step.
 
     After the second one ``say`` is given the report, on the first rank; ``folder`` is where the record is written, if
-    it is given. A run that dies within is recorded as that.
+    it is given. A run that dies within is recorded as that. Raises SpecError for a wrong argument.
     """
     watched = Watch(estimate, folder, say=say)
     try:

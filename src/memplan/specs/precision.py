@@ -30,13 +30,15 @@ def resolve_precision(
     to the 16-bit type of mixed precision. ``auto`` is ``checkpoint_dtype``.
 
     Raises SpecError for ``auto`` without a checkpoint dtype, and for training float16 weights under fp16 mixed
-    precision outside DeepSpeed, which ``torch.amp.GradScaler`` refuses ("Attempting to unscale FP16 gradients").
+    precision, which ``torch.amp.GradScaler`` refuses ("Attempting to unscale FP16 gradients"), but where DeepSpeed or
+    accelerate's FSDP (``prepare_model``, ``fsdp2_prepare_model``) make float32 of what is trained.
     """
     mixed = training.mixed_precision
     if mixed is None:
         mixed = "fp16" if gpu is not None and not gpu.supports_bf16 else "bf16"
     dtype = _dtype(training, strategy, mixed, checkpoint_dtype)
-    if dtype == "float16" and mixed == "fp16" and not strategy.is_deepspeed and _trains_loaded_dtype(training):
+    widened = strategy.is_deepspeed or strategy.kind == "fsdp"
+    if dtype == "float16" and mixed == "fp16" and not widened and _trains_loaded_dtype(training):
         remedy = "Use --dtype float32, --mixed-precision bf16 or no, or a --strategy of DeepSpeed, as zero2."
         raise SpecError.at("dtype", dtype, "cannot be trained under mixed precision fp16", remedy)
     return Precision(dtype, mixed)
