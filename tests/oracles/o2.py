@@ -1513,6 +1513,8 @@ def _knobs() -> list[Setup]:
         # Without zero.Init the engine casts adapters too.
         ("llama", "small", {"strategy": "zero3", "gpus": 1, "zero_init": False, "seq_len": 100, **LORA}),
         ("qwen2", "small", {"strategy": "zero3", **_OFFLOAD, "gpus": 3, "zero_init": False, **FP16, **LORA}),
+        # accelerate makes float32 of float16 weights, so that they can be trained under fp16.
+        *(("llama", "small", {"strategy": "fsdp", "gpus": 2, **FP16, "fsdp": {"version": n}}) for n in (1, 2)),
     ]
     return [_row(family, config, options) for family, config, options in rows]
 
