@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import archived
 
 from memplan import api, measuring
-from memplan.errors import MemplanError, SpecError
+from memplan.errors import MemplanError, PositionsError, SpecError
 from memplan.introspect.measurement import Boundary, Measurement
 from memplan.render.measured import measured_text
 from memplan.results import PHASES, Estimate
@@ -186,7 +186,10 @@ def _bounded(row: dict[str, Any], found: Boundary) -> Bounded:
         value = (found.measured or 0) + away * found.step
         if value > 0:
             training = {**row["training"], found.option: value}
-            result = api.estimate(row["model"], training, cluster, row.get("strategy"), software=software)
+            try:
+                result = api.estimate(row["model"], training, cluster, row.get("strategy"), software=software)
+            except PositionsError:  # the model's end, and the search's
+                continue
             verdicts[away] = str(result.verdict)
     return Bounded(row, found, verdicts)
 

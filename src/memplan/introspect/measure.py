@@ -83,6 +83,8 @@ class Job:
     save: bool = False
     snapshot: bool = False
     """Whether the blocks at the peak are kept, which takes time."""
+    libraries: tuple[str, ...] = ()
+    """Modules that the run imports beside those of every run."""
 
 
 def visible(device: str) -> tuple[Device, ...]:
@@ -105,10 +107,11 @@ def needs(job: Job) -> None:
     if job.device == "cpu" and job.engine != "single":
         remedy = "Use --strategy single."
         raise SpecError.at("strategy", job.engine, "allocates what cannot be counted on a CPU", remedy)
-    lacking = [name for name in (*LIBRARIES, *_of_engine(job.engine)) if find_spec(name) is None]
+    lacking = [name for name in (*LIBRARIES, *_of_engine(job.engine), *job.libraries) if find_spec(name) is None]
     if lacking:
-        remedy = "Install them, as in pip install 'memplan[train]'."
-        raise LibraryError(f"measure: {', '.join(lacking)} are not installed. {remedy}")
+        are, them = ("is", "it") if len(lacking) == 1 else ("are", "them")
+        remedy = f"Install {them}, as in pip install 'memplan[train]'."
+        raise LibraryError(f"measure: {', '.join(lacking)} {are} not installed. {remedy}")
 
 
 def _of_engine(engine: str) -> tuple[str, ...]:

@@ -168,8 +168,11 @@ def beside(estimate: Estimate, measurement: Measurement) -> Measured:
     estimated = {phase.name: phase.allocated for phase in gpu.phases}
     if "loss" in estimated and "loss" not in measured:  # the model computes it within its forward
         estimated["forward"] = max(estimated["forward"], estimated["loss"])
-    if measurement.device.get("name") == "cpu" and measurement.weights == "from_pretrained":
-        estimated.pop("load", None)  # what passes through the host as it is loaded is counted with the model
+    on_host = measurement.weights == "from_pretrained" or measurement.asked.get("training", {}).get("vocab_size")
+    if measurement.device.get("name") == "cpu" and on_host:
+        # What passes through the host as it is loaded is counted with the model; so are both embeddings, the mean and
+        # the covariance, which resize_token_embeddings has on the host before the model is moved to a GPU.
+        estimated.pop("load", None)
     rows += [
         (name, estimated[name], measured[name].get("allocated"))
         for name in PHASES
