@@ -149,6 +149,9 @@ def _options() -> Iterator[dict[str, Any]]:
     for conf in ("expandable_segments:True", "roundup_power2_divisions:4"):
         yield _row(SMALL, **autocast, seq_len=1500, micro_batch_size=3, alloc_conf=conf)
         yield _row(MIDDLE, **autocast, **CHECKPOINTED, seq_len=1500, micro_batch_size=3, alloc_conf=conf)
+    for precision, checkpointing in itertools.product((autocast, bf16), ({}, CHECKPOINTED)):
+        flash = {"attn": "flash_attention_2", "seq_len": 2048, "micro_batch_size": 2}  # where flash-attn is installed
+        yield _row(MIDDLE, **precision, **checkpointing, **flash)
     yield _row(SMALL, **autocast, seq_len=512, eval_batch_size=8)
     yield _row(SMALL, **autocast, seq_len=512, eval_batch_size=2, eval_accumulation_steps=4)
     yield _row("google-bert/bert-base-uncased", **autocast, seq_len=512, micro_batch_size=16, packed=False)
@@ -169,6 +172,9 @@ def _engines() -> Iterator[dict[str, Any]]:
             yield _row(MIDDLE, ranks, strategy, seq_len=1024, micro_batch_size=2) | (ALONE if ranks == 8 else {})
             if ranks in (8, 2):
                 yield _row(SMALL, ranks, strategy, seq_len=2048, **CHECKPOINTED, grad_accum_steps=2)
+    for ranks, weights in ((2, "none"), (8, "none"), (8, "nvme")):
+        swapped = {"kind": "zero3", "offload_optimizer": "nvme", "offload_param": weights}
+        yield _row(SMALL, ranks, swapped, seq_len=1024)
     for model in (SMALL, MIDDLE):
         for ranks in (2, 8):
             yield _row(model, ranks, {"kind": "ddp"}, seq_len=1024)
@@ -339,6 +345,8 @@ class How:
 def specs(row: dict[str, Any], gpu: str | None) -> tuple[Any, ...]:
     """Model, training, cluster and strategy of a row."""
     cluster: dict[str, Any] = {"gpus": row.get("gpus", 1)} | ({"gpu": gpu} if gpu else {})
+    if "nvme" in row.get("strategy", {}).values():
+        cluster["nvme_path"] = tempfile.gettempdir()
     return row["model"], row["training"], cluster, row.get("strategy")
 
 

@@ -55,13 +55,14 @@ class Measurement(Answer):
     """Name, total_memory, capability and the like; ``{"name": "cpu"}`` where tensors were counted."""
     versions: Values
     group: str
-    """How the other ranks were stood in for: ``none`` for one process, or ``fake``."""
+    """How the other ranks were stood in for: ``none`` for one process, or ``fake``, where NCCL is never used: what its
+    first use takes needs a second process, and :func:`memplan.introspect.calibrate.calibrate` measures it."""
     weights: str
     """Where they came from: ``random``, or ``from_pretrained`` of random ones, whose loading is measured too."""
     cap: int | None = None
     """Bytes of the smaller GPU that was played."""
     outside: Values = Field(default_factory=dict)
-    """What the process has of the device beside torch's allocator, piece after piece."""
+    """What the process has of the device beside torch's allocator, piece after piece; NCCL is in none of them."""
     phases: Values
     """Phase -> counter -> bytes."""
     step_seconds: tuple[float, ...] = ()
