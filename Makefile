@@ -52,9 +52,8 @@ fuzz: $(VENV)/.test ## look for inputs that raise what is no error of memplan's,
 oracles: $(VENV)/.test $(VENV)/.libaio ## run the full grids against the real libraries and archive the truth: hours
 	cd $(ROOT) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.oracles
 
-OUT ?= $(ROOT)/benchmarks/measurements/gpu
-campaign: $(VENV)/.test ## measure on this machine's GPU what the archive OUT lacks: hours; may be cut and taken up
-	cd $(ROOT) && $(BIN)/python benchmarks/campaign.py --out $(OUT)
+campaign: $(VENV)/.test ## measure on this machine's GPU what its archive, or OUT, lacks: hours; may be cut and taken up
+	cd $(ROOT) && $(BIN)/python benchmarks/campaign.py $(if $(OUT),--out $(OUT))
 
 docs: $(VENV)/.docs ## build the documentation, strictly
 	cd $(ROOT) && $(BIN)/mkdocs build --strict

@@ -1,6 +1,8 @@
 """The measurement campaign: the setups of campaign.json, on the GPU that is there.
 
-    python benchmarks/campaign.py --out benchmarks/measurements/h200-2026-11 --seconds 560 --workers 6
+    python benchmarks/campaign.py --seconds 560 --workers 6
+
+The archive is measurements/<gpu>-<date>, the newest of this GPU that lacks rows or a new one, unless --out names it.
 
 Every row is a line of rows.jsonl as soon as it is done; what is there is not run again, so that the campaign may be cut
 at any time and taken up later. The list has the cheapest information first. A third of it, drawn by chance when a row
@@ -23,6 +25,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -30,23 +33,30 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import archived
+
 from memplan import api, measuring
 from memplan.catalog.detect import detect_cluster, host_memory
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, SpecError
 from memplan.introspect import worker
-from memplan.introspect.measure import Start
+from memplan.introspect.measure import MachineError, Start, visible
 from memplan.introspect.measurement import Measured
 from memplan.specs.hardware import GPUSpec
 from memplan.units import GiB
 
 LIST = Path(__file__).with_name("campaign.json")
+MEASUREMENTS = Path(__file__).with_name("measurements")
 SEED = 2026
 
 FAMILIES = {
@@ -139,6 +149,9 @@ def _options() -> Iterator[dict[str, Any]]:
     for conf in ("expandable_segments:True", "roundup_power2_divisions:4"):
         yield _row(SMALL, **autocast, seq_len=1500, micro_batch_size=3, alloc_conf=conf)
         yield _row(MIDDLE, **autocast, **CHECKPOINTED, seq_len=1500, micro_batch_size=3, alloc_conf=conf)
+    for precision, checkpointing in itertools.product((autocast, bf16), ({}, CHECKPOINTED)):
+        flash = {"attn": "flash_attention_2", "seq_len": 2048, "micro_batch_size": 2}  # where flash-attn is installed
+        yield _row(MIDDLE, **precision, **checkpointing, **flash)
     yield _row(SMALL, **autocast, seq_len=512, eval_batch_size=8)
     yield _row(SMALL, **autocast, seq_len=512, eval_batch_size=2, eval_accumulation_steps=4)
     yield _row("google-bert/bert-base-uncased", **autocast, seq_len=512, micro_batch_size=16, packed=False)
@@ -159,6 +172,9 @@ def _engines() -> Iterator[dict[str, Any]]:
             yield _row(MIDDLE, ranks, strategy, seq_len=1024, micro_batch_size=2) | (ALONE if ranks == 8 else {})
             if ranks in (8, 2):
                 yield _row(SMALL, ranks, strategy, seq_len=2048, **CHECKPOINTED, grad_accum_steps=2)
+    for ranks, weights in ((2, "none"), (8, "none"), (8, "nvme")):
+        swapped = {"kind": "zero3", "offload_optimizer": "nvme", "offload_param": weights}
+        yield _row(SMALL, ranks, swapped, seq_len=1024)
     for model in (SMALL, MIDDLE):
         for ranks in (2, 8):
             yield _row(model, ranks, {"kind": "ddp"}, seq_len=1024)
@@ -211,7 +227,10 @@ def key(row: dict[str, Any]) -> str:
 
 def load() -> list[dict[str, Any]]:
     """Return the rows of the list."""
-    found: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
+    try:
+        found: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
+    except ValueError:
+        raise SpecError(f"{LIST}: is not JSON. Name a list of setups with --list.") from None
     return found
 
 
@@ -326,6 +345,8 @@ class How:
 def specs(row: dict[str, Any], gpu: str | None) -> tuple[Any, ...]:
     """Model, training, cluster and strategy of a row."""
     cluster: dict[str, Any] = {"gpus": row.get("gpus", 1)} | ({"gpu": gpu} if gpu else {})
+    if "nvme" in row.get("strategy", {}).values():
+        cluster["nvme_path"] = tempfile.gettempdir()
     return row["model"], row["training"], cluster, row.get("strategy")
 
 
@@ -345,6 +366,8 @@ def measured(row: dict[str, Any], how: How) -> dict[str, Any]:
         kept = result.measurement.to_dict()
         kept["blocks"] = kept["blocks"] and kept["blocks"][:MOST_BLOCKS]
         return {"measurement": kept, "said": in_words(result)}
+    except MachineError as error:
+        return {"lacking": str(error), "said": f"not here: {error}"}
     except MemplanError as error:
         return {"refused": str(error), "said": f"refused: {error}"}
 
@@ -423,17 +446,6 @@ def needs(row: dict[str, Any], gpu: str | None) -> tuple[int, int]:
     return int(found.gpu.peak_allocated * 1.25) + 2 * GiB, int(host)
 
 
-def archive(path: Path) -> list[dict[str, Any]]:
-    """Lines of an archive. The last one is taken away if a cut has left a part of it."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def is_done(line: dict[str, Any], again: bool) -> bool:
     """Whether a row needs no other run; with ``again`` those that failed do."""
     failed = "refused" in line or line.get("measurement", {}).get("status") == "failed"
@@ -442,20 +454,26 @@ def is_done(line: dict[str, Any], again: bool) -> bool:
 
 def pending(path: Path, only: str, again: bool) -> list[dict[str, Any]]:
     """Rows of the list that an archive lacks, those first that want the GPU for themselves."""
-    done = {key(line["row"]) for line in archive(path) if is_done(line, again)}
+    done = {key(line["row"]) for line in archived.read(path) if is_done(line, again)}
     left = [row for row in load() if key(row) not in done and only in key(row)]
     return sorted(left, key=lambda row: not row.get("alone", False))
 
 
 def run(out: Path, seconds: float, how: How, only: str = "", limit: int | None = None, again: bool = False) -> int:
-    """Run what ``out`` lacks, until the time is up; return how many rows were archived."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Run what ``out`` lacks, until the time is up; return how many rows were archived.
+
+    What this machine lacks the libraries for is not archived: another one may have them. Raises MachineError without
+    a GPU, before anything is written.
+    """
+    visible(how.gpu or "cuda")
     path = out / "rows.jsonl"
+    lines = archived.mended(path)
     waiting = pending(path, only, again)[:limit]
-    lines = archive(path)
+    out.mkdir(parents=True, exist_ok=True)
     room = (_gpu_memory(how.gpu), int((host_memory() or 8 * GiB) * 0.85))
-    until, running, archived = time.monotonic() + seconds, list[Running](), 0
+    until, running, number = time.monotonic() + seconds, list[Running](), 0
     retried: set[str] = set()
+    lacking: list[str] = []
     with tempfile.TemporaryDirectory(prefix="memplan-campaign-") as folder, path.open("a", encoding="utf-8") as file:
         while waiting or running:
             now = time.monotonic()
@@ -469,12 +487,15 @@ def run(out: Path, seconds: float, how: How, only: str = "", limit: int | None =
                     waiting.insert(0, {**each.row, "alone": True})
                     continue
                 said = str(found.pop("said"))
+                if "lacking" in found:
+                    lacking.append(found["lacking"])
+                    continue
                 line = {"row": each.row, "alongside": each.alongside, **found}
                 lines.append(line)
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-                archived += 1
+                number += 1
                 sys.stdout.write(f"{time.monotonic() - each.began:5.1f} s {_short(each.row)}: {said[:200]}\n")
                 sys.stdout.flush()
             if now > until + how.grace or (now > until and not running):
@@ -483,8 +504,9 @@ def run(out: Path, seconds: float, how: How, only: str = "", limit: int | None =
         for each in running:  # they will be run again
             each.stop()
     left = len(pending(path, only, again))
-    sys.stdout.write(f"{archived} rows archived, {left} left\n")
-    return archived
+    sys.stdout.write(f"{number} rows archived, {left} left\n")
+    sys.stdout.write("".join(f"not on this machine, {n} rows: {why}\n" for why, n in Counter(lacking).items()))
+    return number
 
 
 def _gpu_memory(gpu: str | None) -> int:
@@ -556,7 +578,7 @@ def _short(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder of the archive")
+    parser.add_argument("--out", type=Path, help="folder of the archive: measurements/<gpu>-<date> unless it is said")
     parser.add_argument("--list", type=Path, default=LIST, help="the setups")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so long")
     parser.add_argument("--timeout", type=float, default=120, help="of one run, in seconds")
@@ -570,6 +592,17 @@ def main() -> int:
     parser.add_argument("--plan", action="store_true", help="say what there is to be run")
     options, began = parser.parse_args(), time.monotonic()
     globals()["LIST"] = options.list
+    try:
+        return campaign(options, began)
+    except MemplanError as error:
+        sys.stderr.write(f"{error}\n")
+    except OSError as error:
+        sys.stderr.write(f"{error.filename}: {error.strerror}. Name another with --out or --list.\n")
+    return 2
+
+
+def campaign(options: argparse.Namespace, began: float) -> int:
+    """Do what the command line asks. Raises MemplanError and OSError."""
     if options.extend:
         extend()
         return 0
@@ -577,15 +610,29 @@ def main() -> int:
         for row in pending(Path(options.out or "") / "rows.jsonl", options.only, options.again)[: options.limit]:
             sys.stdout.write(f"{'alone ' if row.get('alone') else ''}{_short(row)}\n")
         return 0
-    if options.out is None:
-        parser.error("give --out, --plan or --extend")
+    visible(options.gpu or "cuda")  # before what takes long, and before anything is written
+    out = options.out or folder_of(options.gpu)
+    archived.read(out / "rows.jsonl")
+    sys.stdout.write(f"{out}\n")
     preload()
     start = Forked if options.gpu == "cpu" or copies_reach_the_gpu() else None
     snapshots = options.gpu != "cpu" and not options.no_snapshots
     how = How(options.timeout, options.gpu, start, options.workers, snapshots=snapshots)
     left = options.seconds - (time.monotonic() - began)  # libraries took their time
-    run(options.out, left, how, options.only, options.limit, options.again)
+    run(out, left, how, options.only, options.limit, options.again)
     return 0
+
+
+def folder_of(gpu: str | None, within: Path | None = None) -> Path:
+    """Return the newest archive of this GPU that lacks rows of the list, or a new one, ``<gpu>-<date>``."""
+    here = gpu or detect_cluster().gpu
+    name = re.sub(r"[^a-z0-9]+", "-", (here.name if isinstance(here, GPUSpec) else str(here)).lower()).strip("-")
+    within = within or MEASUREMENTS
+    date = re.compile(rf"{re.escape(name)}-\d{{4}}-\d\d-\d\d")
+    for folder in sorted(within.glob(f"{name}-*"), reverse=True):
+        if date.fullmatch(folder.name) and pending(folder / "rows.jsonl", "", again=False):
+            return folder
+    return within / f"{name}-{datetime.now(timezone.utc):%Y-%m-%d}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 ``python benchmarks/peers.py --python PYTHON [--out FILE]``: PYTHON has fitcheck-llm, ftuneai and llm-analysis
 (peers_drive.py); accelerate's and DeepSpeed's own functions run here, with the ``train`` extra. The result is archived
-as JSON, with memplan's errors on the rows that each of them takes. docs/accuracy.md shows it; no test needs the tools.
+as JSON. docs/accuracy.md has their errors beside memplan's of the day on the rows that each of them takes; no test
+needs the tools.
 """
 
 from __future__ import annotations
@@ -199,7 +200,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "name": name,
             "version": each["version"],
             "driven": DRIVEN[name],
-            "summary": summarized(rows, each["answers"]),
             "answers": {id: round(x, 3) if isinstance(x, float) else x[:160] for id, x in each["answers"].items()},
         }
         for name, each in said.items()
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = {"schema_version": 1, "rows": "benchmarks/published/memory.csv", "tools": tools}
     given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for tool in tools:
-        for metric, each in tool["summary"].items():
+        for metric, each in summarized(rows, tool["answers"]).items():
             sys.stdout.write(
                 f"{tool['name']:14} {metric:32} {each['n']:3} median {each['median_error']:.1%}, "
                 f"memplan's {each['memplan']['median_error']:.1%}\n"

@@ -18,7 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import archived
+
 from memplan import api, measuring
+from memplan.errors import MemplanError, PositionsError, SpecError
 from memplan.introspect.measurement import Boundary, Measurement
 from memplan.render.measured import measured_text
 from memplan.results import PHASES, Estimate
@@ -119,9 +124,15 @@ def folders() -> list[Path]:
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     """Return an archive's lines, the last of each row."""
-    found: dict[str, dict[str, Any]] = {}
-    for text in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+    path, found = folder / "rows.jsonl", dict[str, dict[str, Any]]()
+    for number, line in archived.numbered(path):
+        for name, kind in (("measurement", Measurement), ("boundary", Boundary)):
+            try:
+                if name in line:
+                    kind.from_dict(line[name])
+            except SpecError as error:
+                said = str(error).partition("\n")[0]
+                raise archived.ArchiveError(f"{path}, line {number}: {name}: {said} {archived.REMEDY}") from None
         row = {name: value for name, value in line["row"].items() if name not in ("holdout", "alone")}
         found[json.dumps(row, sort_keys=True)] = line
     return list(found.values())
@@ -175,7 +186,10 @@ def _bounded(row: dict[str, Any], found: Boundary) -> Bounded:
         value = (found.measured or 0) + away * found.step
         if value > 0:
             training = {**row["training"], found.option: value}
-            result = api.estimate(row["model"], training, cluster, row.get("strategy"), software=software)
+            try:
+                result = api.estimate(row["model"], training, cluster, row.get("strategy"), software=software)
+            except PositionsError:  # the model's end, and the search's
+                continue
             verdicts[away] = str(result.verdict)
     return Bounded(row, found, verdicts)
 
@@ -281,14 +295,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--diff", metavar="TEXT", help="rows whose JSON contains it")
     options = parser.parse_args()
-    if options.diff is not None:
-        sys.stdout.write("".join(differences(folder, options.diff) for folder in folders()))
+    try:
+        return told(options.diff)
+    except MemplanError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+def told(diff: str | None) -> int:
+    """Print what is asked for. Raises MemplanError."""
+    if diff is not None:
+        sys.stdout.write("".join(differences(folder, diff) for folder in folders()))
         return 0
     missed = 0
     for folder in folders():
         archive = replay(folder)
-        told = f"{len(archive.runs)} runs, {len(archive.boundaries)} boundaries, {len(archive.refused)} refused"
-        sys.stdout.write(f"{folder.name}: {told}\n")
+        numbers = f"{len(archive.runs)} runs, {len(archive.boundaries)} boundaries, {len(archive.refused)} refused"
+        sys.stdout.write(f"{folder.name}: {numbers}\n")
         found = complaints(archive)
         missed += len(found)
         refused = [f"refused {json.dumps(row, sort_keys=True)}: {why}" for row, why in archive.refused]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import time
 from functools import partial
@@ -17,6 +18,7 @@ from tests.scripts import script
 
 from memplan import api, case, estimator, measuring
 from memplan.catalog import detect
+from memplan.errors import MemplanError
 from memplan.introspect import measure
 from memplan.introspect.measurement import Measurement
 from memplan.units import GiB
@@ -45,14 +47,15 @@ def test_the_list_covers_what_it_should(campaign: Any) -> None:
         "fsdp",
         "ddp",
     }
+    assert {row["training"].get("attn") for row in setups} >= {None, "eager", "flash_attention_2"}
+    assert {row["strategy"].get("offload_param") for row in setups if "strategy" in row} >= {"cpu", "nvme"}
     assert 0.3 <= sum(row["holdout"] for row in listed) / len(listed) <= 0.37
     assert len({campaign.key(row) for row in listed}) == len(listed)
 
 
 def test_every_row_is_a_setup_that_is_modelled(campaign: Any) -> None:
     for row in campaign.load():
-        cluster = {"gpu": "H200", "gpus": row.get("gpus", 1)}
-        api.estimate(row["model"], row["training"], cluster, row.get("strategy"), replay=False)
+        api.estimate(*campaign.specs(row, "H200"), replay=False)
 
 
 def test_every_row_has_files_to_run(campaign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +65,7 @@ def test_every_row_has_files_to_run(campaign: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     estimate = estimator.estimate
     monkeypatch.setattr(estimator, "estimate", lambda *specs, **_: estimate(*specs, replay=False))
+    monkeypatch.setattr(measure, "find_spec", lambda name: name)  # flash-attn is not everywhere
     jobs: list[dict[str, Any]] = []
 
     class Ended:
@@ -168,7 +172,7 @@ def test_a_campaign_that_is_killed_again_and_again_ends_with_every_row_once(
             break
         assert kills < 60
     assert kills > 2
-    lines = campaign.archive(out / "rows.jsonl")
+    lines = campaign.archived.read(out / "rows.jsonl")
     assert sorted(line["measurement"]["n"] for line in lines) == list(range(1, 25))
     assert max(line["alongside"] for line in lines) == 2
     until = time.monotonic() + 5
@@ -190,7 +194,7 @@ def test_a_row_that_dies_beside_others_is_run_again_alone(
     monkeypatch.setattr(campaign, "measured", measured)
     monkeypatch.setattr(campaign, "needs", lambda row, gpu: (1, 1))
     campaign.run(tmp_path, 60, campaign.How(gpu="cpu", workers=2))
-    first, second = campaign.archive(tmp_path / "rows.jsonl")
+    first, second = campaign.archived.read(tmp_path / "rows.jsonl")
     assert (first["alongside"], second["alongside"]) == (1, 0)
     assert second["row"]["alone"]
 
@@ -205,7 +209,7 @@ def test_rows_wait_for_room(campaign: Any, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(campaign, "measured", refused)
     monkeypatch.setattr(campaign, "needs", lambda row, gpu: (1 << 60, 1))
     campaign.run(tmp_path, 60, campaign.How(gpu="cpu", workers=3))
-    assert [line["alongside"] for line in campaign.archive(tmp_path / "rows.jsonl")] == [0, 0, 0]
+    assert [line["alongside"] for line in campaign.archived.read(tmp_path / "rows.jsonl")] == [0, 0, 0]
     assert campaign.run(tmp_path, 60, campaign.How(gpu="cpu", workers=3)) == 0
     assert campaign.run(tmp_path, 60, campaign.How(gpu="cpu", workers=3), again=True) == 3
 
@@ -217,6 +221,8 @@ def test_a_cap_goes_by_what_processes_alone_had_outside(
     plain = {"model": "gpt2", "training": {"seq_len": 1}, "holdout": False, "alone": True}
     capped = [{"model": "gpt2", "training": {"seq_len": n}, "cap": 24, "holdout": False} for n in (1, 2)]
     counted = "difference"
+    monkeypatch.setattr(measure, "read_nvml", lambda: (fake_cuda.DEVICE,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def measured(row: dict[str, Any], how: Any) -> dict[str, Any]:
         time.sleep(0.3)
@@ -228,7 +234,7 @@ def test_a_cap_goes_by_what_processes_alone_had_outside(
     def run(rows: list[dict[str, Any]], out: Path) -> list[tuple[Any, int]]:
         monkeypatch.setattr(campaign, "load", lambda: json.loads(json.dumps(rows)))
         campaign.run(out, 60, campaign.How(workers=3))
-        found = campaign.archive(out / "rows.jsonl")
+        found = campaign.archived.read(out / "rows.jsonl")
         return [(line["measurement"]["told"], line["alongside"]) for line in found if "cap" in line["row"]]
 
     monkeypatch.setattr(campaign, "measured", measured)
@@ -241,3 +247,94 @@ def test_a_cap_goes_by_what_processes_alone_had_outside(
     monkeypatch.setattr(campaign.worker, "main", lambda folder: os._exit(0))
     assert campaign.Forked(tmp_path, tmp_path / "log", outside=7).wait(10) == 0
     assert json.loads((tmp_path / "job.json").read_text()) == {"outside": 7}
+
+
+def command(campaign: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["campaign.py", *map(str, arguments)])
+    monkeypatch.setattr(campaign, "LIST", campaign.LIST)  # which the command sets
+    code: int = campaign.main()
+    return code
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(
+    campaign: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "read_nvml", lambda: ())
+    for arguments in (["--out", tmp_path / "out", "--limit", 3], ["--limit", 3]):
+        assert command(campaign, monkeypatch, *arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert "no NVIDIA GPU" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_this_machine_lacks_is_not_archived(
+    campaign: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"model": "gpt2", "training": {"seq_len": 64}, "holdout": False}]
+    monkeypatch.setattr(campaign, "load", lambda: rows)
+    monkeypatch.setattr(measure, "find_spec", lambda name: None)
+    how = campaign.How(gpu="cpu")
+    assert campaign.run(tmp_path, 60, how) == 0
+    assert "not on this machine, 1 rows: measure: torch" in capsys.readouterr().out
+    assert campaign.archived.read(tmp_path / "rows.jsonl") == []
+    assert campaign.pending(tmp_path / "rows.jsonl", "", again=False) == rows
+
+
+GOOD = json.dumps({"row": {"model": "gpt2", "training": {"seq_len": 64}}, "refused": "no"}).encode()
+
+
+@pytest.mark.parametrize(
+    "bad", [b'{"row": {"mo', b"\xff\xfe", b"[1]", b'{"row": 3}', GOOD.replace(b"refused", b"other"), b"[" * 9999]
+)
+def test_a_line_that_is_none_is_named(
+    campaign: Any, bad: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x" / "rows.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(GOOD + b"\n" + bad + b"\n" + GOOD + b"\n")
+    replay = script("benchmarks/replay.py")
+    monkeypatch.setattr(replay, "MEASUREMENTS", tmp_path)
+    assert command(campaign, monkeypatch, "--plan", "--out", path.parent) == 2
+    monkeypatch.setattr("sys.argv", ["replay.py"])
+    assert replay.main() == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == second
+    assert first.startswith(f"{path}, line 2: ")
+    assert first.endswith("run its row again.")
+
+
+def test_a_measurement_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD.replace(b'"refused": "no"', b'"measurement": {"status": "odd"}') + b"\n")
+    with pytest.raises(MemplanError) as told:
+        script("benchmarks/replay.py").lines(tmp_path)
+    assert str(told.value).startswith(f"{path}, line 1: measurement: status: 'odd' is not a choice.")
+    assert "\n" not in str(told.value)
+
+
+def test_what_a_cut_has_left_is_no_line(campaign: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD + b"\n" + GOOD[:-9])
+    replay = script("benchmarks/replay.py")
+    assert len(replay.lines(tmp_path)) == len(campaign.archived.read(path)) == 1
+    assert path.read_bytes() != GOOD + b"\n"  # who only reads leaves it there
+    assert len(campaign.archived.mended(path)) == 1
+    assert path.read_bytes() == GOOD + b"\n"
+
+
+def test_the_archive_is_that_of_the_gpu(campaign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [json.loads(GOOD)["row"] | {"holdout": False}]
+    monkeypatch.setattr(campaign, "load", lambda: rows)
+    monkeypatch.setattr(measure, "read_nvml", lambda: (fake_cuda.DEVICE,))
+    monkeypatch.setattr(detect, "read_nvml", lambda: (fake_cuda.DEVICE,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    today = campaign.folder_of(None, tmp_path)
+    assert re.fullmatch(r"h200-\d{4}-\d\d-\d\d", today.name)
+    begun, full = tmp_path / "h200-2020-01-01", tmp_path / "h200-2020-01-02"
+    for folder in (begun, full, tmp_path / "h200-notes"):
+        folder.mkdir()
+    (full / "rows.jsonl").write_bytes(GOOD + b"\n")
+    assert campaign.folder_of(None, tmp_path) == begun  # it is taken up
+    assert campaign.folder_of("cpu", tmp_path).name.startswith("cpu-")

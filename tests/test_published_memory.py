@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 
 import pytest
+from tests.oracles import o1, o2
 from tests.scripts import script
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,11 @@ def of(rows, source: str, metric: str = "allocated"):
     return [row for row in rows if row.source.endswith(source) and row.metric == metric and row.ratio is not None]
 
 
+def untaught(rows, metric: str):
+    """Without the rows that a rule is from, where others are left."""
+    return [row for row in rows if row.metric == metric and row.ratio and not row.is_taught] or rows
+
+
 @pytest.mark.parametrize("module", [reading, releases, score], ids=lambda module: module.__name__)
 def test_examples(module) -> None:
     failed, tried = doctest.testmod(module)
@@ -39,8 +45,9 @@ def test_every_row_becomes_a_setup_or_says_why_not(rows) -> None:
     assert score.counts(rows) == {
         "rows": 603,
         "setups": 172,
-        "out_of_scope": 348,
-        "not_stated": 51,
+        "out_of_scope": 370,
+        "not_stated": 27,
+        "not_known": 2,
         "refused_by_memplan": 32,
         "errors": 0,
     }
@@ -49,10 +56,79 @@ def test_every_row_becomes_a_setup_or_says_why_not(rows) -> None:
 
 @pytest.mark.parametrize(
     ("metric", "most"),
-    [("allocated", 0.04), ("allocated, probably", 0.1), ("reserved", 0.08), ("device", 0.08), ("not stated", 0.08)],
+    [("allocated", 0.04), ("allocated, probably", 0.1), ("reserved", 0.08), ("device", 0.08)],
 )
 def test_the_median_error_of_each_metric(rows, metric: str, most: float) -> None:
     assert score.grouped(metric, "", rows).median <= most
+    assert score.grouped(metric, "", untaught(rows, metric)).median <= most
+
+
+def test_a_figure_in_g_is_read_as_its_column_is_documented_first(rows) -> None:
+    """So read, the metric misses its target of 8 %, and the page says so; the other readings stand beside."""
+    assert reading.measured("81.0") == 81.0
+    found = {unit: score.grouped("not stated", "", rows, unit) for unit in reading.UNIT_G}
+    assert list(found) == ["GiB", "10^9 bytes", "1000 MiB"]
+    assert {group.n for group in found.values()} == {57}
+    assert 0.08 < score.grouped("not stated", "", rows).median < 0.0815
+    assert found["10^9 bytes"].median < found["1000 MiB"].median < found["GiB"].median
+    generate = script("docs/generate_accuracy.py")
+    page = generate.PAGE.read_text(encoding="utf-8")
+    (line,) = (line for line in page.splitlines() if line.startswith("| not stated: compared"))
+    assert line.endswith("| 8.00 %, missed |")
+
+
+def test_predictions_are_not_cut_at_what_a_gpu_has(rows) -> None:
+    row = next(row for row in rows if row.id == "fms-a-011-nv")
+    assert row.predicted * 2**30 > row.gpu.capacity
+    assert row.ratio > 1 + score.FAR > row.ratio_cut > 1
+    assert {row.id for row in rows if row.ratio_cut} == {"fms-a-011-nv", "qwen1-ft-78"}
+
+
+def test_rows_that_taught_a_rule_are_named_and_left_out_once(rows) -> None:
+    ids = {row.id: row for row in rows}
+    assert set(ids) >= score.taught.IDS
+    assert all(ids[id].found is not None for id in score.taught.IDS)
+    # The context's constant is of the page that these rows are of, and no other row is older than torch 1.13.
+    old = {row.id for row in rows if row.found and row.ratio and not row.setup.software.at_least("torch", "1.13")}
+    assert old == {f"hf-bert-0{number}" for number in range(9)} <= score.taught.IDS
+    generate = script("docs/generate_accuracy.py")
+    section = "\n".join(generate._taught(score, rows))
+    assert all(f" {id}" in section for id in score.taught.IDS)
+    assert "| device | 9 |" in section
+
+
+def test_the_ten_worst_rows_have_a_cause(rows) -> None:
+    generate = script("docs/generate_accuracy.py")
+    worst = sorted((row for row in rows if row.ratio), key=lambda row: -abs(row.ratio - 1))[:10]
+    lines = {line.split(" | ")[0][2:]: line for line in generate._worst(score, rows) if line.startswith("| ")}
+    assert all(row.id in lines for row in worst)
+    assert [line for line in lines.values() if generate.UNEXPLAINED in line or line.endswith("|  |")] == []
+
+
+def test_rows_in_scope_that_memplan_refuses_are_listed(rows) -> None:
+    found = {row.id for row in rows if row.kind == "memplan"}
+    generate = script("docs/generate_accuracy.py")
+    section = "\n".join(generate._scope(score, rows))
+    assert len(found) == 32
+    assert all(id in section for id in found)
+    reasons = {row.fields["model"].rpartition("/")[2]: row.refused for row in rows if row.id in found}
+    by_expert = {name for name, reason in reasons.items() if "experts one by one" in reason}
+    assert by_expert == {"Mixtral-8x7B-Instruct-v0.1"}
+
+
+def test_memplans_column_beside_peers_is_of_today(rows) -> None:
+    generate = script("docs/generate_accuracy.py")
+    tools = json.loads(generate.PEERS.read_text())["tools"]
+    assert all("summary" not in tool for tool in tools)
+    answers = next(tool["answers"] for tool in tools if tool["name"] == "accelerate")
+    part = [row for row in rows if row.ratio and row.metric == "allocated" and isinstance(answers.get(row.id), float)]
+    errors = sorted(abs(row.ratio - 1) for row in part if row.setup.training.task == "generate")
+    (line,) = (
+        line for line in generate.peers(rows).splitlines() if "| accelerate" in line and "allocated, generation" in line
+    )
+    assert line.split(" | ")[2] == str(len(errors))
+    assert line.split(" | ")[-2] == f"{100 * errors[len(errors) // 2]:.2f} %"
+    assert "fms-a-058-nv" in generate.peers(rows)  # which nobody was asked
 
 
 def test_rows_that_are_far_off_have_their_cause(rows) -> None:
@@ -97,7 +173,7 @@ def test_runs_that_died_do_not_fit(rows) -> None:
     assert found["died"] == 12
     assert found["died_verdicts"] == {"does-not-fit": 10, "tight": 2}  # tight: fms-a-068 and -096, of 68 of 79 GiB
     assert found["false_fits"] == []
-    assert found["false_does_not_fit"] == ["hfz-1", "hfz-4", "hfz-5"]
+    assert found["false_does_not_fit"] == ["hfz-0", "hfz-1", "hfz-4", "hfz-5"]
 
 
 # -- other files ------------------------------------------------------------------------------------------------------
@@ -207,7 +283,7 @@ def test_adapters_in_other_words(text: str, targets: tuple[str, ...], saved: tup
         ({"gpu": "24GB class"}, "not stated", "names no one GPU"),
         ({"gpu": "RTX 3080"}, "not stated", "may be RTX3080-10GB, RTX3080-12GB"),
         ({"gpu": "Voodoo 2"}, "not stated", "not in the catalog"),
-        ({"model": "acme/unheard-of-7b"}, "not stated", "not in the catalog"),
+        ({"model": "acme/unheard-of-7b"}, "not known", "not in the catalog"),
         ({"n_gpus": "two"}, "not stated", "n_gpus"),
         ({"zero_stage_or_fsdp": "none"}, "not stated", "how 2 GPUs share"),
         ({"micro_batch": "1-4"}, "not stated", "micro_batch"),
@@ -229,6 +305,57 @@ def test_what_a_row_lacks_or_memplan_does_not_model_is_said(values: dict[str, st
     assert row.found is None
     assert row.kind == kind
     assert words in row.refused
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "left"),
+    [
+        ("metric", "did not run out of memory", "did not"), ("metric", "max_allocated, no OOM", "no oom"),
+        ("metric", "max_memory_allocated (reserved 75)", "75"), ("optimizer", "adamw_torch (not fused)", "not"),
+        ("zero_stage_or_fsdp", "ZeRO-2 or ZeRO-3", "or 3"),
+        ("zero_stage_or_fsdp", "FSDP or DeepSpeed ZeRO-3", "fsdp or"),
+        ("zero_stage_or_fsdp", "without ZeRO-3", "without"), ("zero_stage_or_fsdp", "ZeRO-3 hpZ 8", "hpz 8"),
+        ("zero_stage_or_fsdp", "DDP (not FSDP)", "not fsdp"), ("zero_stage_or_fsdp", "ZeRO 1.5", "stage"),
+        ("zero_stage_or_fsdp", "FSDP1 FULL_SHARD, n=4", "4 ranks, of 2 GPUs"),
+        ("attention", "no flash attention", "no"), ("attention", "eager, without sdpa", "without"),
+        ("method", "full, embeddings frozen", "embeddings frozen"),
+        ("method", "full fine-tuning of the last 2 layers", "of the last 2 layers"),
+        ("method", "full + EMA copy", "ema copy"), ("method", "not full: head only", "not head only"),
+        ("method", "lora r8-16", "rank"), ("method", "lora rank 8.5", "rank"),
+        ("method", "lora r8 bias=all", "bias all"), ("task", "training (DPO)", "dpo"),
+        ("model", "Mistral-7B-v0.1 (16 of 32 layers)", "16 of 32 layers"), ("offload", "not to CPU", "not"),
+        ("model", "Mistral-7B-v0.1 (vocab extended to 64k)", "vocab extended"),
+        ("packed_or_padded", "fixed-length padding", "both"),
+        ("fused_loss", "y (liger without fused linear CE)", "without"), ("n_gpus", "12", "nodes"),
+        ("measured_GiB", "67,46", "number"), ("measured_GiB", "60-70", "number"), ("measured_GiB", "-5", "number"),
+        ("measured_GiB", "", "not stated"), ("gpu", "A100-80GB (memory fraction 0.5)", "fraction"),
+        ("gradient_checkpointing", "full but the last 2", "but the last 2"),
+        ("weight_dtype", "BF16 (embeddings float32)", "embeddings"),
+        ("mixed_precision", "No, except norms", "except norms"),
+        ("micro_batch", "2 (last one smaller)", "last one smaller"),
+    ],
+)  # fmt: skip
+def test_a_word_that_is_not_known_makes_no_setup(column: str, text: str, left: str) -> None:
+    row = one(**{column: text})
+    assert row.found is None
+    assert row.kind == "not stated"
+    assert row.refused.startswith(f"{column}: {text!r} " if text else f"{column}: ")
+    assert left in row.refused
+    assert row.ratio is None
+
+
+def test_forms_that_are_known() -> None:
+    assert reading.precision("nf4 (no double quant)", "bf16", "qlora r8", False, True, []).quantization == "nf4"
+    assert reading.optimizer("AdamW foreach=False", []) == "adamw_torch_loop"
+
+
+def test_versions_that_are_older_than_all_known_and_those_that_are_not_known() -> None:
+    """Rows of 2021 had today's torch and DeepSpeed, without a word."""
+    old = one(framework_version_if_known="transformers 4.2").setup
+    assert old.software.torch == "1.10"
+    assert any(note.startswith("software: of 2021-02: cuda 11.1, deepspeed 0.10") for note in old.notes)
+    open_ = one(framework_version_if_known="accelerate 1.0").setup
+    assert any("neither a date nor versions of torch" in note and "today's" in note for note in open_.notes)
 
 
 def test_inequalities() -> None:
@@ -327,7 +454,23 @@ def test_the_docs_show_these_rows(rows) -> None:
     page = generate.PAGE.read_text(encoding="utf-8")
     assert generate.block(page, "published") == generate.published(score, rows), generate.__doc__
     assert generate.plotted() == generate.digest(generate.points(rows)), generate.__doc__
-    assert generate.block(page, "peers") == generate.peers(), generate.__doc__
+    assert generate.block(page, "peers") == generate.peers(rows), generate.__doc__
+
+
+def test_the_docs_count_every_row_of_the_oracles() -> None:
+    """Of all archives: compared, refused, and those that are neither add up to what is archived."""
+    generate = script("docs/generate_accuracy.py")
+    page = generate.block(generate.PAGE.read_text(encoding="utf-8"), "oracles")
+    traced, engines = page.split("### Real engines")
+    for part, load, rest in ((traced, o1.load_archives, (7, 8, 9)), (engines, o2.load_archives, (8, 9))):
+        table = [line for line in part.splitlines() if line.startswith("| ")]
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+        shown = {cells[0]: cells for cells in lines[2:]}
+        archives = {name: len(archive.rows) for name, archive in load().items()}
+        assert {name: int(cells[rest[0] - 1]) for name, cells in shown.items()} == archives
+        assert all(
+            int(cells[1]) + sum(int(cells[place]) for place in rest) == archives[name] for name, cells in shown.items()
+        )
 
 
 def test_the_docs_show_the_oracles() -> None:
@@ -335,7 +478,7 @@ def test_the_docs_show_the_oracles() -> None:
     generate = script("docs/generate_accuracy.py")
     page = generate.block(generate.PAGE.read_text(encoding="utf-8"), "oracles")
     lines = [
-        *generate.oracle_lines(("gpt2", "llama", "t5")).values(),
+        *generate.oracle_lines(("gpt2", "t5", "vit")).values(),
         *generate.engine_lines(("zero2", "fsdp1", "eval")).values(),
     ]
     assert len(lines) >= 5

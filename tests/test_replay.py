@@ -18,16 +18,27 @@ from memplan.units import GiB
 replay: Any = script("benchmarks/replay.py")
 
 
+@pytest.fixture(scope="module")
+def archives() -> dict[Path, Any]:
+    return {folder: replay.replay(folder) for folder in replay.folders()}
+
+
 @pytest.mark.parametrize("folder", replay.folders(), ids=lambda folder: folder.name)
-def test_every_archive_is_within_its_targets(folder: Path) -> None:
-    archive = replay.replay(folder)
+def test_every_archive_is_within_its_targets(folder: Path, archives: dict[Path, Any]) -> None:
+    archive = archives[folder]
     assert archive.runs or archive.boundaries
     assert replay.complaints(archive) == []
 
 
-def test_the_cpu_archive_covers_the_families_and_has_rows_held_out() -> None:
-    archives = [replay.replay(folder) for folder in replay.folders() if folder.name.startswith("cpu")]
-    runs = [run for archive in archives for run in archive.runs]
+def test_the_docs_show_the_archives(archives: dict[Path, Any]) -> None:
+    generate = script("docs/generate_accuracy.py")
+    page = generate.block(generate.PAGE.read_text(encoding="utf-8"), "archives")
+    assert page == generate.archives(replay, list(archives.values())), generate.__doc__
+    assert all(f"### {folder.name}\n" in page for folder in archives)
+
+
+def test_the_cpu_archive_covers_the_families_and_has_rows_held_out(archives: dict[Path, Any]) -> None:
+    runs = [run for folder, archive in archives.items() if folder.name.startswith("cpu") for run in archive.runs]
     families = {run.row["model"]["model_type"] for run in runs}
     assert len(families) >= 39
     assert len([run for run in runs if run.row["holdout"]]) >= 13
@@ -129,6 +140,27 @@ def test_what_is_exact_has_nothing_against_it(made_up: str, tmp_path: Path) -> N
     assert sharded.errors["device"] == 0
 
 
+def test_the_page_sets_apart_what_was_held_out_and_tells_what_is_wrong(made_up: str, tmp_path: Path) -> None:
+    generate = script("docs/generate_accuracy.py")
+    found = json.loads(made_up)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    right = generate.archives(replay, [replay.replay(tmp_path)])
+    for metric in ("allocated", "reserved", "device"):
+        assert f"| {metric} | holdout | 2 |" in right
+        assert f"| {metric} | others | 1 |" in right
+    assert "* False fits: 0 of 1 that died. False does-not-fit: 0 of 3 that had a limit.\n" in right
+    assert "* Intervals, held out: 2 of 2 hold" in right
+    assert "* Boundaries: 1 of 1 exact, 1 within a step.\n" in right
+    false_fit(found)
+    misplaced(3)(found)
+    peak("device", 1.5)(found)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    wrong = generate.archives(replay, [replay.replay(tmp_path)])
+    assert "* False fits: 1 of 1 that died." in wrong
+    assert "* Intervals, held out: 1 of 2 hold" in wrong
+    assert "* Boundaries: 0 of 1 exact, 0 within a step.\n" in wrong
+
+
 def peak(counter: str, factor: float, row: int = 0) -> Callable[[list[dict[str, Any]]], None]:
     def change(found: list[dict[str, Any]]) -> None:
         for counters in found[row]["measurement"]["phases"].values():
@@ -168,6 +200,21 @@ def test_what_is_wrong_is_told(change: Any, said: str, made_up: str, tmp_path: P
     found = json.loads(made_up)
     change(found)
     assert any(line.startswith(said) for line in judged(tmp_path, found)), judged(tmp_path, found)
+
+
+def test_a_boundary_may_be_the_models_last_position(made_up: str, tmp_path: Path) -> None:
+    row = {"model": "openai-community/gpt2", "training": {}, "cap": 80, "boundary": "seq-len", "holdout": False}
+    cluster = {"gpu": "H200", "gpus": 1, "gpu_memory": 80 * GiB}
+    found = Boundary(
+        option="seq_len", step=64, predicted=1024, measured=1024, tried=(), measurement=None,
+        estimate=api.estimate(row["model"], {"seq_len": 1024}, cluster),
+    )  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"row": row, "alongside": 0, "boundary": found.to_dict()}) + "\n")
+    (bounded,) = replay.replay(tmp_path).boundaries
+    assert bounded.verdicts == {-1: "fits", 0: "fits"}
+    assert bounded.is_exact
+    assert bounded.is_near
+    assert not bounded.died_but_fits
 
 
 def test_what_was_measured_beside_others_has_no_device_memory(made_up: str, tmp_path: Path) -> None:

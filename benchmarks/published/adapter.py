@@ -96,6 +96,7 @@ FRAMEWORKS = (
     Framework(r"foak|fast[-_ ]?kernels", "replaces transformers' kernels"),
     Framework(r"gptq", "has GPTQ weights"),
     Framework(
+
         r"megatron|nemo\b|litgpt|lit-gpt|lit-llama|nanogpt|fairseq|gpt-neox\b|mosaic|composer|llm-foundry|maxtext|\bjax\b"
         r"|tensorflow|colossal|paddle|mindspore|nanotron|picotron|levanter|easylm|\bmlx\b|\bxla\b|oslo|olmo[-_ ]core"
         r"|mistral-(finetune|inference)|gpt-fast|metaseq|internevo|veomni|axlearn|fairscale|exllama|llama\.cpp|vllm"
@@ -137,6 +138,7 @@ def setup(row: Mapping[str, str]) -> Setup:
     reading.compiled(row["compile"])
     method = reading.method(row["method"], task, row["framework"], notes)
     gpus = reading.count("n_gpus", row["n_gpus"], notes)
+    liger = task == "train" and reading.fused_loss(row["fused_loss"], row["framework"], row["method"])
     model, head, stand_in = _model_named(row["model"], notes)
     cluster, capacity_known = _cluster(row["gpu"], gpus, notes)
     software = _software(row, notes)
@@ -163,7 +165,7 @@ def setup(row: Mapping[str, str]) -> Setup:
     fields |= {
         "optim": reading.optimizer(row["optimizer"], notes),
         "gradient_checkpointing": reading.checkpointing(row["gradient_checkpointing"], notes),
-        "liger": reading.fused_loss(row["fused_loss"], row["framework"], row["method"]),
+        "liger": liger,
         "packed": _packed(row["packed_or_padded"], attn, notes),
         "grad_accum_steps": reading.count("grad_accum", row["grad_accum"], notes, default=1),
         "seq_len": _within_positions(model, reading.length(row["seq_len"], notes), notes),
@@ -179,8 +181,18 @@ def setup(row: Mapping[str, str]) -> Setup:
     return Setup(model, TrainingSpec(**fields), cluster, strategy, software, tuple(notes), capacity_known)
 
 
+_TASKS = ("train", "fine", "sft", "pre", "lora", "infer", "generat", "decod")
+_TASK_FORMS = (
+    r"train(?:ing)?", r"fine-? ?tun(?:e|ing|ed)", r"sft", r"pre-?train(?:ing)?", r"q?lora", r"full", r"supervised",
+    r"infer(?:ence)?", r"generat(?:e|ion|ing)", r"decod(?:e|ing)", r"causal", r"language", r"model(?:l?ing)?", r"lm",
+    r"step",
+)  # fmt: skip
+
+
 def _task(text: str) -> str:
     low = plain(text)
+    if low not in reading.BLANK and low.startswith(_TASKS):
+        reading.complete("task", text, *_TASK_FORMS)
     if re.match(r"train|fine-?tun|sft|pre-?train|lora", low):
         return "train"
     if re.match(r"infer|generat|decod", low):
@@ -206,10 +218,18 @@ def _framework(text: str, notes: Notes) -> Framework:
 # -- models -----------------------------------------------------------------------------------------------------------
 
 _OTHER_WEIGHTS = re.compile(
-    r"gptq|awq|gguf|exl2|fp8|aqlm|[-_ ]int[48]\b|[-_ ][48]bit\b|mlx|onnx|vision|[-_]vl\b|-vl-", re.IGNORECASE
+    r"gptq|awq|gguf|exl2|fp8|aqlm|[-_ ]int[48]\b|[-_ ][48]bit\b|mlx|onnx|vision|vlm|internvl|[-_]vl\b|-vl-",
+    re.IGNORECASE,
 )
 _TUNED = re.compile(r"(-(instruct|chat|it|base|sft|dpo|hf|instruct-sft|hf-instruct))+$")
 _HEADS = (("sequence-?_?classification", "sequence-classification"), ("causal-?_?lm", "causal-lm"))
+
+
+_MODEL_NOTES = (
+    r"(?:for)?sequence-?_?classification", r"(?:for)?causal-?_?lm", r"\d+(?:\.\d+)?[bm](?: parameters)?", r"base",
+    r"chat", r"instruct", r"hf", r"hugging ?face", r"dense",
+)  # fmt: skip
+"""What may stand in parentheses behind a name."""
 
 
 def _model_named(text: str, notes: Notes) -> tuple[ModelSpec, str | None, bool]:
@@ -220,6 +240,7 @@ def _model_named(text: str, notes: Notes) -> tuple[ModelSpec, str | None, bool]:
     if found := _OTHER_WEIGHTS.search(text):
         raise RefusedError("model", text, f"has weights or parts that memplan does not model ({found[0].strip('-_ ')})")
     head = next((head for pattern, head in _HEADS if re.search(pattern, text.lower())), None)
+    reading.complete("model", reading.in_parentheses(text), *_MODEL_NOTES, whole=text)
     name = re.sub(r"\([^()]*\)", " ", text).strip().rstrip(",;").strip()
     name = re.sub(r"\s+(architecture|model|arch)$", "", name, flags=re.IGNORECASE)
     if plain(name).rpartition("/")[2] in STAND_INS:
@@ -242,7 +263,7 @@ def _model_named(text: str, notes: Notes) -> tuple[ModelSpec, str | None, bool]:
         return model_spec(found_model.config).replace(id=candidates[0]), head, False
     if candidates:
         not_stated("model", text, f"may be {', '.join(candidates[:4])}")
-    raise RefusedError("model", text, "is not in the catalog or the local cache", "not stated")
+    raise RefusedError("model", text, "is not in the catalog or the local cache", "not known")
 
 
 def _key(name: str) -> str:
@@ -293,9 +314,18 @@ def _within_positions(model: ModelSpec, length: int, notes: Notes) -> int:
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*-?\s*(gib|gb|g)\b", re.IGNORECASE)
 
 
+_GPU_NOTES = (
+    r"\d+(?:\.\d+)? ?-?gi?b", r"hbm\d?e?", r"gddr\dx?", r"sxm\d?", r"pcie", r"nvlink", r"each", r"per gpu", r"nvidia",
+    r"memory", r"vram", r"ampere", r"hopper", r"ada", r"volta", r"turing",
+)  # fmt: skip
+"""What may stand in parentheses behind a GPU."""
+
+
 def _cluster(text: str, gpus: int, notes: Notes) -> tuple[ClusterSpec, bool]:
     gpu, memory, sure = gpu_named(text, notes)
-    nodes = gpus // PER_NODE if gpus > PER_NODE and gpus % PER_NODE == 0 else 1
+    if gpus > PER_NODE and gpus % PER_NODE:
+        not_stated("n_gpus", str(gpus), "does not state how many nodes they are in")
+    nodes = max(gpus // PER_NODE, 1)
     return ClusterSpec(gpu=gpu, gpu_memory=memory, gpus=gpus, nodes=nodes, nvme_path="/nvme"), sure
 
 
@@ -306,6 +336,7 @@ def gpu_named(text: str, notes: Notes) -> tuple[GPUSpec, int | None, bool]:
         not_stated("gpu", text, "names no one GPU")
     if "emulated" in text.lower():
         raise RefusedError("gpu", text, "is another GPU with less of its memory", "not stated")
+    reading.complete("gpu", reading.in_parentheses(text), *_GPU_NOTES, whole=text)
     bare = re.sub(r"^\d+\s*[x×*]\s*|\s[x×*]\s*\d{1,4}$", "", low).strip()
     sizes = [(float(value), unit.lower()) for value, unit in _SIZE.findall(text)]
     exact = next((value for value, unit in sizes if unit == "gib" and value != int(value)), None)
@@ -383,6 +414,9 @@ def _software(row: Mapping[str, str], notes: Notes) -> SoftwareSpec:
             notes.append(f"software: of {month}: " + ", ".join(f"{name} {versions[name]}" for name in inferred))
     elif not stated:
         notes.append("software: is not stated, today's taken")
+    else:
+        left = ", ".join(library for library in RELEASES if library not in stated)
+        notes.append(f"software: neither a date nor versions of {left} are stated, today's taken")
     for library, oldest in OLDEST.items():
         if library in versions and not SoftwareSpec().replace(**{library: "99"}).at_least(library, oldest):
             continue

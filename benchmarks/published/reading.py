@@ -13,7 +13,7 @@ from typing import NoReturn
 
 
 class RefusedError(Exception):
-    """A row that becomes no setup. ``kind`` is ``scope`` or ``not stated``."""
+    """A row that becomes no setup. ``kind`` is ``scope``, ``not stated`` or ``not known``."""
 
     def __init__(self, column: str, value: str, why: str, kind: str = "scope") -> None:
         shown = value if len(value) <= 60 else value[:57] + "..."
@@ -40,6 +40,53 @@ def plain(text: str) -> str:
     while (shorter := _PARENTHESIS.sub(" ", text)) != text:
         text = shorter
     return " ".join(text.lower().split())
+
+
+def in_parentheses(text: str) -> str:
+    """What :func:`plain` leaves out.
+
+    >>> in_parentheses("8 (script default)")
+    'script default'
+    """
+    return " ".join(re.findall(r"\(([^()]*)\)", text))
+
+
+_HEDGES = (
+    r"assumed", r"probabl[ey]", r"likely", r"(?:\w+ )?defaults?", r"not stated", r"inferred", r"about",
+    r"approximately", r"[~≈]", r"script", r"config",
+)  # fmt: skip
+"""What hedged() notes, and where from."""
+_MARKS = re.compile(r"[\s,;:()\[\]+/.=_*'\"|-]+")
+
+
+def complete(column: str, text: str, *forms: str, whole: str = "") -> None:
+    """Refuse a cell of which something is left when its known forms are taken away, each as often as it comes.
+
+    A reader finds what it looks for wherever that stands. A word that it does not know may turn the meaning round, as
+    ``not``, ``without`` and ``or`` do, or say more than a setup has; so nothing may be left. ``whole`` is the cell,
+    if the text is a part of it.
+
+    >>> complete("optimizer", "AdamW (default)", "adamw")
+    >>> complete("optimizer", "AdamW (not fused)", "adamw", "fused")
+    Traceback (most recent call last):
+    reading.RefusedError: optimizer: 'AdamW (not fused)' says what the adapter does not know: 'not'
+    """
+    low = " ".join(text.lower().split())
+    known = [re.compile(rf"(?:{form})(?![a-z0-9])") for form in (*forms, *_HEDGES)]
+    place, left = 0, []
+    while place < len(low):
+        if mark := _MARKS.match(low, place):
+            place = mark.end()
+            continue
+        end = max((found.end() for form in known if (found := form.match(low, place))), default=place)
+        if end == place:
+            word = re.compile(r"[a-z0-9]+|.").match(low, place)
+            assert word is not None
+            left.append(word[0])
+            end = word.end()
+        place = end
+    if left:
+        not_stated(column, whole or text, f"says what the adapter does not know: {' '.join(left)!r}")
 
 
 def hedged(column: str, text: str, notes: Notes) -> None:
@@ -70,47 +117,87 @@ def metric(text: str) -> str:
     ('allocated', 'device', 'OOM', 'not stated')
     """
     low = " ".join(text.lower().split())
-    if re.search(r"\boom\b|out.?of.?memory", low) and not low.startswith("fits"):
+    if re.fullmatch(_DIED, low):
         return "OOM"
-    if re.search(r"\bfits?\b|max(imum)? batch", low):
+    if re.fullmatch(_WENT_THROUGH, low):
         return "fits"
+    if low in BLANK or low.startswith("unknown"):
+        return "not stated"
+    complete("metric", text, *_METRIC_FORMS)
     head = plain(low).replace("-", " ").replace("_", " ")
     kinds = {
         "reserved": re.search(r"\breserved?\b|\bcached\b", head),
         "allocated": re.search(r"\balloc(ated)?\b|\bactive\b", head),
-        "device": re.search(r"nvidia smi|\bnvml\b|\bdevice\b|pynvml|\bgpustat\b|memory used|\bprocess\b", head),
+        "device": re.search(r"nvidia smi|\bnvml\b|\bdevice\b|pynvml|\bgpustat\b|memory[ .]used|\bprocess\b", head),
     }
     found = [kind for kind, match in kinds.items() if match]
-    if len(found) != 1 or "unknown" in head:
+    if len(found) != 1:
         return "not stated"
     if "device" not in found and re.search(r"probabl|inferred|assumed|likely|not stated", low):
         return f"{found[0]}, probably"
     return found[0]
 
 
-def measured(text: str, metric_text: str) -> float | None:
-    """GiB of one GPU; None if there is no number. A bare number is GiB.
+_DIED = (
+    r"(?:cuda|gpu|torch)? ?(?:oom|out[ -]of[ -]memory|outofmemoryerror)(?: error)?"
+    r"|(?:died|ran|runs?) (?:of|out of) memory"
+)
+_WENT_THROUGH = (
+    r"(?:it )?fits?(?: \((?:max(?:imum)? batch(?: before oom)?|bs \d+ fits, bs \d+ oom)\))?"
+    r"|max(?:imum)? batch"
+)
+_METRIC_FORMS = (
+    r"(?:max_)?reserved or active", r'script prints b2mb\(max\) mib; table says gb', r"screenshot; gb/gib ambiguous",
+    r"memory viz", r'unit "?g(?:i?b)?"?', r"peak memory active", r"nvidia[- ]smi", r"(?:py)?nvml", r"gpustat",
+    r"memory[ ._]used", r"torch\.cuda", r"torch", r"cuda", r"max(?:imum)?", r"peak", r"gpu", r"mem(?:ory)?", r"vram",
+    r"max_memory_(?:allocated|reserved|cached)", r"alloc(?:ated)?", r"max_(?:allocated|reserved)", r"reserved?",
+    r"cached", r"active", r"device", r"process", r"used", r"in use", r"usage", r"total", r"gi?b", r"mi?b", r"bytes",
+    r"of (?:the )?(?:gpu|process)",
+)  # fmt: skip
 
-    The unit G, with no word on what it is, is 10^9 bytes: one of its source's figures, 81.0 for a GPU of 79.15 GiB, can
-    be nothing else.
 
-    >>> measured("10.5", "max_allocated"), measured("10 GB", ""), measured("", "OOM"), measured("1024 MiB", "")
+UNIT_G = {"GiB": 1.0, "10^9 bytes": 1000**3 / 1024**3, "1000 MiB": 1000 / 1024}
+"""What the unit G, with no word on what it is, may be, in GiB. The first is what the column is documented to hold."""
+
+
+def unit_is_open(metric_text: str) -> bool:
+    """Whether the row says G and not what that is.
+
+    >>> unit_is_open('unknown (unit "G")'), unit_is_open("max_allocated")
+    (True, False)
+    """
+    return 'unit "g"' in metric_text.lower()
+
+
+def measured(text: str) -> float | None:
+    """GiB of one GPU; None if nothing is there. A bare number is GiB, as the column is documented.
+
+    >>> measured("10.5"), measured("10 GB"), measured(""), measured("1024 MiB")
     (10.5, 9.313225746154785, None, 1.0)
     """
+    if plain(text) in BLANK:
+        return None
     found = re.fullmatch(r"\s*[~≈]?\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kmgt]i?b?|b(?:ytes)?)?\s*", text.lower())
     if found is None:
-        return None
+        not_stated("measured_GiB", text, "is not one number of bytes")
     scales = {"k": 1, "m": 2, "g": 3, "t": 4}
-    unit = found[2] or ("g" if 'unit "g"' in metric_text.lower() else "gib")
+    unit = found[2] or "gib"
     power = scales.get(unit[0], 0)
     scale = 1024**power if unit[1:2] == "i" else 1000**power
     value = float(found[1]) * scale / 1024**3
-    return value if 0 < value < 1e6 else None
+    if not 0 < value < 1e6:
+        not_stated("measured_GiB", text, "is no memory that a GPU has")
+    return value
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 LONGEST = 10**7
+_COUNT_NOTES = (
+    r"one node", r"\d+ nodes?", r"per (?:gpu|device)", r"of that time", r"batch_size_training", r"toml",
+    r"issue 8771 command; not in blog text", r"page prints --block_size 12", r"concatdataset", r"tokens",
+)  # fmt: skip
+"""What may stand in parentheses behind a number."""
 _COUNT = re.compile(r"(\d+(?:[ ,_]\d{3})*|\d+(?:\.\d+)?)\s*(k)?")
 
 
@@ -129,6 +216,7 @@ def count(column: str, text: str, notes: Notes, default: int | None = None) -> i
             not_stated(column, text)
         notes.append(f"{column}: is not stated, {default} taken")
         return default
+    complete(column, in_parentheses(text), *_COUNT_NOTES, whole=text)
     found = _COUNT.fullmatch(low.removesuffix("tokens").removesuffix("gpus").removesuffix("x").strip())
     if found is None:
         not_stated(column, text, "is not one whole number")
@@ -223,6 +311,9 @@ def precision(weights: str, mixed: str, method: str, infers: bool, double_quant:
     low = weights.lower()
     if found := re.search(_OTHER_WEIGHTS, f"{low} {mixed.lower()} {method.lower()}"):
         raise RefusedError("weight_dtype", f"{weights}, {mixed}", f"is {found[0]}, which memplan does not model")
+    for column, text, forms in (("weight_dtype", weights, _WEIGHT_FORMS), ("mixed_precision", mixed, _MIXED_FORMS)):
+        if plain(text) not in BLANK:
+            complete(column, text, *_TYPE_FORMS, *forms)
     kind = _quantized(low, method.lower(), double_quant, notes)
     named = types_in(plain(weights).split(",")[0].split("+")[0])
     inside = types_in(low) if kind else []
@@ -251,6 +342,23 @@ def precision(weights: str, mixed: str, method: str, infers: bool, double_quant:
     return Precision(dtype, autocast, kind, "adapter bf16" in low or "bf16 adapter" in low)
 
 
+_TYPE_FORMS = (
+    r"fp[-_ ]?32", r"float[-_ ]?32", r"f32", r"bf[-_ ]?16", r"bfloat[-_ ]?16", r"fp[-_ ]?16", r"float[-_ ]?16", r"f16",
+    r"half(?:[- ]precision)?", r"(?:full|single)[- ]precision", r"brain[- ]?float(?:16)?", r"torch",
+)  # fmt: skip
+_WEIGHT_FORMS = (
+    r"nf4", r"fp4", r"[48][-_ ]?bit", r"int[48]", r"llm\.int8(?:\(\))?", r"bnb", r"bitsandbytes", r"qlora", r"dq",
+    r"amp", r"(?:no |without )?double[-_ ]quant(?:i[sz]ation)?", r"pure(?:[_ ]bf16)?", r"sharded master",
+    r"(?:fp32 )?master(?: weights)?", r"compute", r"storage", r"adapters?", r"autocast_adapter_dtype", r"weights",
+    r"on cpu", r"dtype", r"base", r"model",
+)  # fmt: skip
+_MIXED_FORMS = (
+    r"none", r"no", r"false", r"off", r"n", r"pure", r"disabled", r"use_amp", r"amp", r"autocast", r"fsdp param",
+    r"reduce", r"master(?: weights)?", r"mixed(?:[-_ ]precision)?", r"yes", r"true", r"precision", r"accelerate",
+    r"trainer",
+)  # fmt: skip
+
+
 def _quantized(low: str, method: str, double_quant: bool, notes: Notes) -> str | None:
     text = f"{low} {method}"
     if re.search(r"\bfp4\b", text):
@@ -258,6 +366,8 @@ def _quantized(low: str, method: str, double_quant: bool, notes: Notes) -> str |
     if re.search(r"\bnf4\b|\bfp4\b|\b4[-_ ]?bit\b|\bint4\b|\bqlora\b", text):
         if "int8" in low or re.search(r"\b8[-_ ]?bit\b", low):
             not_stated("weight_dtype", low, "names 4 and 8 bits")
+        if re.search(r"\b(?:no|without) double[-_ ]quant", text):
+            return "nf4"
         return "nf4-dq" if double_quant or re.search(r"\bdq\b|double[-_ ]quant", text) else "nf4"
     if re.search(r"\bint8\b|\b8[-_ ]?bit\b|llm\.int8", low) or re.search(
         r"int8 base|\b8[-_ ]?bit base|in 8[- ]?bit", method
@@ -312,6 +422,15 @@ _OPTIMIZERS: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 
 
+_OPTIMIZER_FORMS = (
+    r"embedding stays 32-bit\? see issue 14819", r"foreach\s*=?\s*(?:false|off|no|true)?", r"fused\s*=?\s*(?:true)?",
+    r"for[-_ ]?loop", r"single[-_ ]tensor", r"bnb", r"bitsandbytes", r"torch(?:\.optim)?", r"pytorch", r"hf",
+    r"deepspeed", r"cpu", r"(?:paged[-_ ]?)?(?:deepspeed)?(?:cpu)?[-_ ]?(?:adamw?|lion)[-_ ]?(?:8|32)?(?:[-_ ]?bit)?",
+    r"ada[-_]?factor", r"ada[-_]?grad", r"rms[-_]?prop", r"muon", r"sgd", r"paged", r"(?:8|32)[-_ ]?bit", r"optimizer",
+    r"trainer", r"transformers", r"states? in (?:the )?weights' type",
+)  # fmt: skip
+
+
 def optimizer(text: str, notes: Notes) -> str:
     """One of memplan's optimizers; AdamW without more is torch's, foreach on a GPU.
 
@@ -329,6 +448,7 @@ def optimizer(text: str, notes: Notes) -> str:
         if re.search(pattern, low if "foreach" in pattern else whole):
             if not name:
                 raise RefusedError("optimizer", text, "is not modelled")
+            complete("optimizer", text, *_OPTIMIZER_FORMS)
             return ("sgd" if "sgd" in low else "adamw_torch") if name == "plain" else name
     raise RefusedError("optimizer", text, "is not an optimizer memplan knows", "not stated")
 
@@ -354,6 +474,18 @@ _OTHER_METHODS = (
     r"|\bppo\b|\bdpo\b|\bgrpo\b|rlhf|\bkto\b"
     r"|\borpo\b|reward|distil(?!bert|gpt)|x-?lora|longlora|llama-?pro|lora[-_+ ]?fa|galore|quantize_moe"
 )
+_FULL_FORMS = (
+    r"full(?:[-_ ](?:parameters?|weights?|model))?", r"fft", r"(?:supervised )?(?:fine-?)tun(?:e|ing)", r"finetuned?",
+    r"sft", r"pre-?train(?:ing)?", r"from scratch", r"continued", r"training", r"all (?:parameters|weights)", r"bf16",
+    r"fp32",
+)  # fmt: skip
+_LORA_FORMS = (
+    r"(?:rs[-_]?|o|pissa[-_]?)?q?lora", r"pissa", r"olora", r"nf4", r"fp4", r"int8", r"[48][-_ ]?bit", r"dq",
+    r"bf16 storage", r"gptq int4", r"(?:r|rank)\s*[=:]?\s*\d{1,5}", r"(?:lora_)?alpha\s*[=:]?\s*\d+(?:\.\d+)?",
+    r"drop(?:out)?\s*[=:]?\s*(?:0?\.\d+|0|1)", r"(?:on )?all[-_ ]linear(?: layers)?", r"recipes", r"weights after init",
+    r"lora (?:base|chat)", r"base", r"in", r"on", r"targets?", r"target_modules", r"(?:fine-?)tun(?:e|ing)",
+    r"adapters?",
+)  # fmt: skip
 _SHORT = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "gate": "gate_proj", "up": "up_proj"}
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -368,6 +500,7 @@ def method(text: str, task: str, framework: str, notes: Notes) -> Method:
     if task == "infer":
         if re.search(r"lora|cache (?!bf16|fp16|float16|bfloat16)", low):
             raise RefusedError("method", text, "is not modelled in generation")
+        complete("method", text, r"inference", r"generation", r"decoding", r"kv cache (?:bf|fp|float|bfloat)16")
         return Method("inference")
     if low in BLANK:
         not_stated("method", text)
@@ -378,12 +511,15 @@ def method(text: str, task: str, framework: str, notes: Notes) -> Method:
             notes.append("method: another scale or start of LoRA's, which changes no size")
         return _lora(text, low, notes)
     if re.search(r"\bfull\b|\bfft\b|\bsft\b|pre-?train|\bfrom scratch\b|full[-_ ]fine|^fine-?tun|continued", low):
+        complete("method", text, *_FULL_FORMS)
         return Method("full")
     raise RefusedError("method", text, "is not a word memplan knows for a method", "not stated")
 
 
 def _lora(text: str, low: str, notes: Notes) -> Method:
-    rank = re.search(r"\b(?:r|rank)\s*[=:]?\s*(\d{1,5})\b", low)
+    if re.search(r"\blm linear\b", low):
+        raise RefusedError("method", text, "adapts the language model of a model with more parts")
+    rank = re.search(r"\b(?:r|rank)\s*[=:]?\s*(\d{1,5})\b(?![.-]\d)", low)
     if rank is None or int(rank[1]) < 1:
         not_stated("method", text, "does not state the rank")
     if re.search(r"\bno experts\b|experts not", low):
@@ -395,6 +531,10 @@ def _lora(text: str, low: str, notes: Notes) -> Method:
         low,
     )
     saved = re.search(r"modules_to_save\s*[=:]?\s*([\w.]+(?:\s*[,+/]\s*[\w.]+)*)", low)
+    rest = low
+    for found in sorted((found for found in (named, saved) if found), key=lambda found: -found.start()):
+        rest = rest[: found.start()] + " " + rest[found.end() :]
+    complete("method", rest, *_LORA_FORMS, whole=text)
     targets: tuple[str, ...] = ()
     if re.search(r"all[-_ ]linear", low):
         targets = ("all-linear",)
@@ -450,24 +590,53 @@ def engine(text: str, gpus: int, framework: str, notes: Notes) -> Engine:
     bare = plain(text)
     if "/" in bare and "zero" in bare:
         not_stated("zero_stage_or_fsdp", text, "names several")
-    if found := re.search(r"(?:\bzero|deepspeed|\bstage|\bz)[-_ ]*(?:stage|zero)?[-_ =:]*([0-3])\b", bare):
+    if found := re.search(r"(?:\bzero|deepspeed|\bstage|\bz)[-_ ]*(?:stage|zero)?[-_ =:]*([0-3])\b(?!\.\d)", bare):
+        _engine_is_complete(text, gpus, _ZERO_FORMS)
         hedged("zero_stage_or_fsdp", text, notes)
         return Engine(f"zero{found[1]}")
     if "infinity" in bare:
+        _engine_is_complete(text, gpus, (*_ZERO_FORMS, r"(?:zero[- ]?)?infinity"))
         return Engine("zero3")
     if "zero" in bare or "deepspeed" in bare:
         not_stated("zero_stage_or_fsdp", text, "does not state the stage")
     if re.search(r"fsdp|fully_?shard|\b(full|hybrid)_shard|shard_grad_op", bare):
-        return _fsdp(text, low)
+        found_engine = _fsdp(text, low)
+        _engine_is_complete(text, gpus, _FSDP_FORMS)
+        return found_engine
     if "ddp" in bare or "dataparallel" in bare.replace(" ", "") or re.fullmatch(r"dp ?\d*", bare):
         if "dataparallel" in bare.replace(" ", "") and "distributed" not in bare:
             raise RefusedError("zero_stage_or_fsdp", text, "is not modelled")
+        forms = (r"(?:torch )?ddp", r"distributed ?data ?parallel", r"dp ?\d*", r"fp(?:32|16)", r"bf16")
+        _engine_is_complete(text, gpus, forms)
         return Engine("ddp" if gpus > 1 else "single")
     if bare in BLANK or bare in ("none", "no", "single", "single gpu", "single-gpu", "plain", "1 gpu"):
         if gpus > 1:
             not_stated("zero_stage_or_fsdp", text, f"does not state how {gpus} GPUs share the run")
         return Engine("single")
     raise RefusedError("zero_stage_or_fsdp", text, "is not an engine memplan knows", "not stated")
+
+
+_ZERO_FORMS = (
+    # The stage is named once: of two, one is left.
+    r"deepspeed", r"for qlora", r"finetune_lora_ds\.sh", r"fp(?:32|16)", r"bf16", r"cpu offload",
+    r"zero_?(?:optimization)?",
+)  # fmt: skip
+_FSDP_FORMS = (
+    r"(?:pytorch )?fsdp[-_ ]?v?[12]?", r"v[12]", r"fully_?shard", r"(?:full|hybrid)[-_ ]shard(?:[-_ ]zero2)?",
+    r"shard[-_ ]grad[-_ ]op", r"no[-_ ]shard", r"backward[-_ ](?:pre|post)", r"no[-_ ]prefetch",
+    r"(?:transformer|decoder|block|auto)[-_ ]wrap(?:ping)?", r"limit_all_gathers\s*=?\s*true", r"logits not kept",
+    r"reshard(?:_after_forward)?[ =:]*(?:never|always|false|true|no)?", r"zero-2 like", r"(?:each|per) (?:block|layer)",
+)  # fmt: skip
+
+
+def _engine_is_complete(text: str, gpus: int, forms: tuple[str, ...]) -> None:
+    low = " ".join(text.lower().split())
+    if forms[: len(_ZERO_FORMS)] == _ZERO_FORMS:
+        low = re.sub(r"(?:\bzero|deepspeed|\bstage|\bz)[-_ ]*(?:stage|zero)?[-_ =:]*[0-3]\b(?!\.\d)", " ", low, count=1)
+    for ranks in re.findall(r"\b(?:n=|dp ?)(\d+)\b", low):
+        if int(ranks) != gpus:
+            not_stated("zero_stage_or_fsdp", text, f"says {ranks} ranks, of {gpus} GPUs")
+    complete("zero_stage_or_fsdp", low, r"n=\d+", r"dp ?\d+", *forms, whole=text)
 
 
 def _fsdp(text: str, low: str) -> Engine:
@@ -487,6 +656,13 @@ def _fsdp(text: str, low: str) -> Engine:
     prefetch = next((p for p in ("BACKWARD_PRE", "BACKWARD_POST") if p.lower() in low), "NO_PREFETCH")
     reshard = not re.search(r"reshard(_after_forward)?[ =:]*(never|false|no\b)", low)
     return Engine("fsdp", version, name, prefetch, reshard)
+
+
+_OFFLOAD_FORMS = (
+    r"optim(?:izer)?", r"adam", r"param(?:eter)?s?", r"weights?", r"model", r"states?", r"grad(?:ient)?s?", r"to",
+    r"on", r"and", r"in", r"cpu", r"host", r"ram", r"memory", r"nvme", r"disk", r"ssd", r"offload(?:ing|ed)?", r"fsdp",
+    r"deepspeed", r"zero[- ]offload",
+)  # fmt: skip
 
 
 def offload(text: str, kind: str, notes: Notes) -> tuple[str, str]:
@@ -510,6 +686,7 @@ def offload(text: str, kind: str, notes: Notes) -> tuple[str, str]:
         if re.search(r"\bcpu\b|\bhost\b|\bram\b", low)
         else ""
     )
+    complete("offload", text, *_OFFLOAD_FORMS)
     states, weights = bool(re.search(r"optim|adam", low)), bool(re.search(r"param|weight|model", low))
     if kind == "fsdp" and where == "cpu":
         return "none", "cpu"
@@ -527,6 +704,13 @@ def offload(text: str, kind: str, notes: Notes) -> tuple[str, str]:
 _YES, _NO = r"(y|yes|true|on|full|block|every|all|enabled|1)\b", r"(n|no|none|false|off|disabled|0)\b"
 
 
+_CHECKPOINTING_FORMS = (
+    r"scripts pass --gradient_checkpointing", r"(?:the )?(?:fsdp_)?(?:activation|gradient)[-_ ]checkpointing",
+    r"blocks?", r"layers?", r"llama-factory default", r"config 7b_lora\.yaml: false", r"(?:non-?)?reentrant",
+    r"use_reentrant[ =:]*(?:true|false)", r"transformers", r"recompute", r"each", r"every", r"of",
+)  # fmt: skip
+
+
 def checkpointing(text: str, notes: Notes) -> bool:
     """Whether every block is checkpointed.
 
@@ -536,13 +720,22 @@ def checkpointing(text: str, notes: Notes) -> bool:
     low = plain(text)
     if re.search(r"selective|\bsac\b|policy|per-op|partial|offload|unsloth|every \d|\d+ ?/ ?\d+", text.lower()):
         raise RefusedError("gradient_checkpointing", text, "is not modelled")
-    if re.match(_YES, low):
-        hedged("gradient_checkpointing", text, notes)
-        return True
-    if re.match(_NO, low):
-        hedged("gradient_checkpointing", text, notes)
-        return False
+    for answer, words in ((True, _YES), (False, _NO)):
+        if found := re.match(words, low):
+            rest = f"{low[found.end() :]} {in_parentheses(text)}"
+            complete("gradient_checkpointing", rest, *_CHECKPOINTING_FORMS, whole=text)
+            hedged("gradient_checkpointing", text, notes)
+            return answer
     not_stated("gradient_checkpointing", text)
+
+
+_ATTENTION_FORMS = (
+    r"flash[-_ ]?(?:attention|attn)?[-_ ]?v?2?", r"fa[-_ ]?2?", r"sdpa",
+    r"scaled[-_ ]dot[-_ ]product(?:[-_ ]attention)?", r"eager", r"vanilla", r"naive", r"math", r"auto",
+    r"attn_implementation null", r"flex when packed", r"attention", r"attn", r"torch", r"pytorch",
+    r"kv-quant disables flash; baseline not stated", r"attn_implementation", r"transformers",
+    *sorted(BLANK - {""} - {"-", "?"}), r"\?",
+)  # fmt: skip
 
 
 def attention(text: str, has_sdpa: bool, notes: Notes) -> str:
@@ -562,6 +755,7 @@ def attention(text: str, has_sdpa: bool, notes: Notes) -> str:
         "eager": re.search(r"\beager\b|\bvanilla\b|\bnaive\b|\bmath\b", low),
     }
     found = [name for name, match in words.items() if match]
+    complete("attention", text, *_ATTENTION_FORMS)
     if found == ["flash_attention_2", "sdpa"]:
         return "sdpa"
     if len(found) == 1:
@@ -584,6 +778,13 @@ def compiled(text: str) -> None:
     not_stated("compile", text)
 
 
+_LOSS_FORMS = (
+    r"y(?:es)?", r"n(?:o|one)?", r"true", r"false", r"on", r"off", r"liger(?:[-_ ]kernels?)?", r"fused", r"linear",
+    r"ce", r"cross[- ]entropy", r"loss", r"disabled", r"enabled", r"use_liger(?:_kernel)?",
+    *sorted(BLANK - {"", "-", "?"}), r"\?",
+)  # fmt: skip
+
+
 def fused_loss(text: str, *elsewhere: str) -> bool:
     """Whether Liger's kernels are on; other kernels for the loss are refused.
 
@@ -594,10 +795,20 @@ def fused_loss(text: str, *elsewhere: str) -> bool:
     if "liger" in low or any(re.search(r"\bliger\b", other.lower()) for other in elsewhere):
         if re.search(r"without liger|no liger|liger[ =:]*(off|false|no\b)|liger.{0,12}(only|except)", low):
             not_stated("fused_loss", text)
+        complete("fused_loss", text, *_LOSS_FORMS)
         return True
     if plain(text) in BLANK or (re.match(_NO, plain(text)) and "chunk" not in low):
+        complete("fused_loss", text, *_LOSS_FORMS)
         return False
     raise RefusedError("fused_loss", text, "is a kernel memplan does not model")
+
+
+_PACKED_FORMS = (
+    r"pack(?:ed|ing)", r"fixed", r"forced", r"full", r"unpadded", r"concat(?:enated)?", r"group(?:ed)?", r"lengths?",
+    r"random tokens", r"\d+", r"c4", r"alpaca", r"mrpc", r"block_size", r"max_length", r"model_max_length",
+    r"pad(?:ded|ding)?", r"to", r"the", r"max", r"longest(?: (?:in|of)(?: the)? batch)?", r"bucketed by length",
+    r"batch", r"sequences?", r"tokens", r"group_by_length",
+)  # fmt: skip
 
 
 def packed(text: str, notes: Notes) -> bool:
@@ -610,8 +821,10 @@ def packed(text: str, notes: Notes) -> bool:
     if low in BLANK or "not stated" in low:
         notes.append("packed_or_padded: is not stated, full sequences taken")
         return True
-    if re.match(r"pack|fixed|forced|full|unpadded|concat|group", low):
-        return True
-    if low.startswith("pad"):
-        return False
+    full, pads = re.match(r"pack|fixed|forced|full|unpadded|concat|group", low), re.search(r"(?<!un)\bpad", low)
+    if full and pads:
+        not_stated("packed_or_padded", text, "says both")
+    if full or low.startswith("pad"):
+        complete("packed_or_padded", text, *_PACKED_FORMS)
+        return bool(full)
     not_stated("packed_or_padded", text, "says neither packed nor padded")

@@ -38,6 +38,9 @@ RELEASES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 """library -> version -> the month it came out; of CUDA, in which torch's default wheels came to have it."""
 
+EARLIEST = "2021-02"
+"""Before all of them: when a version was in use that is older than its library's first one here."""
+
 _DATE = re.compile(r"\b(20[12]\d)(?:[-/](0[1-9]|1[0-2]))?\b")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _WORDED = re.compile(rf"\b({'|'.join(_MONTHS)})[a-z]*\.?\s+(20[12]\d)\b")
@@ -61,8 +64,8 @@ def month_of(versions: Mapping[str, str]) -> str | None:
 
     Of several libraries it is that of the newest; of one alone, the month before its next version.
 
-    >>> month_of({"torch": "2.4.1", "transformers": "4.48.1"}), month_of({"torch": "2.0"})
-    ('2025-01', '2023-09')
+    >>> month_of({"torch": "2.4.1", "transformers": "4.48.1"}), month_of({"torch": "2.0"}), month_of({"torch": "1.7"})
+    ('2025-01', '2023-09', '2021-02')
     """
     spans = [span for item in versions.items() if (span := _in_use(*item)) is not None]
     if len(spans) == 1:
@@ -86,7 +89,9 @@ def _in_use(library: str, version: str) -> tuple[str, str] | None:
         if tuple(map(int, known.split("."))) <= numbers:
             return month, month if later is None else _before(later)
         later = month
-    return None
+    if library not in RELEASES:
+        return None
+    return EARLIEST, EARLIEST
 
 
 def _before(month: str) -> str:

@@ -30,6 +30,7 @@ sys.path.append(str(HERE.parents[1] / "src"))  # where memplan is not installed
 
 import adapter  # noqa: E402
 import reading  # noqa: E402
+import taught  # noqa: E402
 from adapter import COLUMNS, Setup  # noqa: E402
 from reading import METRICS, RefusedError  # noqa: E402
 
@@ -63,7 +64,7 @@ class Row:
     """None where the row became no setup, or memplan refuses it."""
     refused: str = ""
     kind: str = ""
-    """Of a refusal: scope, not stated, memplan (which refuses the setup) or error."""
+    """Of a refusal: scope, not stated, not known (the model), memplan (which refuses the setup) or error."""
 
     @property
     def id(self) -> str:
@@ -79,18 +80,13 @@ class Row:
 
     @property
     def predicted(self) -> float | None:
-        """GiB by the row's metric. What a run that went through has cached is at most what its GPU has: the allocator
-        gives back what it holds before it gives up."""
+        """GiB by the row's metric. It is not cut at what the GPU has, or an estimate of more would look like a hit."""
         if self.gpu is None or self.metric not in BYTES:
             return None
         kind = self.metric.partition(",")[0]
         if kind == "allocated":
             return self.gpu.peak_allocated / GiB
-        held = self.gpu.peak_reserved if kind == "reserved" else self.gpu.peak_device
-        capacity = self.gpu.capacity
-        if capacity is not None and self.setup and self.setup.capacity_known and self.gpu.low <= capacity:
-            held = min(held, capacity)
-        return held / GiB
+        return (self.gpu.peak_reserved if kind == "reserved" else self.gpu.peak_device) / GiB
 
     @property
     def ratio(self) -> float | None:
@@ -98,6 +94,27 @@ class Row:
         if self.predicted is None or self.measured is None:
             return None
         return self.predicted / self.measured
+
+    @property
+    def ratio_cut(self) -> float | None:
+        """The ratio with the prediction cut at what the GPU has, where that is less: the allocator gives its cache back
+        before it gives up, so that a run that went through has had no more. None where nothing is cut."""
+        capacity = self.gpu.capacity if self.gpu and self.setup and self.setup.capacity_known else None
+        if self.ratio is None or self.predicted is None or self.measured is None or capacity is None:
+            return None
+        return capacity / GiB / self.measured if self.predicted * GiB > capacity else None
+
+    @property
+    def readings(self) -> dict[str, float]:
+        """The ratio by what the unit G may be; nothing where the row states its unit."""
+        if self.ratio is None or not reading.unit_is_open(self.fields["metric"]):
+            return {}
+        return {unit: self.ratio / size for unit, size in reading.UNIT_G.items()}
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether a rule was found on the row, or a constant has its source: see taught.py. Of memory.csv's rows."""
+        return self.id in taught.IDS
 
     @property
     def verdict(self) -> str:
@@ -126,6 +143,8 @@ class Row:
             "measured_gib": self.measured,
             "predicted_gib": None if self.predicted is None else round(self.predicted, 4),
             "ratio": None if self.ratio is None else round(self.ratio, 4),
+            "ratio_cut_at_capacity": None if self.ratio_cut is None else round(self.ratio_cut, 4),
+            "ratio_by_unit": {unit: round(ratio, 4) for unit, ratio in self.readings.items()} or None,
             "verdict": self.verdict,
             "agrees": self.agrees if gpu else None,
             "peak_phase": gpu.peak_phase if gpu else None,
@@ -201,8 +220,16 @@ def source_of(text: str) -> str:
 
 def compare(fields: dict[str, str]) -> Row:
     """Make a row's setup and estimate it. Raises nothing: what goes wrong is the row's refusal."""
-    metric = reading.metric(fields["metric"])
-    row = Row(fields, metric, reading.measured(fields["measured_GiB"], fields["metric"]) if metric in BYTES else None)
+    metric, number = "not stated", None
+    try:
+        metric = reading.metric(fields["metric"])
+        if metric in BYTES:
+            number = reading.measured(fields["measured_GiB"])
+            if number is None:
+                reading.not_stated("measured_GiB", fields["measured_GiB"])
+    except RefusedError as refusal:
+        return Row(fields, metric, None, refused=str(refusal), kind=refusal.kind)
+    row = Row(fields, metric, number)
     try:
         setup = adapter.setup(fields)
     except RefusedError as refusal:
@@ -244,18 +271,23 @@ class Group(NamedTuple):
     under: Row
     """The row whose estimate is lowest beside what was measured."""
     over: Row
+    lowest: float
+    """Its ratio."""
+    highest: float
 
 
-def grouped(metric: str, slice: str, rows: Iterable[Row]) -> Group | None:
-    """The errors of the rows of a metric that have both numbers."""
-    pairs = [(row.ratio, row) for row in rows if row.metric == metric and row.ratio is not None]
+def grouped(metric: str, slice: str, rows: Iterable[Row], unit: str | None = None) -> Group | None:
+    """The errors of the rows of a metric that have both numbers; of a ``unit`` those whose G may be that."""
+    ratio_of = (lambda row: row.ratio) if unit is None else (lambda row: row.readings.get(unit))
+    pairs = [(ratio, row) for row in rows if row.metric == metric and (ratio := ratio_of(row)) is not None]
     if not pairs:
         return None
     errors = sorted(abs(ratio - 1) for ratio, _ in pairs)
     low, high = min(pairs, key=lambda pair: pair[0]), max(pairs, key=lambda pair: pair[0])
     at = math.ceil(0.95 * len(errors)) - 1
     middle = median(ratio for ratio, _ in pairs)
-    return Group(metric, slice, len(errors), median(errors), mean(errors), errors[at], middle, low[1], high[1])
+    sizes = (median(errors), mean(errors), errors[at], middle)
+    return Group(metric, slice, len(errors), *sizes, low[1], high[1], low[0], high[0])
 
 
 def summary(rows: Sequence[Row]) -> list[Group]:
@@ -295,6 +327,7 @@ def counts(rows: Sequence[Row]) -> dict[str, int]:
         "setups": sum(row.found is not None for row in rows),
         "out_of_scope": kinds["scope"],
         "not_stated": kinds["not stated"],
+        "not_known": kinds["not known"],
         "refused_by_memplan": kinds["memplan"],
         "errors": kinds["error"],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from memplan import estimator
+from memplan import estimator, micro_batch
 from memplan.api import estimate
 from memplan.case import (
     Case,
@@ -24,11 +24,13 @@ from memplan.case import (
 )
 from memplan.catalog.detect import detect_cluster
 from memplan.catalog.gpus import find_gpu
-from memplan.errors import SpecError, UnsupportedError
+from memplan.errors import MemplanError, PositionsError, SpecError, UnsupportedError
 from memplan.results import Estimate
 from memplan.space import Setup
 from memplan.specs.hardware import GPUSpec
 from memplan.specs.software import SoftwareSpec
+from memplan.specs.strategy import Strategy
+from memplan.specs.training import TrainingSpec
 
 if TYPE_CHECKING:
     from memplan.introspect.measure import Start
@@ -81,8 +83,13 @@ def measure(
     here = None if given.gpu is None or on_cpu else detect_cluster().gpu
     if isinstance(here, GPUSpec) and here.name != name:
         raise SpecError.at("gpu", name, "is not the GPU of this machine", "Leave it out, or use cpu.")
+    if on_cpu and cap is not None:
+        raise SpecError.at("cap", cap, "is kept by no allocator on a CPU, where tensors are counted", "Leave it out.")
     written = replace(asked, strategy=launch.as_written(asked.strategy))
     resolved = estimator.resolve(case.model, written.training, case.cluster, written.strategy, case.software)
+    if on_cpu and resolved.precision.mixed_precision == "fp16":
+        # accelerator.py, prepare_model: float16 autocast is for GPUs; a CPU would run float32 under its name.
+        raise SpecError.at("mixed_precision", "fp16", "is not run by accelerate on a CPU", "Use bf16 or no.")
     quantized = asked.training.quantization is not None
     job = instrument.Job(
         device="cpu" if on_cpu else "cuda",
@@ -98,6 +105,7 @@ def measure(
         evaluates=asked.training.eval_batch_size is not None,
         save=save,
         snapshot=snapshot,
+        libraries=_libraries(asked.training),
     )
     instrument.needs(job)
     case = replace(case, software=installed(case.software))
@@ -111,6 +119,17 @@ def measure(
     return _with_blocks(
         case, written, beside(estimated, instrument.measure(job, files, estimated, fields, timeout, start))
     )
+
+
+def _libraries(training: TrainingSpec) -> tuple[str, ...]:
+    """What a run imports beside what every run does."""
+    wanted = {
+        "peft": training.lora is not None,
+        "bitsandbytes": training.quantization is not None or "bit" in training.optim or "paged" in training.optim,
+        "flash_attn": training.attn == "flash_attention_2",
+        "liger_kernel": training.liger,
+    }
+    return tuple(name for name, is_wanted in wanted.items() if is_wanted)
 
 
 def _with_blocks(case: Case, setup: Setup, found: Measured) -> Measured:
@@ -147,6 +166,18 @@ def estimate_again(measurement: Measurement, *, blocks: bool = False) -> Measure
     return _with_blocks(case, asked_setup(case, training_spec(training), strategy, None), found)
 
 
+def _positions(case: Case, training: TrainingSpec, longest: int) -> int:
+    """How many tokens the model has positions for, where that is fewer than ``longest``."""
+    try:
+        asked = training.replace(seq_len=longest)
+        micro_batch.run_in_full(estimator.resolve(case.model, asked, case.cluster, Strategy(), case.software))
+    except PositionsError as error:
+        return error.most
+    except MemplanError:  # is raised again where the setup is estimated
+        pass
+    return longest
+
+
 BOUNDARIES = {"micro-batch": ("micro_batch_size", 1, 1024), "seq-len": ("seq_len", 64, 131_072)}
 """What :func:`measure_boundary` searches -> the option, the step of its values, and the largest."""
 
@@ -170,14 +201,21 @@ def measure_boundary(
     if boundary not in BOUNDARIES:
         raise SpecError.at("boundary", boundary, "is not known", f"Use {' or '.join(BOUNDARIES)}.")
     option, step, largest = BOUNDARIES[boundary]
-    values = range(step, largest + 1, step)
     run, found = training_spec(training), dict[int, Measured]()
     hardware = cluster_spec(cluster)
+    config = options.get("engine_config")
+    case = case_of(model, hardware, options.get("software"), None if config is None else engine_config_of(config))
+    if isinstance(case.cluster.gpu, GPUSpec) and case.cluster.gpu.is_cpu:
+        raise SpecError.at("boundary", boundary, "has no end on a CPU, where tensors are counted", "Leave it out.")
     capped = hardware if options.get("cap") is None else hardware.replace(gpu_memory=options["cap"])
     shared = {name: options[name] for name in ("engine_config", "software") if name in options}
 
     def estimated(value: int) -> Estimate:
         return estimate(model, run.replace(**{option: value}), capped, strategy, **shared)
+
+    if option == "seq_len":
+        largest = _positions(case, run, largest)
+    values = range(step, largest + 1, step) or range(largest, largest + 1)
 
     def fits(value: int) -> bool:
         return estimated(value).verdict == "fits"

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.introspect import fake_cuda
 
 from memplan import api, case, measuring
+from memplan.catalog import detect
 from memplan.catalog.gpus import parse_cluster
 from memplan.cli import main
 from memplan.configs import launch
@@ -111,6 +113,10 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
         (["--boundary", "rank"], "--boundary"),
         (["--boundary", "seq-len", "--diff"], "--diff"),
         (["--task", "load"], "--task"),
+        (["--cap", "1"], "--cap"),
+        (["--boundary", "seq-len"], "--boundary"),
+        (["--boundary", "micro-batch", "--cap", "1"], "--boundary"),
+        (["--mixed-precision", "fp16"], "--mixed-precision"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -118,6 +124,74 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     assert main(["measure", "openai-community/gpt2", "--gpu", "cpu", *arguments]) == 2
     assert capsys.readouterr().err.startswith(named)
+
+
+GPT2 = {
+    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4,
+    "vocab_size": 777, "n_positions": 200,
+}  # fmt: skip
+
+
+class Ended:
+    """A run that has ended well before it began."""
+
+    pid = 0
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        record = {"status": "ok", "message": "", "versions": {}, "phases": {}}
+        (folder / "record.json").write_text(json.dumps(record))
+
+    def wait(self, timeout: float | None = None) -> int:
+        return 0
+
+    poll = wait
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (measure, detect):
+        monkeypatch.setattr(module, "read_nvml", lambda: (fake_cuda.DEVICE,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.parametrize(("positions", "last"), [(200, 192), (40, 40)])
+def test_a_search_ends_with_the_models_positions(positions: int, last: int) -> None:
+    found = measuring.measure_boundary(GPT2 | {"n_positions": positions}, boundary="seq-len", start=Ended)
+    assert (found.predicted, found.measured) == (last, last)
+
+
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.parametrize(
+    ("training", "library"),
+    [
+        ({"lora": {"rank": 4}}, "peft"),
+        ({"lora": {"rank": 4}, "quantization": {"kind": "nf4"}}, "bitsandbytes"),
+        ({"optim": "paged_adamw_8bit"}, "bitsandbytes"),
+        ({"attn": "flash_attention_2", "mixed_precision": "bf16"}, "flash_attn"),
+        ({"liger": True}, "liger_kernel"),
+    ],
+)
+def test_what_a_run_imports_has_to_be_there(
+    training: dict[str, Any], library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = measure.find_spec
+    monkeypatch.setattr(measure, "find_spec", lambda name: None if name == library else real("json"))
+    config = GPT2 if library != "liger_kernel" else TINY
+    with pytest.raises(measure.LibraryError, match=f"^measure: {library} is not installed. Install it"):
+        measuring.measure(config, {"seq_len": 64} | training, start=Ended)
+
+
+def test_a_vocabulary_that_is_resized_is_not_compared_where_the_host_counts() -> None:
+    """Both embeddings, their mean and covariance pass through the host; the estimate is of the GPU."""
+    seen = {"load": {"allocated": 10}, "forward": {"allocated": 10}}
+    estimate = api.estimate(GPT2, {"seq_len": 64, "vocab_size": 900}, {"gpu": "cpu"})
+    for asked, names in (({"vocab_size": 900}, {"forward"}), ({}, {"load", "forward"})):
+        measurement = Measurement(
+            status="out-of-memory", message="", memplan="0", taken="", model={}, asked={"training": asked}, setup={},
+            cluster={}, device={"name": "cpu"}, versions={}, group="none", weights="random", phases=seen,
+        )  # fmt: skip
+        assert {row.name for row in beside(estimate, measurement).differences} == names
 
 
 @given(st.integers(1, 200), st.integers(-3, 203), st.integers(-1, 199))

@@ -16,12 +16,24 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import memplan
-from memplan.catalog.detect import read_nvml, visible_devices
-from memplan.errors import SpecError, UnsupportedError
+from memplan.catalog.detect import Device, read_nvml, visible_devices
+from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.introspect.measurement import Measurement
 from memplan.results import Estimate
 
-__all__ = ["Job", "boundary", "measure", "needs"]
+__all__ = ["Job", "LibraryError", "MachineError", "NoGpuError", "boundary", "measure", "needs", "visible"]
+
+
+class MachineError(MemplanError):
+    """The run is one for another machine: this one lacks what it needs."""
+
+
+class NoGpuError(MachineError, SpecError):
+    """There is no NVIDIA GPU."""
+
+
+class LibraryError(MachineError, UnsupportedError):
+    """A library is not installed."""
 
 
 class Process(Protocol):
@@ -71,24 +83,35 @@ class Job:
     save: bool = False
     snapshot: bool = False
     """Whether the blocks at the peak are kept, which takes time."""
+    libraries: tuple[str, ...] = ()
+    """Modules that the run imports beside those of every run."""
+
+
+def visible(device: str) -> tuple[Device, ...]:
+    """Return this machine's GPUs; none are needed of a ``cpu``. Raises NoGpuError."""
+    if device == "cpu":
+        return ()
+    devices = visible_devices(read_nvml())
+    if not devices:
+        remedy = "Run it where nvidia-smi shows one, or use --gpu cpu to count a small model's tensors."
+        raise NoGpuError(f"gpu: there is no NVIDIA GPU here, and one is needed. {remedy}")
+    return devices
 
 
 def needs(job: Job) -> None:
-    """Raise if this machine cannot run the job: SpecError without a GPU, UnsupportedError without a library."""
-    devices = visible_devices(read_nvml()) if job.device == "cuda" else ()
-    if job.device == "cuda" and not devices:
-        remedy = "Run it where nvidia-smi shows one, or use --gpu cpu to count a small model's tensors."
-        raise SpecError(f"gpu: there is no NVIDIA GPU here, and one is needed. {remedy}")
+    """Raise if this machine cannot run the job: NoGpuError, LibraryError, or SpecError for what it never can."""
+    devices = visible(job.device)
     if devices and job.cap is not None and job.cap > devices[0].memory:
         problem = f"bytes are more than this GPU has ({devices[0].memory})"
         raise SpecError.at("cap", job.cap, problem, "Name a smaller one.")
     if job.device == "cpu" and job.engine != "single":
         remedy = "Use --strategy single."
         raise SpecError.at("strategy", job.engine, "allocates what cannot be counted on a CPU", remedy)
-    lacking = [name for name in (*LIBRARIES, *_of_engine(job.engine)) if find_spec(name) is None]
+    lacking = [name for name in (*LIBRARIES, *_of_engine(job.engine), *job.libraries) if find_spec(name) is None]
     if lacking:
-        remedy = "Install them, as in pip install 'memplan[train]'."
-        raise UnsupportedError(f"measure: {', '.join(lacking)} are not installed. {remedy}")
+        are, them = ("is", "it") if len(lacking) == 1 else ("are", "them")
+        remedy = f"Install {them}, as in pip install 'memplan[train]'."
+        raise LibraryError(f"measure: {', '.join(lacking)} {are} not installed. {remedy}")
 
 
 def _of_engine(engine: str) -> tuple[str, ...]:

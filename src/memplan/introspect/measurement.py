@@ -55,13 +55,14 @@ class Measurement(Answer):
     """Name, total_memory, capability and the like; ``{"name": "cpu"}`` where tensors were counted."""
     versions: Values
     group: str
-    """How the other ranks were stood in for: ``none`` for one process, or ``fake``."""
+    """How the other ranks were stood in for: ``none`` for one process, or ``fake``, where NCCL is never used: what its
+    first use takes needs a second process, and :func:`memplan.introspect.calibrate.calibrate` measures it."""
     weights: str
     """Where they came from: ``random``, or ``from_pretrained`` of random ones, whose loading is measured too."""
     cap: int | None = None
     """Bytes of the smaller GPU that was played."""
     outside: Values = Field(default_factory=dict)
-    """What the process has of the device beside torch's allocator, piece after piece."""
+    """What the process has of the device beside torch's allocator, piece after piece; NCCL is in none of them."""
     phases: Values
     """Phase -> counter -> bytes."""
     step_seconds: tuple[float, ...] = ()
@@ -168,8 +169,11 @@ def beside(estimate: Estimate, measurement: Measurement) -> Measured:
     estimated = {phase.name: phase.allocated for phase in gpu.phases}
     if "loss" in estimated and "loss" not in measured:  # the model computes it within its forward
         estimated["forward"] = max(estimated["forward"], estimated["loss"])
-    if measurement.device.get("name") == "cpu" and measurement.weights == "from_pretrained":
-        estimated.pop("load", None)  # what passes through the host as it is loaded is counted with the model
+    on_host = measurement.weights == "from_pretrained" or measurement.asked.get("training", {}).get("vocab_size")
+    if measurement.device.get("name") == "cpu" and on_host:
+        # What passes through the host as it is loaded is counted with the model; so are both embeddings, the mean and
+        # the covariance, which resize_token_embeddings has on the host before the model is moved to a GPU.
+        estimated.pop("load", None)
     rows += [
         (name, estimated[name], measured[name].get("allocated"))
         for name in PHASES

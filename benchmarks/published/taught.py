@@ -1,0 +1,42 @@
+"""What rows of memory.csv have taught memplan: those that a rule was found on, or that share a constant's source.
+
+Of these rows the error says whether the rule is met, not whether memplan would have known it without them. Where only
+some of a setup's rows were looked at, all that the rule decides are named. A figure of torch's and one of nvidia-smi
+of one run are two rows.
+"""
+
+from __future__ import annotations
+
+
+def _run(*numbers: int) -> tuple[str, ...]:
+    """Both rows of runs of fms-acceleration."""
+    return tuple(f"fms-a-{number:03}{metric}" for number in numbers for metric in ("", "-nv"))
+
+
+def _device(*numbers: int) -> tuple[str, ...]:
+    return tuple(f"fms-a-{number:03}-nv" for number in numbers)
+
+
+TAUGHT: dict[str, tuple[str, ...]] = {
+    "gpt_bigcode's key-value cache under checkpointing, before transformers 4.53 "
+    "(`architectures/gpt_bigcode.py`)": _run(
+        1, 2, 3, 4, 69, 70, 71, 72
+    ),
+    "what frozen blocks hold under FSDP 1 and reentrant checkpointing (`engines/fsdp1.py`)": _run(
+        58, 60, 66, 70, 72, 78, 80, 94
+    ),
+    "FSDP's streams, each with a cache of its own, and foreach's temporaries one by one "
+    "(`engines/streams.py`)": _device(
+        2, 4, 10, 12, 58, 60, 66, 70, 72, 78, 80, 94
+    ),
+    "the two caches of a step of generation, before transformers 4.42 (`architectures/cache.py`)": (
+        "qwen1-inf-00", "qwen1-inf-03", "qwen1-inf-06",
+    ),
+    "gradients that zero_grad keeps before torch 2.0, softmax's input before 1.11, a mask of ones before transformers "
+    "4.57; and the context of 1343 MiB is stated on the page that these rows are of (`memory/runtime.py`)": tuple(
+        f"hf-bert-{number:02}" for number in range(9)
+    ),
+}  # fmt: skip
+"""Rule or constant -> ids."""
+
+IDS = frozenset(id for ids in TAUGHT.values() for id in ids)
