@@ -223,12 +223,14 @@ def _efficient_backward(t: Tape, q: Tensor, k: Tensor, v: Tensor, dropout_p: flo
     batch, heads, sq, dim = q.shape
     dim_v = v.shape[-1]
     half = q.dtype.itemsize == 2
+    product: list[Tensor] = []
     if not kernels.computes_delta(t.rules, half, kernels.backward_tile(t.rules, half, max(dim, dim_v), dropout_p)):
+        # One expression of C++, whose temporaries live to its end: both in float32, the product, and the sum.
         shape = (batch, sq, heads, dim_v)
         product = [t.new(shape, float32, "efficient_float") for _ in range(3 if half else 1)]
-        rows = t.new(shape[:3], float32, "efficient_sum")
-        del product, rows
+        product.append(t.new(shape[:3], float32, "efficient_sum"))
     delta = t.new((batch, heads, sq), float32, "efficient_delta")
+    product.clear()
     size = kernels.efficient_workspace(t.rules, half, batch, heads, sq, k.shape[2], dim, dim_v, dropout_p)
     return [delta, t.new((size,), float32, "efficient_workspace")] if size else [delta]
 
