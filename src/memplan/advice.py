@@ -171,8 +171,9 @@ def cures_of(case: Case, asked: Setup) -> tuple[str, ...]:
         found: list[tuple[float, str]] = []
         for less in setups:
             if len(found) < limit and (needs := _needs(case, less)) is not None:
-                before[:] = before or [case.seconds(asked)]
-                seconds = case.seconds(less)
+                # Of what was estimated, whose play is there.
+                before[:] = before or [case.seconds(asked, as_written=False)]
+                seconds = case.seconds(less, as_written=False)
                 cost = _cost(seconds / before[0])
                 found.append((seconds, f"{_in_arguments(asked, less)}: {gib(needs)} GiB, fits, {cost}"))
         return [said for _, said in sorted(found)]

@@ -141,12 +141,12 @@ class Case:
 
         return least
 
-    def seconds(self, setup: Setup) -> float:
-        """The time of a step, as in :meth:`timed`."""
+    def seconds(self, setup: Setup, *, as_written: bool = True) -> float:
+        """The time of a step, as in :meth:`timed`; or of the setup as it stands, as in :meth:`estimate`."""
         from memplan import throughput
         from memplan.configs import launch
 
-        strategy = launch.as_written(setup.strategy)
+        strategy = launch.as_written(setup.strategy) if as_written else setup.strategy
         resolved = estimator.resolve(self.model, setup.training, self.cluster, strategy, self.software)
         return throughput.expected_seconds(resolved, self.cluster, strategy)
 
