@@ -139,3 +139,23 @@ def test_a_yaml_number_of_thousands_of_parts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("output_dir: o\nbf16: true\nlearning_rate: " + "1:" * 3000 + "1.5\n")
     with pytest.raises(SpecError, match="is not YAML that can be read"):
         memplan.check(tmp_path / "a.yaml", LLAMA, cluster=HERE)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"zero_optimization": {"stage": 3, "%s": 1}, "train_micro_batch_size_per_gpu": 1}',
+        '{"output_dir": "o", "%s": 1}',
+    ],
+)
+def test_a_key_as_long_as_a_file_is_named_by_its_beginning(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(content % ("1:" * 3000))
+    with pytest.raises(MemplanError) as raised:
+        memplan.estimate("gpt2", None, "1xT4", engine_config=path)
+    said = [str(raised.value)]
+    try:
+        said += [each.path + each.message for each in memplan.check(path, model="gpt2", cluster="1xT4").findings]
+    except MemplanError as error:
+        said.append(str(error))
+    assert max(map(len, said)) < 1000

@@ -25,7 +25,7 @@ from memplan.configs.deepspeed import parse_deepspeed
 from memplan.configs.files import ANCESTORS, parse_mapping, read_mapping, read_text, refuse_outside
 from memplan.configs.keys import ACCELERATE, DEEPSPEED
 from memplan.configs.setup import Batch, EngineConfig, batch_finding, in_keys, merged, of_file, with_training
-from memplan.errors import MemplanError, ResolutionError, SpecError, UnsupportedError
+from memplan.errors import MemplanError, ResolutionError, SpecError, UnsupportedError, short
 from memplan.results import (
     Assumption,
 )
@@ -170,7 +170,7 @@ def _kind(values: Values) -> str:
         raise SpecError(f"{source}: is a Trainer's fsdp_config, which is no run by itself. {remedy}")
     if keys and 2 * sum(map(_resembles, keys)) >= len(keys):
         return "deepspeed"  # which names the key that is misspelt
-    names = ", ".join(list(keys)[:5]) or "nothing"
+    names = ", ".join(map(short, list(keys)[:5])) or "nothing"
     remedy = "Give a DeepSpeed JSON, an accelerate YAML, TrainingArguments, a LLaMA-Factory YAML or a plan's folder."
     raise SpecError(f"{source}: holds {names}, which is no config of a run. {remedy}")
 

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from memplan.answers import Code, Finding
 from memplan.configs.keys import Key
-from memplan.errors import SpecError, UnsupportedError, did_you_mean
+from memplan.errors import SpecError, UnsupportedError, did_you_mean, short
 
 __all__ = ["Section", "quoted"]
 
@@ -63,7 +63,7 @@ class Section:
 
     def name(self, key: str = "") -> str:
         """The path of a key, as messages name it."""
-        inside = ".".join(part for part in (self.path, key) if part)
+        inside = ".".join(short(part) for part in (self.path, key) if part)
         return f"{self.source}: {inside}" if inside else self.source
 
     def wrong(self, key: str, problem: str, remedy: str) -> SpecError:
