@@ -30,6 +30,16 @@ SECONDS = 10
 """Of a processor, for one input: by the clock a process of the lowest priority may wait for minutes."""
 
 
+def _text(data: Any) -> str:
+    """The input as Python has it, integers of thousands of digits too."""
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        return repr(data)
+    finally:
+        sys.set_int_max_str_digits(limit)
+
+
 def _child(name: str, seconds: int, folder: Path) -> None:
     import atheris
     from hypothesis import given
@@ -46,7 +56,7 @@ def _child(name: str, seconds: int, folder: Path) -> None:
     @given(STRATEGIES[name])
     def once(data: Any) -> None:
         counts["inputs"] += 1
-        (folder / f"{name}.last").write_text(repr(data))  # a crash or a hang leaves it
+        (folder / f"{name}.last").write_text(_text(data))  # a crash or a hang leaves it
         before = time.process_time()
         try:
             counts["answered"] += TARGETS[name](data)
@@ -54,15 +64,15 @@ def _child(name: str, seconds: int, folder: Path) -> None:
             last = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
             if place not in found:
-                found[place] = f"{place}\n{repr(data)[:4000]}\n{''.join(traceback.format_exception(error)[-6:])}"
+                found[place] = f"{place}\n{_text(data)[:4000]}\n{''.join(traceback.format_exception(error)[-6:])}"
                 (folder / f"{name}.txt").write_text("\n\n".join(found.values()))
         took = time.process_time() - before
         if took > SECONDS:
-            found[f"{took:.0f} seconds"] = repr(data)[:4000]
+            found[f"{took:.0f} seconds"] = _text(data)[:4000]
             (folder / f"{name}.txt").write_text("\n\n".join(found.values()))
         if took > counts["slowest"]:
             counts["slowest"] = took
-            (folder / f"{name}.slowest").write_text(f"{took:.2f} s\n{repr(data)[:4000]}")
+            (folder / f"{name}.slowest").write_text(f"{took:.2f} s\n{_text(data)[:4000]}")
 
     def one(data: bytes) -> None:
         once.hypothesis.fuzz_one_input(data)  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ import pytest
 from tests.fuzz.targets import HERE, LLAMA, SHORT
 
 import memplan
+from memplan import cli
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 
 UNREACHED: dict[str, Any] = {
@@ -159,3 +160,20 @@ def test_a_key_as_long_as_a_file_is_named_by_its_beginning(content: str, tmp_pat
     except MemplanError as error:
         said.append(str(error))
     assert max(map(len, said)) < 1000
+
+
+def test_a_name_that_no_disk_takes_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "1" + 300 * "0"
+    (tmp_path / "ta.json").write_text(json.dumps({"output_dir": "o", "deepspeed": long}))
+    (tmp_path / "a.yaml").write_text(
+        f"distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: '{long}'\n"
+    )
+    for words in (
+        ["check", long],
+        ["check", f"{long}/x.json"],
+        ["check", str(tmp_path / "ta.json"), "--model", "gpt2"],
+        ["check", str(tmp_path / "a.yaml"), "--model", "gpt2"],
+        ["report", "gpt2", "--gpu", "T4", "--html", str(tmp_path / long)],
+    ):
+        assert cli.main(words) in (1, 2)
+        assert "bug" not in capsys.readouterr().err

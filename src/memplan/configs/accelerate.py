@@ -13,7 +13,7 @@ from typing import Any
 
 from memplan.answers import Finding
 from memplan.configs.deepspeed import parse_deepspeed
-from memplan.configs.files import read_mapping, refuse_outside
+from memplan.configs.files import is_there, read_mapping, refuse_outside
 from memplan.configs.keys import ACCELERATE
 from memplan.configs.section import Section
 from memplan.configs.setup import EngineConfig
@@ -330,7 +330,7 @@ class _Reader:
                 "accelerate refuses. Say it in the DeepSpeed file, and leave it out here."
             )
         path = Path(named)
-        if not path.exists() and self.folder is not None and (self.folder / path).exists():
+        if not is_there(path) and self.folder is not None and is_there(self.folder / path):
             path = self.folder / path
             self.notes.append(f"{named} is read beside {self.source}; accelerate looks in the folder it is started in")
         if self.folder is not None:

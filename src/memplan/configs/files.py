@@ -11,7 +11,15 @@ from typing import Any
 
 from memplan.errors import SpecError
 
-__all__ = ["ANCESTORS", "LARGEST_FILE", "parse_mapping", "read_mapping", "read_text", "refuse_outside"]
+__all__ = [
+    "ANCESTORS",
+    "LARGEST_FILE",
+    "is_there",
+    "parse_mapping",
+    "read_mapping",
+    "read_text",
+    "refuse_outside",
+]
 
 LARGEST_FILE = 2**20
 """Bytes: engine configs have a few KiB."""
@@ -23,6 +31,11 @@ MOST_VALUES = 20_000
 """In a file: PyYAML takes some 0.1 ms for each."""
 DEEPEST = 50
 """Levels: DeepSpeed's configs have four. PyYAML's time grows with their square."""
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; a name that no disk takes, which ``Path.exists`` raises for, is not."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def read_mapping(path: str | os.PathLike[str], field: str = "engine_config") -> tuple[dict[str, Any], bool]:

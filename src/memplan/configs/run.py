@@ -22,7 +22,7 @@ from memplan.configs.argument_keys import REMOVED_ARGUMENTS, SCRIPT_ARGUMENTS, T
 from memplan.configs.arguments import fsdp_config, parse_arguments
 from memplan.configs.command import Command, is_command, parse_command, plain
 from memplan.configs.deepspeed import parse_deepspeed
-from memplan.configs.files import ANCESTORS, parse_mapping, read_mapping, read_text, refuse_outside
+from memplan.configs.files import ANCESTORS, is_there, parse_mapping, read_mapping, read_text, refuse_outside
 from memplan.configs.keys import ACCELERATE, DEEPSPEED
 from memplan.configs.setup import Batch, EngineConfig, batch_finding, in_keys, merged, of_file, with_training
 from memplan.errors import MemplanError, ResolutionError, SpecError, UnsupportedError, short
@@ -103,7 +103,7 @@ def read_run(config: object, source: str = "values") -> Run:
         return _of_values(Values(source, config), None)
     if isinstance(config, (str, os.PathLike)):
         path = Path(config)
-        return read_folder(path) if path.is_dir() else _of_file_at(path)
+        return read_folder(path) if is_there(path) and path.is_dir() else _of_file_at(path)
     if isinstance(config, Sequence) and not isinstance(config, (bytes, bytearray)):
         words = [str(word) for word in config]
         return _of_command(parse_command(words, "arguments"), Values("arguments", {}), None)
@@ -407,13 +407,13 @@ def _found(name: str, source: str, field: str, folder: Path | None, notes: list[
     if "$" in name:
         remedy = "Write the path out."
         raise SpecError.at(f"{source}: {field}", name, "has a variable of the shell, which is not known", remedy)
-    if not path.exists() and folder is not None and not path.is_absolute():
+    if not is_there(path) and folder is not None and not path.is_absolute():
         above = [folder, *folder.absolute().parents][:ANCESTORS]
-        root = next((each for each in above if each != each.parent and (each / path).exists()), None)
+        root = next((each for each in above if each != each.parent and is_there(each / path)), None)
         if root is not None:
             notes.append(f"{name} is read as {root / path}; a run looks for it in the folder it is started in")
             path, roots = root / path, [root]
-    if not path.exists():
+    if not is_there(path):
         remedy = "Check from the folder that the run is started in."
         raise SpecError.at(f"{source}: {field}", name, "does not exist", remedy)
     if folder is not None:
@@ -437,7 +437,7 @@ def read_folder(folder: Path) -> Run:
     found = {name: read_text(folder / name, "path") for name in names}
     if "training_args.json" in found:
         named = _named(found["training_args.json"])
-        if named is not None and (folder / named).exists():
+        if named is not None and is_there(folder / named):
             refuse_outside(folder / named, folder, f"{folder / 'training_args.json'}: deepspeed")
             found[named] = read_text(folder / named, "path")
     return of_texts(found, f"{folder}{os.sep}", folder)

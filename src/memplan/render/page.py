@@ -85,6 +85,8 @@ def report_page(report: Report) -> str:
 def check_path(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Return where a page would be written. Raises SpecError if it cannot be, or is there already, unless ``force``."""
     target, name = Path(path), str(path)
+    if any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in target.parts):
+        raise SpecError.at("html", name, "is longer than a disk takes", "Use a shorter name.")
     if not name or "\0" in name or target.is_dir():
         raise SpecError.at("html", name, "is no file", "Name the file, as in report.html.")
     if not target.parent.is_dir():
