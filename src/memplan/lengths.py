@@ -21,7 +21,7 @@ from operator import index
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from memplan.errors import SpecError
+from memplan.errors import SpecError, short
 
 __all__ = ["Batches", "Lengths", "Order", "Padding", "collated", "read_lengths"]
 
@@ -322,7 +322,7 @@ def _column(data: Mapping[str, Any]) -> Any:
             return data[name]
     if len(data) == 1:
         return next(iter(data.values()))
-    names = ", ".join(map(str, list(data)[:5])) or "nothing"
+    names = ", ".join(short(str(name)) for name in list(data)[:5]) or "nothing"
     raise SpecError(f"lengths: {names} are the columns, none of which is known. Call it length.")
 
 

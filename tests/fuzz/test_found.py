@@ -177,3 +177,11 @@ def test_a_name_that_no_disk_takes_is_not_there(tmp_path: Path, capsys: pytest.C
     ):
         assert cli.main(words) in (1, 2)
         assert "bug" not in capsys.readouterr().err
+
+
+def test_a_column_as_long_as_a_file_is_named_by_its_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("1:" * 3000 + "\n3\n")
+    with pytest.raises(MemplanError) as raised:
+        memplan.check({"output_dir": "o"}, model="gpt2", lengths=path)
+    assert len(str(raised.value)) < 1000
