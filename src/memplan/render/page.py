@@ -85,9 +85,12 @@ def report_page(report: Report) -> str:
 def check_path(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Return where a page would be written. Raises SpecError if it cannot be, or is there already, unless ``force``."""
     target, name = Path(path), str(path)
-    if any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in target.parts):
-        raise SpecError.at("html", name, "is longer than a disk takes", "Use a shorter name.")
-    if not name or "\0" in name or target.is_dir():
+    try:
+        is_file = bool(name) and not target.is_dir()
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        problem = f"cannot be written ({getattr(error, 'strerror', None) or error})"
+        raise SpecError.at("html", name, problem, "Name another file, as in report.html.") from None
+    if not is_file or "\0" in name:  # which Python before 3.12 takes for a path that is not there
         raise SpecError.at("html", name, "is no file", "Name the file, as in report.html.")
     if not target.parent.is_dir():
         raise SpecError.at("html", name, "is in a folder that is not there", "Make the folder first.")
