@@ -214,10 +214,11 @@ def _scripts(draw: Any) -> str:
     )
     lines = [
         f"#SBATCH --nodes={_text(draw(_mostly(1, 2)))} --ntasks-per-node {_text(draw(_mostly(1, 2)))}",
-        f"export N={draw(_mostly(1, 2))}",
+        f"export N={_text(draw(_mostly(1, 2)))}",
         draw(_mostly("set -e", "B=${N:-4}", "# run", "cd /tmp", "if true; then")),
     ]
-    pairs = [f"--{name} {value}" for name, value in draw(_arguments()).items() if not isinstance(value, (dict, list))]
+    options = draw(_arguments()).items()
+    pairs = [f"--{name} {_text(value)}" for name, value in options if not isinstance(value, (dict, list))]
     return "\n".join([*map(_text, lines), " \\\n  ".join([f"{_text(launcher)} train.py", *pairs])])
 
 
