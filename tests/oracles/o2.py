@@ -2239,6 +2239,7 @@ def run(setup: Setup, *, with_stack: bool = True) -> Row:
 
 def _measure_into(sender: Any, setup: Setup, with_stack: bool) -> None:
     warnings.simplefilter("ignore")
+    gc.freeze()  # a collection, or a scan for tensors, then leaves out what the libraries have imported
     try:
         sender.send((measure(setup.values, setup.options, with_stack=with_stack), None))
     except Exception as error:  # a library's refusal is a fact about the setup; it must not end a long run
