@@ -16,7 +16,14 @@ from memplan.tape.tensor import DType, bfloat16, float32
 GPT2 = {"n_embd": 96, "n_head": 6, "n_layer": 2, "vocab_size": 500, "n_positions": 64}
 DECODER = {"hidden_size": 96, "num_attention_heads": 6, "num_hidden_layers": 2, "vocab_size": 500}
 BLOOM = {"hidden_size": 96, "n_head": 6, "n_layer": 2, "vocab_size": 500}
-NEO = {"hidden_size": 96, "num_heads": 6, "num_layers": 2, "vocab_size": 500, "max_position_embeddings": 64}
+NEO = {
+    "hidden_size": 96,
+    "num_heads": 6,
+    "num_layers": 2,
+    "vocab_size": 500,
+    "max_position_embeddings": 64,
+    "attention_types": [[["global", "local"], 1]],
+}
 SIZES = {
     "gpt2": GPT2,
     "gpt_bigcode": GPT2,
@@ -73,6 +80,9 @@ def test_a_tied_head_is_the_embedding(model_type: str, tied: bool) -> None:
     [
         ("gpt2", {"add_cross_attention": True}, UnsupportedError, "add_cross_attention"),
         ("gptj", {"rotary_dim": 24}, SpecError, "rotary_dim: 24 is more than a head has. Use at most 16"),
+        ("gpt_neo", {"num_layers": 3}, SpecError, r'num_layers 3, as GPTNeoConfig asks. Use \[\[\["global"\], 3\]\]'),
+        ("gpt_neo", {"attention_types": [[["sparse"], 2]]}, SpecError, "attention_types"),
+        ("gpt_neo", {"attention_types": [[["global"], "2"]]}, SpecError, "attention_types"),
         ("opt", {"layerdrop": 0.1}, UnsupportedError, "layerdrop"),
         ("bloom", {"slow_but_exact": True, "pretraining_tp": 4}, UnsupportedError, "slow_but_exact"),
         ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4}, SpecError, "num_kv_heads: 4 does not divide"),

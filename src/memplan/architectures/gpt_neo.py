@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from operator import index
+
 from memplan.architectures.gpt2 import GPT2MLP
 from memplan.architectures.nn import (
     Build,
@@ -37,6 +40,7 @@ class GPTNeoConfig:
         self.max_position_embeddings = fields.int("max_position_embeddings", 2048)
         self.hidden_size = fields.int("hidden_size", 2048)
         self.num_layers = fields.layers("num_layers", 24, alias="num_hidden_layers")
+        _check_attention_types(fields, self.num_layers)
         self.num_heads = fields.int("num_heads", 16, alias="num_attention_heads")
         check_heads(fields, self.hidden_size, self.num_heads)
         self.intermediate_size = fields.int("intermediate_size", 4 * self.hidden_size)
@@ -45,6 +49,20 @@ class GPTNeoConfig:
         self.embed_dropout = fields.float("embed_dropout", 0.0, maximum=1.0)
         self.attention_dropout = fields.float("attention_dropout", 0.0, maximum=1.0)
         self.tie_word_embeddings = fields.bool("tie_word_embeddings", True)
+
+
+def _check_attention_types(fields: Fields, num_layers: int) -> None:
+    """[[kinds of the layers, how often], ...]: GPTNeoConfig.validate_architecture refuses another number of layers."""
+    given = fields.raw("attention_types")
+    try:
+        patterns = [(["global", "local"], 12)] if given is None else [(list(kinds), index(count)) for kinds, count in given]
+    except (TypeError, ValueError):
+        patterns = []
+    layers = sum(len(kinds) * max(count, 0) for kinds, count in patterns)
+    if layers != num_layers or not {kind for kinds, _ in patterns for kind in kinds} <= {"global", "local"}:
+        problem = f"does not say global or local for each of num_layers {num_layers}, as GPTNeoConfig asks"
+        usual = [["global", "local"], num_layers // 2] if num_layers % 2 == 0 else [["global"], num_layers]
+        raise fields.wrong("attention_types", given, problem, f"Use {json.dumps([usual])}.")
 
 
 class GPTNeoSelfAttention(Module):
