@@ -55,7 +55,9 @@ def _check_attention_types(fields: Fields, num_layers: int) -> None:
     """[[kinds of the layers, how often], ...]: GPTNeoConfig.validate_architecture refuses another number of layers."""
     given = fields.raw("attention_types")
     try:
-        patterns = [(["global", "local"], 12)] if given is None else [(list(kinds), index(count)) for kinds, count in given]
+        patterns = (
+            [(["global", "local"], 12)] if given is None else [(list(kinds), index(count)) for kinds, count in given]
+        )
     except (TypeError, ValueError):
         patterns = []
     layers = sum(len(kinds) * max(count, 0) for kinds, count in patterns)
