@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from memplan.adapters.quantization import Linear4bit, Linear8bitLt
-from memplan.architectures.nn import Build, Conv1D, Layers, Linear, Model, Module, ModuleList, looked_at
+from memplan.architectures.nn import Build, Conv1D, Dropout, Layers, Linear, Model, Module, ModuleList, looked_at
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
 from memplan.specs.training import LoraSpec
 from memplan.tape import ops
@@ -71,7 +71,8 @@ class LoraLinear(Module):
 
     def __init__(self, b: Build, base: AnyLinear, lora: LoraSpec, dtype: DType) -> None:
         self.base_layer = base
-        self.dropout = lora.dropout
+        self.lora_dropout = Dropout(lora.dropout)
+        """Identity where it is 0, a module all the same."""
         self.input_dtype = dtype
         self.lora_A = _Adapter(b, lora.rank, base.in_features, dtype)
         self.lora_B = _Adapter(b, base.out_features, lora.rank, dtype)
@@ -86,7 +87,7 @@ class LoraLinear(Module):
         result_dtype = result.dtype
         looked_at(self.lora_A.weight)
         x = x.to(self.input_dtype)
-        result = result + self.lora_B(self.lora_A(ops.dropout(x, self.dropout))) * 2.0
+        result = result + self.lora_B(self.lora_A(self.lora_dropout(x))) * 2.0
         return result.to(result_dtype)
 
 
@@ -103,7 +104,7 @@ class LoraQuantizedLinear(LoraLinear):
         requires_conversion = tape.autocast is None or tape.rules.kind == "cpu"
         if requires_conversion:
             x = x.to(looked_at(self.lora_A.weight).dtype)
-        output = self.lora_B(self.lora_A(ops.dropout(x, self.dropout))) * 2.0
+        output = self.lora_B(self.lora_A(self.lora_dropout(x))) * 2.0
         if requires_conversion:
             output = output.to(expected_dtype)
         return result + output

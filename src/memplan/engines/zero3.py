@@ -28,7 +28,7 @@ from memplan.engines.zero import (
 )
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.course import DEFAULT_STREAM, Block, Key, Ledger
-from memplan.memory.optimizers import Groups, Optimizer, make_optimizer
+from memplan.memory.optimizers import OUTSIDE, Groups, Optimizer, make_optimizer
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy, ZeroSpec
 from memplan.tape.dispatch import DeviceRules
@@ -39,6 +39,9 @@ ALL_GATHER, REDUCE_AND_PARTITION = 1, 2
 """Streams, with ``overlap_comm``."""
 MAX_PARAM_REDUCE_EVENTS = 2
 """Reductions that the CPU does not wait for (max_param_reduce_events)."""
+
+PEFT_MODEL: Key = (-1, OUTSIDE)
+"""Stands for PeftModel, without a task_type: of its subclasses LoraModel is called too."""
 
 BUCKET = "bucket of gradients (reduce_bucket_size)"
 LIVE = "gathered weights (stage3_max_live_parameters, stage3_max_reuse_distance)"
@@ -89,6 +92,8 @@ class Zero3Setup:
     """What a recomputation fetches of them is the module's whose backward runs."""
     modules: Mapping[Key, Sequence[Shard]]
     """Every module's own weights, in the model's order."""
+    wrapped: Key | None
+    """The model, if it is adapted: PeftModel runs around it, a module without weights."""
     made_partitioned: frozenset[Key]
     """Weights that zero.Init partitions as their module is made; others come whole, when the engine is set up."""
     kept_whole: frozenset[Key]
@@ -334,12 +339,16 @@ class Coordinator:
         if self.swapper is not None:
             self.swapper.ensure_availability(away)
         self._moves(away)
-        for together in [[shard] for shard in away] if alone else [away]:
-            # _allgather_params_coalesced: all of them before the first is gathered
-            staged = self._staged(together, first=True)
-            for shard in together:
-                self.available[shard.key] = self._gather(shard)
-            self.ledger.free(*staged)
+        if alone:
+            for shard in away:
+                self.available[shard.key], *staged = self._gathered_alone(shard)
+                self.ledger.free(*staged)
+            return
+        # _allgather_params_coalesced: all of them before the first is gathered
+        staged = self._staged(away, first=True)
+        for shard in away:
+            self.available[shard.key] = self._gather(shard)
+        self.ledger.free(*staged)
 
     def look(self, shard: Shard) -> None:
         """ZeROOrderedDict.__getitem__: a weight that is away is gathered alone, and the module that runs has it from
@@ -357,7 +366,8 @@ class Coordinator:
     def _gathered_alone(self, shard: Shard) -> list[Block]:
         """_allgather_params_sequential: into memory of its own, on one rank too."""
         nbytes = shard.partition * shard.itemsize
-        blocks = [self.ledger.allocate("communication", nbytes * shard.ranks, name=LIVE)]
+        name = STAYS if shard.persistent else LIVE
+        blocks = [self.ledger.allocate("communication", nbytes * shard.ranks, name=name)]
         if self.setup.offload_param:
             blocks.append(self.ledger.allocate("communication", nbytes, name=STAGED))
         return blocks
@@ -784,8 +794,13 @@ class Zero3:
         self.coordinator.reset_step()
 
     def module_event(self, kind: str, module: Key) -> None:
-        """A hook of a module."""
-        self._hooks[kind](module)
+        """A hook of a module, and of PeftModel around the model."""
+        hook = self._hooks[kind]
+        if module != self.setup.wrapped:
+            hook(module)
+            return
+        for each in (PEFT_MODEL, module) if kind.startswith("pre") else (module, PEFT_MODEL):
+            hook(each)
 
     def _look(self, key: Key) -> None:
         self.coordinator.look(self._shards[key])
@@ -1148,7 +1163,11 @@ def zero3_setup(
         sub_groups=sub_groups,
         frozen=[shard for key, shard in shards.items() if key not in trained],
         attributes_recomputed=attributes_recomputed(software),
-        modules={module: [shards[key] for key in own] for module, own in model.modules.items()},
+        modules={
+            **{module: [shards[key] for key in own] for module, own in model.modules.items()},
+            **({PEFT_MODEL: []} if adapted else {}),
+        },
+        wrapped=next(iter(model.modules)) if adapted else None,
         made_partitioned=frozenset(
             key for key in shards if keys.zero3_init_flag and not quantized and not (adapted and key in trained)
         ),
