@@ -448,16 +448,14 @@ def as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec]
     from memplan.configs.arguments import parse_arguments
     from memplan.configs.run import Run, read_run
 
-    known = dict(run.assumed)
+    known: dict[str, Any] = {}
     if run.of_a_trainer:
         files = read_run(run.said, _OF_OBJECTS)
-        if files.arguments is not None:
-            known = {name: value for name, value in known.items() if name not in files.arguments.training}
     else:
         files = Run("the script")
         of_a_trainer = parse_arguments({}, "model").training
         said = parse_arguments(run.said, "model").training
-        known |= {name: value for name, value in said.items() if name not in of_a_trainer}
+        known = {name: value for name, value in said.items() if name not in of_a_trainer}
     if run.engine is not None:
         engine = read_run(run.engine, "config")
         if engine.arguments is not None:  # a file with TrainingArguments, or a folder

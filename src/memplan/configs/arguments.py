@@ -326,12 +326,11 @@ def _mixed_precision(data: Mapping[str, Any], source: str) -> str:
 
 
 def _sequences(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Scripts pad, unless they are told to pack; run_clm.py cuts blocks from one stream of tokens."""
     name = next((name for name in LENGTHS if data.get(name) is not None), None)
-    if name is None:
-        return {}
     packed = _first(data, "packed", "packing")
-    # run_clm.py cuts blocks from one stream of tokens; the other scripts pad, unless they are told to pack.
-    return {"seq_len": data[name], "packed": bool(name == "block_size" if packed is None else packed)}
+    found = {"packed": bool(name == "block_size" if packed is None else packed)}
+    return found if name is None else {"seq_len": data[name], **found}
 
 
 def _model(data: Mapping[str, Any], source: str) -> dict[str, Any]:

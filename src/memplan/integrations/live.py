@@ -61,8 +61,6 @@ class Live:
     """A DeepSpeed or accelerate config, as values or as a path; None is what the arguments say."""
     training: dict[str, Any] = field(default_factory=dict)
     """Fields of TrainingSpec that the objects know beside."""
-    assumed: dict[str, Any] = field(default_factory=dict)
-    """Fields that hold unless anything else says otherwise."""
     module: Any = None
     """The model itself, where there is one."""
     on_cpu: bool = False
@@ -85,8 +83,7 @@ def read(model: Any, args: Any = None) -> Live:
     values, said = _model(model)
     found = _trained_by(values, said, args)
     module = model if hasattr(model, "named_parameters") else None
-    assumed = {"packed": False} if found.of_a_trainer else {}  # its collators pad
-    return dataclasses.replace(found, module=module, assumed=assumed)
+    return dataclasses.replace(found, module=module)
 
 
 def asked_for(training: Any) -> dict[str, Any]:
