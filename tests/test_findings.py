@@ -152,6 +152,7 @@ def test_names_that_only_resemble_a_key_are_left_alone() -> None:
 
 def real_mismatches(config: dict[str, Any], arguments: dict[str, Any], gpus: int) -> list[str]:
     """Keys for which the Trainer raises ValueError, by its own method; it is told how many processes there are."""
+    from transformers import TrainingArguments
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
     from memplan.configs.argument_keys import DEFAULTS
@@ -160,13 +161,14 @@ def real_mismatches(config: dict[str, Any], arguments: dict[str, Any], gpus: int
     names += ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
     values = {name: arguments.get(name, DEFAULTS[name]) for name in names}
     off = {name: bool(arguments.get(name)) for name in ("fp16", "bf16", "fp16_full_eval", "bf16_full_eval")}
-    warmup = lambda steps: int(arguments.get("warmup_steps", 0))  # noqa: E731
-    fake = SimpleNamespace(**values, **off, world_size=gpus, save_on_each_node=False, get_warmup_steps=warmup)
+    fake = SimpleNamespace(**values, **off, world_size=gpus, save_on_each_node=False)
+    fake.warmup_steps = arguments.get("warmup_steps", 0)
+    fake.get_warmup_steps = lambda steps: TrainingArguments.get_warmup_steps(fake, steps)
     real = HfTrainerDeepSpeedConfig(json.loads(json.dumps(config)))
     real.trainer_config_process(fake)
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=64))
     try:
-        real.trainer_config_finalize(fake, model, 100)
+        real.trainer_config_finalize(fake, model, arguments["max_steps"])
     except ValueError as error:
         return re.findall(r"^- ds (\S+)=", str(error), re.MULTILINE)
     return []
@@ -190,8 +192,16 @@ def real_mismatches(config: dict[str, Any], arguments: dict[str, Any], gpus: int
                 },
             ),
             "scheduler": st.fixed_dictionaries(
-                {"type": st.just("WarmupLR")},
-                optional={"params": st.fixed_dictionaries({}, optional={"warmup_num_steps": st.sampled_from([1, 10])})},
+                {"type": st.just("WarmupDecayLR")},
+                optional={
+                    "params": st.fixed_dictionaries(
+                        {},
+                        optional={
+                            "warmup_num_steps": st.sampled_from([1, 10]),
+                            "total_num_steps": st.sampled_from(["auto", 40]),
+                        },
+                    )
+                },
             ),
         },
     ),
@@ -203,7 +213,8 @@ def real_mismatches(config: dict[str, Any], arguments: dict[str, Any], gpus: int
             "learning_rate": st.sampled_from([5e-5, 1e-4]),
             "adam_beta2": st.just(0.95),
             "bf16": st.booleans(),
-            "warmup_steps": st.sampled_from([0, 10]),
+            "warmup_steps": st.sampled_from([0, 10, 0.1, 0.25]),
+            "max_steps": st.sampled_from([40, 99]),  # without it, how many steps there are is not known
         },
     ),
     gpus=st.sampled_from([1, 2]),
@@ -215,7 +226,7 @@ def test_what_differs_from_the_arguments_is_what_the_trainer_refuses(
     from memplan.configs.run import read_run
 
     config = {"zero_optimization": {"stage": 2}, **numbers}
-    values = {**ARGUMENTS, "bf16": False, **asked}
+    values = {**ARGUMENTS, "bf16": False, "max_steps": 100, **asked}
     read = SimpleNamespace(raw={}, source="")
     read.raw = read_run({**values, "deepspeed": config}).raw
     checked: Any = SimpleNamespace(
@@ -264,6 +275,15 @@ def test_trl_takes_bf16_where_nothing_is_said(
     assert check(ddp).estimate.setup["mixed_precision"] == "bf16"  # type: ignore[union-attr]
     of_llama_factory = {"stage": "sft", "model_name_or_path": GPT2, "template": "a", "packing": True}
     assert not switched_on(of_llama_factory, "bf16")
+
+
+def test_steps_that_the_dataset_decides_differ_from_nothing() -> None:
+    scheduler = {"type": "WarmupDecayLR", "params": {"total_num_steps": 40, "warmup_num_steps": 7}}
+    config = {**zero(), "scheduler": scheduler}
+    assert codes(run(config, warmup_steps=0.1)) == []
+    found = the("trainer-mismatch", run(config, warmup_steps=0.1, max_steps=99))
+    assert "total_num_steps is 40, but max_steps is 99" in found.message
+    assert "warmup_num_steps is 7, but warmup_steps is 10" in found.message
 
 
 def test_a_mismatch_names_both_values() -> None:

@@ -129,10 +129,13 @@ def trainer_mismatch(checked: Checked) -> Finding | None:
     for precision in _PRECISIONS:
         on = switched_on(arguments, precision) or bool(arguments.get(f"{precision}_full_eval"))
         wanted[f"{precision}.enabled"] = (precision, on)
-    warmup = argument(arguments, "warmup_steps")
-    whole = isinstance(warmup, (int, float)) and (1 <= warmup < math.inf or warmup == 0)
-    if whole and "warmup_ratio" not in arguments:
-        wanted["scheduler.params.warmup_num_steps"] = ("warmup_steps", max(1, int(warmup)))
+    total_steps = arguments.get("max_steps")  # without it how many there are is known by the dataset alone
+    total_steps = total_steps if isinstance(total_steps, int) and total_steps > 0 else None
+    if total_steps is not None:
+        wanted["scheduler.params.total_num_steps"] = ("max_steps", total_steps)
+    warmup = _warmup(argument(arguments, "warmup_steps"), total_steps)
+    if warmup is not None and "warmup_ratio" not in arguments:
+        wanted["scheduler.params.warmup_num_steps"] = ("warmup_steps", max(1, warmup))
     found = [
         (key, value, name, theirs)
         for key, (name, theirs) in wanted.items()
@@ -154,6 +157,15 @@ def trainer_mismatch(checked: Checked) -> Finding | None:
         if kind == "deepspeed"
         else "Leave it out of the accelerate config, or give the Trainer the same.",
     )
+
+
+def _warmup(steps: object, total: int | None) -> int | None:
+    """``TrainingArguments.get_warmup_steps``: below 1 it is a share of all steps; None if those are not known."""
+    if isinstance(steps, bool) or not isinstance(steps, (int, float)) or not 0 <= steps < math.inf:
+        return None
+    if steps >= 1 or steps == 0:
+        return int(steps)
+    return None if total is None else math.ceil(total * steps)
 
 
 _IN_PLUGIN = {
