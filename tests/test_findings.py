@@ -647,6 +647,23 @@ def test_padding_is_to_the_longest_of_a_batch() -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("CUDA_VISIBLE_DEVICES=0,1 python", ["data-parallel"]),
+        ("CUDA_VISIBLE_DEVICES=1 python", []),
+        ("python", []),
+        ("CUDA_VISIBLE_DEVICES=$1 python", []),
+        ("CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc_per_node gpu", []),
+    ],
+)
+def test_a_trainer_with_several_gpus_takes_data_parallel(command: str, expected: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "run.sh"
+    arguments = f"--model_name_or_path {GPT2} --bf16 True --output_dir out --max_length 64 --packing True"
+    script.write_text(f"{command} train.py {arguments}\n")
+    assert [found.code for found in checks.check(script, cluster="A100-80GB").findings] == expected
+
+
+@pytest.mark.parametrize(
     ("name", "driver", "supported"),
     [
         ("NVIDIA GeForce RTX 4090", "535.10", False),

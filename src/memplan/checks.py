@@ -523,6 +523,7 @@ def _here(spec: ClusterSpec, run: Live) -> tuple[ClusterSpec, list[Finding]]:
     """The cluster that is given, or this machine with what is free now, and the launcher's ranks; and what is to be
     said of it.
     """
+    from memplan import findings
     from memplan.integrations import live
 
     fields: dict[str, Any] = {}
@@ -538,7 +539,7 @@ def _here(spec: ClusterSpec, run: Live) -> tuple[ClusterSpec, list[Finding]]:
     if launched is None and "gpus" not in spec.model_fields_set:
         fields["gpus"] = 1
         if count > 1 and run.of_a_trainer:
-            found.append(_data_parallel(count))
+            found.append(findings.data_parallel_of(count))
     return spec.replace(**fields), found
 
 
@@ -571,17 +572,6 @@ def _free_gpus() -> dict[str, Any]:
     visible = visible_devices(devices)
     free = min(live.free_memory(device, context) for device in visible)
     return {"gpu": gpu, "gpu_memory": free, "devices": len(visible)}
-
-
-def _data_parallel(count: int) -> Finding:
-    return Finding(
-        code="data-parallel",
-        severity="warning",
-        path="launcher",
-        message=f"{count} GPUs are visible and no launcher has started ranks: the Trainer takes nn.DataParallel, whose "
-        "first GPU holds more than the others. What one GPU needs by itself was estimated.",
-        remedy="Start the script by torchrun or accelerate launch, or leave one GPU by CUDA_VISIBLE_DEVICES.",
-    )
 
 
 def installed_software() -> SoftwareSpec:

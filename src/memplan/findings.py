@@ -16,6 +16,7 @@ from memplan.answers import Finding
 from memplan.architectures.nn import checkpoints_calls
 from memplan.configs.argument_keys import DEFAULTS
 from memplan.configs.arguments import argument, switched_on
+from memplan.configs.command import visible_gpus
 from memplan.configs.run import Run
 from memplan.configs.section import quoted
 from memplan.engines.zero3 import attributes_recomputed
@@ -34,7 +35,7 @@ from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 from memplan.units import gib
 
-__all__ = ["CHECKS", "Checked", "find", "memory_finding", "quantized_full", "sorted_by_severity"]
+__all__ = ["CHECKS", "Checked", "data_parallel_of", "find", "memory_finding", "quantized_full", "sorted_by_severity"]
 
 _SEVERITY = ("error", "warning", "info")
 
@@ -274,6 +275,29 @@ def device_map(checked: Checked) -> Finding | None:
         path=checked.path("arguments", "device_map"),
         message=message,
         remedy="Leave it out: every rank puts the model on its own GPU.",
+    )
+
+
+def data_parallel(checked: Checked) -> Finding | None:
+    """``Trainer._wrap_model`` takes nn.DataParallel where it has several GPUs, and no engine."""
+    count = visible_gpus(checked.run.environment)
+    several = checked.run.launcher == "python" and count is not None and count > 1
+    if not several or not checked.arguments or checked.strategy.kind != "single" or checked.cluster.gpus > 1:
+        return None
+    if checked.arguments.get("device_map") or checked.arguments.get("load_in_8bit"):  # which are no DataParallel's
+        return None
+    return data_parallel_of(count or 0)
+
+
+def data_parallel_of(count: int) -> Finding:
+    """What is to be said of a process that has several GPUs to itself."""
+    return Finding(
+        code="data-parallel",
+        severity="warning",
+        path="launcher",
+        message=f"{count} GPUs are visible and no launcher has started ranks: the Trainer takes nn.DataParallel, whose "
+        "first GPU holds more than the others. What one GPU needs by itself was estimated.",
+        remedy="Start the script by torchrun or accelerate launch, or leave one GPU by CUDA_VISIBLE_DEVICES.",
     )
 
 
@@ -603,6 +627,7 @@ CHECKS: tuple[Callable[[Checked], Finding | None], ...] = (
     scheduler_warmup_steps,
     optimizer_replaced,
     device_map,
+    data_parallel,
     host_memory,
     save_needs_more,
     offload_param_ignored,
