@@ -122,7 +122,15 @@ def test_a_shell_that_is_started_on_each_node() -> None:
     assert command.arguments == {"output_dir": "o", "max_steps": 3}
 
 
-@pytest.mark.parametrize("text", ["trl sft --bf16 True", "axolotl train a.yaml", "tune run a --config b.yaml"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "trl sft --bf16 True",
+        "axolotl train a.yaml",
+        "tune run a --config b.yaml",
+        "NPROC_PER_NODE=8 swift sft --bf16 true",
+    ],
+)
 def test_commands_with_defaults_of_their_own_are_refused_by_name(text: str) -> None:
     with pytest.raises(UnsupportedError, match="its defaults are its own"):
         parse_command(text, "run.sh")

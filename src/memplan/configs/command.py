@@ -166,10 +166,13 @@ def is_command(text: str) -> bool:
     return body.startswith(("#!", "--")) or any(map(_starts_something, _lines(body)))
 
 
+def _without_assignments(words: Sequence[str]) -> Sequence[str]:
+    """A command without the variables that are set for it."""
+    return words[next((place for place, word in enumerate(words) if not _ASSIGNMENT.fullmatch(word)), len(words)) :]
+
+
 def _starts_something(line: str) -> bool:
-    words = line.split()
-    while words and _ASSIGNMENT.fullmatch(words[0]):
-        words = words[1:]
+    words = _without_assignments(line.split())
     names = [word.rsplit("/", 1)[-1] for word in words]
     if len(names) < 2 or names[0] in _OTHERS:
         return len(names) > 1
@@ -372,7 +375,9 @@ def _of_a_shell(words: Sequence[str]) -> str | None:
 
 
 def _is_start(words: Sequence[str]) -> bool:
-    bare = [word.rsplit("/", 1)[-1] for word in words]
+    bare = [word.rsplit("/", 1)[-1] for word in _without_assignments(words)]
+    if not bare:
+        return False
     if bare[0].startswith("--") or bare[0] in _OTHERS:
         return True
     return any(map(_is_launcher, bare if bare[0] in _WRAPPERS else bare[:12]))

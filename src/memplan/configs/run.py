@@ -192,6 +192,7 @@ _SURE = frozenset(
     }
 )
 """Names of which one at least is among TrainingArguments."""
+_KINDS = {"accelerate": "accelerate launch's config", "deepspeed": "DeepSpeed's config"}
 _SURE_OF_DEEPSPEED = frozenset(
     {"train_batch_size", "train_micro_batch_size_per_gpu", "steps_per_print", "zero_allow_untested_optimizer"}
 )
@@ -267,12 +268,21 @@ def _of_command(command: Command, values: Values, folder: Path | None) -> Run:
     arguments = dict(command.arguments)
     if command.launcher and arguments.get("deepspeed") is True:
         return _of_deepspeeds_own(run, arguments, values, folder)
-    if command.files and command.files[0].endswith((".yaml", ".yml", ".json")):
-        named = _file(command.files[0], values.source, command.launcher, folder, [])
-        given = (part.partition("=") for part in command.files[1:] if "=" in part)
-        pairs = {name: plain(value) for name, _, value in given}
-        arguments = {**named.data, **pairs, **arguments}
-        return _of_arguments(Values(named.source, arguments), Path(named.source).parent, run)
+    named, given = command.files[0] if command.files else "", command.files[1:]
+    field = command.launcher
+    if not named.endswith((".yaml", ".yml", ".json")):
+        # TRL's parser, alignment-handbook's too, takes --config for a file of arguments, over which others win.
+        named, given, field = str(arguments.get("config", "")), (), "config"
+        named = named if named.endswith((".yaml", ".yml")) else ""
+    if named:
+        arguments.pop("config", None)
+        file = _file(named, values.source, field, folder, [])
+        pairs = {name: plain(value) for name, equals, value in (part.partition("=") for part in given) if equals}
+        merged_values = Values(file.source, {**file.data, **pairs, **arguments})
+        kind = _kind(merged_values)
+        if kind != "arguments":
+            raise SpecError(f"{file.source}: holds no arguments of a script, but {_KINDS[kind]}. Check it by itself.")
+        return _of_arguments(merged_values, Path(file.source).parent, run)
     if "$" in str(arguments.get("model_name_or_path")):
         del arguments["model_name_or_path"]  # a variable of the shell: --model has to say
     if not _of_a_trainer(arguments) and not llama_factory.is_llama_factory(arguments):
