@@ -273,7 +273,7 @@ def test_trl_takes_bf16_where_nothing_is_said(
     assert [each.code for each in found.findings if each.severity == "error"] == errors
     ddp = {"model_name_or_path": GPT2, "max_length": 64, "output_dir": "o", "use_peft": True}
     assert check(ddp).estimate.setup["mixed_precision"] == "bf16"  # type: ignore[union-attr]
-    of_llama_factory = {"stage": "sft", "model_name_or_path": GPT2, "template": "a", "packing": True}
+    of_llama_factory = {"stage": "sft", "do_train": True, "model_name_or_path": GPT2, "template": "a", "packing": True}
     assert not switched_on(of_llama_factory, "bf16")
 
 
@@ -792,7 +792,7 @@ def test_a_precision_is_named_where_it_is_asked_for(tmp_path: Path, monkeypatch:
 
 
 def test_a_default_that_no_file_has_is_said_to_be_one() -> None:
-    values = {"stage": "sft", "finetuning_type": "lora", "model_name_or_path": GPT2, "bf16": True}
+    values = {"stage": "sft", "do_train": True, "finetuning_type": "lora", "model_name_or_path": GPT2, "bf16": True}
     with pytest.raises(SpecError, match=r"^values: cutoff_len: 2048, LLaMA-Factory's default, is longer"):
         check(values)
     with pytest.raises(SpecError, match=r"^values: cutoff_len: 4096 is longer"):

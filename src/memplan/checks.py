@@ -149,7 +149,7 @@ def _checked(
     setup = Setup(merged, spread, case.cluster.gpus)
     try:
         estimated = case.with_time(setup, case.estimate(setup))
-    except SpecError as error:
+    except (SpecError, UnsupportedError) as error:
         raise runs.as_written(run, asked, error) from None
     estimated = estimated.model_copy(update={"assumptions": (*estimated.assumptions, *notes)})
     if batches is not None:

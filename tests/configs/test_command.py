@@ -239,6 +239,16 @@ def test_quotes_and_templates_are_no_redirections() -> None:
     assert dict(found) == expected
 
 
+def test_a_command_that_variables_hold() -> None:
+    text = 'LAUNCHER="torchrun --nproc_per_node 4"\nARGS=" --bf16 True "\nCMD="$LAUNCHER train.py $ARGS"\nsrun $CMD \\'
+    command = parse_command(text, "run.sh")
+    assert (command.launcher, command.options, dict(command.arguments)) == (
+        "torchrun",
+        {"nproc_per_node": 4},
+        {"bf16": True},
+    )
+
+
 def test_a_switch_has_one_value() -> None:
     with pytest.raises(SpecError, match=r"run\.sh: bf16: 'False twice' is more than one value\. Write one\."):
         parse_command("python train.py --bf16 False twice", "run.sh")

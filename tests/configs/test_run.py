@@ -37,7 +37,7 @@ def setup(config: object, gpus: int = 2, **options: Any) -> tuple[TrainingSpec, 
         ({"per_device_train_batch_size": 4}, ["arguments"]),
         ({**ARGUMENTS, "deepspeed": AUTO}, ["arguments", "deepspeed"]),
         ({**ARGUMENTS, "fsdp": True, "fsdp_config": {"version": 2}}, ["arguments"]),
-        ({"stage": "sft", "finetuning_type": "full", "model_name_or_path": "gpt2"}, ["arguments"]),
+        ({"stage": "sft", "do_train": True, "finetuning_type": "full", "model_name_or_path": "gpt2"}, ["arguments"]),
         (
             ["--model_name_or_path", "gpt2", "--bf16", "True", "--deepspeed", json.dumps(AUTO)],
             ["arguments", "deepspeed"],
@@ -136,7 +136,9 @@ def test_an_accelerate_launch_brings_its_config(tmp_path: Path) -> None:
 
 
 def test_llama_factory_takes_a_yaml_and_what_wins_over_it(tmp_path: Path) -> None:
-    (tmp_path / "sft.yaml").write_text("stage: sft\nmodel_name_or_path: gpt2\nbf16: true\ncutoff_len: 128\n")
+    (tmp_path / "sft.yaml").write_text(
+        "stage: sft\ndo_train: true\nmodel_name_or_path: gpt2\nbf16: true\ncutoff_len: 128\n"
+    )
     (tmp_path / "run.sh").write_text("llamafactory-cli train sft.yaml cutoff_len=64 lora_rank=4\n")
     run = read_run(tmp_path / "run.sh")
     training, _, _ = setup_of(run, TrainingSpec(), {}, 1, [])

@@ -209,11 +209,10 @@ def parse_command(command: str | Sequence[str], source: str) -> Command:
                 continue
             inner = _of_a_shell(words)
             given = _simple_commands(_expanded(inner, variables, source)) if inner is not None else ()
-            started += [
-                [expanded for word in each for expanded in _split(word, variables, arrays, source)]
-                for each in ([_words(text, source) for text in given] or [words])
-                if any(word.startswith("--") or word.endswith((".yaml", ".yml")) for word in each)
-            ]
+            for each in [_words(text, source) for text in given] or [words]:
+                expanded = [part for word in each for part in _split(word, variables, arrays, source)]
+                if any(word.startswith("--") or word.endswith((".yaml", ".yml")) for word in expanded):
+                    started.append(expanded)
     runs = [words for words in started if _is_start(words)]
     if len(runs) != 1:
         what = "starts no run" if not runs else f"starts {len(runs)} runs"
@@ -266,7 +265,7 @@ def _of_slurm(words: Sequence[str], known: Mapping[str, int] | None = None) -> d
 def _lines(text: str) -> list[str]:
     """Commands of a script, without comments; a line ends outside of quotes and arrays, unless it goes on."""
     lines, line, quote, in_array = [], "", "", False
-    text = re.sub(r"\\\r?\n", " ", text)
+    text = re.sub(r"\\(?:\r?\n|\Z)", " ", text)
     index = 0
     while index < len(text):
         letter = text[index]

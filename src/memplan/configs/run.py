@@ -152,6 +152,9 @@ def _kind(values: Values) -> str:
     if "base_model" in keys and len(_AXOLOTL & keys) > 1:
         remedy = "Check the DeepSpeed JSON that it names, with --model, --micro-batch-size and --seq-len."
         raise UnsupportedError(f"{source}: an axolotl config is not read. {remedy}")
+    if llama_factory.is_of_version_1(data):
+        remedy = "Say what it asks for in the names of TrainingArguments."
+        raise UnsupportedError(f"{source}: a config of LLaMA-Factory's v1 is not read. {remedy}")
     if llama_factory.is_llama_factory(data) and not zero:
         return "arguments"
     engine = len(_DEEPSPEED_ONLY & keys)
@@ -573,7 +576,7 @@ def usual_nodes(ranks: int) -> int:
     return ranks // max(each for each in range(1, 9) if ranks % each == 0)
 
 
-def as_written(run: Run, training: TrainingSpec, error: SpecError) -> SpecError:
+def as_written(run: Run, training: TrainingSpec, error: SpecError | UnsupportedError) -> SpecError | UnsupportedError:
     """An error of the estimate about what the arguments say, in their words; ``training`` is what options say."""
     arguments, engine = run.arguments, run.engine
     field = str(error).partition(":")[0]
@@ -585,9 +588,9 @@ def as_written(run: Run, training: TrainingSpec, error: SpecError) -> SpecError:
         if key == llama_factory.KEYS.get(field) and key not in run.raw["arguments"].data:
             value = f"{arguments.training[top]}"
             said = said.replace(f"{key}: {value} ", f"{key}: {value}, LLaMA-Factory's default, ", 1)
-        return SpecError(said)
+        return type(error)(said)
     if engine is not None and any(name.endswith(".") and field.startswith(name) for name in engine.keys):
-        return SpecError(in_keys(engine, str(error)))
+        return type(error)(in_keys(engine, str(error)))
     return error
 
 
