@@ -267,3 +267,25 @@ def test_a_trainers_texts_are_padded_in_its_files_as_in_its_script(said: dict[st
     assert before.check is not None
     assert before.check.estimate == found.estimate
     assert [each.code for each in found.findings] == ["padding"]
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["No"]}, "bf16": True}, "fsdp_config."),
+        (
+            {
+                "distributed_type": "FSDP",
+                "num_processes": 2,
+                "fsdp_config": {
+                    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                    "fsdp_transformer_layer_cls_to_wrap": "No",
+                },
+            },
+            "fsdp_config.fsdp_",
+        ),
+    ],
+)
+def test_an_error_of_the_engine_names_the_key(values: dict[str, Any], key: str) -> None:
+    with pytest.raises(SpecError, match=rf"^values: {key}transformer_layer_cls_to_wrap: 'No' is not a class"):
+        memplan.check({**values}, "gpt2", {"seq_len": 64}, "2xA100-80GB")

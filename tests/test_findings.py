@@ -418,6 +418,15 @@ def test_accelerate_puts_its_own_optimizer_in_place_of_others(
     assert codes(run(zero(2), optim=optim)) == []
 
 
+@pytest.mark.parametrize("optim", sorted(findings._REPLACED_BY_ADAM))
+def test_what_keeps_an_optimizer_can_be_done(optim: str) -> None:
+    config = zero(2, offload_optimizer={"device": "cpu"})
+    found = the("optimizer-replaced", run(config, optim=optim))
+    if "zero_force_ds_cpu_optimizer" in found.remedy:
+        assert codes(run({**config, "zero_force_ds_cpu_optimizer": False}, optim=optim)) == []
+    assert codes(run(config, optim="adamw_torch")) == []
+
+
 def test_deepspeed_refuses_its_own_adagrad_on_the_cpu(cpu_optimizers: dict[str, type]) -> None:
     """So it is refused for it: what accelerate makes is none that DeepSpeedEngine takes."""
     import torch
@@ -555,6 +564,27 @@ def test_bf16_runs_where_it_is_emulated(t4: None) -> None:
     assert "bf16-emulated" in codes(run(), {**CLUSTER, "gpu": "V100-32GB"})
     assert codes(run(bf16=False, fp16=True), {**CLUSTER, "gpu": "T4"}) == []
     assert codes(run()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy", "mended"),
+    [
+        ({"bf16": True}, "Use fp16, and load the weights in float32.", {"fp16": True, "dtype": "float32"}),
+        ({"bf16": True, "dtype": "float32"}, "Use fp16.", {"fp16": True, "dtype": "float32"}),
+        ({"fp16": True}, "Load the weights in float32.", {"fp16": True, "dtype": "float32"}),
+        ({}, "Load the weights in float32.", {"dtype": "float32"}),
+        ({"bf16": True, "deepspeed": zero()}, "Use fp16.", {"fp16": True, "deepspeed": zero()}),
+        ({"bf16": True, "fsdp": True}, "Use fp16.", {"fp16": True, "fsdp": True}),
+    ],
+)
+def test_a_bfloat16_checkpoint_where_it_is_emulated(
+    arguments: dict[str, Any], remedy: str, mended: dict[str, Any]
+) -> None:
+    """Under DeepSpeed and FSDP nothing of what is loaded stays in its type."""
+    values = {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "output_dir": "out", "max_length": 64, "packing": True}
+    of_trl, on_t4 = values | {"dtype": "bfloat16"}, {**CLUSTER, "gpu": "T4"}
+    assert the("bf16-emulated", {**of_trl, "bf16": False, **arguments}, on_t4).remedy == remedy
+    assert "bf16-emulated" not in codes({**of_trl, "bf16": False, **mended}, on_t4)
 
 
 def test_a_bfloat16_checkpoint_in_float16() -> None:

@@ -247,7 +247,10 @@ def optimizer_replaced(checked: Checked) -> Finding | None:
         path=checked.path("arguments", "optim"),
         message=f"{checked.training.optim!r} is not what trains: as it is offloaded, accelerate puts DeepSpeed's CPU "
         "Adam in its place.",
-        remedy='Use adamw_torch, or set "zero_force_ds_cpu_optimizer": false in the DeepSpeed config.',
+        # bitsandbytes' would then step on the CPU, which is not modelled.
+        remedy="Use adamw_torch."
+        if "8bit" in checked.training.optim
+        else 'Use adamw_torch, or set "zero_force_ds_cpu_optimizer": false in the DeepSpeed config.',
     )
 
 
@@ -388,14 +391,20 @@ def bf16_emulated(checked: Checked) -> Finding | None:
     gpu, setup = checked.gpu, checked.estimate.setup
     if gpu is None or gpu.supports_bf16 or gpu.is_cpu:
         return None
-    if setup.get("mixed_precision") != "bf16" and setup.get("dtype") != "bfloat16":
+    mixed = setup.get("mixed_precision")
+    # DeepSpeed and FSDP make fp16's type, or float32, of what is loaded.
+    are_weights = setup.get("dtype") == "bfloat16" and (mixed == "no" or checked.strategy.kind in ("single", "ddp"))
+    if mixed != "bf16" and not are_weights:
         return None
+    whose = "" if mixed == "bf16" else ", in which the weights are loaded"
+    load = "load the weights in float32"
     return Finding(
         code="bf16-emulated",
         severity="warning",
         path=_of_precision(checked, "bf16"),
-        message=f"{gpu.name} has no units for bfloat16: torch runs it all the same, emulated and several times slower.",
-        remedy="Use fp16.",
+        message=f"{gpu.name} has no units for bfloat16{whose}: torch runs it all the same, emulated and several times "
+        "slower.",
+        remedy=f"{load.capitalize()}." if whose else f"Use fp16, and {load}." if are_weights else "Use fp16.",
     )
 
 

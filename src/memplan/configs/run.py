@@ -589,7 +589,12 @@ def as_written(run: Run, training: TrainingSpec, error: SpecError | UnsupportedE
             value = f"{arguments.training[top]}"
             said = said.replace(f"{key}: {value} ", f"{key}: {value}, LLaMA-Factory's default, ", 1)
         return type(error)(said)
-    if engine is not None and any(name.endswith(".") and field.startswith(name) for name in engine.keys):
+    nested = [] if engine is None else [name for name in engine.keys if name.endswith(".")]
+    section = next((name for name in nested if engine and field in engine.strategy.get(name[:-1], ())), None)
+    if section is not None:  # estimates call it by its last name
+        error = type(error)(f"{section}{error}")
+        field = f"{section}{field}"
+    if engine is not None and any(field.startswith(name) for name in nested):
         return type(error)(in_keys(engine, str(error)))
     return error
 
