@@ -901,6 +901,14 @@ def test_a_wrong_argument_of_preflight_is_said(options: dict[str, Any]) -> None:
         memplan.preflight(llama(), on_failure="shout")  # type: ignore[arg-type]
 
 
+def test_arguments_beside_a_trainer_are_its_own(tmp_path: Path) -> None:
+    own = arguments(tmp_path)
+    trainer = transformers.Trainer(llama(), own)
+    assert memplan.preflight(trainer, own, cluster=TWO) == memplan.preflight(trainer, cluster=TWO)
+    with pytest.raises(PreflightError, match=r"args: are given beside a Trainer, which has its own\. Leave them out\."):
+        memplan.preflight(trainer, arguments(tmp_path), cluster=TWO)
+
+
 def test_a_mistake_of_memplan_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by zero")

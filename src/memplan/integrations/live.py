@@ -16,7 +16,7 @@ from typing import Any
 from memplan.architectures.registry import ALL_ATTENTION
 from memplan.catalog.detect import Device
 from memplan.configs.run import is_arguments
-from memplan.errors import UnsupportedError
+from memplan.errors import SpecError, UnsupportedError
 
 __all__ = [
     "Live",
@@ -75,9 +75,11 @@ class Live:
 def read(model: Any, args: Any = None) -> Live:
     """Read a model (or a Trainer, which has both) and what it is trained by.
 
-    Raises UnsupportedError for what memplan does not model.
+    Raises UnsupportedError for what memplan does not model, SpecError for arguments beside a Trainer.
     """
-    if args is None and hasattr(model, "args") and hasattr(model, "model"):
+    if hasattr(model, "args") and hasattr(model, "model"):
+        if args is not None and args is not model.args:
+            raise SpecError("args: are given beside a Trainer, which has its own. Leave them out.")
         return _beside(read(model.model, model.args), model)
     model = _unwrapped(model)
     values, said = _model(model)
