@@ -43,6 +43,8 @@ def test_commands_are_told_from_configs(text: str, expected: bool) -> None:
         ("python3 -m torch.distributed.launch --nproc_per_node 2 train.py --bf16", "torchrun", 2, None),
         ("srun torchrun --nproc_per_node 2 -m pkg.train --bf16", "torchrun", 2, None),
         ("accelerate launch --num_processes 8 --num_machines 2 train.py --bf16", "accelerate", 4, 2),
+        ("accelerate launch --num-processes 8 --num-machines=2 train.py --bf16 true", "accelerate", 4, 2),
+        ("python -m deepspeed.launcher.runner --num_gpus 4 train.py --bf16 true", "deepspeed", 4, None),
         ("FORCE_TORCHRUN=1 NPROC_PER_NODE=4 llamafactory-cli train --bf16 true", "llamafactory-cli", 4, None),
         ("--bf16 True", "", None, None),
         ("deepspeed --include localhost:0,1,3 --master_port 1 a.py --bf16", "deepspeed", 3, 1),

@@ -35,7 +35,7 @@ _TRUTH = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("n
 _LONGEST = 2**16
 """Letters of a script, and of what its variables come to: a variable may hold another one twice over."""
 _MOST_WORDS = 2_000
-_PER_NODE = ("nproc_per_node", "num_gpus", "num_processes", "nproc-per-node")
+_PER_NODE = ("nproc_per_node", "num_gpus", "num_processes")
 _NODES = ("nnodes", "num_nodes", "num_machines")
 _TAKES_ALL = ("deepspeed", "llamafactory-cli")
 """Launchers that start a process on every GPU that is visible, unless they are told how many."""
@@ -408,7 +408,8 @@ def _taken_apart(words: list[str], variables: Mapping[str, str], source: str) ->
     started = None
     if any(word.rsplit("/", 1)[-1] in _STARTS_SEVERAL for word in wrapper):
         started = _of_slurm(wrapper, _of_variables(environment))
-    options = _options(own, source)
+    # accelerate and torchrun take dashes for underscores.
+    options = {name.replace("-", "_"): value for name, value in _options(own, source).items()}
     return Command(launcher, options, _options(script, source), tuple(files), environment, started)
 
 
@@ -433,6 +434,8 @@ def _launcher(words: list[str]) -> tuple[str, list[str]]:
                 return "torchrun", rest[2:]
             if rest[:2] == ["-m", "accelerate.commands.launch"]:
                 return "accelerate", rest[2:]
+            if rest[:2] == ["-m", "deepspeed.launcher.runner"]:
+                return "deepspeed", rest[2:]
             return "python", rest
     return "", words
 
