@@ -254,3 +254,38 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
     found = checks.check(tmp_path / "run.sh", cluster={"gpu": "A100-80GB"})
     assert found.estimate is not None
     assert any("different numbers of GPUs" in each.source for each in found.estimate.assumptions)
+
+
+@pytest.mark.parametrize("said", [{}, {"packing": False}, {"max_length": 128}])
+def test_a_trainers_texts_are_padded_in_its_files_as_in_its_script(said: dict[str, Any]) -> None:
+    values = {"output_dir": "out", "bf16": True, **said}
+    asked = {"seq_len": 128, "dtype": "bfloat16"}
+    found = memplan.check(values, "google-t5/t5-small", asked, "1xA100-80GB")
+    assert found.estimate is not None
+    assert found.estimate.setup["packed"] is False
+    before = memplan.preflight("google-t5/t5-small", values, training=asked, cluster="1xA100-80GB")
+    assert before.check is not None
+    assert before.check.estimate == found.estimate
+    assert [each.code for each in found.findings] == ["padding"]
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["No"]}, "bf16": True}, "fsdp_config."),
+        (
+            {
+                "distributed_type": "FSDP",
+                "num_processes": 2,
+                "fsdp_config": {
+                    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                    "fsdp_transformer_layer_cls_to_wrap": "No",
+                },
+            },
+            "fsdp_config.fsdp_",
+        ),
+    ],
+)
+def test_an_error_of_the_engine_names_the_key(values: dict[str, Any], key: str) -> None:
+    with pytest.raises(SpecError, match=rf"^values: {key}transformer_layer_cls_to_wrap: 'No' is not a class"):
+        memplan.check({**values}, "gpt2", {"seq_len": 64}, "2xA100-80GB")

@@ -43,7 +43,13 @@ DEEPSPEED = {
     "bf16": {"enabled": True},
     "zero_optimization": {"stage": 2},
 }
-SFT = {"stage": "sft", "finetuning_type": "lora", "model_name_or_path": "./my-model", "output_dir": "out"}
+SFT = {
+    "stage": "sft",
+    "do_train": True,
+    "finetuning_type": "lora",
+    "model_name_or_path": "./my-model",
+    "output_dir": "out",
+}
 NO_ANSWERS = {"Result", "Answer", "Recipe"}
 """Of the modules of answers: what these are made with."""
 FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -152,6 +152,7 @@ def test_names_that_only_resemble_a_key_are_left_alone() -> None:
 
 def real_mismatches(config: dict[str, Any], arguments: dict[str, Any], gpus: int) -> list[str]:
     """Keys for which the Trainer raises ValueError, by its own method; it is told how many processes there are."""
+    from transformers import TrainingArguments
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
     from memplan.configs.argument_keys import DEFAULTS
@@ -160,13 +161,14 @@ def real_mismatches(config: dict[str, Any], arguments: dict[str, Any], gpus: int
     names += ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
     values = {name: arguments.get(name, DEFAULTS[name]) for name in names}
     off = {name: bool(arguments.get(name)) for name in ("fp16", "bf16", "fp16_full_eval", "bf16_full_eval")}
-    warmup = lambda steps: int(arguments.get("warmup_steps", 0))  # noqa: E731
-    fake = SimpleNamespace(**values, **off, world_size=gpus, save_on_each_node=False, get_warmup_steps=warmup)
+    fake = SimpleNamespace(**values, **off, world_size=gpus, save_on_each_node=False)
+    fake.warmup_steps = arguments.get("warmup_steps", 0)
+    fake.get_warmup_steps = lambda steps: TrainingArguments.get_warmup_steps(fake, steps)
     real = HfTrainerDeepSpeedConfig(json.loads(json.dumps(config)))
     real.trainer_config_process(fake)
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=64))
     try:
-        real.trainer_config_finalize(fake, model, 100)
+        real.trainer_config_finalize(fake, model, arguments["max_steps"])
     except ValueError as error:
         return re.findall(r"^- ds (\S+)=", str(error), re.MULTILINE)
     return []
@@ -190,8 +192,16 @@ def real_mismatches(config: dict[str, Any], arguments: dict[str, Any], gpus: int
                 },
             ),
             "scheduler": st.fixed_dictionaries(
-                {"type": st.just("WarmupLR")},
-                optional={"params": st.fixed_dictionaries({}, optional={"warmup_num_steps": st.sampled_from([1, 10])})},
+                {"type": st.just("WarmupDecayLR")},
+                optional={
+                    "params": st.fixed_dictionaries(
+                        {},
+                        optional={
+                            "warmup_num_steps": st.sampled_from([1, 10]),
+                            "total_num_steps": st.sampled_from(["auto", 40]),
+                        },
+                    )
+                },
             ),
         },
     ),
@@ -203,7 +213,8 @@ def real_mismatches(config: dict[str, Any], arguments: dict[str, Any], gpus: int
             "learning_rate": st.sampled_from([5e-5, 1e-4]),
             "adam_beta2": st.just(0.95),
             "bf16": st.booleans(),
-            "warmup_steps": st.sampled_from([0, 10]),
+            "warmup_steps": st.sampled_from([0, 10, 0.1, 0.25]),
+            "max_steps": st.sampled_from([40, 99]),  # without it, how many steps there are is not known
         },
     ),
     gpus=st.sampled_from([1, 2]),
@@ -215,7 +226,7 @@ def test_what_differs_from_the_arguments_is_what_the_trainer_refuses(
     from memplan.configs.run import read_run
 
     config = {"zero_optimization": {"stage": 2}, **numbers}
-    values = {**ARGUMENTS, "bf16": False, **asked}
+    values = {**ARGUMENTS, "bf16": False, "max_steps": 100, **asked}
     read = SimpleNamespace(raw={}, source="")
     read.raw = read_run({**values, "deepspeed": config}).raw
     checked: Any = SimpleNamespace(
@@ -262,8 +273,17 @@ def test_trl_takes_bf16_where_nothing_is_said(
     assert [each.code for each in found.findings if each.severity == "error"] == errors
     ddp = {"model_name_or_path": GPT2, "max_length": 64, "output_dir": "o", "use_peft": True}
     assert check(ddp).estimate.setup["mixed_precision"] == "bf16"  # type: ignore[union-attr]
-    of_llama_factory = {"stage": "sft", "model_name_or_path": GPT2, "template": "a", "packing": True}
+    of_llama_factory = {"stage": "sft", "do_train": True, "model_name_or_path": GPT2, "template": "a", "packing": True}
     assert not switched_on(of_llama_factory, "bf16")
+
+
+def test_steps_that_the_dataset_decides_differ_from_nothing() -> None:
+    scheduler = {"type": "WarmupDecayLR", "params": {"total_num_steps": 40, "warmup_num_steps": 7}}
+    config = {**zero(), "scheduler": scheduler}
+    assert codes(run(config, warmup_steps=0.1)) == []
+    found = the("trainer-mismatch", run(config, warmup_steps=0.1, max_steps=99))
+    assert "total_num_steps is 40, but max_steps is 99" in found.message
+    assert "warmup_num_steps is 7, but warmup_steps is 10" in found.message
 
 
 def test_a_mismatch_names_both_values() -> None:
@@ -396,6 +416,15 @@ def test_accelerate_puts_its_own_optimizer_in_place_of_others(
     assert codes(run(offloaded, optim=optim)) == ["optimizer-replaced"] * replaced
     assert codes(run(offloaded | {"zero_force_ds_cpu_optimizer": False}, optim=optim)) == []
     assert codes(run(zero(2), optim=optim)) == []
+
+
+@pytest.mark.parametrize("optim", sorted(findings._REPLACED_BY_ADAM))
+def test_what_keeps_an_optimizer_can_be_done(optim: str) -> None:
+    config = zero(2, offload_optimizer={"device": "cpu"})
+    found = the("optimizer-replaced", run(config, optim=optim))
+    if "zero_force_ds_cpu_optimizer" in found.remedy:
+        assert codes(run({**config, "zero_force_ds_cpu_optimizer": False}, optim=optim)) == []
+    assert codes(run(config, optim="adamw_torch")) == []
 
 
 def test_deepspeed_refuses_its_own_adagrad_on_the_cpu(cpu_optimizers: dict[str, type]) -> None:
@@ -537,6 +566,27 @@ def test_bf16_runs_where_it_is_emulated(t4: None) -> None:
     assert codes(run()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "remedy", "mended"),
+    [
+        ({"bf16": True}, "Use fp16, and load the weights in float32.", {"fp16": True, "dtype": "float32"}),
+        ({"bf16": True, "dtype": "float32"}, "Use fp16.", {"fp16": True, "dtype": "float32"}),
+        ({"fp16": True}, "Load the weights in float32.", {"fp16": True, "dtype": "float32"}),
+        ({}, "Load the weights in float32.", {"dtype": "float32"}),
+        ({"bf16": True, "deepspeed": zero()}, "Use fp16.", {"fp16": True, "deepspeed": zero()}),
+        ({"bf16": True, "fsdp": True}, "Use fp16.", {"fp16": True, "fsdp": True}),
+    ],
+)
+def test_a_bfloat16_checkpoint_where_it_is_emulated(
+    arguments: dict[str, Any], remedy: str, mended: dict[str, Any]
+) -> None:
+    """Under DeepSpeed and FSDP nothing of what is loaded stays in its type."""
+    values = {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "output_dir": "out", "max_length": 64, "packing": True}
+    of_trl, on_t4 = values | {"dtype": "bfloat16"}, {**CLUSTER, "gpu": "T4"}
+    assert the("bf16-emulated", {**of_trl, "bf16": False, **arguments}, on_t4).remedy == remedy
+    assert "bf16-emulated" not in codes({**of_trl, "bf16": False, **mended}, on_t4)
+
+
 def test_a_bfloat16_checkpoint_in_float16() -> None:
     import torch
 
@@ -624,6 +674,23 @@ def test_padding_is_to_the_longest_of_a_batch() -> None:
     assert not check(run(packed=False)).has_errors
     images = {"model_name_or_path": "google/vit-base-patch16-224", "output_dir": "out", "bf16": True, "max_steps": 3}
     assert codes(images) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("CUDA_VISIBLE_DEVICES=0,1 python", ["data-parallel"]),
+        ("CUDA_VISIBLE_DEVICES=1 python", []),
+        ("python", []),
+        ("CUDA_VISIBLE_DEVICES=$1 python", []),
+        ("CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc_per_node gpu", []),
+    ],
+)
+def test_a_trainer_with_several_gpus_takes_data_parallel(command: str, expected: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "run.sh"
+    arguments = f"--model_name_or_path {GPT2} --bf16 True --output_dir out --max_length 64 --packing True"
+    script.write_text(f"{command} train.py {arguments}\n")
+    assert [found.code for found in checks.check(script, cluster="A100-80GB").findings] == expected
 
 
 @pytest.mark.parametrize(
@@ -755,7 +822,7 @@ def test_a_precision_is_named_where_it_is_asked_for(tmp_path: Path, monkeypatch:
 
 
 def test_a_default_that_no_file_has_is_said_to_be_one() -> None:
-    values = {"stage": "sft", "finetuning_type": "lora", "model_name_or_path": GPT2, "bf16": True}
+    values = {"stage": "sft", "do_train": True, "finetuning_type": "lora", "model_name_or_path": GPT2, "bf16": True}
     with pytest.raises(SpecError, match=r"^values: cutoff_len: 2048, LLaMA-Factory's default, is longer"):
         check(values)
     with pytest.raises(SpecError, match=r"^values: cutoff_len: 4096 is longer"):

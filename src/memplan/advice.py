@@ -28,6 +28,7 @@ from memplan.space import (
     Setup,
     changed,
     checkpointed,
+    eval_batch_1,
     in_nf4,
     micro_batch_1,
     rungs,
@@ -96,9 +97,13 @@ def _in_bfloat16(setup: Setup) -> Setup | None:
 
 
 REMEDIES: tuple[tuple[Change, ...], ...] = (
+    (eval_batch_1,),
     (micro_batch_1,),
     (checkpointed,),
+    (micro_batch_1, eval_batch_1),
+    (checkpointed, eval_batch_1),
     (micro_batch_1, checkpointed),
+    (micro_batch_1, checkpointed, eval_batch_1),
     (checkpointed, with_liger),
     (checkpointed, with_liger, with_8bit_adam),
     (with_lora,),
@@ -160,33 +165,42 @@ def cures_of(case: Case, asked: Setup) -> tuple[str, ...]:
     """
     if not isinstance(case.cluster.gpu, GPUSpec):
         return ()
-    changed_in_place = [all_changed(asked, changes) for changes in REMEDIES]
-    others = [less for less in changed_in_place if less is not None and case.computes_in(less)]
-    alike = [less for less in others if _trains_alike(asked, less)]
-    alike += [less for less in rungs(case.with_nvme(asked))[1:] if less not in alike and not _is_back(asked, less)]
-    others = [less for less in others if less not in alike]
+    less_of = {changes: all_changed(asked, changes) for changes in REMEDIES}
+    others = [(changes, less) for changes, less in less_of.items() if less is not None and case.computes_in(less)]
+    alike = [(changes, less) for changes, less in others if _trains_alike(asked, less)]
+    others = [each for each in others if each not in alike]
+    known = [less for _, less in alike]
+    ladder = [less for less in rungs(case.with_nvme(asked))[1:] if less not in known and not _is_back(asked, less)]
     before: list[float] = []
 
-    def fitting(setups: Sequence[Setup], limit: int) -> list[str]:
+    def fitting(ways: Sequence[tuple[Sequence[Change], Setup]], limit: int) -> list[str]:
         found: list[tuple[float, str]] = []
-        for less in setups:
-            if len(found) < limit and (needs := _needs(case, less)) is not None:
-                # Of what was estimated, whose play is there.
-                before[:] = before or [case.seconds(asked, as_written=False)]
-                seconds = case.seconds(less, as_written=False)
-                cost = _cost(seconds / before[0])
-                found.append((seconds, f"{_in_arguments(asked, less)}: {gib(needs)} GiB, fits, {cost}"))
+        enough: list[set[Change]] = []
+        for changes, less in ways:
+            if len(found) == limit or any(fewer <= set(changes) for fewer in enough):
+                continue
+            if (needs := _needs(case, less)) is None:
+                continue
+            if changes:
+                enough.append(set(changes))
+            # Of what was estimated, whose play is there.
+            before[:] = before or [case.seconds(asked, as_written=False)]
+            seconds = case.seconds(less, as_written=False)
+            cost = _cost(seconds / before[0])
+            found.append((seconds, f"{_in_arguments(asked, less)}: {gib(needs)} GiB, fits, {cost}"))
         return [said for _, said in sorted(found)]
 
-    return (*fitting(alike, 2), *fitting(others, 1))
+    return (*fitting([*alike, *(((), less) for less in ladder)], 2), *fitting(others, 1))
 
 
 def _cost(ratio: float) -> str:
     """How long a step takes, beside another's.
 
-    >>> _cost(1.3), _cost(0.9), _cost(1200)
-    ('about 30% slower', 'about 10% faster', 'takes about 1,200 times as long')
+    >>> _cost(1.3), _cost(0.9), _cost(1.001), _cost(1200)
+    ('about 30% slower', 'about 10% faster', 'as fast', 'takes about 1,200 times as long')
     """
+    if abs(ratio - 1) < 0.005:
+        return "as fast"
     if ratio >= 3:
         return f"takes about {ratio:,.0f} times as long"
     return f"about {abs(ratio - 1):.0%} {'slower' if ratio > 1 else 'faster'}"
@@ -234,6 +248,7 @@ def _trains_alike(asked: Setup, less: Setup) -> bool:
 
 _ARGUMENTS = {
     "micro_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
     "grad_accum_steps": "gradient_accumulation_steps",
     "liger": "use_liger_kernel",
     "seq_len": "max_length",

@@ -149,7 +149,7 @@ def _checked(
     setup = Setup(merged, spread, case.cluster.gpus)
     try:
         estimated = case.with_time(setup, case.estimate(setup))
-    except SpecError as error:
+    except (SpecError, UnsupportedError) as error:
         raise runs.as_written(run, asked, error) from None
     estimated = estimated.model_copy(update={"assumptions": (*estimated.assumptions, *notes)})
     if batches is not None:
@@ -448,16 +448,14 @@ def as_files(run: Live, training: TrainingSpec) -> tuple[Run, Any, TrainingSpec]
     from memplan.configs.arguments import parse_arguments
     from memplan.configs.run import Run, read_run
 
-    known = dict(run.assumed)
+    known: dict[str, Any] = {}
     if run.of_a_trainer:
         files = read_run(run.said, _OF_OBJECTS)
-        if files.arguments is not None:
-            known = {name: value for name, value in known.items() if name not in files.arguments.training}
     else:
         files = Run("the script")
         of_a_trainer = parse_arguments({}, "model").training
         said = parse_arguments(run.said, "model").training
-        known |= {name: value for name, value in said.items() if name not in of_a_trainer}
+        known = {name: value for name, value in said.items() if name not in of_a_trainer}
     if run.engine is not None:
         engine = read_run(run.engine, "config")
         if engine.arguments is not None:  # a file with TrainingArguments, or a folder
@@ -525,6 +523,7 @@ def _here(spec: ClusterSpec, run: Live) -> tuple[ClusterSpec, list[Finding]]:
     """The cluster that is given, or this machine with what is free now, and the launcher's ranks; and what is to be
     said of it.
     """
+    from memplan import findings
     from memplan.integrations import live
 
     fields: dict[str, Any] = {}
@@ -540,7 +539,7 @@ def _here(spec: ClusterSpec, run: Live) -> tuple[ClusterSpec, list[Finding]]:
     if launched is None and "gpus" not in spec.model_fields_set:
         fields["gpus"] = 1
         if count > 1 and run.of_a_trainer:
-            found.append(_data_parallel(count))
+            found.append(findings.data_parallel_of(count))
     return spec.replace(**fields), found
 
 
@@ -573,17 +572,6 @@ def _free_gpus() -> dict[str, Any]:
     visible = visible_devices(devices)
     free = min(live.free_memory(device, context) for device in visible)
     return {"gpu": gpu, "gpu_memory": free, "devices": len(visible)}
-
-
-def _data_parallel(count: int) -> Finding:
-    return Finding(
-        code="data-parallel",
-        severity="warning",
-        path="launcher",
-        message=f"{count} GPUs are visible and no launcher has started ranks: the Trainer takes nn.DataParallel, whose "
-        "first GPU holds more than the others. What one GPU needs by itself was estimated.",
-        remedy="Start the script by torchrun or accelerate launch, or leave one GPU by CUDA_VISIBLE_DEVICES.",
-    )
 
 
 def installed_software() -> SoftwareSpec:

@@ -16,6 +16,7 @@ from memplan.answers import Finding
 from memplan.architectures.nn import checkpoints_calls
 from memplan.configs.argument_keys import DEFAULTS
 from memplan.configs.arguments import argument, switched_on
+from memplan.configs.command import visible_gpus
 from memplan.configs.run import Run
 from memplan.configs.section import quoted
 from memplan.engines.zero3 import attributes_recomputed
@@ -34,7 +35,7 @@ from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
 from memplan.units import gib
 
-__all__ = ["CHECKS", "Checked", "find", "memory_finding", "quantized_full", "sorted_by_severity"]
+__all__ = ["CHECKS", "Checked", "data_parallel_of", "find", "memory_finding", "quantized_full", "sorted_by_severity"]
 
 _SEVERITY = ("error", "warning", "info")
 
@@ -129,10 +130,13 @@ def trainer_mismatch(checked: Checked) -> Finding | None:
     for precision in _PRECISIONS:
         on = switched_on(arguments, precision) or bool(arguments.get(f"{precision}_full_eval"))
         wanted[f"{precision}.enabled"] = (precision, on)
-    warmup = argument(arguments, "warmup_steps")
-    whole = isinstance(warmup, (int, float)) and (1 <= warmup < math.inf or warmup == 0)
-    if whole and "warmup_ratio" not in arguments:
-        wanted["scheduler.params.warmup_num_steps"] = ("warmup_steps", max(1, int(warmup)))
+    total_steps = arguments.get("max_steps")  # without it how many there are is known by the dataset alone
+    total_steps = total_steps if isinstance(total_steps, int) and total_steps > 0 else None
+    if total_steps is not None:
+        wanted["scheduler.params.total_num_steps"] = ("max_steps", total_steps)
+    warmup = _warmup(argument(arguments, "warmup_steps"), total_steps)
+    if warmup is not None and "warmup_ratio" not in arguments:
+        wanted["scheduler.params.warmup_num_steps"] = ("warmup_steps", max(1, warmup))
     found = [
         (key, value, name, theirs)
         for key, (name, theirs) in wanted.items()
@@ -154,6 +158,15 @@ def trainer_mismatch(checked: Checked) -> Finding | None:
         if kind == "deepspeed"
         else "Leave it out of the accelerate config, or give the Trainer the same.",
     )
+
+
+def _warmup(steps: object, total: int | None) -> int | None:
+    """``TrainingArguments.get_warmup_steps``: below 1 it is a share of all steps; None if those are not known."""
+    if isinstance(steps, bool) or not isinstance(steps, (int, float)) or not 0 <= steps < math.inf:
+        return None
+    if steps >= 1 or steps == 0:
+        return int(steps)
+    return None if total is None else math.ceil(total * steps)
 
 
 _IN_PLUGIN = {
@@ -234,7 +247,10 @@ def optimizer_replaced(checked: Checked) -> Finding | None:
         path=checked.path("arguments", "optim"),
         message=f"{checked.training.optim!r} is not what trains: as it is offloaded, accelerate puts DeepSpeed's CPU "
         "Adam in its place.",
-        remedy='Use adamw_torch, or set "zero_force_ds_cpu_optimizer": false in the DeepSpeed config.',
+        # bitsandbytes' would then step on the CPU, which is not modelled.
+        remedy="Use adamw_torch."
+        if "8bit" in checked.training.optim
+        else 'Use adamw_torch, or set "zero_force_ds_cpu_optimizer": false in the DeepSpeed config.',
     )
 
 
@@ -262,6 +278,29 @@ def device_map(checked: Checked) -> Finding | None:
         path=checked.path("arguments", "device_map"),
         message=message,
         remedy="Leave it out: every rank puts the model on its own GPU.",
+    )
+
+
+def data_parallel(checked: Checked) -> Finding | None:
+    """``Trainer._wrap_model`` takes nn.DataParallel where it has several GPUs, and no engine."""
+    count = visible_gpus(checked.run.environment)
+    several = checked.run.launcher == "python" and count is not None and count > 1
+    if not several or not checked.arguments or checked.strategy.kind != "single" or checked.cluster.gpus > 1:
+        return None
+    if checked.arguments.get("device_map") or checked.arguments.get("load_in_8bit"):  # which are no DataParallel's
+        return None
+    return data_parallel_of(count or 0)
+
+
+def data_parallel_of(count: int) -> Finding:
+    """What is to be said of a process that has several GPUs to itself."""
+    return Finding(
+        code="data-parallel",
+        severity="warning",
+        path="launcher",
+        message=f"{count} GPUs are visible and no launcher has started ranks: the Trainer takes nn.DataParallel, whose "
+        "first GPU holds more than the others. What one GPU needs by itself was estimated.",
+        remedy="Start the script by torchrun or accelerate launch, or leave one GPU by CUDA_VISIBLE_DEVICES.",
     )
 
 
@@ -352,14 +391,20 @@ def bf16_emulated(checked: Checked) -> Finding | None:
     gpu, setup = checked.gpu, checked.estimate.setup
     if gpu is None or gpu.supports_bf16 or gpu.is_cpu:
         return None
-    if setup.get("mixed_precision") != "bf16" and setup.get("dtype") != "bfloat16":
+    mixed = setup.get("mixed_precision")
+    # DeepSpeed and FSDP make fp16's type, or float32, of what is loaded.
+    are_weights = setup.get("dtype") == "bfloat16" and (mixed == "no" or checked.strategy.kind in ("single", "ddp"))
+    if mixed != "bf16" and not are_weights:
         return None
+    whose = "" if mixed == "bf16" else ", in which the weights are loaded"
+    load = "load the weights in float32"
     return Finding(
         code="bf16-emulated",
         severity="warning",
         path=_of_precision(checked, "bf16"),
-        message=f"{gpu.name} has no units for bfloat16: torch runs it all the same, emulated and several times slower.",
-        remedy="Use fp16.",
+        message=f"{gpu.name} has no units for bfloat16{whose}: torch runs it all the same, emulated and several times "
+        "slower.",
+        remedy=f"{load.capitalize()}." if whose else f"Use fp16, and {load}." if are_weights else "Use fp16.",
     )
 
 
@@ -591,6 +636,7 @@ CHECKS: tuple[Callable[[Checked], Finding | None], ...] = (
     scheduler_warmup_steps,
     optimizer_replaced,
     device_map,
+    data_parallel,
     host_memory,
     save_needs_more,
     offload_param_ignored,

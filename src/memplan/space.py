@@ -102,6 +102,13 @@ def micro_batch_1(setup: Setup) -> Setup | None:
     return with_micro_batch(setup, 1)
 
 
+def eval_batch_1(setup: Setup) -> Setup | None:
+    """Evaluation one sequence at a time, whose metrics stay the same."""
+    if setup.training.task != "train" or setup.training.eval_batch_size in (None, 1):
+        return None
+    return changed(setup, eval_batch_size=1)
+
+
 def checkpointed(setup: Setup) -> Setup | None:
     """Checkpointing on, unless it was switched on or off by hand."""
     if setup.training.task != "train" or "gradient_checkpointing" in setup.training.model_fields_set:

@@ -29,7 +29,7 @@ NAMES = [
 ]
 SEEDS: tuple[dict[str, Any], ...] = (
     {"model_name_or_path": "gpt2", "per_device_train_batch_size": 1, "seq_len": 8},
-    {"stage": "sft", "finetuning_type": "lora", "model_name_or_path": "gpt2", "cutoff_len": 8},
+    {"stage": "sft", "do_train": True, "finetuning_type": "lora", "model_name_or_path": "gpt2", "cutoff_len": 8},
     {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1},
     {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_version": 2}},
     {},

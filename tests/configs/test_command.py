@@ -43,6 +43,8 @@ def test_commands_are_told_from_configs(text: str, expected: bool) -> None:
         ("python3 -m torch.distributed.launch --nproc_per_node 2 train.py --bf16", "torchrun", 2, None),
         ("srun torchrun --nproc_per_node 2 -m pkg.train --bf16", "torchrun", 2, None),
         ("accelerate launch --num_processes 8 --num_machines 2 train.py --bf16", "accelerate", 4, 2),
+        ("accelerate launch --num-processes 8 --num-machines=2 train.py --bf16 true", "accelerate", 4, 2),
+        ("python -m deepspeed.launcher.runner --num_gpus 4 train.py --bf16 true", "deepspeed", 4, None),
         ("FORCE_TORCHRUN=1 NPROC_PER_NODE=4 llamafactory-cli train --bf16 true", "llamafactory-cli", 4, None),
         ("--bf16 True", "", None, None),
         ("deepspeed --include localhost:0,1,3 --master_port 1 a.py --bf16", "deepspeed", 3, 1),
@@ -122,7 +124,15 @@ def test_a_shell_that_is_started_on_each_node() -> None:
     assert command.arguments == {"output_dir": "o", "max_steps": 3}
 
 
-@pytest.mark.parametrize("text", ["trl sft --bf16 True", "axolotl train a.yaml", "tune run a --config b.yaml"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "trl sft --bf16 True",
+        "axolotl train a.yaml",
+        "tune run a --config b.yaml",
+        "NPROC_PER_NODE=8 swift sft --bf16 true",
+    ],
+)
 def test_commands_with_defaults_of_their_own_are_refused_by_name(text: str) -> None:
     with pytest.raises(UnsupportedError, match="its defaults are its own"):
         parse_command(text, "run.sh")
@@ -196,4 +206,67 @@ _OF_SLURM = "torchrun --nproc_per_node 8 --nnodes $SLURM_NNODES a.py --bf16"
     ],
 )  # fmt: skip
 def test_only_what_is_said_is_known_of_the_ranks(text: str, cluster: dict[str, int]) -> None:
+    assert parse_command(text, "run.sh").cluster == cluster
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{} >log.txt",
+        "{} > 'my log.txt' 2>&1",
+        "{} 2>/dev/null",
+        "{} &>> log.txt",
+        "{} </dev/null",
+        "{} > >(tee log.txt) 2>&1 &",
+        "{} |& tee log.txt",
+        "{}; echo done",
+        "cd there && {} || exit 1",
+        "({})",
+        "if [ -d there ]; then {}; fi",
+        "train() {{ {}; }}",
+        "bash -c 'cd there; {} | tee log.txt'",
+    ],
+)
+def test_what_a_shell_takes_for_itself_is_no_argument(text: str) -> None:
+    command = "torchrun --nproc_per_node $(nvidia-smi -L | wc -l) --nnodes 2 train.py --bf16 True --fp16 False"
+    found = parse_command("#!/bin/bash\n" + text.format(command), "run.sh")
+    assert dict(found.arguments) == {"bf16": True, "fp16": False}
+    assert found.options == {"nproc_per_node": "$(nvidia-smi -L | wc -l)", "nnodes": 2}
+
+
+def test_quotes_and_templates_are_no_redirections() -> None:
+    words = "python train.py --run_name 'a > b; c' --model_name_or_path <model> --note ${A:-x|y} --tag a\\;b"
+    found = parse_command(words, "run.sh").arguments
+    expected = {"run_name": "a > b; c", "model_name_or_path": "<model>", "note": "x|y", "tag": "a;b"}
+    assert dict(found) == expected
+
+
+def test_a_command_that_variables_hold() -> None:
+    text = 'LAUNCHER="torchrun --nproc_per_node 4"\nARGS=" --bf16 True "\nCMD="$LAUNCHER train.py $ARGS"\nsrun $CMD \\'
+    command = parse_command(text, "run.sh")
+    assert (command.launcher, command.options, dict(command.arguments)) == (
+        "torchrun",
+        {"nproc_per_node": 4},
+        {"bf16": True},
+    )
+
+
+def test_a_switch_has_one_value() -> None:
+    with pytest.raises(SpecError, match=r"run\.sh: bf16: 'False twice' is more than one value\. Write one\."):
+        parse_command("python train.py --bf16 False twice", "run.sh")
+
+
+@pytest.mark.parametrize(
+    ("text", "cluster"),
+    [
+        ("export CUDA_VISIBLE_DEVICES=0,1,2,3\ndeepspeed train.py --bf16", {"gpus": 4, "nodes": 1}),
+        ("CUDA_VISIBLE_DEVICES=0,1 deepspeed --num_gpus 1 train.py --bf16", {"gpus": 1, "nodes": 1}),
+        ("CUDA_VISIBLE_DEVICES=4,5 torchrun --nproc_per_node gpu train.py --bf16", {"gpus": 2, "nodes": 1}),
+        ("CUDA_VISIBLE_DEVICES=$IDS torchrun --nproc_per_node gpu train.py --bf16", {"nodes": 1}),
+        ("CUDA_VISIBLE_DEVICES=0,1 llamafactory-cli train a.yaml", {"gpus": 2, "nodes": 1}),
+        ("NNODES=2 NPROC_PER_NODE=4 CUDA_VISIBLE_DEVICES=0,1 llamafactory-cli train a.yaml", {"gpus": 8, "nodes": 2}),
+        ("NNODES=$N NPROC_PER_NODE=4 llamafactory-cli train a.yaml", {"per_node": 4}),
+    ],
+)
+def test_gpus_that_are_visible_and_what_llama_factory_is_told(text: str, cluster: dict[str, int]) -> None:
     assert parse_command(text, "run.sh").cluster == cluster

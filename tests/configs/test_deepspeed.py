@@ -412,7 +412,7 @@ def notes_of(config: Mapping[str, Any], **options: Any) -> list[str]:
         ({**BASE}, "no zero_optimization: stage 0"),
         ({**zero(stage=1), "_comment": "mine"}, "ds.json: DeepSpeed does not know _comment, and ignores it"),
         (zero(stage="auto"), '"auto" as a stage: accelerate makes it 2'),
-        (zero(stage=1), "neither bf16 nor fp16 is there: DeepSpeed trains in float32"),
+        (zero(stage=1), "neither bf16 nor fp16 is there: DeepSpeed trains weights in the type they are loaded in"),
         ({**zero(stage=1), "activation_checkpointing": {"cpu_checkpointing": True}}, "gradient_checkpointing is what"),
     ],
     ids=shown,

@@ -9,10 +9,17 @@ import pytest
 from memplan.answers import Finding
 from memplan.configs.arguments import parse_arguments
 from memplan.configs.llama_factory import is_llama_factory, known_names, to_arguments
+from memplan.configs.run import read_run
 from memplan.errors import SpecError, UnsupportedError
 from memplan.specs.training import TrainingSpec
 
-SFT: dict[str, Any] = {"stage": "sft", "model_name_or_path": "a/b", "template": "llama3", "bf16": True}
+SFT: dict[str, Any] = {
+    "stage": "sft",
+    "do_train": True,
+    "model_name_or_path": "a/b",
+    "template": "llama3",
+    "bf16": True,
+}
 
 
 def training(shards: bool = False, **values: Any) -> TrainingSpec:
@@ -76,7 +83,11 @@ def test_quantized_weights_stay_in_their_type() -> None:
         {"quantization_bit": 4, "quantization_method": "hqq"},
         {"flash_attn": "fa3"},
         {"pure_bf16": True},
+        {"use_kt": True},
+        {"tensor_model_parallel_size": 1},
+        {"pipeline_model_parallel_size": 4},
         {"do_train": False},
+        {"do_predict": True, "do_train": None},
     ],
 )
 def test_what_is_not_modelled_is_refused_by_name(values: dict[str, Any]) -> None:
@@ -120,7 +131,7 @@ def test_they_are_told_from_other_arguments(values: dict[str, Any], expected: bo
 def test_a_misspelt_argument_is_refused(name: str, near: str | None) -> None:
     """LLaMA-Factory's parser is transformers', which takes no more than its dataclasses have."""
     found: list[Finding] = []
-    data = {"stage": "sft", "model_name_or_path": "gpt2", "bf16": True, name: 1}
+    data = {"stage": "sft", "do_train": True, "model_name_or_path": "gpt2", "bf16": True, name: 1}
     parse_arguments(to_arguments(data, "a.yaml", shards=False), "a.yaml", found, known=known_names())
     if near is None:
         assert found == []
@@ -128,3 +139,23 @@ def test_a_misspelt_argument_is_refused(name: str, near: str | None) -> None:
     assert [(each.code, each.severity, each.remedy) for each in found] == [
         ("misspelt-argument", "error", f"Did you mean {near}?")
     ]
+
+
+def test_what_does_not_train_is_no_run() -> None:
+    """As files for inference and export are: a model, a template and no more."""
+    with pytest.raises(UnsupportedError, match=r"lf\.yaml: do_train: missing: LLaMA-Factory trains only if it is true"):
+        to_arguments(
+            {"model_name_or_path": "a/b", "template": "qwen3", "infer_backend": "vllm"}, "lf.yaml", shards=False
+        )
+
+
+def test_version_1_is_refused_by_name() -> None:
+    values = {
+        "model": "a/b",
+        "model_class": "llm",
+        "dist_config": {"name": "fsdp2"},
+        "output_dir": "o",
+        "cutoff_len": 8,
+    }
+    with pytest.raises(UnsupportedError, match="a config of LLaMA-Factory's v1 is not read"):
+        read_run(values)

@@ -13,7 +13,7 @@ from memplan import cli
 from memplan.errors import MemplanError
 
 RUN = {"output_dir": "out", "per_device_train_batch_size": 1, "model_name_or_path": "gpt2"}
-FACTORY = {"stage": "sft", "finetuning_type": "lora", "model_name_or_path": "gpt2"}
+FACTORY = {"stage": "sft", "do_train": True, "finetuning_type": "lora", "model_name_or_path": "gpt2"}
 ACCELERATE = {"distributed_type": "FSDP", "num_processes": 2}
 
 

@@ -37,7 +37,7 @@ def setup(config: object, gpus: int = 2, **options: Any) -> tuple[TrainingSpec, 
         ({"per_device_train_batch_size": 4}, ["arguments"]),
         ({**ARGUMENTS, "deepspeed": AUTO}, ["arguments", "deepspeed"]),
         ({**ARGUMENTS, "fsdp": True, "fsdp_config": {"version": 2}}, ["arguments"]),
-        ({"stage": "sft", "finetuning_type": "full", "model_name_or_path": "gpt2"}, ["arguments"]),
+        ({"stage": "sft", "do_train": True, "finetuning_type": "full", "model_name_or_path": "gpt2"}, ["arguments"]),
         (
             ["--model_name_or_path", "gpt2", "--bf16", "True", "--deepspeed", json.dumps(AUTO)],
             ["arguments", "deepspeed"],
@@ -136,7 +136,9 @@ def test_an_accelerate_launch_brings_its_config(tmp_path: Path) -> None:
 
 
 def test_llama_factory_takes_a_yaml_and_what_wins_over_it(tmp_path: Path) -> None:
-    (tmp_path / "sft.yaml").write_text("stage: sft\nmodel_name_or_path: gpt2\nbf16: true\ncutoff_len: 128\n")
+    (tmp_path / "sft.yaml").write_text(
+        "stage: sft\ndo_train: true\nmodel_name_or_path: gpt2\nbf16: true\ncutoff_len: 128\n"
+    )
     (tmp_path / "run.sh").write_text("llamafactory-cli train sft.yaml cutoff_len=64 lora_rank=4\n")
     run = read_run(tmp_path / "run.sh")
     training, _, _ = setup_of(run, TrainingSpec(), {}, 1, [])
@@ -166,3 +168,44 @@ def test_values_are_not_changed() -> None:
     before = json.dumps(values)
     assert isinstance(read_run(values), Run)
     assert json.dumps(values) == before
+
+
+_RECIPE = "model_name_or_path: gpt2\noutput_dir: out\nbf16: true\nmax_length: 64\nper_device_train_batch_size: 2\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "batch"),
+    [
+        ("--config recipe.yaml", 2),
+        ("--config=recipe.yaml --per_device_train_batch_size 3", 3),
+        ("recipe.yaml per_device_train_batch_size=4", 4),
+    ],
+)
+def test_a_script_is_given_a_file_of_arguments(given: str, batch: int, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(_RECIPE)
+    path = tmp_path / "run.sh"
+    path.write_text(f"#!/bin/bash\ntorchrun --nproc_per_node 2 sft.py {given}\n")
+    run = read_run(path)
+    assert run.arguments is not None
+    assert (run.model, run.arguments.training["micro_batch_size"]) == ("gpt2", batch)
+    assert run.cluster == {"gpus": 2, "nodes": 1}
+    assert run.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("base_model: gpt2\nsequence_len: 64\nadapter: lora\n", UnsupportedError, "an axolotl config is not read"),
+        ("distributed_type: MULTI_GPU\n", SpecError, "holds no arguments of a script, but accelerate launch's config"),
+        ("zero_optimization: {stage: 2}\n", SpecError, "holds no arguments of a script, but DeepSpeed's config"),
+    ],
+)
+@pytest.mark.parametrize("given", ["-m axolotl.cli.train other.yml", "train.py --config other.yml"])
+def test_a_file_that_holds_no_arguments_is_not_read_as_some(
+    given: str, text: str, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "other.yml").write_text(text)
+    path = tmp_path / "run.sh"
+    path.write_text(f"#!/bin/bash\naccelerate launch --num_processes 2 {given}\n")
+    with pytest.raises(error, match=message):
+        read_run(path)

@@ -148,7 +148,7 @@ CASES: dict[str, Wild] = {
     "zephyr_qlora.yaml": Wild(
         "huggingface/alignment-handbook, recipes/zephyr-7b-beta/sft/config_qlora.yaml",
         "QLoRA of TRL, FlashAttention with padding; a mixture of data sets in a nested section",
-        refused="attn: 'flash_attention_2' with padding (unpadding copies) is not modelled",
+        refused="attn_implementation: 'flash_attention_2' with padding (unpadding copies) is not modelled",
         **OWN,
     ),
     "peft_qlora_zero3.yaml": Wild(

@@ -166,8 +166,14 @@ _RUNS: tuple[dict[str, Any], ...] = (
     {"per_device_train_batch_size": 1, "max_length": 16, "output_dir": "out", "use_peft": True, "load_in_4bit": True},
     {"max_length": 16, "output_dir": "out", "use_peft": True, "lora_target_modules": ".*(q|v)_proj", "packing": True},
     {"max_length": 16, "output_dir": "out", "use_peft": True, "lora_target_modules": "(.*)*x", "bf16": True},
-    {"stage": "sft", "finetuning_type": "lora", "cutoff_len": 16, "model_name_or_path": "gpt2"},
-    {"stage": "pt", "finetuning_type": "full", "cutoff_len": 16, "deepspeed": {"zero_optimization": {"stage": 3}}},
+    {"stage": "sft", "do_train": True, "finetuning_type": "lora", "cutoff_len": 16, "model_name_or_path": "gpt2"},
+    {
+        "stage": "pt",
+        "do_train": True,
+        "finetuning_type": "full",
+        "cutoff_len": 16,
+        "deepspeed": {"zero_optimization": {"stage": 3}},
+    },
     {"per_device_train_batch_size": 1, "output_dir": "out", "fsdp": "full_shard", "fsdp_config": {"version": 2}},
 )
 

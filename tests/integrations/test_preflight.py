@@ -845,6 +845,25 @@ def test_a_remedy_that_is_named_fits(tmp_path: Path) -> None:
     assert named.count("GiB, fits") == 3
 
 
+@pytest.mark.parametrize(
+    ("batch", "remedy"),
+    [
+        (1, {"per_device_eval_batch_size": 1}),
+        (8, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "per_device_eval_batch_size": 1}),
+    ],
+)
+def test_an_evaluation_that_does_not_fit_has_its_own_remedy(batch: int, remedy: dict[str, int]) -> None:
+    values = {"output_dir": "out", "bf16": True, "eval_strategy": "epoch", "per_device_train_batch_size": batch}
+    here: dict[str, Any] = {"training": {"seq_len": 2048}, "cluster": "1xRTX 3090"}
+    with pytest.raises(PreflightError) as raised:
+        memplan.preflight("Qwen/Qwen2.5-0.5B", values, **here)
+    named = ", ".join(f"{name}={value}" for name, value in remedy.items())
+    assert f"What fits: {named}: " in raised.value.findings[0].remedy
+    mended = memplan.preflight("Qwen/Qwen2.5-0.5B", {**values, **remedy}, **here)
+    assert mended.check is not None
+    assert mended.check.verdict == "fits"
+
+
 def test_warn(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="memplan: memory: The run needs"):
         assert too_large(tmp_path, on_failure="warn").errors
@@ -880,6 +899,14 @@ def test_a_wrong_argument_of_preflight_is_said(options: dict[str, Any]) -> None:
         memplan.preflight(llama(), **options)
     with pytest.raises(SpecError, match="on_failure: 'shout' is not known"):
         memplan.preflight(llama(), on_failure="shout")  # type: ignore[arg-type]
+
+
+def test_arguments_beside_a_trainer_are_its_own(tmp_path: Path) -> None:
+    own = arguments(tmp_path)
+    trainer = transformers.Trainer(llama(), own)
+    assert memplan.preflight(trainer, own, cluster=TWO) == memplan.preflight(trainer, cluster=TWO)
+    with pytest.raises(PreflightError, match=r"args: are given beside a Trainer, which has its own\. Leave them out\."):
+        memplan.preflight(trainer, arguments(tmp_path), cluster=TWO)
 
 
 def test_a_mistake_of_memplan_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def of_options(options: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
     Without ``distributed_type``, neither says how many processes share the work: that is what GPUs there are.
     Source: accelerate 1.15 ``commands/launch.py``, ``_validate_launch_command``.
     """
-    given = {name.replace("-", "_"): value for name, value in options.items()}
+    given = dict(options)
     merged = dict(config)
     kind = next((kind for flag, kind in _FLAGS.items() if given.get(flag)), None)
     if kind is not None:

@@ -49,6 +49,7 @@ FOUR_BIT = "load_in_4bit"
 _IN_4_BITS = (FOUR_BIT, "q_lora", "use_4bit_quantization")
 _IN_8_BITS = ("load_in_8bit", "use_8bit_quantization")
 _KNOWN = TRAINING_ARGUMENTS | SCRIPT_ARGUMENTS
+_ATTENTION = ("attn_implementation", "use_flash_attn", "use_flash_attention_2")
 _EVAL_ONLY = ("bf16_full_eval", "fp16_full_eval")
 
 
@@ -121,7 +122,7 @@ def _keys(data: Mapping[str, Any]) -> dict[str, str]:
         "micro_batch_size": "per_device_train_batch_size",
         "grad_accum_steps": "gradient_accumulation_steps",
         "eval_batch_size": "per_device_eval_batch_size",
-        "attn": "attn_implementation",
+        "attn": next((name for name in _ATTENTION if data.get(name) is not None), _ATTENTION[0]),
         "seq_len": length,
         **{f"ddp.{field}": name for name, field in DDP.items()},
         **{f"lora.{field}": name for field, name in lora.items()},
@@ -326,12 +327,11 @@ def _mixed_precision(data: Mapping[str, Any], source: str) -> str:
 
 
 def _sequences(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Scripts pad, unless they are told to pack; run_clm.py cuts blocks from one stream of tokens."""
     name = next((name for name in LENGTHS if data.get(name) is not None), None)
-    if name is None:
-        return {}
     packed = _first(data, "packed", "packing")
-    # run_clm.py cuts blocks from one stream of tokens; the other scripts pad, unless they are told to pack.
-    return {"seq_len": data[name], "packed": bool(name == "block_size" if packed is None else packed)}
+    found = {"packed": bool(name == "block_size" if packed is None else packed)}
+    return found if name is None else {"seq_len": data[name], **found}
 
 
 def _model(data: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -340,8 +340,7 @@ def _model(data: Mapping[str, Any], source: str) -> dict[str, Any]:
     dtype = _first(data, "dtype", "torch_dtype", "bnb_4bit_quant_storage_dtype")
     if dtype is not None:
         found["dtype"] = str(dtype).removeprefix("torch.")
-    attn = _first(data, "attn_implementation")
-    flash = _first(data, "use_flash_attn", "use_flash_attention_2")
+    attn, flash = data.get(_ATTENTION[0]), _first(data, *_ATTENTION[1:])
     if attn is not None or flash:
         found["attn"] = attn if attn is not None else "flash_attention_2"
     if data.get("vocab_size") is not None:

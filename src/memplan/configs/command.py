@@ -14,7 +14,7 @@ from typing import Any
 from memplan.configs.argument_keys import SCRIPT_ARGUMENTS, TRAINING_ARGUMENTS
 from memplan.errors import SpecError, UnsupportedError
 
-__all__ = ["Command", "is_command", "parse_command", "plain"]
+__all__ = ["Command", "is_command", "parse_command", "plain", "visible_gpus"]
 
 _LAUNCHERS = ("accelerate", "deepspeed", "torchrun", "llamafactory-cli")
 _WRAPPERS = frozenset(
@@ -35,8 +35,12 @@ _TRUTH = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("n
 _LONGEST = 2**16
 """Letters of a script, and of what its variables come to: a variable may hold another one twice over."""
 _MOST_WORDS = 2_000
-_PER_NODE = ("nproc_per_node", "num_gpus", "num_processes", "nproc-per-node")
+_PER_NODE = ("nproc_per_node", "num_gpus", "num_processes")
 _NODES = ("nnodes", "num_nodes", "num_machines")
+_TAKES_ALL = ("deepspeed", "llamafactory-cli")
+"""Launchers that start a process on every GPU that is visible, unless they are told how many."""
+_ALL_GPUS = ("gpu", "auto")
+"""``--nproc_per_node`` of torchrun for as many."""
 _STARTS_SEVERAL = ("srun", "mpirun", "mpiexec")
 """Wrappers that may start what stands after them more than once."""
 _SBATCH = re.compile(r"#SBATCH\s+(.*)")
@@ -77,7 +81,12 @@ class Command:
         found = self._said(_PER_NODE)
         if found is None and self.launcher == "python":
             return 1 if self.started is None else self.started.get("per_node")
-        count = _count(found if found is not None else self.environment.get("NPROC_PER_NODE", ""))
+        if found is None and self.launcher == "llamafactory-cli":
+            found = self.environment.get("NPROC_PER_NODE")
+        elsewhere = {"include", "exclude", "hostfile", "H"} & self.options.keys()
+        if (found is None and self.launcher in _TAKES_ALL and not elsewhere) or found in _ALL_GPUS:
+            return visible_gpus(self.environment)
+        count = _count(found or "")
         return count // (self.nodes or 1) if self.launcher == "accelerate" and count is not None else count
 
     @property
@@ -87,7 +96,7 @@ class Command:
             return len(self._included)
         if self.launcher == "python" and self.started is not None:
             return self.started.get("nodes")
-        return _count(self._said(_NODES) or "")
+        return _count(self._said_nodes or "")
 
     @property
     def cluster(self) -> dict[str, int]:
@@ -112,8 +121,15 @@ class Command:
         """How the number of nodes is written, where that is no number; None where it is one, or not said."""
         if self.launcher == "python" and self.started is not None:
             return None if "nodes" in self.started else "left to srun or mpirun"
-        found = self._said(_NODES)
+        found = self._said_nodes
         return found if found is not None and _count(found) is None else None
+
+    @property
+    def _said_nodes(self) -> str | None:
+        """The number of nodes, as it is written; LLaMA-Factory is told by a variable (``launcher.py``)."""
+        if self.launcher == "llamafactory-cli":
+            return self.environment.get("NNODES")
+        return self._said(_NODES)
 
     def _said(self, names: Sequence[str]) -> str | None:
         """The first of these options, as it is written."""
@@ -125,6 +141,12 @@ class Command:
         nodes = str(self.options.get("include", "")).split("@")
         listed = [slots.split(",") for _, colon, slots in (node.partition(":") for node in nodes) if colon]
         return listed if len(listed) == len(nodes) and len(set(map(len, listed))) == 1 else []
+
+
+def visible_gpus(environment: Mapping[str, str]) -> int | None:
+    """How many GPUs CUDA_VISIBLE_DEVICES names; None where it is not set, or holds a variable."""
+    names = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return len(names) if all(re.fullmatch(r"[0-9]+|GPU-[\w-]+", name.strip()) for name in names) else None
 
 
 def _count(text: str) -> int | None:
@@ -144,10 +166,13 @@ def is_command(text: str) -> bool:
     return body.startswith(("#!", "--")) or any(map(_starts_something, _lines(body)))
 
 
+def _without_assignments(words: Sequence[str]) -> Sequence[str]:
+    """A command without the variables that are set for it."""
+    return words[next((place for place, word in enumerate(words) if not _ASSIGNMENT.fullmatch(word)), len(words)) :]
+
+
 def _starts_something(line: str) -> bool:
-    words = line.split()
-    while words and _ASSIGNMENT.fullmatch(words[0]):
-        words = words[1:]
+    words = _without_assignments(line.split())
     names = [word.rsplit("/", 1)[-1] for word in words]
     if len(names) < 2 or names[0] in _OTHERS:
         return len(names) > 1
@@ -172,21 +197,22 @@ def parse_command(command: str | Sequence[str], source: str) -> Command:
             items = [each for word in _words(array[3], source) for each in _split(word, variables, arrays, source)]
             arrays[array[1]] = _bounded([*arrays.get(array[1], ()), *items] if array[2] else items, source)
             continue
-        words = _words(line, source)
-        while words and (match := _ASSIGNMENT.fullmatch(words[0])) and len(words) == 1:
-            variables[match[1]] = _expanded(match[2], variables, source)
-            words = words[1:]
-        if words and words[0] == "export":
-            for word in words[1:]:
-                if assigned := _ASSIGNMENT.fullmatch(word):
-                    variables[assigned[1]] = _expanded(assigned[2], variables, source)
-            continue
-        if (inner := _of_a_shell(words)) is not None:
-            words = _words(_expanded(inner, variables, source), source)
-        if (words and any(word.startswith("--") for word in words)) or any(
-            word.endswith((".yaml", ".yml")) for word in words
-        ):
-            started.append([expanded for word in words for expanded in _split(word, variables, arrays, source)])
+        for simple in _simple_commands(line):
+            words = _words(simple, source)
+            while words and (match := _ASSIGNMENT.fullmatch(words[0])) and len(words) == 1:
+                variables[match[1]] = _expanded(match[2], variables, source)
+                words = words[1:]
+            if words and words[0] == "export":
+                for word in words[1:]:
+                    if assigned := _ASSIGNMENT.fullmatch(word):
+                        variables[assigned[1]] = _expanded(assigned[2], variables, source)
+                continue
+            inner = _of_a_shell(words)
+            given = _simple_commands(_expanded(inner, variables, source)) if inner is not None else ()
+            for each in [_words(text, source) for text in given] or [words]:
+                expanded = [part for word in each for part in _split(word, variables, arrays, source)]
+                if any(word.startswith("--") or word.endswith((".yaml", ".yml")) for word in expanded):
+                    started.append(expanded)
     runs = [words for words in started if _is_start(words)]
     if len(runs) != 1:
         what = "starts no run" if not runs else f"starts {len(runs)} runs"
@@ -239,7 +265,7 @@ def _of_slurm(words: Sequence[str], known: Mapping[str, int] | None = None) -> d
 def _lines(text: str) -> list[str]:
     """Commands of a script, without comments; a line ends outside of quotes and arrays, unless it goes on."""
     lines, line, quote, in_array = [], "", "", False
-    text = re.sub(r"\\\r?\n", " ", text)
+    text = re.sub(r"\\(?:\r?\n|\Z)", " ", text)
     index = 0
     while index < len(text):
         letter = text[index]
@@ -265,9 +291,53 @@ def _lines(text: str) -> list[str]:
     return [stripped for each in (*lines, line) if (stripped := each.strip())]
 
 
+_BLANK = "\x1f"
+_TOKEN = re.compile(
+    r"""(?P<quoted>\\.|'[^']*'|"(?:\\.|[^"\\])*"|\$\{[^}]*\}|<[^<>|&;\s]+>)  # <...> stands for something in a template
+    |(?P<substituted>\$\(|`[^`]*`)
+    |(?P<redirected>(?:&|(?<!\S)\d+)?[<>]+[&|]?\s*)
+    |(?P<ended>[;|&()]+)
+    |(?P<other>.)""",
+    re.DOTALL | re.VERBOSE,
+)
+
+
+def _simple_commands(line: str) -> list[str]:
+    """The commands of a line, which ``;``, ``&&``, ``|`` and the like part, without their redirections.
+
+    What ``$(...)`` has for blanks part no words: they are ``_BLANK`` until words are made.
+    """
+    found, command, index, is_target = [], "", 0, False
+    while match := _TOKEN.match(line, index):
+        kind, text = match.lastgroup, match[0]
+        if text == "$(":
+            text = line[index : _closed(line, index + 1)]
+        index += len(text)
+        if kind == "ended":
+            found.append(command)
+            command, is_target = "", False
+        elif kind == "redirected":
+            command, is_target = f"{command} ", True
+        else:
+            is_target = is_target and not text.isspace()
+            text = re.sub(r"\s", _BLANK, text) if kind == "substituted" else text
+            command += "" if is_target else text
+    return [stripped for each in (*found, command) if (stripped := each.strip())]
+
+
+def _closed(text: str, index: int) -> int:
+    """Where the parenthesis that opens at ``index`` has been closed; the end of a text where it is not."""
+    depth = 0
+    for place in range(index, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if not depth:
+            return place + 1
+    return len(text)
+
+
 def _words(line: str, source: str) -> list[str]:
     try:
-        return shlex.split(line, comments=True)
+        return [word.replace(_BLANK, " ") for word in shlex.split(line, comments=True)]
     except ValueError as error:
         raise SpecError(f"{source}: is not a command: {error}. Correct it there.") from None
 
@@ -304,7 +374,9 @@ def _of_a_shell(words: Sequence[str]) -> str | None:
 
 
 def _is_start(words: Sequence[str]) -> bool:
-    bare = [word.rsplit("/", 1)[-1] for word in words]
+    bare = [word.rsplit("/", 1)[-1] for word in _without_assignments(words)]
+    if not bare:
+        return False
     if bare[0].startswith("--") or bare[0] in _OTHERS:
         return True
     return any(map(_is_launcher, bare if bare[0] in _WRAPPERS else bare[:12]))
@@ -336,7 +408,8 @@ def _taken_apart(words: list[str], variables: Mapping[str, str], source: str) ->
     started = None
     if any(word.rsplit("/", 1)[-1] in _STARTS_SEVERAL for word in wrapper):
         started = _of_slurm(wrapper, _of_variables(environment))
-    options = _options(own, source)
+    # accelerate and torchrun take dashes for underscores.
+    options = {name.replace("-", "_"): value for name, value in _options(own, source).items()}
     return Command(launcher, options, _options(script, source), tuple(files), environment, started)
 
 
@@ -361,6 +434,8 @@ def _launcher(words: list[str]) -> tuple[str, list[str]]:
                 return "torchrun", rest[2:]
             if rest[:2] == ["-m", "accelerate.commands.launch"]:
                 return "accelerate", rest[2:]
+            if rest[:2] == ["-m", "deepspeed.launcher.runner"]:
+                return "deepspeed", rest[2:]
             return "python", rest
     return "", words
 
@@ -421,6 +496,8 @@ def plain(text: str) -> Any:
 def _typed(name: str, value: Any, source: str) -> Any:
     """A text as the field's type; one with a variable of the shell stays text, and is told apart where it matters."""
     kind = _TYPES.get(name)
+    if isinstance(value, list) and kind in (bool, int, float) and _matters(name):
+        raise SpecError.at(f"{source}: {name}", " ".join(value), "is more than one value", "Write one.")
     if not isinstance(value, str) or kind in (str, dict):
         return value
     if kind is None:

@@ -375,7 +375,7 @@ class _Reader:
             if section.is_auto("enabled") or (self.trainer and name not in self.top.raw)
         ]
         if not self.trainer and not open_ones and "bf16" not in self.top.raw and "fp16" not in self.top.raw:
-            self.notes.append("neither bf16 nor fp16 is there: DeepSpeed trains in float32")
+            self.notes.append("neither bf16 nor fp16 is there: DeepSpeed trains weights in the type they are loaded in")
         if not open_ones:
             return {"mixed_precision": "no"}, {}
         return {}, {"mixed_precision": open_ones[0]} if len(open_ones) == 1 else {}

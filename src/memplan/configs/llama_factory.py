@@ -15,7 +15,7 @@ from memplan.adapters.lora import ALL_LINEAR
 from memplan.configs.section import quoted
 from memplan.errors import SpecError, UnsupportedError
 
-__all__ = ["KEYS", "is_llama_factory", "known_names", "to_arguments"]
+__all__ = ["KEYS", "is_llama_factory", "is_of_version_1", "known_names", "to_arguments"]
 
 KEYS = {
     "seq_len": "cutoff_len",
@@ -43,6 +43,9 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_unsloth": ((False, None), "unsloth's kernels"),
     "use_unsloth_gc": ((False, None), "unsloth's checkpoints on the host"),
     "use_mca": ((False, None), "Megatron-Core"),
+    "tensor_model_parallel_size": ((None,), "Megatron-Core"),
+    "pipeline_model_parallel_size": ((None,), "Megatron-Core"),
+    "use_kt": ((False, None), "experts that KTransformers keeps on the host"),
     "use_dora": ((False, None), "DoRA's magnitudes"),
     "shift_attn": ((False, None), "LongLoRA's attention"),
     "mixture_of_depths": ((None,), "mixture of depths"),
@@ -99,6 +102,14 @@ def is_llama_factory(data: Mapping[str, Any]) -> bool:
     return data.get("stage") in _STAGES or not _MARKS.isdisjoint(data)
 
 
+def is_of_version_1(data: Mapping[str, Any]) -> bool:
+    """Whether values are those of LLaMA-Factory's rewrite, which has sections, and other names."""
+    return "model" in data and not _OF_VERSION_1.isdisjoint(data)
+
+
+_OF_VERSION_1 = frozenset({"dist_config", "kernel_config", "quant_config", "sample_backend", "train_dataset"})
+
+
 def known_names() -> tuple[str, ...]:
     """Arguments that LLaMA-Factory has beside TrainingArguments."""
     return (*_IDLE, *_READ, *_REFUSED)
@@ -115,8 +126,10 @@ def to_arguments(data: Mapping[str, Any], source: str, *, shards: bool) -> dict[
         raise SpecError.at(f"{source}: stage", stage, "is not a stage of LLaMA-Factory", f"Use {', '.join(_STAGES)}.")
     if stage in _OTHER_STAGES:
         raise UnsupportedError(f"{source}: stage: {stage!r} is not modelled: {_OTHER_STAGES[stage]}. Use sft or pt.")
-    if data.get("do_train") is False:
-        raise UnsupportedError(f"{source}: do_train: false is not modelled: there is no training. Set it to true.")
+    if not data.get("do_train"):  # as in its files for inference, evaluation and export
+        given = "missing" if data.get("do_train") is None else quoted(data["do_train"])
+        remedy = "Set it to true to check a training."
+        raise UnsupportedError(f"{source}: do_train: {given}: LLaMA-Factory trains only if it is true. {remedy}")
     if kind not in ("lora", "full"):
         raise UnsupportedError(f"{source}: finetuning_type: {kind!r} is not modelled. Use lora or full.")
     for name, (modelled, why) in _REFUSED.items():

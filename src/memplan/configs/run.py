@@ -152,6 +152,9 @@ def _kind(values: Values) -> str:
     if "base_model" in keys and len(_AXOLOTL & keys) > 1:
         remedy = "Check the DeepSpeed JSON that it names, with --model, --micro-batch-size and --seq-len."
         raise UnsupportedError(f"{source}: an axolotl config is not read. {remedy}")
+    if llama_factory.is_of_version_1(data):
+        remedy = "Say what it asks for in the names of TrainingArguments."
+        raise UnsupportedError(f"{source}: a config of LLaMA-Factory's v1 is not read. {remedy}")
     if llama_factory.is_llama_factory(data) and not zero:
         return "arguments"
     engine = len(_DEEPSPEED_ONLY & keys)
@@ -192,6 +195,7 @@ _SURE = frozenset(
     }
 )
 """Names of which one at least is among TrainingArguments."""
+_KINDS = {"accelerate": "accelerate launch's config", "deepspeed": "DeepSpeed's config"}
 _SURE_OF_DEEPSPEED = frozenset(
     {"train_batch_size", "train_micro_batch_size_per_gpu", "steps_per_print", "zero_allow_untested_optimizer"}
 )
@@ -267,12 +271,21 @@ def _of_command(command: Command, values: Values, folder: Path | None) -> Run:
     arguments = dict(command.arguments)
     if command.launcher and arguments.get("deepspeed") is True:
         return _of_deepspeeds_own(run, arguments, values, folder)
-    if command.files and command.files[0].endswith((".yaml", ".yml", ".json")):
-        named = _file(command.files[0], values.source, command.launcher, folder, [])
-        given = (part.partition("=") for part in command.files[1:] if "=" in part)
-        pairs = {name: plain(value) for name, _, value in given}
-        arguments = {**named.data, **pairs, **arguments}
-        return _of_arguments(Values(named.source, arguments), Path(named.source).parent, run)
+    named, given = command.files[0] if command.files else "", command.files[1:]
+    field = command.launcher
+    if not named.endswith((".yaml", ".yml", ".json")):
+        # TRL's parser, alignment-handbook's too, takes --config for a file of arguments, over which others win.
+        named, given, field = str(arguments.get("config", "")), (), "config"
+        named = named if named.endswith((".yaml", ".yml")) else ""
+    if named:
+        arguments.pop("config", None)
+        file = _file(named, values.source, field, folder, [])
+        pairs = {name: plain(value) for name, equals, value in (part.partition("=") for part in given) if equals}
+        merged_values = Values(file.source, {**file.data, **pairs, **arguments})
+        kind = _kind(merged_values)
+        if kind != "arguments":
+            raise SpecError(f"{file.source}: holds no arguments of a script, but {_KINDS[kind]}. Check it by itself.")
+        return _of_arguments(merged_values, Path(file.source).parent, run)
     if "$" in str(arguments.get("model_name_or_path")):
         del arguments["model_name_or_path"]  # a variable of the shell: --model has to say
     if not _of_a_trainer(arguments) and not llama_factory.is_llama_factory(arguments):
@@ -563,7 +576,7 @@ def usual_nodes(ranks: int) -> int:
     return ranks // max(each for each in range(1, 9) if ranks % each == 0)
 
 
-def as_written(run: Run, training: TrainingSpec, error: SpecError) -> SpecError:
+def as_written(run: Run, training: TrainingSpec, error: SpecError | UnsupportedError) -> SpecError | UnsupportedError:
     """An error of the estimate about what the arguments say, in their words; ``training`` is what options say."""
     arguments, engine = run.arguments, run.engine
     field = str(error).partition(":")[0]
@@ -575,9 +588,14 @@ def as_written(run: Run, training: TrainingSpec, error: SpecError) -> SpecError:
         if key == llama_factory.KEYS.get(field) and key not in run.raw["arguments"].data:
             value = f"{arguments.training[top]}"
             said = said.replace(f"{key}: {value} ", f"{key}: {value}, LLaMA-Factory's default, ", 1)
-        return SpecError(said)
-    if engine is not None and any(name.endswith(".") and field.startswith(name) for name in engine.keys):
-        return SpecError(in_keys(engine, str(error)))
+        return type(error)(said)
+    nested = [] if engine is None else [name for name in engine.keys if name.endswith(".")]
+    section = next((name for name in nested if engine and field in engine.strategy.get(name[:-1], ())), None)
+    if section is not None:  # estimates call it by its last name
+        error = type(error)(f"{section}{error}")
+        field = f"{section}{field}"
+    if engine is not None and any(field.startswith(name) for name in nested):
+        return type(error)(in_keys(engine, str(error)))
     return error
 
 

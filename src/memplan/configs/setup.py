@@ -186,7 +186,7 @@ def _batch(config: EngineConfig, batch: Batch, training: TrainingSpec, gpus: int
     if not overridden and steps == 0:
         made = f"{micro} sequences x {gpus} GPUs, nor a multiple of it"
     if not overridden:
-        remedy = 'Change one of them, or --gpus; the easiest is to write "auto".'
+        remedy = 'Change one of them, or --gpus; for the Trainer write "auto".'
         raise SpecError.at(f"{config.source}: train_batch_size", batch.train, f"is not {made}", remedy)
     return {"micro_batch_size": micro, "grad_accum_steps": steps}, [
         *notes,

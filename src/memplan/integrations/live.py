@@ -16,7 +16,7 @@ from typing import Any
 from memplan.architectures.registry import ALL_ATTENTION
 from memplan.catalog.detect import Device
 from memplan.configs.run import is_arguments
-from memplan.errors import UnsupportedError
+from memplan.errors import SpecError, UnsupportedError
 
 __all__ = [
     "Live",
@@ -61,8 +61,6 @@ class Live:
     """A DeepSpeed or accelerate config, as values or as a path; None is what the arguments say."""
     training: dict[str, Any] = field(default_factory=dict)
     """Fields of TrainingSpec that the objects know beside."""
-    assumed: dict[str, Any] = field(default_factory=dict)
-    """Fields that hold unless anything else says otherwise."""
     module: Any = None
     """The model itself, where there is one."""
     on_cpu: bool = False
@@ -77,16 +75,17 @@ class Live:
 def read(model: Any, args: Any = None) -> Live:
     """Read a model (or a Trainer, which has both) and what it is trained by.
 
-    Raises UnsupportedError for what memplan does not model.
+    Raises UnsupportedError for what memplan does not model, SpecError for arguments beside a Trainer.
     """
-    if args is None and hasattr(model, "args") and hasattr(model, "model"):
+    if hasattr(model, "args") and hasattr(model, "model"):
+        if args is not None and args is not model.args:
+            raise SpecError("args: are given beside a Trainer, which has its own. Leave them out.")
         return _beside(read(model.model, model.args), model)
     model = _unwrapped(model)
     values, said = _model(model)
     found = _trained_by(values, said, args)
     module = model if hasattr(model, "named_parameters") else None
-    assumed = {"packed": False} if found.of_a_trainer else {}  # its collators pad
-    return dataclasses.replace(found, module=module, assumed=assumed)
+    return dataclasses.replace(found, module=module)
 
 
 def asked_for(training: Any) -> dict[str, Any]:
