@@ -6,6 +6,7 @@ import csv
 import doctest
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,11 @@ def test_every_row_becomes_a_setup_or_says_why_not(rows) -> None:
     assert all(row.fields["source"] for row in rows)
     assert score.counts(rows) == {
         "rows": 603,
-        "setups": 172,
+        "setups": 194,
         "out_of_scope": 370,
         "not_stated": 27,
         "not_known": 2,
-        "refused_by_memplan": 32,
+        "refused_by_memplan": 10,
         "errors": 0,
     }
     assert all(bool(row.refused) != (row.found is not None) for row in rows)
@@ -94,7 +95,7 @@ def test_rows_that_taught_a_rule_are_named_and_left_out_once(rows) -> None:
     generate = script("docs/generate_accuracy.py")
     section = "\n".join(generate._taught(score, rows))
     assert all(f" {id}" in section for id in score.taught.IDS)
-    assert "| device | 9 |" in section
+    assert "| device | 13 |" in section
 
 
 def test_the_ten_worst_rows_have_a_cause(rows) -> None:
@@ -109,11 +110,9 @@ def test_rows_in_scope_that_memplan_refuses_are_listed(rows) -> None:
     found = {row.id for row in rows if row.kind == "memplan"}
     generate = script("docs/generate_accuracy.py")
     section = "\n".join(generate._scope(score, rows))
-    assert len(found) == 32
+    assert len(found) == 10
     assert all(id in section for id in found)
-    reasons = {row.fields["model"].rpartition("/")[2]: row.refused for row in rows if row.id in found}
-    by_expert = {name for name, reason in reasons.items() if "experts one by one" in reason}
-    assert by_expert == {"Mixtral-8x7B-Instruct-v0.1"}
+    assert all("without mixed precision its adapters stay in float32" in row.refused for row in rows if row.id in found)
 
 
 def test_memplans_column_beside_peers_is_of_today(rows) -> None:
@@ -134,17 +133,17 @@ def test_memplans_column_beside_peers_is_of_today(rows) -> None:
 def test_rows_that_are_far_off_have_their_cause(rows) -> None:
     far = [row for row in rows if row.ratio is not None and abs(row.ratio - 1) > score.FAR]
     wrong = [row for row in rows if row.found is not None and not row.agrees]
-    assert 0 < len(far) + len(wrong) < 20
+    assert 0 < len(far) + len(wrong) < 24
     assert [row.id for row in far + wrong if not row.fields["note"]] == []
 
 
 def test_full_and_lora_fine_tuning_of_one_source_agree(rows) -> None:
     """What fms-acceleration measured on one GPU and under FSDP1."""
     found = of(rows, "fms-acceleration")
-    assert len(found) == 25
+    assert len(found) == 33
     on_one_gpu = [row for row in found if row.fields["n_gpus"] == "1" and row.setup.training.quantization]
     prepared = [row for row in on_one_gpu if "baseline" in row.fields["framework"]]
-    assert len(prepared) == 2
+    assert len(prepared) == 4
     assert all(abs(row.ratio - 1) < 0.005 for row in found if row not in prepared)
     plain = [row for row in found if not row.setup.training.quantization and "santacoder" not in row.fields["model"]]
     assert len(plain) == 6
@@ -152,8 +151,24 @@ def test_full_and_lora_fine_tuning_of_one_source_agree(rows) -> None:
     assert all(0 < row.ratio - 1 < 0.05 for row in prepared)  # TRL casts embeddings back
     # Found by these rows: frozen blocks under reentrant checkpointing. Before, Mistral's were 7 % low and Llama's 21 %.
     sharded = [row for row in found if row.setup.training.quantization and row.fields["n_gpus"] == "2"]
-    assert len(sharded) == 8
-    assert all(abs(row.ratio - 1) < 0.0001 for row in sharded if "santacoder" not in row.fields["model"])
+    assert len(sharded) == 12
+    dense = [row for row in sharded if not re.search("santacoder|Mixtral", row.fields["model"])]
+    assert len(dense) == 6
+    assert all(abs(row.ratio - 1) < 0.0001 for row in dense)
+
+
+def test_experts_called_one_by_one(rows) -> None:
+    """Mixtral under transformers 4.48; how its tokens spread widens the interval."""
+    found = of(rows, "fms-acceleration") + of(rows, "fms-acceleration", "device")
+    found = [row for row in found if "Mixtral" in row.fields["model"]]
+    assert len(found) == 16
+    prepared = [row for row in found if "baseline" in row.fields["framework"] and row.fields["n_gpus"] == "1"]
+    told = [row for row in found if row.metric == "allocated" and row not in prepared]
+    assert len(told) == 6
+    assert all(abs(row.ratio - 1) < (0.0001 if row.fields["n_gpus"] == "1" else 0.001) for row in told)
+    on_one_gpu = [row for row in found if row.metric == "device" and row.fields["n_gpus"] == "1"]
+    assert len(on_one_gpu) == 4
+    assert all(row.gpu.low <= row.measured * 2**30 <= row.gpu.high for row in on_one_gpu)
 
 
 def test_generation_agrees_while_it_decodes(rows) -> None:
@@ -170,8 +185,8 @@ def test_generation_agrees_while_it_decodes(rows) -> None:
 
 def test_runs_that_died_do_not_fit(rows) -> None:
     found = score.boundaries(rows)
-    assert found["died"] == 12
-    assert found["died_verdicts"] == {"does-not-fit": 10, "tight": 2}  # tight: fms-a-068 and -096, of 68 of 79 GiB
+    assert found["died"] == 18
+    assert found["died_verdicts"] == {"does-not-fit": 16, "tight": 2}  # tight: fms-a-068 and -096, of 68 of 79 GiB
     assert found["false_fits"] == []
     assert found["false_does_not_fit"] == ["hfz-0", "hfz-1", "hfz-4", "hfz-5"]
 
@@ -297,7 +312,7 @@ def test_adapters_in_other_words(text: str, targets: tuple[str, ...], saved: tup
         ({"gradient_checkpointing": "selective"}, "scope", "gradient_checkpointing"),
         ({"optimizer": "galore_adamw"}, "scope", "optimizer"),
         ({"fused_loss": "y (cut cross-entropy)"}, "scope", "fused_loss"),
-        ({"framework_version_if_known": "transformers 4.48", "model": "Mixtral-8x7B-v0.1"}, "memplan", "experts"),
+        ({"framework_version_if_known": "transformers 4.47", "model": "Mixtral-8x7B-v0.1"}, "memplan", "cosines"),
     ],
 )
 def test_what_a_row_lacks_or_memplan_does_not_model_is_said(values: dict[str, str], kind: str, words: str) -> None:

@@ -23,11 +23,11 @@ TAUGHT: dict[str, tuple[str, ...]] = {
         1, 2, 3, 4, 69, 70, 71, 72
     ),
     "what frozen blocks hold under FSDP 1 and reentrant checkpointing (`engines/fsdp1.py`)": _run(
-        58, 60, 66, 70, 72, 78, 80, 94
+        58, 60, 62, 64, 66, 70, 72, 78, 80, 86, 88, 94
     ),
     "FSDP's streams, each with a cache of its own, and foreach's temporaries one by one "
     "(`engines/streams.py`)": _device(
-        2, 4, 10, 12, 58, 60, 66, 70, 72, 78, 80, 94
+        2, 4, 10, 12, 58, 60, 62, 64, 66, 70, 72, 78, 80, 86, 88, 94
     ),
     "the two caches of a step of generation, before transformers 4.42 (`architectures/cache.py`)": (
         "qwen1-inf-00", "qwen1-inf-03", "qwen1-inf-06",

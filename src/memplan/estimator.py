@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from memplan.adapters.lora import DEFAULT_TARGETS
 from memplan.adapters.prequantized import DEQUANTIZED_SOURCE, checkpoint_quantization, is_dequantized
 from memplan.adapters.quantization import default_dtype
+from memplan.architectures.moe import BUSIEST_EXPERT_LOAD, experts_are_modules
 from memplan.architectures.nn import Inventory
 from memplan.architectures.registry import attention_implementations, head_of
 from memplan.constants import Constant
@@ -90,35 +91,24 @@ def estimate(
         return _infer(model, training, cluster, strategy, software, gpu, explain=explain)
     setup = _checked(model, training, cluster, strategy, software, traced)
     run, micro = run_of(setup, gpu)
-    if strategy.shards:
+    outside = _outside(gpu, cluster, software, communicators=2 if strategy.has_groups_of_nodes else 1)
+
+    def on_gpu(setup: Setup) -> tuple[dict[str, Parts], Replayed | None, Any]:
+        """What each phase holds, what the allocator makes of it, and the play of an engine that shards."""
+        return _on_gpu(setup, training, cluster, strategy, gpu, outside, replay=replay)
+
+    placed, replayed, played = on_gpu(setup)
+    memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software, outside)
+    if _spread_matters(software, micro.tape):
+        uneven, also_replayed, _ = on_gpu(replace(setup, busiest_experts=True))
+        memory = _up_to(memory, _gpu_memory(uneven, also_replayed, cluster, gpu, software, outside)[0])
+    nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
+    if played is None:
+        host = _host_memory(setup, run, micro, cluster, placed)
+    else:
         from memplan import sharded  # here, because other strategies do not need it, nor its engines
 
-        played = sharded.play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
-        placed = {phase: dict(parts) for phase, parts in played.gpu.items()}
-    else:
-        placed = _placed(setup, training, run, micro, gpu, strategy, cluster)
-    outside = _outside(gpu, cluster, software, communicators=2 if strategy.has_groups_of_nodes else 1)
-    replayed = None
-    if setup.rules.kind != "cpu":
-        # No bound is known for other settings of the allocator.
-        exact = (replay or training.alloc_conf is not None) and _fullest(placed) + _piled_up(run, cluster) < REPLAYABLE
-        limit = _limit(cluster, gpu, outside) if run.evaluation is not None else None
-        if strategy.shards:
-            if exact:
-                replayed = sharded.replay(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node, played.rank, limit)
-            else:
-                bound = sharded.bound(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
-                replayed = Replayed({}, bound)
-        else:
-            if exact:
-                replayed = _replay(setup, gpu, strategy, cluster.gpus, limit)
-            else:
-                replayed = Replayed({}, _bound(setup, gpu, strategy, cluster.gpus))
-    memory, assumptions = _gpu_memory(placed, replayed, cluster, gpu, software, outside)
-    host = sharded.host_memory(played, cluster) if strategy.shards else _host_memory(setup, run, micro, cluster, placed)
-    nvme = NvmeMemory(capacity=cluster.nvme, bytes=0, components={})
-    if strategy.shards:
-        nvme = sharded.nvme_memory(played, cluster)
+        host, nvme = sharded.host_memory(played, cluster), sharded.nvme_memory(played, cluster)
     return Estimate(
         model=_model_info(model, run),
         setup=_setup_dict(setup, strategy, cluster, gpu, replay=replay),
@@ -140,6 +130,53 @@ def estimate(
         explanation=_explanation(setup, run, placed, memory, strategy, cluster, gpu) if explain else (),
         levers=_levers(setup, gpu, strategy, cluster) if explain and strategy.shards else (),
     )
+
+
+def _on_gpu(
+    setup: Setup,
+    training: TrainingSpec,
+    cluster: ClusterSpec,
+    strategy: Strategy,
+    gpu: GPUSpec | None,
+    outside: tuple[Constant, Constant],
+    *,
+    replay: bool,
+) -> tuple[dict[str, Parts], Replayed | None, Any]:
+    run, micro = run_of(setup, gpu)
+    played = None
+    if strategy.shards:
+        from memplan import sharded
+
+        played = sharded.play_ranks(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
+        placed = {phase: dict(parts) for phase, parts in played.gpu.items()}
+    else:
+        placed = _placed(setup, training, run, micro, gpu, strategy, cluster)
+    if setup.rules.kind == "cpu":
+        return placed, None, played
+    # No bound is known for other settings of the allocator.
+    exact = (replay or training.alloc_conf is not None) and _fullest(placed) + _piled_up(run, cluster) < REPLAYABLE
+    limit = _limit(cluster, gpu, outside) if run.evaluation is not None else None
+    if played is not None:
+        if exact:
+            replayed = sharded.replay(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node, played.rank, limit)
+        else:
+            bound = sharded.bound(setup, gpu, strategy, cluster.gpus, cluster.gpus_per_node)
+            replayed = Replayed({}, bound)
+    elif exact:
+        replayed = _replay(setup, gpu, strategy, cluster.gpus, limit)
+    else:
+        replayed = Replayed({}, _bound(setup, gpu, strategy, cluster.gpus))
+    return placed, replayed, played
+
+
+def _spread_matters(software: SoftwareSpec, tape: Tape) -> bool:
+    """Whether bytes depend on how the tokens spread over experts."""
+    return experts_are_modules(software) and BUSIEST_EXPERT_LOAD in tape.assumptions
+
+
+def _up_to(memory: GpuMemory, other: GpuMemory) -> GpuMemory:
+    """``memory``, whose upper end is the other's if that is more."""
+    return memory.model_copy(update={"high": max(memory.high, other.high)})
 
 
 class Least(NamedTuple):
@@ -560,7 +597,8 @@ def _infer(
     setup = resolve(model, training, cluster, strategy, software)
     process = cluster.replace(gpus=1, nodes=1)
     capacity = _capacity(cluster, gpu)
-    root = build(setup, Tape(setup.rules), full_depth=False)
+    tape = Tape(setup.rules)
+    root = build(setup, tape, full_depth=False)
     inventory = Inventory(root)
     workspaces = cublas_workspaces(
         gpu or reference_gpu(), software, training=False, bias=inventory.linear_bias, gradient_checkpointing=False
@@ -575,10 +613,14 @@ def _infer(
         host=cluster.host_memory,
         workspaces=workspaces,
     )
+    outside = _outside(gpu, process, software)
     found = infer(root, partial(build, setup, full_depth=True), training, machine)
-    memory, assumptions = _gpu_memory(
-        found.placed, found.replayed, process, gpu, software, _outside(gpu, process, software)
-    )
+    memory, assumptions = _gpu_memory(found.placed, found.replayed, process, gpu, software, outside)
+    if training.task == "generate" and _spread_matters(software, tape):
+        uneven = replace(setup, busiest_experts=True)
+        other = infer(root, partial(build, uneven, full_depth=True), training, machine)
+        memory = _up_to(memory, _gpu_memory(other.placed, other.replayed, process, gpu, software, outside)[0])
+        assumptions.append(Assumption.of(tape.assumptions[BUSIEST_EXPERT_LOAD]))
     on_host, on_disk = found.on_host, found.on_disk
     host = HostMemory(
         capacity=cluster.host_memory,

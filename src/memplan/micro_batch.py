@@ -76,6 +76,8 @@ class Setup:
     copies_gradients: bool = False
     """DDP copies each gradient into its bucket as it comes, and frees it."""
     traced: Traced | None = None
+    busiest_experts: bool = False
+    """All tokens take the same experts, rather than all experts alike."""
 
     @property
     def dtype(self) -> DType:
@@ -489,6 +491,7 @@ def build(
         full_depth=full_depth or (training.lora is not None and tells_layers_apart(training.lora)),
         # Of a quantized model the last parameter stays as it is, wherever it is. And nobody holds the head's gradient.
         last_layer_apart=last_layer_apart or quantization is not None or _holds_leaves(setup),
+        busiest_experts=setup.busiest_experts,
         cache=cache,
     )
     root = build_model(b, resized(model, training), training.head)

@@ -7,16 +7,18 @@ from typing import Any
 import pytest
 from tests.oracles.families import CONFIGS
 
+from memplan.architectures.moe import tokens_by_expert
 from memplan.architectures.nn import Build
 from memplan.architectures.registry import build_model
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.estimator import estimate
+from memplan.results import Estimate
 from memplan.specs.hardware import ClusterSpec
 from memplan.specs.model import ModelSpec
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
-from memplan.specs.training import TrainingSpec
+from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import float32
 
@@ -81,9 +83,73 @@ def test_wrong_values_are_refused_by_name(
     assert "config.json" in str(raised.value)
 
 
-def test_experts_called_in_a_loop_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"transformers.*4\.57"):
-        build("mixtral", software=SoftwareSpec(transformers="4.57"))
+NOT_MODELLED = [
+    ("mixtral", "4.47.1", "tables of cosines"),
+    ("qwen2_moe", "4.44.2", "tables of cosines"),
+    ("qwen3_moe", "4.50", "does not have this model"),
+    ("olmoe", "4.44", "does not have this model"),
+    ("deepseek_v2", "4.57", "one by one"),
+    ("deepseek_v3", "4.57", "one by one"),
+]
+
+
+@pytest.mark.parametrize(("family", "version", "reason"), NOT_MODELLED)
+def test_versions_that_are_not_confirmed_are_refused(family: str, version: str, reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"transformers: '{version}' .*{reason}.* Use \d\.\d+ or later"):
+        build(family, software=SoftwareSpec(transformers=version))
+
+
+def test_a_window_of_qwen2_moe_is_refused_where_all_layers_share_a_mask() -> None:
+    window = {"use_sliding_window": True, "max_window_layers": 1}
+    build("qwen2_moe", **window)
+    with pytest.raises(UnsupportedError, match="use_sliding_window"):
+        build("qwen2_moe", SoftwareSpec(transformers="4.57"), **window)
+
+
+@pytest.mark.parametrize("busiest", [False, True])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(100, 2, 8), (7, 3, 5), (1, 2, 8), (8, 8, 8)])
+def test_every_token_goes_to_as_many_experts(tokens: int, top_k: int, experts: int, busiest: bool) -> None:
+    taken = tokens_by_expert(tokens, top_k, experts, busiest)
+    assert len(taken) == experts
+    assert sum(taken) == tokens * top_k
+    assert max(taken) <= tokens
+    assert busiest or max(taken) - min(taken) <= 1
+
+
+def of(software: str, lora: LoraSpec | None = None, **training: Any) -> Estimate:
+    cluster = ClusterSpec(gpu=find_gpu("A100-80GB"))
+    asked = TrainingSpec(seq_len=512, micro_batch_size=16, lora=lora, **training)
+    return estimate(spec("mixtral", vocab_size=256), asked, cluster, Strategy(), SoftwareSpec(transformers=software))
+
+
+def test_the_busiest_expert_widens_the_interval_upwards() -> None:
+    looped, grouped = of("4.57", gradient_checkpointing=True), of("5.23", gradient_checkpointing=True)
+    (load,) = [a for a in looped.assumptions if a.name.startswith("busiest_expert_load")]
+    assert "high counts" in load.source
+    widened = looped.gpu.high - looped.gpu.peak_reserved - (grouped.gpu.high - grouped.gpu.peak_reserved)
+    config = spec("mixtral").config
+    share = config["num_experts_per_tok"] / config["num_local_experts"]
+    in_others = 16 * 512 * (1 - share)
+    assert widened >= 2 * in_others * config["intermediate_size"] * 2  # of what one expert makes: two tensors of bf16
+    assert looped.gpu.low - looped.gpu.peak_allocated == grouped.gpu.low - grouped.gpu.peak_allocated
+
+
+def test_adapters_stand_beside_the_linear_layers_of_experts() -> None:
+    lora = LoraSpec(rank=4, targets=("w1", "gate"))
+    config = spec("mixtral").config
+    layers, experts = config["num_hidden_layers"], config["num_local_experts"]
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    adapted = layers * 4 * (experts * (hidden + inner) + hidden + experts)
+    assert of("4.57", lora).model.trainable_parameters == adapted
+    with pytest.raises(UnsupportedError, match="fused 3-D weights"):
+        of("5.23", lora)
+
+
+def test_experts_are_quantized_where_they_are_linear_layers() -> None:
+    quantized = {"quantization": QuantizationSpec(kind="nf4"), "lora": LoraSpec(rank=4)}
+    old, new = (of(version, **quantized) for version in ("4.57", "5.23"))
+    assert old.model.parameters == new.model.parameters
+    assert old.gpu.components.weights < 0.6 * new.gpu.components.weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,10 +6,8 @@ from itertools import cycle
 from typing import Any
 
 import pytest
-from tests.laws.test_depth import models, trainings
-from tests.oracles.families import CONFIGS
+from tests.laws.test_depth import RELEASES, models, release_id, trainings
 
-from memplan.architectures.registry import FAMILIES
 from memplan.catalog.gpus import find_gpu
 from memplan.errors import MemplanError
 from memplan.estimator import resolve
@@ -46,15 +44,15 @@ def runner(setup: Setup, accumulated: bool, evaluation: bool) -> Any:
 
 
 @pytest.mark.parametrize("gpu", ["cpu", "A100-80GB"])
-@pytest.mark.parametrize("family", sorted(set(CONFIGS) & set(FAMILIES)))
-def test_recording_says_what_a_run_says(family: str, gpu: str) -> None:
+@pytest.mark.parametrize(("family", "software"), RELEASES, ids=release_id)
+def test_recording_says_what_a_run_says(family: str, software: SoftwareSpec, gpu: str) -> None:
     strategies = cycle(STRATEGIES)
     told = 0
     for training in trainings(family, len(gpu)):
         spec = TrainingSpec(seq_len=24, **training)
         strategy = Strategy() if gpu == "cpu" else Strategy(kind=next(strategies))
         try:
-            setup = resolve(models(family, 4)[0], spec, ClusterSpec(gpu=find_gpu(gpu)), strategy, SoftwareSpec())
+            setup = resolve(models(family, 4)[0], spec, ClusterSpec(gpu=find_gpu(gpu)), strategy, software)
             run = runner(setup, spec.grad_accum_steps > 1, evaluation=training["liger"])
             recording = Recording.of(run, 2, 416, run(2, 416)) or Recording.of(run, 2, 48, run(2, 48))
         except MemplanError:  # what Liger, the engine or the GPU refuses

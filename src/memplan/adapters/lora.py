@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from memplan.adapters.quantization import Linear4bit, Linear8bitLt
+from memplan.architectures.moe import experts_are_modules
 from memplan.architectures.nn import Build, Conv1D, Dropout, Layers, Linear, Model, Module, ModuleList, looked_at
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
+from memplan.specs.software import SoftwareSpec
 from memplan.specs.training import LoraSpec
 from memplan.tape import ops
 from memplan.tape.tensor import Buffer, DType, Parameter, Tensor, float32
@@ -182,7 +184,7 @@ def apply_lora(b: Build, root: Module, lora: LoraSpec, model_type: str) -> None:
     """
     if lora.bias != "none":
         raise UnsupportedError.at("lora.bias", lora.bias, "is not modelled", "Use none.")
-    targets = _targets(root, lora, model_type)
+    targets = _targets(root, lora, model_type, b.software)
     pattern = _pattern(targets) if lora.targets else None
     freeze(root)
     places = list(root.places())
@@ -209,8 +211,8 @@ def apply_lora(b: Build, root: Module, lora: LoraSpec, model_type: str) -> None:
     _save_modules(b, root, lora.modules_to_save)
 
 
-def _targets(root: Module, lora: LoraSpec, model_type: str) -> Sequence[str]:
-    fused = FUSED_EXPERTS.get(model_type, ())
+def _targets(root: Module, lora: LoraSpec, model_type: str, software: SoftwareSpec) -> Sequence[str]:
+    fused = () if experts_are_modules(software) else FUSED_EXPERTS.get(model_type, ())
     if [target.lower() for target in lora.targets] == [ALL_LINEAR]:
         if fused:
             raise UnsupportedError(

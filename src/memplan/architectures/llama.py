@@ -179,11 +179,13 @@ class LlamaDecoderLayer(CheckpointLayer):
     attention_class: ClassVar[Callable[..., Any]] = LlamaAttention
     mlp_class: ClassVar[Callable[..., Any]] = LlamaMLP
     norm_class: ClassVar[Callable[..., Any]] = RMSNorm
+    mlp_name = "mlp"
+    mlp: Module
 
     def __init__(self, b: Build, c: LlamaConfig, layer_idx: int) -> None:
         self.layer_type = c.layer_types[layer_idx]
         self.self_attn = self.attention_class(b, c, layer_idx)
-        self.mlp = self.make_mlp(b, c, layer_idx)
+        setattr(self, self.mlp_name, self.make_mlp(b, c, layer_idx))
         self.input_layernorm = self.norm_class(b, c.hidden_size)
         self.post_attention_layernorm = self.norm_class(b, c.hidden_size)
 
@@ -192,6 +194,10 @@ class LlamaDecoderLayer(CheckpointLayer):
         mlp: Module = self.mlp_class(b, c)
         return mlp
 
+    def feed_forward(self, hidden_states: Tensor) -> tuple[Tensor, Any]:
+        """The MLP's result, and what stays beside it until the layer is done."""
+        return getattr(self, self.mlp_name)(hidden_states), None
+
     def forward(self, hidden_states: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
@@ -199,7 +205,7 @@ class LlamaDecoderLayer(CheckpointLayer):
         hidden_states = residual + hidden_states
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
-        hidden_states = self.mlp(hidden_states)
+        hidden_states, _kept = self.feed_forward(hidden_states)
         hidden_states = residual + hidden_states
         return hidden_states
 

@@ -80,6 +80,8 @@ class Build:
     """Make every layer; otherwise the first and one of each kind, which stand for the rest."""
     last_layer_apart: bool = False
     """The last layer stands for no other: what is done to the modules later may spare one of its own."""
+    busiest_experts: bool = False
+    """A router sends all tokens to the same experts, rather than to all alike."""
     cache: DynamicCache | None = None
     """``past_key_values``, in generation: then the model gives the logits of the last position, and no loss."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from memplan.architectures.llama import LlamaAttention, LlamaForCausalLM, decoder_heads
-from memplan.architectures.moe import MoeConfig, MoeDecoderLayer, MoeModel
+from memplan.architectures.moe import NOT_THERE, LoopedMoeBlock, MoeConfig, MoeDecoderLayer, MoeModel
 from memplan.architectures.nn import Build, RMSNorm
 from memplan.specs.fields import Fields
 from memplan.tape import ops
@@ -24,6 +24,7 @@ class OlmoeConfig(MoeConfig):
 
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)
+        self.mlp_bias = False  # whatever the file says
         self.clip_qkv = fields.has("clip_qkv")
 
 
@@ -49,7 +50,14 @@ class OlmoeAttention(LlamaAttention):
         return query_states, key_states, value_states
 
 
+class OlmoeLoopedMoeBlock(LoopedMoeBlock):
+    oldest = "4.45"
+    why_not_older = NOT_THERE
+    hit_only = "5.0"
+
+
 class OlmoeDecoderLayer(MoeDecoderLayer):
+    looped_moe_class = OlmoeLoopedMoeBlock
     attention_class: ClassVar[Callable[..., Any]] = OlmoeAttention
 
 

@@ -6,8 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from memplan.architectures.llama import LlamaForCausalLM, LlamaMLP, decoder_heads, layer_types
-from memplan.architectures.moe import Experts, MoeConfig, MoeDecoderLayer, MoeModel, TopKRouter
+from memplan.architectures.moe import (
+    TABLES_PER_LAYER,
+    Experts,
+    LoopedMoeBlock,
+    MoeConfig,
+    MoeDecoderLayer,
+    MoeModel,
+    TopKRouter,
+    experts_are_modules,
+)
 from memplan.architectures.nn import Build, Linear, Module
+from memplan.errors import UnsupportedError
 from memplan.specs.fields import Fields
 from memplan.tape import ops
 from memplan.tape.tensor import Tensor
@@ -63,12 +73,37 @@ class Qwen2MoeSparseMoeBlock(Module):
         return expert_output.reshape(batch, length, hidden_dim)
 
 
+class Qwen2MoeLoopedMoeBlock(LoopedMoeBlock):
+    oldest = "4.45"
+    why_not_older = TABLES_PER_LAYER
+
+    def make_modules(self, b: Build, c: Qwen2MoeConfig) -> None:
+        super().make_modules(b, c)
+        self.shared_expert = LlamaMLP(b, c, c.shared_expert_intermediate_size)
+        self.shared_expert_gate = Linear(b, c.hidden_size, 1, bias=False)
+
+    def beside_experts(self, hidden_states: Tensor, final_hidden_states: Tensor) -> Tensor:
+        shared_expert_output = self.shared_expert(hidden_states)
+        shared_expert_output = ops.sigmoid(self.shared_expert_gate(hidden_states)) * shared_expert_output
+        return final_hidden_states + shared_expert_output
+
+
 class Qwen2MoeDecoderLayer(MoeDecoderLayer):
     moe_class = Qwen2MoeSparseMoeBlock
+    looped_moe_class = Qwen2MoeLoopedMoeBlock
 
 
 class Qwen2MoeModel(MoeModel):
     layer_class: ClassVar[Callable[..., Any]] = Qwen2MoeDecoderLayer
+
+    def __init__(self, b: Build, c: Qwen2MoeConfig) -> None:
+        if experts_are_modules(b.software):  # one mask for all layers
+            if "sliding_attention" in c.layer_types:
+                remedy = "Use transformers 5.0 or later."
+                problem = f"is not modelled for transformers {b.software.transformers}"
+                raise UnsupportedError.at("use_sliding_window", True, problem, remedy)
+            c.windows = {"full_attention": None}
+        super().__init__(b, c)
 
 
 class Qwen2MoeForCausalLM(LlamaForCausalLM):

@@ -6,7 +6,16 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from memplan.architectures.llama import LlamaForCausalLM, decoder_heads
-from memplan.architectures.moe import Experts, MoeConfig, MoeDecoderLayer, MoeModel, SparseMoeBlock, TopKRouter
+from memplan.architectures.moe import (
+    NOT_THERE,
+    Experts,
+    LoopedMoeBlock,
+    MoeConfig,
+    MoeDecoderLayer,
+    MoeModel,
+    SparseMoeBlock,
+    TopKRouter,
+)
 from memplan.architectures.nn import Build
 from memplan.architectures.qwen2_moe import sparse_layers
 from memplan.architectures.qwen3 import Qwen3Attention
@@ -37,8 +46,14 @@ class Qwen3MoeSparseMoeBlock(SparseMoeBlock):
         self.gate = TopKRouter(b, c)
 
 
+class Qwen3MoeLoopedMoeBlock(LoopedMoeBlock):
+    oldest = "4.51"
+    why_not_older = NOT_THERE
+
+
 class Qwen3MoeDecoderLayer(MoeDecoderLayer):
     moe_class: ClassVar[Callable[..., Any]] = Qwen3MoeSparseMoeBlock
+    looped_moe_class = Qwen3MoeLoopedMoeBlock
     attention_class: ClassVar[Callable[..., Any]] = Qwen3Attention
 
 

@@ -117,11 +117,13 @@ def cumsum(x: Tensor) -> Tensor:
     return x.storage.tape.new(x.shape, int32, "cumsum")
 
 
-def index(x: Tensor, indices: Tensor) -> Tensor:
-    """x[indices] along the first dimension; saves the indices. Backward adds the rows into zeros of x's shape."""
+def index(x: Tensor, *indices: Tensor, dim: int = 0) -> Tensor:
+    """x[indices] along as many dimensions from ``dim`` on; saves the indices. Backward adds the rows into zeros of x's
+    shape.
+    """
     t = x.storage.tape
-    node = t.node(_index_backward, (x,), (indices,), x.shape) if x.node is not None else None
-    out = t.new((*indices.shape, *x.shape[1:]), x.dtype, "index")
+    node = t.node(_index_backward, (x,), indices, x.shape) if x.node is not None else None
+    out = t.new((*x.shape[:dim], *indices[0].shape, *x.shape[dim + len(indices) :]), x.dtype, "index")
     out.node = node
     return out
 
@@ -131,6 +133,42 @@ def _index_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
     if t.rules.kind == "cuda":  # index_put_with_sort_kernel: the linear, the sorted and the original indices
         t.scratch(3 * saved[0].nbytes, "index_put_sort")
     return (out,)
+
+
+def one_hot(ids: Tensor, num_classes: int) -> Tensor:
+    """F.one_hot of integers: int64 [..., num_classes]."""
+    return ids.storage.tape.new((*ids.shape, num_classes), int64, "one_hot")
+
+
+def counted(mask: Tensor) -> Tensor:
+    """mask.sum(dim=(-1, -2)) of integers [E, K, T]: int64 [E]."""
+    return mask.storage.tape.new(mask.shape[:1], int64, "sum")
+
+
+def nonzero(x: Tensor, found: int) -> Tensor:
+    """x.nonzero(), of which ``found`` elements are not zero: int64 [found, dimensions of x].
+
+    CUDA's kernel reads a contiguous copy (nonzero_cuda_out_impl in aten/src/ATen/native/cuda/NonZero.cu).
+    """
+    t = x.storage.tape
+    if t.rules.kind == "cuda" and not x.contiguous_:
+        t.scratch(x.nbytes, "contiguous")
+    return t.new((found, len(x.shape)), int64, "nonzero")
+
+
+def index_add_(base: Tensor, indices: Tensor, source: Tensor) -> Tensor:
+    """base.index_add_(0, indices, source): base's storage, another node, which saves the indices and the source."""
+    node = base.storage.tape.node(_index_add_backward, (base, source), (indices, source))
+    return Tensor(base.shape, base.strides, base.dtype, base.storage, node)
+
+
+def _index_add_backward(t: Tape, node: Node, grad: Tensor, saved: Any) -> Grads:
+    """grad itself for base; grad.index_select(0, index).expand_as(source) for source."""
+    rows = None
+    if node.edges[1] is not None:
+        rows = t.new(saved[1].shape, grad.dtype, "index_select")
+        rows.is_view = True
+    return grad if node.edges[0] is not None else None, rows
 
 
 # -- matmul --------------------------------------------------------------------------------------------------------

@@ -62,12 +62,12 @@ def contiguous_strides(shape: Shape) -> Shape:
 
 @lru_cache(maxsize=4096)
 def is_contiguous(shape: Shape, strides: Shape) -> bool:
-    """Whether the elements lie row-major without gaps; dimensions of size 1 do not matter."""
+    """Whether the elements lie row-major without gaps, or are none; dimensions of size 1 do not matter."""
     step = 1
     for size, stride in zip(reversed(shape), reversed(strides)):
         if size != 1:
             if stride != step:
-                return False
+                return 0 in shape
             step *= size
     return True
 
