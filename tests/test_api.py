@@ -207,6 +207,7 @@ def test_the_setup_is_resolved() -> None:
         "dtype": "float16", "mixed_precision": "bf16", "head": "causal-lm", "vocab_size": 512,
         "lora_targets": ("q_proj", "v_proj"), "lora_bias": "none", "lora_modules_to_save": ("lm_head",),
         "lora_autocast_adapter_dtype": True, "prepare_for_kbit_training": True, "bnb_4bit_compute_dtype": "bfloat16",
+        "peft_module_casting_to_bf16": False, "bf16_adapters": False,
         "trace": False, "no_replay": True, "strategy": "ddp",
     }  # fmt: skip
     assert {name: setup[name] for name in expected} == expected

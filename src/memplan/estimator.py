@@ -885,6 +885,8 @@ def _setup_dict(
         data["lora_autocast_adapter_dtype"] = lora.autocast_adapter_dtype
     if quantization is not None:
         data["prepare_for_kbit_training"] = prepares_for_kbit_training(training)
+        data["peft_module_casting_to_bf16"] = quantization.peft_module_casting_to_bf16
+        data["bf16_adapters"] = quantization.bf16_adapters
         data["bnb_4bit_compute_dtype"] = compute_dtype(setup).name if quantization.kind != "int8" else None
         data["bnb_4bit_quant_storage"] = quantization.quant_storage if quantization.kind != "int8" else None
     return data

@@ -9,8 +9,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
-from memplan.adapters.lora import apply_lora, sees_sharded_adapters, tells_layers_apart
-from memplan.adapters.quantization import cast, prepare_for_kbit_training, quantize
+from memplan.adapters.lora import apply_lora, cast_trained_to_bf16, sees_sharded_adapters, tells_layers_apart
+from memplan.adapters.quantization import (
+    cast,
+    peft_module_casting_to_bf16,
+    prepare_for_kbit_training,
+    quantize,
+)
 from memplan.architectures.cache import DynamicCache
 from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, Module, checkpoints_wrappers, watch
 from memplan.architectures.registry import build_model, trainable_heads
@@ -508,6 +513,11 @@ def build(
             sees_sharded_adapters(root, dtypes.float32)
         if training.gradient_checkpointing:
             require_input_grads(root)
+        if quantization is not None and training.task == "train":
+            if quantization.peft_module_casting_to_bf16:
+                peft_module_casting_to_bf16(root)
+            if quantization.bf16_adapters:
+                cast_trained_to_bf16(root)
     if quantization is not None and setup.engine != "torch":
         cast(root, setup.dtype)
         sees_sharded_adapters(root, setup.dtype)

@@ -167,6 +167,8 @@ quantizations = st.builds(
     compute_dtype=st.sampled_from([None, "float32"]),
     quant_storage=st.sampled_from(["uint8", "bfloat16"]),
     prepare_for_kbit_training=flags,
+    peft_module_casting_to_bf16=flags,
+    bf16_adapters=flags,
 ).map(lambda spec: spec.replace(quant_storage="uint8") if spec.kind == "int8" else spec)  # which packs nothing
 
 

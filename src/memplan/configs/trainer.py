@@ -54,6 +54,10 @@ def to_training_args(setup: Setup, given: TrainingSpec, strategy: Strategy) -> d
         values["quantization"] = _to_quantization(given.quantization, compute_dtype(setup).name)
     if prepares_for_kbit_training(training):
         values["prepare_for_kbit_training"] = True
+    if given.quantization is not None:
+        for name in ("peft_module_casting_to_bf16", "bf16_adapters"):
+            if getattr(given.quantization, name):
+                values[name] = True
     if head == "image-classification":
         # The Trainer would take the images away before they are made pixels.
         values |= {"text_column": "image", "remove_unused_columns": False}

@@ -129,6 +129,10 @@ class QuantizationSpec(Spec):
     """``bnb_4bit_compute_dtype``; None is the mixed-precision type of the run, or else its dtype."""
     quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = "uint8"
     """``bnb_4bit_quant_storage``: what 4-bit weights are packed into. FSDP shards floating types only."""
+    peft_module_casting_to_bf16: bool = False
+    """Call TRL's function of that name after LoRA: embeddings and heads in float32 go to bfloat16 again."""
+    bf16_adapters: bool = False
+    """What is trained is cast to bfloat16 after LoRA, as TRL does since 0.26, and before 0.9 under bf16."""
 
 
 class AllocatorSpec(Spec):
