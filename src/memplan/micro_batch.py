@@ -510,7 +510,7 @@ def build(
     if training.lora is not None:
         apply_lora(b, root, training.lora, model.model_type)
         if setup.engine == "fsdp1":
-            sees_sharded_adapters(root, dtypes.float32)
+            sees_sharded_adapters(root, setup.dtype if setup.autocast is None else dtypes.float32)
         if training.gradient_checkpointing:
             require_input_grads(root)
         if quantization is not None and training.task == "train":
