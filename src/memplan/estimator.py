@@ -206,6 +206,8 @@ def _checked(
     if strategy.shards:
         _check_sharded(strategy, traced)
         _check_nvme(strategy, cluster)
+    if traced is not None and training.keeps_outputs:
+        raise UnsupportedError("keeps_outputs: a trace ends with the loss. Leave one of them out.")
     if strategy.kind == "single" and cluster.gpus != 1:
         raise SpecError.at(
             "gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1."
@@ -882,6 +884,7 @@ def _setup_dict(
         "gradient_checkpointing": training.gradient_checkpointing,
         "use_reentrant": training.reentrant(setup.software) if training.gradient_checkpointing else None,
         "liger": training.liger,
+        "keeps_outputs": training.keeps_outputs,
         "head": training.head or declared_head(model),
         "vocab_size": training.vocab_size or model.config.get("vocab_size"),
         "lora_rank": lora.rank if lora is not None else None,

@@ -34,6 +34,9 @@ def to_training_args(setup: Setup, given: TrainingSpec, strategy: Strategy) -> d
     if head not in MODEL_CLASSES:
         remedy = f"Use --head {' or '.join(MODEL_CLASSES)}."
         raise SpecError.at("head", head, "is none that a written train.py can train", remedy)
+    if training.keeps_outputs:
+        remedy = "Leave it out: the Trainer lets them go."
+        raise SpecError.at("keeps_outputs", True, "is not asked of the Trainer", remedy)
     values: dict[str, Any] = {
         "model_name_or_path": _location(model),
         "model_class": MODEL_CLASSES[head],

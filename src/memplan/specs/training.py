@@ -270,6 +270,9 @@ class TrainingSpec(Spec):
     """Of ``gradient_checkpointing_kwargs``; None is transformers' default: false, and true before 5.0."""
     liger: bool = False
     """``use_liger_kernel``: the loss is computed from the hidden states in chunks."""
+    keeps_outputs: bool = False
+    """A loop of one's own holds what the model returned, logits above all, while its loss goes backward, as in
+    ``outputs = model(**batch); outputs.loss.backward()``. The Trainer keeps the loss alone."""
     packed: bool = True
     """Sequences are full, so there is no attention mask; False is a padded batch with a mask."""
     head: Head | None = None
@@ -342,7 +345,7 @@ class TrainingSpec(Spec):
 MOST_ACCUMULATED = 2**16
 """Batches of logits that are looked at one by one: each makes what is kept of all before it anew."""
 STEPS_ONLY = (
-    "grad_accum_steps", "optim", "gradient_checkpointing", "use_reentrant", "liger", "eval_batch_size",
+    "grad_accum_steps", "optim", "gradient_checkpointing", "use_reentrant", "liger", "eval_batch_size", "keeps_outputs",
     "eval_accumulation_steps",
 )  # fmt: skip
 """Fields of a training step, which loading and generation do not have."""
