@@ -40,11 +40,11 @@ def test_examples(module) -> None:
 
 
 def test_every_row_becomes_a_setup_or_says_why_not(rows) -> None:
-    assert len(rows) == len({row.id for row in rows}) == 603
+    assert len(rows) == len({row.id for row in rows}) == 678
     assert all(row.fields["source"] for row in rows)
     assert score.counts(rows) == {
-        "rows": 603,
-        "setups": 172,
+        "rows": 678,
+        "setups": 247,
         "out_of_scope": 370,
         "not_stated": 27,
         "not_known": 2,
@@ -81,7 +81,9 @@ def test_predictions_are_not_cut_at_what_a_gpu_has(rows) -> None:
     row = next(row for row in rows if row.id == "fms-a-011-nv")
     assert row.predicted * 2**30 > row.gpu.capacity
     assert row.ratio > 1 + score.FAR > row.ratio_cut > 1
-    assert {row.id for row in rows if row.ratio_cut} == {"fms-a-011-nv", "qwen1-ft-78"}
+    assert {row.id for row in rows if row.ratio_cut} == {
+        "fms-a-011-nv", "qwen1-ft-78", "fsq-12", "fsq-15", "fsq-16", "fsq-17",
+    }  # fmt: skip
 
 
 def test_rows_that_taught_a_rule_are_named_and_left_out_once(rows) -> None:
@@ -94,7 +96,7 @@ def test_rows_that_taught_a_rule_are_named_and_left_out_once(rows) -> None:
     generate = script("docs/generate_accuracy.py")
     section = "\n".join(generate._taught(score, rows))
     assert all(f" {id}" in section for id in score.taught.IDS)
-    assert "| device | 9 |" in section
+    assert "| device | 7 |" in section
 
 
 def test_the_ten_worst_rows_have_a_cause(rows) -> None:
@@ -134,7 +136,7 @@ def test_memplans_column_beside_peers_is_of_today(rows) -> None:
 def test_rows_that_are_far_off_have_their_cause(rows) -> None:
     far = [row for row in rows if row.ratio is not None and abs(row.ratio - 1) > score.FAR]
     wrong = [row for row in rows if row.found is not None and not row.agrees]
-    assert 0 < len(far) + len(wrong) < 20
+    assert 0 < len(far) + len(wrong) < 25
     assert [row.id for row in far + wrong if not row.fields["note"]] == []
 
 
@@ -149,7 +151,7 @@ def test_full_and_lora_fine_tuning_of_one_source_agree(rows) -> None:
     plain = [row for row in found if not row.setup.training.quantization and "santacoder" not in row.fields["model"]]
     assert len(plain) == 6
     assert all(abs(row.ratio - 1) < 0.001 for row in plain)
-    assert all(0 < row.ratio - 1 < 0.05 for row in prepared)  # TRL casts embeddings back
+    assert all(abs(row.ratio - 1) < 0.001 for row in prepared)  # which TRL has cast back
     # Found by these rows: frozen blocks under reentrant checkpointing. Before, Mistral's were 7 % low and Llama's 21 %.
     sharded = [row for row in found if row.setup.training.quantization and row.fields["n_gpus"] == "2"]
     assert len(sharded) == 8
@@ -170,9 +172,10 @@ def test_generation_agrees_while_it_decodes(rows) -> None:
 
 def test_runs_that_died_do_not_fit(rows) -> None:
     found = score.boundaries(rows)
-    assert found["died"] == 12
-    assert found["died_verdicts"] == {"does-not-fit": 10, "tight": 2}  # tight: fms-a-068 and -096, of 68 of 79 GiB
-    assert found["false_fits"] == []
+    assert found["died"] == 21
+    # tight: fms-a-068 and -096, of 68 of 79 GiB; fits: two on a T4, of which the page does not say all
+    assert found["died_verdicts"] == {"does-not-fit": 17, "tight": 2, "fits": 2}
+    assert found["false_fits"] == ["hfq-02", "hfq-12"]
     assert found["false_does_not_fit"] == ["hfz-0", "hfz-1", "hfz-4", "hfz-5"]
 
 
