@@ -221,6 +221,43 @@ def one(**values: str):
     return score.compare(dict.fromkeys(adapter.COLUMNS, "") | GOOD | values)
 
 
+QLORA = {
+    "n_gpus": "1", "zero_stage_or_fsdp": "none", "weight_dtype": "nf4, bf16", "mixed_precision": "bf16",
+    "method": "qlora r8 targets=q_proj", "framework": "TRL SFTTrainer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "casts"),
+    [
+        ({"framework_version_if_known": "2023-10"}, (True, False, False)),
+        ({"framework_version_if_known": "trl 0.8.6, torch 2.2"}, (True, True, True)),
+        ({"framework_version_if_known": "trl 0.13.0, torch 2.4"}, (True, True, False)),
+        ({"framework_version_if_known": "trl 0.13.0, torch 2.4", "mixed_precision": "no"}, (True, False, False)),
+        ({"framework_version_if_known": "trl 0.26.2, torch 2.9"}, (False, False, True)),
+        (
+            {"framework": "HF Trainer + PEFT", "weight_dtype": "nf4, bf16, heads bf16, adapters bf16"},
+            (True, True, True),
+        ),
+    ],
+)
+def test_the_version_of_trl_or_the_cell_decides_what_is_cast(values: dict, casts: tuple[bool, ...]) -> None:
+    found = one(**QLORA | values).setup.training.quantization
+    assert (found.prepare_for_kbit_training, found.peft_module_casting_to_bf16, found.bf16_adapters) == casts
+
+
+def test_what_a_cell_says_of_an_engine_and_of_a_loop_is_taken() -> None:
+    assert one(zero_stage_or_fsdp="FSDP1, cpu_ram_efficient_loading").setup.strategy.fsdp.cpu_ram_efficient_loading
+    said = "DeepSpeed ZeRO-2 (reduce_bucket_size=1e9, allgather_bucket_size=2e8, overlap_comm=false)"
+    zero = one(zero_stage_or_fsdp=said).setup.strategy.zero
+    assert (zero.reduce_bucket_size, zero.allgather_bucket_size, zero.overlap_comm) == (10**9, 2 * 10**8, False)
+    assert one(gradient_checkpointing="yes (non-reentrant)").setup.training.use_reentrant is False
+    assert one(framework="PyTorch, own loop that keeps outputs").setup.training.keeps_outputs
+    assert one(framework="PyTorch, own loop, own loss").refused.endswith("does not take the loss from the model")
+    gemma2 = one(model="google/gemma-2-2b", attention="default", framework_version_if_known="transformers 4.45")
+    assert gemma2.setup.training.attn == "eager"
+
+
 def test_other_spellings_are_the_same_setup() -> None:
     row = one()
     assert row.ratio == pytest.approx(1, abs=0.001)

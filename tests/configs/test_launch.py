@@ -737,6 +737,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"training": TrainingSpec(head="base")},
         "head: 'base' is none that a written train.py can train. Use --head causal",
     ),
+    ({"training": TrainingSpec(keeps_outputs=True)}, "keeps_outputs: true is not asked of the Trainer. Leave it out"),
     ({"training": TrainingSpec(optim="muon")}, "optim: 'muon' has no name in TrainingArguments. Use adamw_torch_fused"),
     ({"training": TrainingSpec(optim="adamw_torch_loop")}, "has no name in TrainingArguments. Use adamw_torch,"),
     ({"strategy": Strategy(), "cluster": TWO}, "gpus: 2 is more than strategy single uses"),
