@@ -91,6 +91,21 @@ def test_a_module_is_traced_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- clusters
 
 
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"grad_accum_steps": 3}])
+def test_a_loop_that_keeps_outputs_holds_them_through_forward_and_backward(changes: dict) -> None:
+    """Those of the micro-batch before until the next ones have the name, which its backward then finds alive."""
+    training = TrainingSpec(micro_batch_size=2, seq_len=512, dtype="bfloat16", mixed_precision="no", **changes)
+    plain, keeps = (
+        {phase.name: phase.allocated for phase in api.estimate(TINY, each, "A100-80GB").gpu.phases}
+        for each in (training, training.replace(keeps_outputs=True))
+    )
+    logits = 2 * 512 * 512 * 2
+    assert [keeps[name] - plain[name] for name in ("forward", "loss", "backward")] == [logits] * 3
+    assert keeps["step"] - plain["step"] == (0 if "grad_accum_steps" in changes else logits)
+    fused = training.replace(liger=True)
+    assert api.estimate(TINY, fused.replace(keeps_outputs=True)).gpu == api.estimate(TINY, fused).gpu
+
+
 def test_a_cluster_may_be_text_or_a_spec() -> None:
     text = api.estimate(TINY, cluster="2x2xa100-80gb")
     spec = api.estimate(TINY, cluster=ClusterSpec(gpu="A100 80GB", gpus=4, nodes=2))
@@ -207,6 +222,7 @@ def test_the_setup_is_resolved() -> None:
         "dtype": "float16", "mixed_precision": "bf16", "head": "causal-lm", "vocab_size": 512,
         "lora_targets": ("q_proj", "v_proj"), "lora_bias": "none", "lora_modules_to_save": ("lm_head",),
         "lora_autocast_adapter_dtype": True, "prepare_for_kbit_training": True, "bnb_4bit_compute_dtype": "bfloat16",
+        "peft_module_casting_to_bf16": False, "bf16_adapters": False,
         "trace": False, "no_replay": True, "strategy": "ddp",
     }  # fmt: skip
     assert {name: setup[name] for name in expected} == expected

@@ -41,13 +41,13 @@ def test_examples(module) -> None:
 
 
 def test_every_row_becomes_a_setup_or_says_why_not(rows) -> None:
-    assert len(rows) == len({row.id for row in rows}) == 603
+    assert len(rows) == len({row.id for row in rows}) == 678
     assert all(row.fields["source"] for row in rows)
     assert score.counts(rows) == {
-        "rows": 603,
-        "setups": 194,
+        "rows": 678,
+        "setups": 256,
         "out_of_scope": 370,
-        "not_stated": 27,
+        "not_stated": 40,
         "not_known": 2,
         "refused_by_memplan": 10,
         "errors": 0,
@@ -82,7 +82,9 @@ def test_predictions_are_not_cut_at_what_a_gpu_has(rows) -> None:
     row = next(row for row in rows if row.id == "fms-a-011-nv")
     assert row.predicted * 2**30 > row.gpu.capacity
     assert row.ratio > 1 + score.FAR > row.ratio_cut > 1
-    assert {row.id for row in rows if row.ratio_cut} == {"fms-a-011-nv", "qwen1-ft-78"}
+    assert {row.id for row in rows if row.ratio_cut} == {
+        "fms-a-011-nv", "qwen1-ft-78", "fsq-12", "fsq-15", "fsq-16", "fsq-17",
+    }  # fmt: skip
 
 
 def test_rows_that_taught_a_rule_are_named_and_left_out_once(rows) -> None:
@@ -95,7 +97,7 @@ def test_rows_that_taught_a_rule_are_named_and_left_out_once(rows) -> None:
     generate = script("docs/generate_accuracy.py")
     section = "\n".join(generate._taught(score, rows))
     assert all(f" {id}" in section for id in score.taught.IDS)
-    assert "| device | 13 |" in section
+    assert "| device | 7 |" in section
 
 
 def test_the_ten_worst_rows_have_a_cause(rows) -> None:
@@ -133,7 +135,7 @@ def test_memplans_column_beside_peers_is_of_today(rows) -> None:
 def test_rows_that_are_far_off_have_their_cause(rows) -> None:
     far = [row for row in rows if row.ratio is not None and abs(row.ratio - 1) > score.FAR]
     wrong = [row for row in rows if row.found is not None and not row.agrees]
-    assert 0 < len(far) + len(wrong) < 24
+    assert 0 < len(far) + len(wrong) < 25
     assert [row.id for row in far + wrong if not row.fields["note"]] == []
 
 
@@ -148,7 +150,8 @@ def test_full_and_lora_fine_tuning_of_one_source_agree(rows) -> None:
     plain = [row for row in found if not row.setup.training.quantization and "santacoder" not in row.fields["model"]]
     assert len(plain) == 6
     assert all(abs(row.ratio - 1) < 0.001 for row in plain)
-    assert all(0 < row.ratio - 1 < 0.05 for row in prepared)  # TRL casts embeddings back
+    # TRL has cast them back. Mixtral's backward is the fullest then, which grows with the busiest expert's tokens.
+    assert all(abs(row.ratio - 1) < (0.01 if "Mixtral" in row.fields["model"] else 0.001) for row in prepared)
     # Found by these rows: frozen blocks under reentrant checkpointing. Before, Mistral's were 7 % low and Llama's 21 %.
     sharded = [row for row in found if row.setup.training.quantization and row.fields["n_gpus"] == "2"]
     assert len(sharded) == 12
@@ -185,8 +188,9 @@ def test_generation_agrees_while_it_decodes(rows) -> None:
 
 def test_runs_that_died_do_not_fit(rows) -> None:
     found = score.boundaries(rows)
-    assert found["died"] == 18
-    assert found["died_verdicts"] == {"does-not-fit": 16, "tight": 2}  # tight: fms-a-068 and -096, of 68 of 79 GiB
+    assert found["died"] == 20
+    # tight: fms-a-068 and -096, of 68 of 79 GiB
+    assert found["died_verdicts"] == {"does-not-fit": 18, "tight": 2}
     assert found["false_fits"] == []
     assert found["false_does_not_fit"] == ["hfz-0", "hfz-1", "hfz-4", "hfz-5"]
 
@@ -231,6 +235,43 @@ def written(path: Path, *rows: dict[str, str], columns=adapter.COLUMNS, delimite
 
 def one(**values: str):
     return score.compare(dict.fromkeys(adapter.COLUMNS, "") | GOOD | values)
+
+
+QLORA = {
+    "n_gpus": "1", "zero_stage_or_fsdp": "none", "weight_dtype": "nf4, bf16", "mixed_precision": "bf16",
+    "method": "qlora r8 targets=q_proj", "framework": "TRL SFTTrainer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "casts"),
+    [
+        ({"framework_version_if_known": "2023-10"}, (True, False, False)),
+        ({"framework_version_if_known": "trl 0.8.6, torch 2.2"}, (True, True, True)),
+        ({"framework_version_if_known": "trl 0.13.0, torch 2.4"}, (True, True, False)),
+        ({"framework_version_if_known": "trl 0.13.0, torch 2.4", "mixed_precision": "no"}, (True, False, False)),
+        ({"framework_version_if_known": "trl 0.26.2, torch 2.9"}, (False, False, True)),
+        (
+            {"framework": "HF Trainer + PEFT", "weight_dtype": "nf4, bf16, heads bf16, adapters bf16"},
+            (True, True, True),
+        ),
+    ],
+)
+def test_the_version_of_trl_or_the_cell_decides_what_is_cast(values: dict, casts: tuple[bool, ...]) -> None:
+    found = one(**QLORA | values).setup.training.quantization
+    assert (found.prepare_for_kbit_training, found.peft_module_casting_to_bf16, found.bf16_adapters) == casts
+
+
+def test_what_a_cell_says_of_an_engine_and_of_a_loop_is_taken() -> None:
+    assert one(zero_stage_or_fsdp="FSDP1, cpu_ram_efficient_loading").setup.strategy.fsdp.cpu_ram_efficient_loading
+    said = "DeepSpeed ZeRO-2 (reduce_bucket_size=1e9, allgather_bucket_size=2e8, overlap_comm=false)"
+    zero = one(zero_stage_or_fsdp=said).setup.strategy.zero
+    assert (zero.reduce_bucket_size, zero.allgather_bucket_size, zero.overlap_comm) == (10**9, 2 * 10**8, False)
+    assert one(gradient_checkpointing="yes (non-reentrant)").setup.training.use_reentrant is False
+    assert one(framework="PyTorch, own loop that keeps outputs").setup.training.keeps_outputs
+    assert one(framework="PyTorch, own loop, own loss").refused.endswith("does not take the loss from the model")
+    gemma2 = one(model="google/gemma-2-2b", attention="default", framework_version_if_known="transformers 4.45")
+    assert gemma2.setup.training.attn == "eager"
 
 
 def test_other_spellings_are_the_same_setup() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import reading
 from compare import AUTO
 from reading import Notes, RefusedError, not_stated, plain
-from releases import RELEASES, month_in, month_of, newest
+from releases import RELEASES, month_in, month_of, newest, of_trl
 
 from memplan.adapters.lora import ALL_LINEAR, LINEAR
 from memplan.architectures.nn import Build
@@ -87,6 +87,8 @@ class Framework:
     """Whether ``prepare_model_for_kbit_training`` is called on quantized models."""
     cpu_ram_efficient_loading: bool = False
     """Of its accelerate config, under FSDP."""
+    trl: bool = False
+    """Whether TRL's SFTTrainer puts the adapters on."""
 
 
 FRAMEWORKS = (
@@ -95,6 +97,7 @@ FRAMEWORKS = (
     Framework(r"unsloth", "replaces transformers' kernels"),
     Framework(r"foak|fast[-_ ]?kernels", "replaces transformers' kernels"),
     Framework(r"gptq", "has GPTQ weights"),
+    Framework(r"own loss", "does not take the loss from the model"),
     Framework(
 
         r"megatron|nemo\b|litgpt|lit-gpt|lit-llama|nanogpt|fairseq|gpt-neox\b|mosaic|composer|llm-foundry|maxtext|\bjax\b"
@@ -105,10 +108,11 @@ FRAMEWORKS = (
         "is not transformers' implementation",
     ),
     Framework(r"pycuda|torch\.distributed$", "measures no model"),
-    Framework(r"baseline-peft-bnb", double_quant=True, cpu_ram_efficient_loading=True),
+    Framework(r"baseline-peft-bnb", double_quant=True, cpu_ram_efficient_loading=True, trl=True),
     Framework(r"accelerated-peft-bnb", double_quant=True, prepares=False, cpu_ram_efficient_loading=True),
     Framework(r"llama[-_ ]?factory", double_quant=True, prepares=False),
     Framework(r"axolotl", double_quant=True),
+    Framework(r"\btrl\b|sft_?trainer", trl=True),
     Framework(
         r"\bhf\b|hugging ?face|transformers|trl|trainer|sft|accelerate|peft|deepspeed|llama-(recipes|cookbook)|finetune"
         r"|fastchat|alpaca|swift|xtuner|h2o|autotrain|open-instruct|lmflow|fsdp_qlora|pytorch|firefly"
@@ -145,7 +149,8 @@ def setup(row: Mapping[str, str]) -> Setup:
     precision = reading.precision(
         row["weight_dtype"], row["mixed_precision"], row["method"], task == "infer", framework.double_quant, notes
     )
-    attn = reading.attention(row["attention"], software.at_least("transformers", "4.36"), notes)
+    has_sdpa = software.at_least("transformers", "4.36") and "sdpa" in attention_implementations(model.model_type)
+    attn = reading.attention(row["attention"], has_sdpa, notes)
     fields: dict[str, Any] = {
         "dtype": precision.dtype,
         "mixed_precision": precision.mixed,
@@ -165,11 +170,13 @@ def setup(row: Mapping[str, str]) -> Setup:
     fields |= {
         "optim": reading.optimizer(row["optimizer"], notes),
         "gradient_checkpointing": reading.checkpointing(row["gradient_checkpointing"], notes),
+        "use_reentrant": reading.reentrant(row["gradient_checkpointing"]),
         "liger": liger,
         "packed": _packed(row["packed_or_padded"], attn, notes),
         "grad_accum_steps": reading.count("grad_accum", row["grad_accum"], notes, default=1),
         "seq_len": _within_positions(model, reading.length(row["seq_len"], notes), notes),
         "head": head,
+        "keeps_outputs": re.search(r"\bkeeps (?:the )?outputs\b", row["framework"].lower()) is not None,
     }
     if fields["liger"] and not software.at_least("transformers", "5.0"):
         notes.append("software: Liger before 0.8 is not modelled, the first transformers of 0.8 taken, 5.0")
@@ -177,7 +184,8 @@ def setup(row: Mapping[str, str]) -> Setup:
     if method.kind == "lora":
         fields["lora"] = _lora(method, model, head, stand_in, precision, software, notes)
     if precision.quantization:
-        fields["quantization"] = _quantization(precision, framework, strategy, notes)
+        trl = of_trl(_version_of_trl(row), _month(row)) if framework.trl else None
+        fields["quantization"] = _quantization(precision, framework, trl, strategy, notes)
     return Setup(model, TrainingSpec(**fields), cluster, strategy, software, tuple(notes), capacity_known)
 
 
@@ -393,15 +401,34 @@ _VERSION = re.compile(
 _NAMES = {"pytorch": "torch", "bnb": "bitsandbytes"}
 
 
-def _software(row: Mapping[str, str], notes: Notes) -> SoftwareSpec:
-    text = f"{row['framework_version_if_known']} ; {row['framework']}"
+def _version_text(row: Mapping[str, str]) -> str:
+    return f"{row['framework_version_if_known']} ; {row['framework']}"
+
+
+def _stated_versions(row: Mapping[str, str]) -> dict[str, str]:
+    text = _version_text(row)
     stated: dict[str, str] = {}
     for library, version in _VERSION.findall(text):
         name = library.lower().replace("-", "_").replace(" ", "_")
         stated.setdefault(_NAMES.get(name, name), version)
     if found := re.search(r"\+cu(\d{2})(\d)\b", text):
         stated.setdefault("cuda", f"{found[1]}.{found[2]}")
-    month = month_in(text) or month_of({name: version for name, version in stated.items() if name != "cuda"})
+    return stated
+
+
+def _month(row: Mapping[str, str]) -> str | None:
+    """When it was measured, as far as the row tells."""
+    stated = {name: version for name, version in _stated_versions(row).items() if name != "cuda"}
+    return month_in(_version_text(row)) or month_of(stated)
+
+
+def _version_of_trl(row: Mapping[str, str]) -> str | None:
+    found = re.search(r"(?<![\w.])trl[ ]*(?:==|[=@])?[ ]*v?(\d+\.\d+(?:\.\d+)*)", _version_text(row), re.IGNORECASE)
+    return found[1] if found else None
+
+
+def _software(row: Mapping[str, str], notes: Notes) -> SoftwareSpec:
+    stated, month = _stated_versions(row), _month(row)
     versions = dict(stated)
     if month:
         versions |= {
@@ -439,7 +466,7 @@ def _strategy(
     states, weights = reading.offload(offload, engine.kind, notes)
     if engine.kind.startswith("zero"):
         # The templates of transformers' documentation leave these to the Trainer.
-        zero = ZeroSpec(**dict.fromkeys(AUTO.get(engine.kind, ()), "auto"))
+        zero = ZeroSpec(**{**dict.fromkeys(AUTO.get(engine.kind, ()), "auto"), **dict(engine.zero)})
         return Strategy(kind=engine.kind, offload_optimizer=states, offload_param=weights, zero=zero)
     if engine.kind != "fsdp":
         return Strategy(kind=engine.kind)
@@ -449,30 +476,45 @@ def _strategy(
         notes.append(
             f"zero_stage_or_fsdp: FSDP's version is not stated, {version} taken, accelerate's default of the time"
         )
+    loading = framework.cpu_ram_efficient_loading or engine.cpu_ram_efficient_loading
     if version == 1:
         sharding = engine.sharding or ("FULL_SHARD" if engine.reshard else "SHARD_GRAD_OP")
         fsdp = FsdpSpec(
             version=1,
             sharding_strategy=sharding,
             backward_prefetch=engine.prefetch,
-            cpu_ram_efficient_loading=framework.cpu_ram_efficient_loading,
+            cpu_ram_efficient_loading=loading,
         )
     else:
-        fsdp = FsdpSpec(version=2, reshard_after_forward=engine.reshard)
+        fsdp = FsdpSpec(version=2, reshard_after_forward=engine.reshard, cpu_ram_efficient_loading=loading)
     return Strategy(kind="fsdp", offload_param=weights, fsdp=fsdp)
 
 
 def _quantization(
-    precision: reading.Precision, framework: Framework, strategy: Strategy, notes: Notes
+    precision: reading.Precision, framework: Framework, trl: str | None, strategy: Strategy, notes: Notes
 ) -> QuantizationSpec:
-    """FSDP shards weights that are packed into a float type, and of one type only; TRL leaves them alone then."""
+    """FSDP shards weights that are packed into a float type, and of one type only; TRL leaves them alone then.
+
+    ``trl`` is the version of TRL that decides, None where it does not run.
+    """
     shards = strategy.kind in ("fsdp", "zero3")
     storage = {}
     if strategy.kind == "fsdp" and precision.quantization != "int8":
         notes.append(f"weight_dtype: packed into {precision.dtype}, as FSDP needs it")
         storage["quant_storage"] = precision.dtype
+    prepares = framework.prepares and not shards
+    heads, adapters = precision.bf16_heads, precision.bf16_adapters
+    if trl == "0.26":
+        prepares, adapters = False, True
+    elif trl is not None and not shards and precision.quantization != "int8" and precision.mixed == "bf16":
+        heads = heads or trl != "0.4"
+        adapters = adapters or trl == "0.7.5"
     return QuantizationSpec(
-        kind=precision.quantization, prepare_for_kbit_training=framework.prepares and not shards, **storage
+        kind=precision.quantization,
+        prepare_for_kbit_training=prepares,
+        peft_module_casting_to_bf16=heads,
+        bf16_adapters=adapters,
+        **storage,
     )
 
 

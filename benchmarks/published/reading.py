@@ -300,13 +300,15 @@ class Precision:
     mixed: str
     quantization: str | None
     bf16_adapters: bool = False
+    bf16_heads: bool = False
+    """Embeddings and heads of a quantized model that was prepared."""
 
 
 def precision(weights: str, mixed: str, method: str, infers: bool, double_quant: bool, notes: Notes) -> Precision:
     """What the columns weight_dtype and mixed_precision say, with the quantization that is part of the method.
 
     >>> precision("fp32 (sharded master), bf16 compute", "bf16", "full", False, False, [])
-    Precision(dtype='float32', mixed='bf16', quantization=None, bf16_adapters=False)
+    Precision(dtype='float32', mixed='bf16', quantization=None, bf16_adapters=False, bf16_heads=False)
     """
     low = weights.lower()
     if found := re.search(_OTHER_WEIGHTS, f"{low} {mixed.lower()} {method.lower()}"):
@@ -339,7 +341,8 @@ def precision(weights: str, mixed: str, method: str, infers: bool, double_quant:
             not_stated("weight_dtype", weights, "does not state the type that is computed in")
         dtype = "float16"
         notes.append("weight_dtype: what is not quantized is float16, transformers' default for bitsandbytes then")
-    return Precision(dtype, autocast, kind, "adapter bf16" in low or "bf16 adapter" in low)
+    adapters, heads = (bool(re.search(rf"\b{word}s? bf16\b|\bbf16 {word}s?\b", low)) for word in ("adapter", "head"))
+    return Precision(dtype, autocast, kind, adapters, heads)
 
 
 _TYPE_FORMS = (
@@ -349,8 +352,8 @@ _TYPE_FORMS = (
 _WEIGHT_FORMS = (
     r"nf4", r"fp4", r"[48][-_ ]?bit", r"int[48]", r"llm\.int8(?:\(\))?", r"bnb", r"bitsandbytes", r"qlora", r"dq",
     r"amp", r"(?:no |without )?double[-_ ]quant(?:i[sz]ation)?", r"pure(?:[_ ]bf16)?", r"sharded master",
-    r"(?:fp32 )?master(?: weights)?", r"compute", r"storage", r"adapters?", r"autocast_adapter_dtype", r"weights",
-    r"on cpu", r"dtype", r"base", r"model",
+    r"(?:fp32 )?master(?: weights)?", r"compute", r"storage", r"adapters?", r"heads?", r"autocast_adapter_dtype",
+    r"weights", r"on cpu", r"dtype", r"base", r"model",
 )  # fmt: skip
 _MIXED_FORMS = (
     r"none", r"no", r"false", r"off", r"n", r"pure", r"disabled", r"use_amp", r"amp", r"autocast", r"fsdp param",
@@ -569,6 +572,10 @@ class Engine:
     sharding: str = ""
     prefetch: str = "NO_PREFETCH"
     reshard: bool = True
+    cpu_ram_efficient_loading: bool = False
+    """As a cell says it; of most the framework's config has to tell."""
+    zero: tuple[tuple[str, int | bool], ...] = ()
+    """Keys of ``zero_optimization`` that the cell states."""
 
 
 _OTHER_ENGINES = (
@@ -583,6 +590,8 @@ def engine(text: str, gpus: int, framework: str, notes: Notes) -> Engine:
 
     >>> engine("DeepSpeed ZeRO-2 (script default)", 4, "HF Trainer", []).kind, engine("none", 1, "", []).kind
     ('zero2', 'single')
+    >>> engine("DeepSpeed ZeRO-2 (reduce_bucket_size=1e9, overlap_comm=true)", 8, "HF Trainer", []).zero
+    (('reduce_bucket_size', 1000000000), ('overlap_comm', True))
     """
     low = " ".join(text.lower().split())
     if found := re.search(_OTHER_ENGINES, low):
@@ -593,7 +602,7 @@ def engine(text: str, gpus: int, framework: str, notes: Notes) -> Engine:
     if found := re.search(r"(?:\bzero|deepspeed|\bstage|\bz)[-_ ]*(?:stage|zero)?[-_ =:]*([0-3])\b(?!\.\d)", bare):
         _engine_is_complete(text, gpus, _ZERO_FORMS)
         hedged("zero_stage_or_fsdp", text, notes)
-        return Engine(f"zero{found[1]}")
+        return Engine(f"zero{found[1]}", zero=_zero_keys(text))
     if "infinity" in bare:
         _engine_is_complete(text, gpus, (*_ZERO_FORMS, r"(?:zero[- ]?)?infinity"))
         return Engine("zero3")
@@ -619,14 +628,22 @@ def engine(text: str, gpus: int, framework: str, notes: Notes) -> Engine:
 _ZERO_FORMS = (
     # The stage is named once: of two, one is left.
     r"deepspeed", r"for qlora", r"finetune_lora_ds\.sh", r"fp(?:32|16)", r"bf16", r"cpu offload",
-    r"zero_?(?:optimization)?",
+    r"zero_?(?:optimization)?", r"(?:reduce|allgather)_bucket_size=\d+(?:e\d+)?", r"overlap_comm=(?:true|false)",
 )  # fmt: skip
 _FSDP_FORMS = (
     r"(?:pytorch )?fsdp[-_ ]?v?[12]?", r"v[12]", r"fully_?shard", r"(?:full|hybrid)[-_ ]shard(?:[-_ ]zero2)?",
     r"shard[-_ ]grad[-_ ]op", r"no[-_ ]shard", r"backward[-_ ](?:pre|post)", r"no[-_ ]prefetch",
     r"(?:transformer|decoder|block|auto)[-_ ]wrap(?:ping)?", r"limit_all_gathers\s*=?\s*true", r"logits not kept",
     r"reshard(?:_after_forward)?[ =:]*(?:never|always|false|true|no)?", r"zero-2 like", r"(?:each|per) (?:block|layer)",
+    r"cpu[-_ ]ram[-_ ]efficient[-_ ]loading(?: ?= ?true)?",
 )  # fmt: skip
+
+
+def _zero_keys(text: str) -> tuple[tuple[str, int | bool], ...]:
+    low = text.lower()
+    sizes = re.findall(r"\b((?:reduce|allgather)_bucket_size)=(\d+(?:e\d+)?)", low)
+    switches = re.findall(r"\b(overlap_comm)=(true|false)", low)
+    return (*((name, int(float(size))) for name, size in sizes), *((name, said == "true") for name, said in switches))
 
 
 def _engine_is_complete(text: str, gpus: int, forms: tuple[str, ...]) -> None:
@@ -655,7 +672,8 @@ def _fsdp(text: str, low: str) -> Engine:
         not_stated("zero_stage_or_fsdp", text, "does not state the groups")
     prefetch = next((p for p in ("BACKWARD_PRE", "BACKWARD_POST") if p.lower() in low), "NO_PREFETCH")
     reshard = not re.search(r"reshard(_after_forward)?[ =:]*(never|false|no\b)", low)
-    return Engine("fsdp", version, name, prefetch, reshard)
+    loading = "cpu_ram_efficient_loading" in low.replace("-", "_").replace(" ", "_")
+    return Engine("fsdp", version, name, prefetch, reshard, loading)
 
 
 _OFFLOAD_FORMS = (
@@ -727,6 +745,18 @@ def checkpointing(text: str, notes: Notes) -> bool:
             hedged("gradient_checkpointing", text, notes)
             return answer
     not_stated("gradient_checkpointing", text)
+
+
+def reentrant(text: str) -> bool | None:
+    """``use_reentrant``, where a row's ``gradient_checkpointing`` says it.
+
+    >>> reentrant("yes (non-reentrant)"), reentrant("yes (use_reentrant=true)"), reentrant("yes")
+    (False, True, None)
+    """
+    low = text.lower()
+    if "reentrant" not in low:
+        return None
+    return re.search(r"non-?reentrant|reentrant[ =:]*false", low) is None
 
 
 _ATTENTION_FORMS = (

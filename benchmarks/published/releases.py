@@ -38,6 +38,9 @@ RELEASES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 """library -> version -> the month it came out; of CUDA, in which torch's default wheels came to have it."""
 
+TRL = {"0.4": "2023-03", "0.7.5": "2023-12", "0.9": "2024-06", "0.26": "2025-12"}
+"""Of TRL, which is no library of memplan's, the versions since which SFTTrainer treats quantized models differently."""
+
 EARLIEST = "2021-02"
 """Before all of them: when a version was in use that is older than its library's first one here."""
 
@@ -79,6 +82,20 @@ def newest(library: str, month: str) -> str | None:
     if month > max(releases.values()):
         return None
     return next((version for version, since in reversed(releases.items()) if since <= month), next(iter(releases)))
+
+
+def of_trl(version: str | None, month: str | None) -> str:
+    """The version in TRL that decides for one that is stated, or else for a month; today's without both.
+
+    >>> of_trl("0.13.0", None), of_trl(None, "2023-10"), of_trl(None, None)
+    ('0.9', '0.4', '0.26')
+    """
+    if version is not None:
+        numbers = tuple(map(int, version.split(".")))
+        since = [known for known in TRL if tuple(map(int, known.split("."))) <= numbers]
+    else:
+        since = [known for known, out in TRL.items() if month is None or out <= month]
+    return since[-1] if since else next(iter(TRL))
 
 
 def _in_use(library: str, version: str) -> tuple[str, str] | None:

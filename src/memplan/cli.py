@@ -109,6 +109,13 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("liger", "", "Liger's fused loss (default: off).", _RUN, off="no-liger"),
     Option(
+        "keeps_outputs",
+        "",
+        "A loop of one's own holds the logits while the loss goes backward (default: off, as the Trainer).",
+        _RUN,
+        off="no-keeps-outputs",
+    ),
+    Option(
         "head",
         "causal-lm|base|sequence-classification|seq2seq-lm|image-classification",
         "What stands on the model (default: what the config's architecture says).",
@@ -166,8 +173,9 @@ _ONE_ESTIMATE = ("trace", "explain", "no_replay", *_STRATEGY, "engine_config")
 """What a plan and a check of files decide themselves, or have no answer to."""
 _TRAINING = (
     "dtype", "mixed_precision", "micro_batch_size", "seq_len", "grad_accum_steps", "optim", "packed", "attn",
-    "gradient_checkpointing", "use_reentrant", "liger", "head", "vocab_size", "eval_batch_size",
-    "eval_accumulation_steps", "alloc_conf", "peft_type", "quantization", "task", "device_map", "max_new_tokens",
+    "gradient_checkpointing", "use_reentrant", "liger", "keeps_outputs", "head", "vocab_size",
+    "eval_batch_size", "eval_accumulation_steps", "alloc_conf", "peft_type", "quantization", "task", "device_map",
+    "max_new_tokens",
 )  # fmt: skip
 
 

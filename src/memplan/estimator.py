@@ -243,6 +243,8 @@ def _checked(
     if strategy.shards:
         _check_sharded(strategy, traced)
         _check_nvme(strategy, cluster)
+    if traced is not None and training.keeps_outputs:
+        raise UnsupportedError("keeps_outputs: a trace ends with the loss. Leave one of them out.")
     if strategy.kind == "single" and cluster.gpus != 1:
         raise SpecError.at(
             "gpus", cluster.gpus, "is more than strategy single uses", "Use --strategy ddp, or --gpus 1."
@@ -281,7 +283,9 @@ def resolve(
         dtype = default_dtype(software, _checkpoint_dtype(model))
         training = training if dtype is None else training.replace(dtype=dtype)
     precision = resolve_precision(training, strategy, gpu, _checkpoint_dtype(model))
-    if strategy.shards and training.quantization is not None:
+    if strategy.kind == "fsdp" and precision.mixed_precision == "no" and precision.dtype != "float32":
+        _check_adapters(training, precision)
+    elif strategy.shards and training.quantization is not None:
         _check_quantized(training, precision, strategy)
     rules = device_rules(gpu, software)
     implementations = attention_implementations(model.model_type)
@@ -345,6 +349,25 @@ def _check_sharded(strategy: Strategy, traced: Traced | None) -> None:
     if traced is not None and strategy.kind in reasons:
         reason = f"{strategy.kind} {reasons[strategy.kind]}"
         raise UnsupportedError(f"trace: under {strategy.kind} it is not modelled. {reason}. Use zero2 or ddp.")
+
+
+def _check_adapters(training: TrainingSpec, precision: Precision) -> None:
+    """Under FSDP without mixed precision what is trained and what is not are modelled in one 16-bit type only."""
+    lora, quantization = training.lora, training.quantization
+    if lora is None or not lora.autocast_adapter_dtype:
+        if quantization is None or (
+            quantization.quant_storage == precision.dtype and not quantization.prepare_for_kbit_training
+        ):
+            return
+        raise UnsupportedError(
+            f"quantization: without mixed precision adapters and norms that are not {precision.dtype} as all else are "
+            f"not modelled under fsdp. Use quant_storage {precision.dtype} without prepare_for_kbit_training, or "
+            "--mixed-precision bf16."
+        )
+    raise UnsupportedError(
+        "lora: without mixed precision its adapters stay in float32 beside 16-bit weights, which is not modelled "
+        "under fsdp. Use --mixed-precision bf16, --dtype float32, or autocast_adapter_dtype false."
+    )
 
 
 def _check_quantized(training: TrainingSpec, precision: Precision, strategy: Strategy) -> None:
@@ -903,6 +926,7 @@ def _setup_dict(
         "gradient_checkpointing": training.gradient_checkpointing,
         "use_reentrant": training.reentrant(setup.software) if training.gradient_checkpointing else None,
         "liger": training.liger,
+        "keeps_outputs": training.keeps_outputs,
         "head": training.head or declared_head(model),
         "vocab_size": training.vocab_size or model.config.get("vocab_size"),
         "lora_rank": lora.rank if lora is not None else None,
@@ -927,6 +951,8 @@ def _setup_dict(
         data["lora_autocast_adapter_dtype"] = lora.autocast_adapter_dtype
     if quantization is not None:
         data["prepare_for_kbit_training"] = prepares_for_kbit_training(training)
+        data["peft_module_casting_to_bf16"] = quantization.peft_module_casting_to_bf16
+        data["bf16_adapters"] = quantization.bf16_adapters
         data["bnb_4bit_compute_dtype"] = compute_dtype(setup).name if quantization.kind != "int8" else None
         data["bnb_4bit_quant_storage"] = quantization.quant_storage if quantization.kind != "int8" else None
     return data

@@ -9,8 +9,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
-from memplan.adapters.lora import apply_lora, sees_sharded_adapters, tells_layers_apart
-from memplan.adapters.quantization import cast, prepare_for_kbit_training, quantize
+from memplan.adapters.lora import apply_lora, cast_trained_to_bf16, sees_sharded_adapters, tells_layers_apart
+from memplan.adapters.quantization import (
+    cast,
+    peft_module_casting_to_bf16,
+    prepare_for_kbit_training,
+    quantize,
+)
 from memplan.architectures.cache import DynamicCache
 from memplan.architectures.nn import Build, InputEmbeddings, Inventory, Model, Module, checkpoints_wrappers, watch
 from memplan.architectures.registry import build_model, trainable_heads
@@ -34,7 +39,7 @@ from memplan.specs.training import TrainingSpec
 from memplan.tape import tensor as dtypes
 from memplan.tape.dispatch import DeviceRules
 from memplan.tape.symbols import Record, Symbol
-from memplan.tape.tape import INPUT, AccumulateGrad, Tape
+from memplan.tape.tape import INPUT, LOGITS, AccumulateGrad, Tape
 from memplan.tape.tensor import DType, Tensor
 
 _AUTOCAST: dict[str, DType | None] = {"no": None, "bf16": dtypes.bfloat16, "fp16": dtypes.float16}
@@ -265,7 +270,7 @@ def alike(setup: Setup) -> Setup:
     training = setup.training.replace(
         micro_batch_size=1,
         seq_len=1,
-        grad_accum_steps=1,
+        grad_accum_steps=min(setup.training.grad_accum_steps, 2) if setup.training.keeps_outputs else 1,
         eval_batch_size=None,
         eval_accumulation_steps=None,
         alloc_conf=None,
@@ -335,16 +340,25 @@ def _run(
         inputs = root.inputs(batch, length)
         attention_mask = root.attention_mask(batch, length)
     tape.input_count = len(tape.sizes)
+    keeps = setup.training.keeps_outputs and not evaluation
+    with tape.tagged(LOGITS):
+        previous = tape.new((0,), dtypes.float32, "outputs before") if keeps else None
     loss, outputs = _forward(tape, root, inputs, setup)
+    if previous is not None and isinstance(outputs, Tensor):  # the name held those of the micro-batch before until now
+        tape.sizes[previous.storage.id] = tape.sizes[outputs.storage.id]
+    del previous
     found = (outputs, *inputs[1:]) if isinstance(outputs, Tensor) else ()
     predictions = [Prediction(x.nbytes, is_widened=x.dtype is dtypes.bfloat16) for x in found]
     del found
-    del outputs  # compute_loss returns the loss alone
+    if not keeps:
+        del outputs  # compute_loss returns the loss alone
     if not evaluation:
         tape.mark("backward")
         tape.backward(loss)
         for p, _ in inventory.parameters:
             p.unused = isinstance(p.node, AccumulateGrad) and not p.node.reached
+    if keeps and setup.training.grad_accum_steps > 1:
+        del outputs  # ``previous`` of the micro-batch that follows; else they wait here too, through the step
     tape.close()
     del attention_mask  # it has waited here, as the batch does
     return MicroBatch(tape, root, inventory, tuple(tape.assumptions.values()), predictions)
@@ -508,9 +522,14 @@ def build(
     if training.lora is not None:
         apply_lora(b, root, training.lora, model.model_type)
         if setup.engine == "fsdp1":
-            sees_sharded_adapters(root, dtypes.float32)
+            sees_sharded_adapters(root, setup.dtype if setup.autocast is None else dtypes.float32)
         if training.gradient_checkpointing:
             require_input_grads(root)
+        if quantization is not None and training.task == "train":
+            if quantization.peft_module_casting_to_bf16:
+                peft_module_casting_to_bf16(root)
+            if quantization.bf16_adapters:
+                cast_trained_to_bf16(root)
     if quantization is not None and setup.engine != "torch":
         cast(root, setup.dtype)
         sees_sharded_adapters(root, setup.dtype)

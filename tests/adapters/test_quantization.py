@@ -11,12 +11,14 @@ from tests.adapters.tape_step import REAL_CPU, build, events, peak, rounded, ste
 from tests.oracles import quantized
 from tests.oracles.families import CONFIGS
 
-from memplan.adapters.lora import apply_lora
+from memplan import estimate
+from memplan.adapters.lora import apply_lora, cast_trained_to_bf16
 from memplan.adapters.quantization import (
     Linear4bit,
     Linear8bitLt,
     default_dtype,
     keys_to_not_convert,
+    peft_module_casting_to_bf16,
     prepare_for_kbit_training,
     quantize,
 )
@@ -24,7 +26,7 @@ from memplan.architectures.nn import Build, Conv1D, Inventory, Linear, Model, Mo
 from memplan.architectures.registry import FAMILIES
 from memplan.memory.timeline import unroll
 from memplan.specs.software import SoftwareSpec
-from memplan.specs.training import LoraSpec, QuantizationSpec
+from memplan.specs.training import LoraSpec, QuantizationSpec, TrainingSpec
 from memplan.tape import tensor as dtypes
 from memplan.tape.dispatch import cuda
 from memplan.tape.tape import Tape
@@ -198,6 +200,38 @@ def test_16_bit_tensors_go_to_float32_and_packed_ones_stay() -> None:
     prepare_for_kbit_training(root)
     assert {p.dtype.name for p, _ in Inventory(root).parameters} == {"float32", "int8"}
     assert not any(p.requires_grad for p, _ in Inventory(root).parameters)
+
+
+def test_trl_casts_heads_and_norms_after_the_adapters() -> None:
+    """What modules_to_save trains goes to bfloat16 as well; adapters stay, unless they are cast too."""
+    b, root = build(ARCHIVE["config"], "bfloat16")
+    quantize(b, root, QuantizationSpec(kind="nf4"), dtypes.bfloat16)
+    prepare_for_kbit_training(root)
+    apply_lora(b, root, LoraSpec(rank=4, targets=("q_proj",), modules_to_save=("lm_head",)), "llama")
+    peft_module_casting_to_bf16(root)
+    dtypes_of = {path: p.dtype.name for path, module in root.named_modules() for _, p in module.parameters()}
+    heads = [path for path in dtypes_of if "lm_head" in path or "embed_tokens" in path]
+    assert len(heads) == 3
+    assert {dtypes_of[path] for path in heads} == {"bfloat16"}
+    assert {name for path, name in dtypes_of.items() if "norm" in path} == {"float32"}
+    assert {name for path, name in dtypes_of.items() if "lora_" in path} == {"float32"}
+    cast_trained_to_bf16(root)
+    trained = {p.dtype.name for p, _ in Inventory(root).parameters if p.requires_grad}
+    assert trained == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("casts", "numbers"),
+    # Two tables of 1000 x 192; A and B of q_proj (192 to 192) and v_proj (192 to 64) in three layers.
+    [("peft_module_casting_to_bf16", 2 * 1000 * 192), ("bf16_adapters", 3 * 4 * (192 + 192 + 192 + 64))],
+)
+def test_what_is_cast_after_the_adapters_halves(casts: str, numbers: int) -> None:
+    training = TrainingSpec(seq_len=16, quantization=QuantizationSpec(kind="nf4"), lora=LoraSpec(rank=4))
+    asked = training.replace(quantization=QuantizationSpec(kind="nf4", **{casts: True}))
+    before, after = (
+        estimate(ARCHIVE["config"], each, "A100-80GB").gpu.components.weights for each in (training, asked)
+    )
+    assert before - after == 2 * numbers
 
 
 def test_the_dtype_of_a_quantized_load_depends_on_transformers() -> None:

@@ -167,6 +167,8 @@ quantizations = st.builds(
     compute_dtype=st.sampled_from([None, "float32"]),
     quant_storage=st.sampled_from(["uint8", "bfloat16"]),
     prepare_for_kbit_training=flags,
+    peft_module_casting_to_bf16=flags,
+    bf16_adapters=flags,
 ).map(lambda spec: spec.replace(quant_storage="uint8") if spec.kind == "int8" else spec)  # which packs nothing
 
 
@@ -735,6 +737,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"training": TrainingSpec(head="base")},
         "head: 'base' is none that a written train.py can train. Use --head causal",
     ),
+    ({"training": TrainingSpec(keeps_outputs=True)}, "keeps_outputs: true is not asked of the Trainer. Leave it out"),
     ({"training": TrainingSpec(optim="muon")}, "optim: 'muon' has no name in TrainingArguments. Use adamw_torch_fused"),
     ({"training": TrainingSpec(optim="adamw_torch_loop")}, "has no name in TrainingArguments. Use adamw_torch,"),
     ({"strategy": Strategy(), "cluster": TWO}, "gpus: 2 is more than strategy single uses"),

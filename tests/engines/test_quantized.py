@@ -10,7 +10,7 @@ import memplan
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.results import Estimate
 from memplan.specs.strategy import FsdpSpec
-from memplan.specs.training import QuantizationSpec
+from memplan.specs.training import LoraSpec, QuantizationSpec
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -30,7 +30,8 @@ PACKED = QuantizationSpec(kind="nf4", quant_storage="bfloat16")
 def run(kind: str, quantization: Any, gpus: int = 4, *, replay: bool = False, **options: Any) -> Estimate:
     names = ("offload_optimizer", "offload_param", "fsdp")
     strategy = memplan.Strategy(kind=kind, **{name: options.pop(name) for name in names if name in options})
-    spec = memplan.TrainingSpec(seq_len=64, lora=8, quantization=quantization, **{"dtype": "bfloat16", **options})
+    options = {"dtype": "bfloat16", "lora": 8, **options}
+    spec = memplan.TrainingSpec(seq_len=64, quantization=quantization, **options)
     return memplan.estimate(CONFIG, spec, memplan.ClusterSpec(gpu="A100-80GB", gpus=gpus), strategy, replay=replay)
 
 
@@ -84,6 +85,7 @@ def test_fsdp_shards_what_is_packed_into_a_floating_type_and_nothing_else() -> N
 
 
 V1 = {"fsdp": FsdpSpec(version=1)}
+BF16_LORA = {"lora": LoraSpec(rank=8, autocast_adapter_dtype=False)}
 FLOATS = QuantizationSpec(kind="nf4", quant_storage="float32")
 
 
@@ -95,6 +97,8 @@ FLOATS = QuantizationSpec(kind="nf4", quant_storage="float32")
         ("fsdp", PACKED, V1, SpecError, "prepare_for_kbit_training: true leaves weights of several types"),
         *((kind, FLOATS, {}, SpecError, "it would cast packed weights to bf") for kind in ("zero2", "zero3", "fsdp")),
         ("zero2", "nf4", {"mixed_precision": "no"}, UnsupportedError, "--mixed-precision bf16"),
+        ("fsdp", PACKED, V1 | {"mixed_precision": "no"}, UnsupportedError, "its adapters stay in float32"),
+        ("fsdp", PACKED, V1 | BF16_LORA | {"mixed_precision": "no"}, UnsupportedError, "adapters and norms that are"),
     ],
 )
 def test_what_the_libraries_or_memplan_cannot_do_is_refused(
@@ -103,6 +107,17 @@ def test_what_the_libraries_or_memplan_cannot_do_is_refused(
     with pytest.raises(error) as caught:
         run(kind, quantization, **options)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("quantization", [None, QuantizationSpec(kind="nf4", quant_storage="bfloat16")])
+def test_fsdp_without_mixed_precision_takes_adapters_of_the_weights_type(quantization: Any) -> None:
+    """All is in one 16-bit type then: adapters and what the optimizer keeps of them have half the bytes."""
+    if quantization is not None:
+        quantization = quantization.replace(prepare_for_kbit_training=False)
+    mixed = run("fsdp", quantization, **V1, **BF16_LORA)
+    pure = run("fsdp", quantization, **V1, **BF16_LORA, mixed_precision="no")
+    assert pure.gpu.components.optimizer == pytest.approx(mixed.gpu.components.optimizer / 2, rel=0.1)  # of 512 bytes
+    assert phases(pure)["idle"] < phases(mixed)["idle"]
 
 
 @pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])

@@ -157,6 +157,7 @@ def test_a_bias_goes_through_cublaslt_which_had_its_own_buffer() -> None:
 def test_rocm_counts_hipblas_and_hipblaslt() -> None:
     assert cublas_workspaces(find_gpu("MI250X"), TORCH_2_13, training=False) == (32 * MiB, 76 * MiB)
     assert cublas_workspaces(find_gpu("MI300X"), TORCH_2_13, training=True) == (128 * MiB, 76 * MiB) * 2
+    assert cublas_workspaces(find_gpu("MI300X"), SoftwareSpec(torch="2.5"), training=True) == ()
 
 
 # -- NCCL -------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from memplan.errors import SpecError, UnsupportedError, did_you_mean
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.training import LoraSpec
 from memplan.tape import ops
-from memplan.tape.tensor import Buffer, DType, Parameter, Tensor, float32
+from memplan.tape.tensor import Buffer, DType, Parameter, Tensor, bfloat16, float32
 
 AnyLinear = Linear | Conv1D | Linear4bit | Linear8bitLt
 LINEAR = (Linear, Conv1D, Linear4bit, Linear8bitLt)
@@ -91,6 +91,16 @@ class LoraLinear(Module):
         x = x.to(self.input_dtype)
         result = result + self.lora_B(self.lora_A(self.lora_dropout(x))) * 2.0
         return result.to(result_dtype)
+
+
+def cast_trained_to_bf16(root: Module) -> None:
+    """What TRL makes of the trained weights of a quantized model (SFTTrainer since 0.26)."""
+    for _, module in root.named_modules():
+        if isinstance(module, LoraLinear):
+            module.input_dtype = bfloat16
+        for _, p in module.parameters():
+            if p.requires_grad:
+                p.dtype = bfloat16
 
 
 class LoraQuantizedLinear(LoraLinear):

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 
-from memplan.architectures.nn import Build, Conv1D, Linear, Model, Module
+from memplan.architectures.nn import Build, Conv1D, LayerNorm, Linear, Model, Module
 from memplan.errors import SpecError
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.training import QuantizationSpec
 from memplan.tape.quantized import NESTED_BLOCK, Weight4bit, matmul_4bit, matmul_8bit
-from memplan.tape.tensor import DType, Parameter, Tensor, dtype_named, float32, int8, uint8
+from memplan.tape.tensor import DType, Parameter, Tensor, bfloat16, dtype_named, float32, int8, uint8
 
 
 class Linear4bit(Module):
@@ -118,6 +118,22 @@ def prepare_for_kbit_training(root: Module) -> None:
             p.node = None
             if p.dtype.is_floating and p.dtype.itemsize == 2 and not is_packed(p):
                 p.dtype = float32
+
+
+def peft_module_casting_to_bf16(root: Module) -> None:
+    """trl.models.utils.peft_module_casting_to_bf16: norms to float32, embeddings and heads from there to bfloat16.
+
+    SFTTrainer calls it under bf16 on 4-bit models that are not sharded, from TRL 0.7.5 (in trainer/utils.py) to 0.25.
+    """
+    for path, module in root.named_modules():
+        if isinstance(module, LayerNorm) or "norm" in path:
+            for _, p in module.parameters():
+                p.dtype = float32
+        elif any(word in path for word in ("lm_head", "embed_tokens", "wte", "wpe")):
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Parameter) and weight.dtype is float32:
+                for _, p in module.parameters():
+                    p.dtype = bfloat16
 
 
 def is_packed(p: Parameter) -> bool:

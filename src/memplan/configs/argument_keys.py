@@ -225,6 +225,8 @@ SCRIPT_ARGUMENTS: dict[str, Key] = {
     "lora_task_type": _idle(_ADAPTER, str),
     "quantization": _sets(dict, "quantization"),
     "prepare_for_kbit_training": _sets(bool, "quantization"),
+    "peft_module_casting_to_bf16": _sets(bool, "quantization"),
+    "bf16_adapters": _sets(bool, "quantization"),
     "load_in_8bit": _sets(bool, "quantization"),
     "load_in_4bit": _sets(bool, "quantization"),
     "bnb_4bit_quant_type": _only(str, "nf4", None, why="4-bit types other than nf4"),

@@ -377,7 +377,7 @@ def _adapters(data: Mapping[str, Any], source: str, notes: list[str]) -> dict[st
         found["lora"] = {"rank": 16, **given}
     if data.get("quantization") is not None:
         prepare = data.get("prepare_for_kbit_training", False)
-        found["quantization"] = _from_quantization(_mapping(data, "quantization", source), prepare)
+        found["quantization"] = _from_quantization(_mapping(data, "quantization", source), prepare) | _casts(data)
     elif _first(data, *_IN_8_BITS, *_IN_4_BITS):
         values = {
             FOUR_BIT: any(data.get(name) for name in _IN_4_BITS),
@@ -385,7 +385,7 @@ def _adapters(data: Mapping[str, Any], source: str, notes: list[str]) -> dict[st
             "bnb_4bit_compute_dtype": data.get("bnb_4bit_compute_dtype"),
             "bnb_4bit_quant_storage": _first(data, "bnb_4bit_quant_storage", "bnb_4bit_quant_storage_dtype") or "uint8",
         }
-        found["quantization"] = _from_quantization(values, data.get("prepare_for_kbit_training", True))
+        found["quantization"] = _from_quantization(values, data.get("prepare_for_kbit_training", True)) | _casts(data)
         notes.append(f"{source}: weights that are not quantized are read as peft prepares them, in float32")
     return found
 
@@ -417,6 +417,11 @@ def _from_quantization(values: Mapping[str, Any], prepare: bool) -> dict[str, An
         "quant_storage": values.get("bnb_4bit_quant_storage", "uint8"),
         "prepare_for_kbit_training": prepare,
     }
+
+
+def _casts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What train.py casts once there are adapters."""
+    return {name: data[name] for name in ("peft_module_casting_to_bf16", "bf16_adapters") if data.get(name) is not None}
 
 
 def _words(value: object) -> list[str]:

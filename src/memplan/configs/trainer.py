@@ -34,6 +34,9 @@ def to_training_args(setup: Setup, given: TrainingSpec, strategy: Strategy) -> d
     if head not in MODEL_CLASSES:
         remedy = f"Use --head {' or '.join(MODEL_CLASSES)}."
         raise SpecError.at("head", head, "is none that a written train.py can train", remedy)
+    if training.keeps_outputs:
+        remedy = "Leave it out: the Trainer lets them go."
+        raise SpecError.at("keeps_outputs", True, "is not asked of the Trainer", remedy)
     values: dict[str, Any] = {
         "model_name_or_path": _location(model),
         "model_class": MODEL_CLASSES[head],
@@ -54,6 +57,10 @@ def to_training_args(setup: Setup, given: TrainingSpec, strategy: Strategy) -> d
         values["quantization"] = _to_quantization(given.quantization, compute_dtype(setup).name)
     if prepares_for_kbit_training(training):
         values["prepare_for_kbit_training"] = True
+    if given.quantization is not None:
+        for name in ("peft_module_casting_to_bf16", "bf16_adapters"):
+            if getattr(given.quantization, name):
+                values[name] = True
     if head == "image-classification":
         # The Trainer would take the images away before they are made pixels.
         values |= {"text_column": "image", "remove_unused_columns": False}

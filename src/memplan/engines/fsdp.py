@@ -389,11 +389,6 @@ def fsdp_setup(
     """
     keys, offload = strategy.fsdp, strategy.offload_param != "none"
     _check_optimizer(training.optim, keys.version)
-    if training.lora is not None and not mixed and loaded is not float32:
-        raise UnsupportedError(
-            "lora: without mixed precision its adapters stay in float32 beside 16-bit weights, which is not modelled "
-            "under fsdp. Use --mixed-precision bf16, or --dtype float32."
-        )
     trained = {key for group in model.groups for key in group}
     master = float32 if mixed else loaded  # accelerate upcasts what is trained
     ignored = [] if training.quantization is None else _ignored(model, keys.version, training.quantization)

@@ -136,7 +136,8 @@ def cublas_workspaces(
     A thread has one per stream. The first ones are the main thread's, taken in the first forward; with ``training``,
     autograd's device thread takes the same in the first backward. ``bias`` says whether a Linear has one, which goes
     through cuBLASLt: a buffer of its own before torch 2.11, in the thread that runs the forward (under
-    ``gradient_checkpointing`` in both). ROCm counts hipBLAS's and hipBLASLt's, since either may run a GEMM.
+    ``gradient_checkpointing`` in both). ROCm counts hipBLAS's and hipBLASLt's, since either may run a GEMM; neither
+    was torch's before 2.6.
 
     CUBLAS_WORKSPACE_CONFIG on the target machine would change them; torch > 2.13 may give them back after each GEMM.
 
@@ -146,6 +147,8 @@ def cublas_workspaces(
     """
     if gpu.is_cpu:
         return ()
+    if gpu.vendor == "amd" and not software.at_least("torch", "2.6"):
+        return ()  # rocBLAS took its own from the driver (pytorch#138791, of November 2024)
     if gpu.vendor == "amd":
         hipblas = HIPBLAS_LARGE if gpu.name.upper().startswith(_GFX94_GFX95) else HIPBLAS
         return (int(hipblas.value), int(HIPBLASLT.value)) * (2 if training else 1)

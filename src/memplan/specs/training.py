@@ -129,6 +129,10 @@ class QuantizationSpec(Spec):
     """``bnb_4bit_compute_dtype``; None is the mixed-precision type of the run, or else its dtype."""
     quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = "uint8"
     """``bnb_4bit_quant_storage``: what 4-bit weights are packed into. FSDP shards floating types only."""
+    peft_module_casting_to_bf16: bool = False
+    """Call TRL's function of that name after LoRA: embeddings and heads in float32 go to bfloat16 again."""
+    bf16_adapters: bool = False
+    """What is trained is cast to bfloat16 after LoRA, as TRL does since 0.26, and before 0.9 under bf16."""
 
 
 class AllocatorSpec(Spec):
@@ -266,6 +270,9 @@ class TrainingSpec(Spec):
     """Of ``gradient_checkpointing_kwargs``; None is transformers' default: false, and true before 5.0."""
     liger: bool = False
     """``use_liger_kernel``: the loss is computed from the hidden states in chunks."""
+    keeps_outputs: bool = False
+    """A loop of one's own holds what the model returned, logits above all, while its loss goes backward, as in
+    ``outputs = model(**batch); outputs.loss.backward()``. The Trainer keeps the loss alone."""
     packed: bool = True
     """Sequences are full, so there is no attention mask; False is a padded batch with a mask."""
     head: Head | None = None
@@ -338,7 +345,7 @@ class TrainingSpec(Spec):
 MOST_ACCUMULATED = 2**16
 """Batches of logits that are looked at one by one: each makes what is kept of all before it anew."""
 STEPS_ONLY = (
-    "grad_accum_steps", "optim", "gradient_checkpointing", "use_reentrant", "liger", "eval_batch_size",
+    "grad_accum_steps", "optim", "gradient_checkpointing", "use_reentrant", "liger", "eval_batch_size", "keeps_outputs",
     "eval_accumulation_steps",
 )  # fmt: skip
 """Fields of a training step, which loading and generation do not have."""

@@ -50,6 +50,10 @@ class ScriptArguments:
     """Arguments of BitsAndBytesConfig, for the frozen weights."""
     prepare_for_kbit_training: bool = False
     """Make float32 of what is not quantized."""
+    peft_module_casting_to_bf16: bool = False
+    """Then make bfloat16 of embeddings and heads, as trl's function of that name does."""
+    bf16_adapters: bool = False
+    """Make bfloat16 of what is trained."""
 
 
 def main(values: dict[str, Any]) -> transformers.Trainer:
@@ -104,8 +108,25 @@ def load_model(script: ScriptArguments, args: transformers.TrainingArguments) ->
         model = peft.get_peft_model(model, config, autocast_adapter_dtype=script.autocast_adapter_dtype)
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
+        if script.peft_module_casting_to_bf16:
+            cast_heads(model)
+        if script.bf16_adapters:
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight.data = weight.data.to(torch.bfloat16)
         model.print_trainable_parameters()
     return model
+
+
+def cast_heads(model: Any) -> None:
+    """Norms to float32; embeddings and heads from there to bfloat16."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.LayerNorm) or "norm" in name:
+            module.to(torch.float32)
+        elif any(word in name for word in ("lm_head", "embed_tokens", "wte", "wpe")) and (
+            getattr(getattr(module, "weight", None), "dtype", None) is torch.float32
+        ):
+            module.to(torch.bfloat16)
 
 
 def load_data(script: ScriptArguments) -> Any:
