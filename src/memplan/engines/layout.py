@@ -15,6 +15,15 @@ from memplan.memory.optimizers import OUTSIDE, Optimizer, groups_of
 from memplan.tape.tensor import Parameter
 
 
+LEAF_MODULES = frozenset(
+    (
+        *("MixtralSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "Qwen3MoeSparseMoeBlock"),
+        *("MixtralLoopedMoeBlock", "Qwen2MoeLoopedMoeBlock", "Qwen3MoeLoopedMoeBlock"),  # the same before transformers 5
+    )
+)
+"""DEFAULT_LEAF_MODULE_CLASSES of deepspeed/runtime/zero/leaf_module_config.py, 0.18.0 to 0.19.8."""
+
+
 @dataclass(slots=True)
 class Layout:
     """Keys stand for weights and modules of the whole model; they are the same for every tape of a setup."""
@@ -25,6 +34,8 @@ class Layout:
     """Every weight, trained or frozen, in the order of ``named_parameters()``."""
     modules: dict[Key, list[Key]] = field(default_factory=dict)
     """Every module's own weights."""
+    leaves: dict[Key, list[Key]] = field(default_factory=dict)
+    """Modules that DeepSpeed fetches with all that is below them, and those."""
     names: list[Key] = field(default_factory=list)
     """The weights as ``model.state_dict()`` lists them, tied ones more than once."""
     merged: list[Key] = field(default_factory=list)
@@ -63,13 +74,16 @@ def layout(root: Module, one_group: bool = False) -> Layout:
         if id(module) not in visited:
             visited[id(module)] = [(each, [p for _, p in each.parameters()]) for each in _with_children(module)]
         for each, weights in visited[id(module)]:
-            own = found.modules[number(each, layer, 1)] = []
+            key = number(each, layer, 1)
+            own = found.modules[key] = []
+            if type(each).__name__ in LEAF_MODULES:
+                found.leaves[key] = [number(below, layer, 1) for below in _with_children(each)][1:]
             for p in weights:
                 known = found.numbers.get(id(p))
-                key = known if known is not None and known[1] == OUTSIDE else number(p, layer)
-                own.append(key)
-                found.names.append(key)
-                found.parameters.setdefault(key, p)
+                weight = known if known is not None and known[1] == OUTSIDE else number(p, layer)
+                own.append(weight)
+                found.names.append(weight)
+                found.parameters.setdefault(weight, p)
             if isinstance(each, Layers):
                 made = dict(each.children())
                 for index, stands in enumerate(each.sequence()):

@@ -40,6 +40,8 @@ ALL_GATHER, REDUCE_AND_PARTITION = 1, 2
 MAX_PARAM_REDUCE_EVENTS = 2
 """Reductions that the CPU does not wait for (max_param_reduce_events)."""
 
+LEAVES_SINCE = "0.18.0"
+"""The version of DeepSpeed that fetches blocks of experts whole unless told otherwise (DEFAULT_LEAF_MODULE_CLASSES)."""
 PEFT_MODEL: Key = (-1, OUTSIDE)
 """Stands for PeftModel, without a task_type: of its subclasses LoraModel is called too."""
 
@@ -92,6 +94,10 @@ class Zero3Setup:
     """What a recomputation fetches of them is the module's whose backward runs."""
     modules: Mapping[Key, Sequence[Shard]]
     """Every module's own weights, in the model's order."""
+    fetched: Mapping[Key, Sequence[Shard]]
+    """What is gathered for a module: its own weights, for a leaf's those below it too."""
+    leaves: Mapping[Key, Sequence[Key]]
+    """Leaf modules, and those below them, which have no hooks."""
     wrapped: Key | None
     """The model, if it is adapted: PeftModel runs around it, a module without weights."""
     made_partitioned: frozenset[Key]
@@ -374,7 +380,7 @@ class Coordinator:
 
     def _wanted(self, module: Key) -> Sequence[Shard]:
         """iter_params: a module's own weights, and others that its forward looks at, in the order of their ds_id."""
-        own, external = self.setup.modules[module], self._external.get(module)
+        own, external = self.setup.fetched[module], self._external.get(module)
         return own if external is None else sorted([*own, *external], key=lambda shard: self.ds_id[shard.key])
 
     def _moves(self, shards: Sequence[Shard]) -> None:
@@ -627,6 +633,10 @@ class Zero3:
         self._trained = {shard.key: shard for group in setup.sub_groups for shard in group}
         self._sub_group = {shard.key: i for i, group in enumerate(setup.sub_groups) for shard in group}
         self._all = [*self._trained.values(), *setup.frozen]
+        self._below_leaves = frozenset(key for below in setup.leaves.values() for key in below)
+        self._leaf = {shard.key: leaf for leaf in setup.leaves for shard in setup.fetched[leaf]}
+        self._of_leaves: dict[Key, dict[Key, Block | None]] = {leaf: {} for leaf in setup.leaves}
+        """Gradients that wait for the backward of the leaf that their weight is in."""
         self._shards = {shard.key: shard for shard in self._all}
         self._bucket: list[Shard] = []
         self._bucket_elements = 0
@@ -797,7 +807,10 @@ class Zero3:
         """A hook of a module, and of PeftModel around the model."""
         hook = self._hooks[kind]
         if module != self.setup.wrapped:
-            hook(module)
+            if module not in self._below_leaves:
+                if kind == "post_backward" and module in self._of_leaves:
+                    self._reduce_leaf_module_grads(module)
+                hook(module)
             return
         for each in (PEFT_MODEL, module) if kind.startswith("pre") else (module, PEFT_MODEL):
             hook(each)
@@ -806,6 +819,19 @@ class Zero3:
         self.coordinator.look(self._shards[key])
 
     def process_gradients(self, key: Key, gradient: Block | None) -> None:
+        """A gradient has come; what is in a leaf waits until the leaf's backward is done."""
+        if key in self._leaf:
+            self._of_leaves[self._leaf[key]][key] = gradient
+        else:
+            self._reduce_ready(key, gradient)
+
+    def _reduce_leaf_module_grads(self, leaf: Key) -> None:
+        """In the order of the optimizer's groups."""
+        waiting = self._of_leaves[leaf]
+        for key in [key for key in self._trained if key in waiting]:
+            self._reduce_ready(key, waiting.pop(key))
+
+    def _reduce_ready(self, key: Key, gradient: Block | None) -> None:
         """reduce_independent_p_g_buckets_and_remove_grads."""
         shard = self._trained[key]
         if gradient is not None:
@@ -1159,14 +1185,17 @@ def zero3_setup(
     on_gpu, optimizers = _placed(
         strategy, optim, rules, partitions, stepping(strategy, dtype, optim, len(groups), rules, partitions)
     )
+    leaves = model.leaves if software.at_least("deepspeed", LEAVES_SINCE) else {}
+    modules = {module: [shards[key] for key in own] for module, own in model.modules.items()}
+    modules |= {PEFT_MODEL: []} if adapted else {}
     return Zero3Setup(
         sub_groups=sub_groups,
         frozen=[shard for key, shard in shards.items() if key not in trained],
         attributes_recomputed=attributes_recomputed(software),
-        modules={
-            **{module: [shards[key] for key in own] for module, own in model.modules.items()},
-            **({PEFT_MODEL: []} if adapted else {}),
-        },
+        modules=modules,
+        fetched=modules
+        | {leaf: [shard for each in (leaf, *below) for shard in modules[each]] for leaf, below in leaves.items()},
+        leaves=leaves,
         wrapped=next(iter(model.modules)) if adapted else None,
         made_partitioned=frozenset(
             key for key in shards if keys.zero3_init_flag and not quantized and not (adapted and key in trained)
