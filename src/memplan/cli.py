@@ -743,7 +743,10 @@ def _run(arguments: Sequence[str]) -> int:
     except MemplanError as error:
         return _failed(_in_options(str(error)), BAD_INPUT)
     except _UsageError as error:
-        return _failed(_usage(error), BAD_INPUT)
+        message = _usage(error)
+        for word in arguments:  # which the parser repeats when it refuses them
+            message = message.replace(word, f"{word[:100]}...") if len(word) > 100 else message
+        return _failed(message, BAD_INPUT)
     except Exception as error:
         if os.environ.get("MEMPLAN_DEBUG"):
             raise
