@@ -188,6 +188,8 @@ def test_a_column_as_long_as_a_file_is_named_by_its_beginning(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("word", ["1" * 4000, "a " * 2000, "--" + "b" * 4000])
-def test_a_word_that_the_parser_refuses_is_named_by_its_beginning(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_word_that_the_parser_refuses_is_named_by_its_beginning(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["compare", "gpt2", "--optim", "sgd", word]) == 2
     assert len(capsys.readouterr().err) < 1000

@@ -14,12 +14,10 @@ from memplan.memory.evaluation import Kept, pile_up, to_host
 from memplan.memory.optimizers import OUTSIDE, Optimizer, groups_of
 from memplan.tape.tensor import Parameter
 
-
 LEAF_MODULES = frozenset(
-    (
-        *("MixtralSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "Qwen3MoeSparseMoeBlock"),
-        *("MixtralLoopedMoeBlock", "Qwen2MoeLoopedMoeBlock", "Qwen3MoeLoopedMoeBlock"),  # the same before transformers 5
-    )
+    f"{family}{kind}"
+    for family in ("Mixtral", "Qwen2Moe", "Qwen3Moe")
+    for kind in ("SparseMoeBlock", "LoopedMoeBlock")  # the same, as transformers before 5.0 has it
 )
 """DEFAULT_LEAF_MODULE_CLASSES of deepspeed/runtime/zero/leaf_module_config.py, 0.18.0 to 0.19.8."""
 
