@@ -346,9 +346,12 @@ class Tape:
     def _save(self, node: Node, tensors: tuple[Tensor | None, ...]) -> None:
         if self._recording is not None:
             for x in tensors:
-                if self.watches and x is not None and _weight_of(x):
-                    self.events.append(Event(len(self.log), "hold", _weight_of(x)))
-                self._recording.append(None if x is None else _detached(x))
+                # pack_hook: x.detach() if x.requires_grad else x. A frozen weight is itself, with what it is then.
+                if x is not None and (x.__class__ is not Parameter or x.node is not None):
+                    if self.watches and _weight_of(x):
+                        self.events.append(Event(len(self.log), "hold", _weight_of(x)))
+                    x = _detached(x)
+                self._recording.append(x)
                 self._mark_saved(x)
                 if len(self._recording) == self._record_limit:
                     raise StopRecompute
@@ -683,8 +686,8 @@ class Tape:
                 grads = grads[0]
             held: list[int] = []
             if self.watches and saved:  # what it saved, an operation may let go early
-                seen = saved.__class__ is not Recomputed  # a weight that was saved as itself, with what it is then
-                held = [_weight_of(x) for x in saved if x is not None and not (seen and x.__class__ is Parameter)]
+                # A weight that was saved as itself comes with what it is then.
+                held = [_weight_of(x) for x in saved if x is not None and x.__class__ is not Parameter]
             results = list(node.fn(self, node, grads, saved))
             if held:
                 self.events += [Event(len(self.log), "drop", subject) for subject in held if subject]
