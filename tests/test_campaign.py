@@ -170,7 +170,7 @@ def test_a_campaign_that_is_killed_again_and_again_ends_with_every_row_once(
             file.write('{"row": {"mo')
         if not campaign.pending(out / "rows.jsonl", "", again=False):
             break
-        assert kills < 60
+        assert kills < 300  # on a busy machine little is done between two
     assert kills > 2
     lines = campaign.archived.read(out / "rows.jsonl")
     assert sorted(line["measurement"]["n"] for line in lines) == list(range(1, 25))
