@@ -87,18 +87,24 @@ class Setup:
     @property
     def dtype(self) -> DType:
         """The model's, when it is trained."""
-        mixed = _AUTOCAST[self.precision.mixed_precision]
-        return mixed if mixed is not None and self.engine != "torch" else dtypes.dtype_named(self.precision.dtype)
+        if self.mixed is not None and self.engine != "torch":
+            return self.mixed
+        return dtypes.dtype_named(self.precision.dtype)
+
+    @property
+    def mixed(self) -> DType | None:
+        """The lower type of mixed precision, if it is on."""
+        return _AUTOCAST[self.precision.mixed_precision]
 
     @property
     def autocast(self) -> DType | None:
-        """autocast's lower precision, if it is on."""
-        return _AUTOCAST[self.precision.mixed_precision] if self.engine in ("torch", "fsdp", "fsdp1") else None
+        """autocast's lower precision, if it is on. accelerate's _prepare_fsdp2 puts none around the model."""
+        return self.mixed if self.engine in ("torch", "fsdp1") else None
 
     @property
     def output_dtype(self) -> DType | None:
         """To what FSDP2 casts the model's outputs (MixedPrecisionPolicy.output_dtype, as accelerate sets it)."""
-        return self.autocast if self.engine == "fsdp" else None
+        return self.mixed if self.engine == "fsdp" else None
 
 
 class Likeness:

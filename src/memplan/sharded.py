@@ -488,7 +488,7 @@ def _loaded(setup: Setup, strategy: Strategy, model: Layout) -> list[Loaded]:
         made = adapted and key in trained  # by PEFT, in float32
         loaded = dtypes.float32 if made else asked
         if strategy.kind == "fsdp":  # fsdp2_prepare_model upcasts what is trained, version 1 does once it is sharded
-            upcasts = strategy.fsdp.version == 2 and setup.autocast is not None
+            upcasts = strategy.fsdp.version == 2 and setup.mixed is not None
             wanted = dtypes.float32 if upcasts and key in trained else loaded
         elif strategy.kind == "zero3" and made:
             wanted = loaded
@@ -573,7 +573,7 @@ def _engine(
     if setup.training.quantization is not None:
         check_quant_storage(setup.training.quantization, setup.dtype)
     if strategy.kind == "fsdp":
-        loaded, mixed = dtypes.dtype_named(setup.precision.dtype), setup.autocast is not None
+        loaded, mixed = dtypes.dtype_named(setup.precision.dtype), setup.mixed is not None
         placed = fsdp.fsdp_setup(
             strategy,
             root,

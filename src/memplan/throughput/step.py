@@ -196,7 +196,7 @@ def _kernel_seconds(setup: Setup, gpu: GPUSpec, case: Case) -> dict[Stage, tuple
 def _stepped_bytes(setup: Setup, gpu: GPUSpec, strategy: Strategy) -> float:
     """Bytes that clipping and stepping all weights move, on however many ranks."""
     run, _ = run_of(setup, gpu)
-    masters = strategy.is_deepspeed or (strategy.kind == "fsdp" and setup.autocast is not None)
+    masters = strategy.is_deepspeed or (strategy.kind == "fsdp" and setup.mixed is not None)
     found = 0.0
     for p, count in run.stepped:
         itemsize = 4 if masters else p.nbytes / p.numel  # the optimizer's own copy is in float32
