@@ -539,6 +539,10 @@ def build(
     if quantization is not None and setup.engine != "torch":
         cast(root, setup.dtype)
         sees_sharded_adapters(root, setup.dtype)
+    if setup.engine == "fsdp1" and setup.mixed is not None:
+        for buffer, _ in Inventory(root).buffers:  # MixedPrecision.buffer_dtype, as accelerate sets it
+            if buffer.registered and buffer.dtype.is_floating:
+                buffer.dtype = setup.mixed
     return root
 
 

@@ -2262,6 +2262,9 @@ def _fsdp_held_out() -> list[tuple[str, str, dict[str, Any]]]:
         ("llama", "small", {"gpus": 3, **more, "optim": "sgd", "fsdp": {**_FLAT_POST, "auto_wrap_policy": "NO_WRAP"}}),
         ("qwen2", "small", {"num_layers": 3, **more, "fsdp": {**_strategy("SHARD_GRAD_OP"), "forward_prefetch": True}}),
         ("qwen3", "small", {"gpus": 8, "num_layers": 5, **long, "fsdp": {"backward_prefetch": _PRE}}),
+        # drawn at random: attention in float32 tells whether autocast is on, which under version 2 it is not
+        ("gptj", "small", {"attn": "eager", "gpus": 3, "grad_accum_steps": 2, **long, "fsdp": {"version": 2}}),
+        ("gptj", "small", {"attn": "eager", "gpus": 3, **long, "fsdp": {"version": 1}}),
         # and a last time
         ("qwen2", "small", {**LORA, **FP32, **long, "gpus": 8, "gradient_checkpointing": True, "fsdp": first}),
         ("llama", "wide", {"gpus": 2, "grad_accum_steps": 2, "gradient_checkpointing": True, "fsdp": _FLAT_POST}),
