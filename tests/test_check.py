@@ -40,6 +40,11 @@ def test_a_config_of_an_engine_is_what_estimate_says_of_it(config: Path) -> None
     assert set(found.to_dict()) >= {"estimate", "verdict", "findings"}
 
 
+def test_no_path_is_not_the_present_folder() -> None:
+    with pytest.raises(SpecError, match=r"^path: '' names no file"):
+        memplan.check("")
+
+
 def test_a_folder_of_a_plan_needs_what_was_planned(tmp_path: Path) -> None:
     plan = planning.plan("gpt2", {"seq_len": 128}, CLUSTER, global_batch_size=4)
     plan.write(tmp_path / "run")

@@ -75,6 +75,8 @@ def check(
     from memplan.configs.run import read_run  # here, because most estimates have no files
     from memplan.lengths import read_lengths
 
+    if path == "":
+        raise SpecError.at("path", path, "names no file", "Give one, or a folder: . is where you are.")
     known = None if lengths is None else read_lengths(lengths)
     versions = installed_software() if software is None else software
     _, _, result = _checked(read_run(path), model, training, cluster, versions, known)
