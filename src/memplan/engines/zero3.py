@@ -635,7 +635,12 @@ class Zero3:
         self._all = [*self._trained.values(), *setup.frozen]
         self._below_leaves = frozenset(key for below in setup.leaves.values() for key in below)
         self._leaf = {shard.key: leaf for leaf in setup.leaves for shard in setup.fetched[leaf]}
-        self._of_leaves: dict[Key, dict[Key, Block | None]] = {leaf: {} for leaf in setup.leaves}
+        self._in_leaves: dict[Key, list[Key]] = {leaf: [] for leaf in setup.leaves}
+        """Each leaf's trained weights, in the order of the optimizer's groups."""
+        for key in self._trained:
+            if key in self._leaf:
+                self._in_leaves[self._leaf[key]].append(key)
+        self._waiting: dict[Key, Block | None] = {}
         """Gradients that wait for the backward of the leaf that their weight is in."""
         self._shards = {shard.key: shard for shard in self._all}
         self._bucket: list[Shard] = []
@@ -808,7 +813,7 @@ class Zero3:
         hook = self._hooks[kind]
         if module != self.setup.wrapped:
             if module not in self._below_leaves:
-                if kind == "post_backward" and module in self._of_leaves:
+                if kind == "post_backward" and module in self._in_leaves:
                     self._reduce_leaf_module_grads(module)
                 hook(module)
             return
@@ -821,15 +826,14 @@ class Zero3:
     def process_gradients(self, key: Key, gradient: Block | None) -> None:
         """A gradient has come; what is in a leaf waits until the leaf's backward is done."""
         if key in self._leaf:
-            self._of_leaves[self._leaf[key]][key] = gradient
+            self._waiting[key] = gradient
         else:
             self._reduce_ready(key, gradient)
 
     def _reduce_leaf_module_grads(self, leaf: Key) -> None:
-        """In the order of the optimizer's groups."""
-        waiting = self._of_leaves[leaf]
-        for key in [key for key in self._trained if key in waiting]:
-            self._reduce_ready(key, waiting.pop(key))
+        for key in self._in_leaves[leaf]:
+            if key in self._waiting:
+                self._reduce_ready(key, self._waiting.pop(key))
 
     def _reduce_ready(self, key: Key, gradient: Block | None) -> None:
         """reduce_independent_p_g_buckets_and_remove_grads."""
