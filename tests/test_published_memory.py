@@ -45,11 +45,11 @@ def test_every_row_becomes_a_setup_or_says_why_not(rows) -> None:
     assert all(row.fields["source"] for row in rows)
     assert score.counts(rows) == {
         "rows": 678,
-        "setups": 256,
+        "setups": 266,
         "out_of_scope": 370,
         "not_stated": 40,
         "not_known": 2,
-        "refused_by_memplan": 10,
+        "refused_by_memplan": 0,
         "errors": 0,
     }
     assert all(bool(row.refused) != (row.found is not None) for row in rows)
@@ -97,7 +97,7 @@ def test_rows_that_taught_a_rule_are_named_and_left_out_once(rows) -> None:
     generate = script("docs/generate_accuracy.py")
     section = "\n".join(generate._taught(score, rows))
     assert all(f" {id}" in section for id in score.taught.IDS)
-    assert "| device | 11 |" in section
+    assert "| device | 15 |" in section
 
 
 def test_the_ten_worst_rows_have_a_cause(rows) -> None:
@@ -108,13 +108,20 @@ def test_the_ten_worst_rows_have_a_cause(rows) -> None:
     assert [line for line in lines.values() if generate.UNEXPLAINED in line or line.endswith("|  |")] == []
 
 
-def test_rows_in_scope_that_memplan_refuses_are_listed(rows) -> None:
-    found = {row.id for row in rows if row.kind == "memplan"}
-    generate = script("docs/generate_accuracy.py")
-    section = "\n".join(generate._scope(score, rows))
-    assert len(found) == 10
-    assert all(id in section for id in found)
-    assert all("without mixed precision its adapters stay in float32" in row.refused for row in rows if row.id in found)
+def test_no_row_in_scope_is_refused_by_memplan(rows) -> None:
+    assert [row.id for row in rows if row.kind == "memplan"] == []
+
+
+def test_float32_adapters_of_16_bit_weights_under_fsdp_are_told(rows) -> None:
+    """The rule is the real engine's (tests/oracles/o2.py, unmixed); these had been refused until it was there."""
+    found = {row.id: row for row in rows}
+    assert {id: round(found[f"fms-a-0{id}"].ratio, 2) for id in (34, 36, 42, 44)} == {
+        34: 1.0,
+        36: 1.0,
+        42: 1.01,
+        44: 1.0,
+    }
+    assert all(found[id].verdict == "does-not-fit" for id in ("fms-a-050", "fms-a-052"))  # which died
 
 
 def test_memplans_column_beside_peers_is_of_today(rows) -> None:
@@ -142,13 +149,16 @@ def test_rows_that_are_far_off_have_their_cause(rows) -> None:
 def test_full_and_lora_fine_tuning_of_one_source_agree(rows) -> None:
     """What fms-acceleration measured on one GPU and under FSDP1."""
     found = of(rows, "fms-acceleration")
-    assert len(found) == 33
+    assert len(found) == 37
+    experts_in_16_bit = [row for row in found if row.id in ("fms-a-042", "fms-a-044")]  # the first is 1.2 % high
+    assert all(abs(row.ratio - 1) < 0.015 for row in experts_in_16_bit)
+    found = [row for row in found if row not in experts_in_16_bit]
     on_one_gpu = [row for row in found if row.fields["n_gpus"] == "1" and row.setup.training.quantization]
     prepared = [row for row in on_one_gpu if "baseline" in row.fields["framework"]]
     assert len(prepared) == 4
     assert all(abs(row.ratio - 1) < 0.005 for row in found if row not in prepared)
     plain = [row for row in found if not row.setup.training.quantization and "santacoder" not in row.fields["model"]]
-    assert len(plain) == 6
+    assert len(plain) == 8
     assert all(abs(row.ratio - 1) < 0.001 for row in plain)
     # TRL has cast them back. Mixtral's backward is the fullest then, which grows with the busiest expert's tokens.
     assert all(abs(row.ratio - 1) < (0.01 if "Mixtral" in row.fields["model"] else 0.001) for row in prepared)
@@ -164,9 +174,11 @@ def test_experts_called_one_by_one(rows) -> None:
     """Mixtral under transformers 4.48; how its tokens spread widens the interval."""
     found = of(rows, "fms-acceleration") + of(rows, "fms-acceleration", "device")
     found = [row for row in found if "Mixtral" in row.fields["model"]]
-    assert len(found) == 16
+    assert len(found) == 20
     prepared = [row for row in found if "baseline" in row.fields["framework"] and row.fields["n_gpus"] == "1"]
-    told = [row for row in found if row.metric == "allocated" and row not in prepared]
+    told = [
+        row for row in found if row.metric == "allocated" and row not in prepared and row.setup.training.quantization
+    ]
     assert len(told) == 6
     assert all(abs(row.ratio - 1) < (0.0001 if row.fields["n_gpus"] == "1" else 0.001) for row in told)
     on_one_gpu = [row for row in found if row.metric == "device" and row.fields["n_gpus"] == "1"]
@@ -188,9 +200,9 @@ def test_generation_agrees_while_it_decodes(rows) -> None:
 
 def test_runs_that_died_do_not_fit(rows) -> None:
     found = score.boundaries(rows)
-    assert found["died"] == 20
+    assert found["died"] == 22
     # tight: fms-a-068 and -096, of 68 of 79 GiB
-    assert found["died_verdicts"] == {"does-not-fit": 18, "tight": 2}
+    assert found["died_verdicts"] == {"does-not-fit": 20, "tight": 2}
     assert found["false_fits"] == []
     assert found["false_does_not_fit"] == ["hfz-0", "hfz-1", "hfz-4", "hfz-5"]
 

@@ -283,9 +283,7 @@ def resolve(
         dtype = default_dtype(software, _checkpoint_dtype(model))
         training = training if dtype is None else training.replace(dtype=dtype)
     precision = resolve_precision(training, strategy, gpu, _checkpoint_dtype(model))
-    if strategy.kind == "fsdp" and precision.mixed_precision == "no" and precision.dtype != "float32":
-        _check_adapters(training, precision)
-    elif strategy.shards and training.quantization is not None:
+    if strategy.shards and strategy.kind != "fsdp" and training.quantization is not None:
         _check_quantized(training, precision, strategy)
     rules = device_rules(gpu, software)
     implementations = attention_implementations(model.model_type)
@@ -295,10 +293,12 @@ def resolve(
             raise SpecError.at("attn", training.attn, f"does not exist for {model.model_type} in transformers", remedy)
         training = training.replace(attn="eager")  # as transformers does
     _check_attention(training, precision, rules)
-    has_cast = strategy.kind == "zero3" and strategy.zero.zero3_init_flag
-    if strategy.shards and not has_cast and training.quantization is None and training.lora is not None:
+    casts = strategy.kind != "zero3" or not strategy.zero.zero3_init_flag
+    if strategy.kind == "fsdp":
+        casts = precision.mixed_precision != "no"
+    if strategy.shards and casts and training.quantization is None and training.lora is not None:
         # DeepSpeedEngine casts all parameters to the 16-bit type, unless zero.Init has, before there were adapters.
-        # FSDP gathers all of them in it.
+        # FSDP gathers all of them in that of mixed precision.
         training = training.replace(lora=training.lora.replace(autocast_adapter_dtype=False))
     if strategy.kind == "fsdp" and strategy.fsdp.activation_checkpointing:
         training = _activation_checkpointing(training, strategy)
@@ -349,25 +349,6 @@ def _check_sharded(strategy: Strategy, traced: Traced | None) -> None:
     if traced is not None and strategy.kind in reasons:
         reason = f"{strategy.kind} {reasons[strategy.kind]}"
         raise UnsupportedError(f"trace: under {strategy.kind} it is not modelled. {reason}. Use zero2 or ddp.")
-
-
-def _check_adapters(training: TrainingSpec, precision: Precision) -> None:
-    """Under FSDP without mixed precision what is trained and what is not are modelled in one 16-bit type only."""
-    lora, quantization = training.lora, training.quantization
-    if lora is None or not lora.autocast_adapter_dtype:
-        if quantization is None or (
-            quantization.quant_storage == precision.dtype and not quantization.prepare_for_kbit_training
-        ):
-            return
-        raise UnsupportedError(
-            f"quantization: without mixed precision adapters and norms that are not {precision.dtype} as all else are "
-            f"not modelled under fsdp. Use quant_storage {precision.dtype} without prepare_for_kbit_training, or "
-            "--mixed-precision bf16."
-        )
-    raise UnsupportedError(
-        "lora: without mixed precision its adapters stay in float32 beside 16-bit weights, which is not modelled "
-        "under fsdp. Use --mixed-precision bf16, --dtype float32, or autocast_adapter_dtype false."
-    )
 
 
 def _check_quantized(training: TrainingSpec, precision: Precision, strategy: Strategy) -> None:

@@ -527,8 +527,6 @@ def build(
         apply_liger_kernel(b, root, model.model_type, fsdp1=setup.engine == "fsdp1")
     if training.lora is not None:
         apply_lora(b, root, training.lora, model.model_type)
-        if setup.engine == "fsdp1":
-            sees_sharded_adapters(root, setup.dtype if setup.autocast is None else dtypes.float32)
         if training.gradient_checkpointing:
             require_input_grads(root)
         if quantization is not None and training.task == "train":
@@ -537,9 +535,12 @@ def build(
             if quantization.bf16_adapters:
                 cast_trained_to_bf16(root)
     if quantization is not None and setup.engine != "torch":
-        cast(root, setup.dtype)
-        sees_sharded_adapters(root, setup.dtype)
+        casts = setup.mixed is not None or setup.engine not in ("fsdp", "fsdp1")
+        cast(root, setup.dtype if casts else None)
+        if casts:
+            sees_sharded_adapters(root, setup.dtype)
     if setup.engine == "fsdp1" and setup.mixed is not None:
+        sees_sharded_adapters(root, dtypes.float32)
         for buffer, _ in Inventory(root).buffers:  # MixedPrecision.buffer_dtype, as accelerate sets it
             if buffer.registered and buffer.dtype.is_floating:
                 buffer.dtype = setup.mixed

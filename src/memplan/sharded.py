@@ -488,6 +488,7 @@ def _loaded(setup: Setup, strategy: Strategy, model: Layout) -> list[Loaded]:
         made = adapted and key in trained  # by PEFT, in float32
         loaded = dtypes.float32 if made else asked
         if strategy.kind == "fsdp":  # fsdp2_prepare_model upcasts what is trained, version 1 does once it is sharded
+            loaded = fsdp.loaded_dtype(p, asked, setup.mixed, adapted=made)
             upcasts = strategy.fsdp.version == 2 and setup.mixed is not None
             wanted = dtypes.float32 if upcasts and key in trained else loaded
         elif strategy.kind == "zero3" and made:
@@ -570,18 +571,16 @@ def _engine(
     ledger: Ledger,
 ) -> Engine:
     hidden_size, optim = setup.model.hidden_size, setup.training.optim
-    if setup.training.quantization is not None:
+    if setup.training.quantization is not None and (strategy.kind != "fsdp" or setup.mixed is not None):
         check_quant_storage(setup.training.quantization, setup.dtype)
     if strategy.kind == "fsdp":
-        loaded, mixed = dtypes.dtype_named(setup.precision.dtype), setup.mixed is not None
         placed = fsdp.fsdp_setup(
             strategy,
             root,
             model,
             fsdp.shard_group(strategy.fsdp, ranks, per_node),
-            setup.dtype,
-            loaded,
-            mixed,
+            dtypes.dtype_named(setup.precision.dtype),
+            setup.mixed,
             setup.training,
             setup.model.model_type,
             setup.rules,

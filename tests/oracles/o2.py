@@ -696,7 +696,12 @@ def _model(values: dict[str, Any], options: dict[str, Any], pretrained: Path) ->
     config = peft.LoraConfig(
         r=lora["rank"], lora_alpha=16, target_modules=targets, modules_to_save=lora.get("modules_to_save")
     )
-    return peft.get_peft_model(model, config)
+    model = peft.get_peft_model(model, config)
+    if options.get("quantization", {}).get("bf16_adapters"):  # as TRL does it
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(torch.bfloat16)
+    return model
 
 
 def _quantized(kind: Any, options: dict[str, Any], pretrained: Path, wanted: dict[str, Any]) -> Any:
@@ -1185,8 +1190,51 @@ def groups() -> dict[str, list[Setup]]:
     made["liger"] = [Setup(f, config, _setup(config, **o).options) for f, config, o in _liger_variants()]
     made["reentrant"] = [_row(*row) for row in _reentrant()]
     made["modules"] = [_row(*row) for row in _modules()]
+    made["unmixed"] = [_row(*row) for row in _unmixed()]
     made["external"] = [Setup(f, config, _setup(config, "zero3", **o).options) for f, config, o in _external_held_out()]
     return made
+
+
+def _unmixed() -> list[tuple[str, str, dict[str, Any]]]:
+    """FSDP without mixed precision: each weight is gathered in its own type, and adapters are float32."""
+    own = {"strategy": "fsdp", "dtype": "bfloat16", "mixed_precision": "no", "seq_len": 48, **LORA}
+    version_1 = {**own, "fsdp": {"version": 1}}
+    head = {"lora": {"rank": 8, "targets": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}}
+    checkpointed = {"gradient_checkpointing": True, "gpus": 8}
+    flat = {"fsdp": {"version": 1, "use_orig_params": False}}
+
+    def packed(**options: Any) -> dict[str, Any]:
+        return {**own, "quantization": {"kind": "nf4", **options}}
+
+    trl = {"bf16_adapters": True, "quant_storage": "bfloat16"}
+    mixed = {"mixed_precision": "bf16"}
+    unprepared = {"quant_storage": "bfloat16", "prepare_for_kbit_training": False}
+    return [
+        ("llama", "small", own),
+        ("llama", "small", version_1),
+        ("mistral", "small", {**version_1, **checkpointed}),
+        ("qwen2", "small", {**own, "gpus": 8, "grad_accum_steps": 2}),
+        ("llama", "small", {**own, "offload_param": "cpu"}),
+        ("llama", "small", {**version_1, "offload_param": "cpu"}),
+        ("llama", "wide", {**own, **head}),
+        ("llama", "wide", {**version_1, **head}),
+        ("gemma", "small", {**own, "gpus": 1}),
+        ("qwen3", "small", {**own, **flat, "gpus": 3, "grad_accum_steps": 2}),
+        ("llama", "wide", {**own, **checkpointed, "optim": "sgd"}),
+        ("llama", "small", {**version_1, "gradient_checkpointing": True, "use_reentrant": True}),
+        ("llama", "small", {**own, "lora": {"rank": 8, "modules_to_save": ["mlp.up_proj"]}}),
+        ("llama", "small", {**version_1, "lora": {"rank": 8, "modules_to_save": ["mlp.up_proj"]}}),
+        ("llama", "small", packed(**unprepared)),
+        ("llama", "small", {**packed(**unprepared), "fsdp": {"version": 1}}),
+        ("llama", "small", packed(quant_storage="bfloat16")),
+        ("qwen2", "small", {**packed(quant_storage="float32"), "gpus": 3}),
+        ("qwen2", "small", {**packed(quant_storage="uint8"), "gpus": 2, "grad_accum_steps": 2}),
+        # What TRL makes 16 bit accelerate makes float32 again under version 1, and leaves under version 2.
+        ("llama", "small", {**packed(**unprepared, bf16_adapters=True), "fsdp": {"version": 1}}),
+        ("llama", "small", {**packed(**unprepared, bf16_adapters=True), **mixed, "fsdp": {"version": 1}}),
+        ("llama", "small", {**packed(**trl), **mixed}),
+        ("qwen3", "small", {**packed(**trl), **mixed, "gpus": 8, "offload_param": "cpu"}),
+    ]
 
 
 def _modules() -> list[tuple[str, str, dict[str, Any]]]:

@@ -115,7 +115,8 @@ class LoraQuantizedLinear(LoraLinear):
         # torch.is_autocast_enabled() tells of CUDA's autocast; CPU's is another.
         requires_conversion = tape.autocast is None or tape.rules.kind == "cpu"
         if requires_conversion:
-            x = x.to(looked_at(self.lora_A.weight).dtype)
+            looked_at(self.lora_A.weight)
+            x = x.to(self.input_dtype)
         output = self.lora_B(self.lora_A(self.lora_dropout(x))) * 2.0
         if requires_conversion:
             output = output.to(expected_dtype)

@@ -152,14 +152,17 @@ def check_quant_storage(spec: QuantizationSpec, dtype: DType) -> None:
         raise SpecError.at("quantization.quant_storage", storage.name, problem, f"Use {dtype.name}, or uint8.")
 
 
-def cast(root: Module, dtype: DType) -> None:
-    """What an engine makes of a prepared model's weights: DeepSpeed casts them, FSDP gathers them as ``dtype``."""
+def cast(root: Module, dtype: DType | None) -> None:
+    """What an engine makes of a prepared model's weights: DeepSpeed casts them, FSDP gathers them as ``dtype``.
+
+    With None they stay as they are.
+    """
     for _, module in root.named_modules():
         for _, p in module.parameters():
             if p.loaded is not None:
                 continue  # tied
             p.loaded = p.dtype
-            if p.dtype.is_floating and not is_packed(p):
+            if dtype is not None and p.dtype.is_floating and not is_packed(p):
                 p.dtype = dtype
 
 

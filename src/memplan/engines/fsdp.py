@@ -24,7 +24,7 @@ from memplan.specs.strategy import FsdpSpec, Strategy
 from memplan.specs.training import QuantizationSpec, TrainingSpec
 from memplan.tape.dispatch import CPU, DeviceRules
 from memplan.tape.tape import Tape
-from memplan.tape.tensor import DType, Parameter, Shape, float32
+from memplan.tape.tensor import DType, Parameter, Shape, dtype_named, float32
 
 COPY_IN, REDUCE_SCATTER, ALL_REDUCE = 1, 2, 3
 """Streams. On the all-gather's own nothing is allocated."""
@@ -60,8 +60,6 @@ class FsdpSetup:
     """Over which weights are sharded."""
     is_hybrid: bool
     """Several groups of such ranks have all shards, and reduce gradients among each other (HSDPMeshInfo)."""
-    dtype: DType
-    """MixedPrecisionPolicy's param_dtype and reduce_dtype, or the model's."""
     offload: bool
     """CPUOffloadPolicy: shards, their gradients and the optimizer on the host, all but the states pinned."""
     optimizer: Optimizer
@@ -211,28 +209,27 @@ class Fsdp:
     def _unshard(self, unit: Unit) -> None:
         if unit.first in self._gathered or unit.first in self._unsharded:
             return
-        size = self.setup.dtype.itemsize
         if self.setup.ranks == 1:
             self._gathered[unit.first] = None
             return
-        elements = sum(row.padded for row in unit.weights)
-        self.ledger.move("all_gather", elements * size)
+        nbytes = sum(row.padded * row.gathered for row in unit.weights)
+        self.ledger.move("all_gather", nbytes)
         with self.ledger.on(COPY_IN):
             if self.setup.offload:
                 self.ledger.move("to_gpu", sum(row.shard * row.itemsize for row in unit.weights))
                 inputs = [self._copied(row, row.shard) for row in unit.weights]
             else:
-                casts = sum(row.shard for row in unit.weights if row.itemsize != size) * size
+                casts = sum(row.shard * row.gathered for row in unit.weights if row.itemsize != row.gathered)
                 inputs = [self.ledger.allocate("temporaries", casts, name=CAST)] if casts else []
-            self._gathered[unit.first] = self.ledger.allocate("communication", elements * size, name=TOGETHER)
+            self._gathered[unit.first] = self.ledger.allocate("communication", nbytes, name=TOGETHER)
         self.ledger.free(*inputs)
 
     def _copied(self, row: Row, elements: int) -> Block:
         """all_gather_inputs of a shard on the host: copied to the GPU, then cast."""
         copy = self.ledger.allocate("temporaries", elements * row.itemsize, name=STAGED)
-        if row.itemsize == self.setup.dtype.itemsize:
+        if row.itemsize == row.gathered:
             return copy
-        cast = self.ledger.allocate("temporaries", elements * self.setup.dtype.itemsize, name=CAST)
+        cast = self.ledger.allocate("temporaries", elements * row.gathered, name=CAST)
         self.ledger.free(copy)
         return cast
 
@@ -241,17 +238,16 @@ class Fsdp:
         if unit.first not in self._gathered:
             return
         gathered = self._gathered.pop(unit.first)
-        size = self.setup.dtype.itemsize
         blocks: list[Block] = []
         cast: Block | None = None
         for row in unit.weights:
             before, cast = cast, None
             if self.setup.ranks == 1 and self.setup.offload:
                 cast = self._copied(row, row.elements)
-            elif self.setup.ranks == 1 and row.itemsize != size:
-                cast = self.ledger.allocate("temporaries", row.elements * size, name=CAST)
+            elif self.setup.ranks == 1 and row.itemsize != row.gathered:
+                cast = self.ledger.allocate("temporaries", row.elements * row.gathered, name=CAST)
             self.ledger.free(before)  # by the loop's variable, once it has the next one
-            blocks.append(self.ledger.allocate("communication", row.padded * size, name=GATHERED))
+            blocks.append(self.ledger.allocate("communication", row.padded * row.gathered, name=GATHERED))
         self.ledger.free(cast)
         self._unsharded[unit.first] = blocks
         if forward:  # the one before is held until this copy-out is done
@@ -284,7 +280,7 @@ class Fsdp:
         if not grads:
             return
         rows = [row for row in unit.weights if row.key in grads]
-        size = self.setup.dtype.itemsize
+        size = rows[0].gathered  # of all that are trained
         padded = sum(row.padded for row in rows)
         self.ledger.move("reduce_scatter", padded * size)
         self._reduce_input = self.ledger.allocate("communication", padded * size, name="reduce-scatter's input")
@@ -377,27 +373,32 @@ def fsdp_setup(
     root: Module,
     model: Layout,
     ranks: int,
-    dtype: DType,
-    loaded: DType,
-    mixed: bool,
+    asked: DType,
+    mixed: DType | None,
     training: TrainingSpec,
     model_type: str,
     rules: DeviceRules,
 ) -> FsdpSetup | Fsdp1Setup:
-    """The units that accelerate makes, cut over ``ranks``; ``loaded`` is the dtype of frozen weights. Raises
-    MemplanError.
+    """The units that accelerate makes, cut over ``ranks``, of weights that are ``asked`` for in one dtype and gathered
+    in the ``mixed`` one. Raises MemplanError.
     """
     keys, offload = strategy.fsdp, strategy.offload_param != "none"
     _check_optimizer(training.optim, keys.version)
     trained = {key for group in model.groups for key in group}
-    master = float32 if mixed else loaded  # accelerate upcasts what is trained
-    ignored = [] if training.quantization is None else _ignored(model, keys.version, training.quantization)
+    adapted = trained if training.lora is not None else set()
+    loaded = {key: loaded_dtype(p, asked, mixed, adapted=key in adapted) for key, p in model.parameters.items()}
+    # accelerate upcasts what is trained, but version 2 not in models with 4-bit weights.
+    upcasts = mixed is not None and (keys.version == 1 or training.quantization is None)
+    stored = {key: float32 if upcasts and key in trained else dtype for key, dtype in loaded.items()}
+    ignored = [] if training.quantization is None else _ignored(model, keys.version, training.quantization, mixed)
     rows = {
         key: Row(
             key,
             p.shape[0],
             prod(p.shape[1:]),
-            (p.loaded or (master if key in trained else loaded)).itemsize,
+            loaded[key].itemsize,
+            stored[key].itemsize,
+            (mixed or loaded[key]).itemsize,
             key in trained,
             ranks,
         )
@@ -408,23 +409,27 @@ def fsdp_setup(
     tape = Tape(rules)
     places = CPU if offload else rules
     whole = [
-        (key, tape.parameter("whole", model.parameters[key].shape, master)) for group in model.groups for key in group
+        (key, tape.parameter("whole", model.parameters[key].shape, stored[key]))
+        for group in model.groups
+        for key in group
     ]
     if keys.version == 1:
         wrapped = units.version_1()
         _check_head(root, model, wrapped, keys)
-        flats = _flat_params(wrapped, keys, ranks, dtype, offload)
+        _check_types(wrapped, keys.version, asked)
+        flats = _flat_params(wrapped, keys, ranks, offload)
         sizes = {row.key: elements for flat in flats for row, elements in flat.pieces()}
-        shapes: list[list[Shape]] = [[(sizes[key],) for key in group if key in sizes] for group in model.groups]
+        pieces: list[list[tuple[Shape, DType]]] = [
+            [((sizes[key],), stored[key]) for key in group if key in sizes] for group in model.groups
+        ]
         if not keys.use_orig_params:
-            shapes = [[(flat.shard,) for flat in flats if flat.trained]]
-        stepped = _stepped(tape, shapes, master)
+            pieces = [[((flat.shard,), stored[flat.unit.weights[0].key]) for flat in flats if flat.trained]]
+        stepped = _stepped(tape, pieces)
         return Fsdp1Setup(
             flats=flats,
             root=model.numbers[id(root)],
             is_hybrid=keys.is_hybrid,
             offload=offload,
-            loaded=loaded,
             backward_prefetch=keys.backward_prefetch,
             forward_prefetch=keys.forward_prefetch,
             optimizer=make_optimizer(training.optim, places, lambda: stepped),
@@ -434,15 +439,17 @@ def fsdp_setup(
         )
     found = units.version_2()
     _check_head(root, model, found, keys)
+    _check_types(found, keys.version, asked)
     if units.below_blocks and training.gradient_checkpointing:
         raise UnsupportedError(
             "transformer_layer_cls_to_wrap: units inside of blocks are gathered once more where a block is recomputed, "
             "which is not modelled. Leave it out, or use --no-gradient-checkpointing."
         )
-    shapes = [
-        [(-(-rows[key].rows // ranks), *model.parameters[key].shape[1:]) for key in group] for group in model.groups
+    shards = [
+        [((-(-rows[key].rows // ranks), *model.parameters[key].shape[1:]), stored[key]) for key in group]
+        for group in model.groups
     ]
-    stepped = _stepped(tape, shapes, master)
+    stepped = _stepped(tape, shards)
     return FsdpSetup(
         units=found,
         as_sharded=units.as_sharded,
@@ -455,7 +462,6 @@ def fsdp_setup(
         root=model.numbers[id(root)],
         ranks=ranks,
         is_hybrid=keys.is_hybrid,
-        dtype=dtype,
         offload=offload,
         optimizer=make_optimizer(training.optim, places, lambda: stepped),
         stepped=stepped.parameters,
@@ -472,6 +478,19 @@ def _check_head(root: Module, model: Layout, units: Sequence[Unit], keys: FsdpSp
         raise SpecError.at(
             "auto_wrap_policy", keys.auto_wrap_policy, problem, "Use TRANSFORMER_BASED_WRAP, or no Liger."
         )
+
+
+def _check_types(units: Sequence[Unit], version: int, asked: DType) -> None:
+    """Version 1 flattens weights of one type ("Must flatten tensors with uniform dtype"), version 2 trains those of one
+    ("FSDP expects uniform original parameter dtype").
+    """
+    for unit in units:
+        sizes = [row.loaded if version == 1 else row.itemsize for row in unit.weights if version == 1 or row.trained]
+        if len(set(sizes)) > 1:
+            which = "weights" if version == 1 else "trained weights"
+            problem = f"leaves {which} of several types in one unit, which FSDP's version {version} refuses"
+            remedy = "Use float32, or with LoRA no modules_to_save within blocks."
+            raise SpecError.at("dtype", asked.name, problem, remedy)
 
 
 def shard_group(keys: FsdpSpec, gpus: int, per_node: int) -> int:
@@ -495,7 +514,7 @@ def shard_group(keys: FsdpSpec, gpus: int, per_node: int) -> int:
     return shards
 
 
-def _ignored(model: Layout, version: int, quantization: QuantizationSpec) -> list[Key]:
+def _ignored(model: Layout, version: int, quantization: QuantizationSpec, mixed: DType | None) -> list[Key]:
     """Weights that accelerate keeps out of FSDP. Raises SpecError for those that FSDP cannot have either way."""
     field = "quantization"
     if quantization.kind == "int8":
@@ -514,6 +533,13 @@ def _ignored(model: Layout, version: int, quantization: QuantizationSpec) -> lis
         remedy = "Use FSDP's version 2."
         name = f"{field}.prepare_for_kbit_training"
         raise SpecError.at(name, quantization.prepare_for_kbit_training, problem, remedy)
+    if mixed is None and any(
+        p.loaded is not dtype_named(quantization.quant_storage) for p in model.parameters.values()
+    ):
+        # update_fsdp_plugin_peft of transformers/distributed/fsdp.py: what PEFT has cast to float32 meets weights that
+        # are not, "expected m1 and m2 to have the same dtype".
+        problem = "stops at the first adapter: the Trainer has version 1 gather float32 adapters in quant_storage"
+        raise SpecError.at("mixed_precision", "no", problem, "Use bf16, or FSDP's version 2.")
     return []
 
 
@@ -530,14 +556,27 @@ def _check_optimizer(optim: str, version: int) -> None:
         raise UnsupportedError(f"optim: {optim!r} is not modelled under fsdp. Use one of {', '.join(ELEMENTWISE)}.")
 
 
-def _stepped(tape: Tape, shapes: Sequence[Sequence[Shape]], dtype: DType) -> Groups:
+def loaded_dtype(p: Parameter, asked: DType, mixed: DType | None, *, adapted: bool) -> DType:
+    """In which a weight is handed to accelerate, of a model that was ``asked`` for in one dtype.
+
+    Without ``mixed`` precision it is the tape's; with, the tape has what is gathered. PEFT makes what is ``adapted``
+    float32.
+    """
+    if p.loaded is not None:
+        return p.loaded
+    if mixed is None:
+        return p.dtype
+    return float32 if adapted else asked
+
+
+def _stepped(tape: Tape, shards: Sequence[Sequence[tuple[Shape, DType]]]) -> Groups:
     """What the optimizer is given on the first rank, in the Trainer's groups, of which the last has no decay."""
-    groups = [[tape.parameter("shard", shape, dtype) for shape in group] for group in shapes]
+    groups = [[tape.parameter("shard", shape, dtype) for shape, dtype in group] for group in shards]
     undecayed = {id(p) for p in groups[-1]} if len(groups) > 1 else set()
     return Groups([p for group in groups for p in group], undecayed=undecayed)
 
 
-def _flat_params(units: Sequence[Unit], keys: FsdpSpec, ranks: int, dtype: DType, offload: bool) -> list[FlatParam]:
+def _flat_params(units: Sequence[Unit], keys: FsdpSpec, ranks: int, offload: bool) -> list[FlatParam]:
     """Raises MemplanError for what FSDP1 refuses and for what is not modelled."""
     strategy = keys.sharding_strategy or "FULL_SHARD"
     if not keys.limit_all_gathers:
@@ -546,7 +585,7 @@ def _flat_params(units: Sequence[Unit], keys: FsdpSpec, ranks: int, dtype: DType
             "far. That is not modelled. Leave it out."
         )
     is_sharded = strategy != "NO_SHARD" and ranks > 1
-    flats = [FlatParam(unit, ranks, is_sharded, dtype, keys.use_orig_params) for unit in units]
+    flats = [FlatParam(unit, ranks, is_sharded, keys.use_orig_params) for unit in units]
     if offload and not is_sharded and not all(flat.is_cast for flat in flats):
         raise UnsupportedError(
             "offload_param: 'cpu' without sharding leaves copies of weights on the GPU where nothing is cast, for as "

@@ -24,7 +24,7 @@ from memplan.engines.streams import Event, Streams
 from memplan.engines.wrapping import Row, Unit
 from memplan.memory.course import DEFAULT_STREAM, Block, Key, Ledger
 from memplan.memory.optimizers import Optimizer
-from memplan.tape.tensor import DType, Parameter
+from memplan.tape.tensor import Parameter
 
 ALIGNMENT = 16
 """Bytes: with ``use_orig_params`` every weight begins at a multiple (_get_aligned_numel in _flat_param.py)."""
@@ -53,14 +53,22 @@ class FlatParam:
     ranks: int
     is_sharded: bool
     """Whether it is cut over them: NO_SHARD is not, and with one rank none is."""
-    dtype: DType
-    """In which it is gathered and its gradient is reduced."""
     use_orig_params: bool
+
+    @cached_property
+    def loaded(self) -> int:
+        """Bytes of an element as the weights are handed over."""
+        return max(row.loaded for row in self.unit.weights)
 
     @cached_property
     def itemsize(self) -> int:
         """Bytes of an element of the shard."""
         return max(row.itemsize for row in self.unit.weights)
+
+    @cached_property
+    def gathered(self) -> int:
+        """Bytes of an element as it is gathered and its gradient is reduced."""
+        return max(row.gathered for row in self.unit.weights)
 
     @cached_property
     def trained(self) -> bool:
@@ -69,12 +77,12 @@ class FlatParam:
     @cached_property
     def is_cast(self) -> bool:
         """_uses_param_mixed_precision."""
-        return self.itemsize != self.dtype.itemsize
+        return self.itemsize != self.gathered
 
     @cached_property
     def offsets(self) -> list[tuple[Row, int]]:
         """Each weight with where it begins."""
-        aligned = ALIGNMENT // self.dtype.itemsize if self.use_orig_params else 1
+        aligned = ALIGNMENT // self.gathered if self.use_orig_params else 1
         found, at = [], 0
         for row in self.unit.weights:
             at = -(-at // aligned) * aligned
@@ -117,8 +125,6 @@ class Fsdp1Setup:
     """Nodes reduce gradients among each other, in the shards' dtype, on a stream of its own."""
     offload: bool
     """CPUOffload: shards, their gradients and the optimizer on the host."""
-    loaded: DType
-    """In which the weights come."""
     backward_prefetch: Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"]
     forward_prefetch: bool
     optimizer: Optimizer
@@ -190,7 +196,7 @@ class Fsdp1:
         copy that follows.
         """
         for handle in reversed(self._handles):
-            flat, size = handle.flat, self.setup.loaded.itemsize
+            flat, size = handle.flat, handle.flat.loaded
             sizes = (row.elements * size for row in flat.unit.weights)
             whole = [self.ledger.allocate("temporaries", nbytes, name=WHOLE) for nbytes in sizes]
             unsharded = self.ledger.allocate("temporaries", flat.elements * size, name=WHOLE)
@@ -213,7 +219,7 @@ class Fsdp1:
     def _upcast(self, handle: _Handle) -> None:
         """prepare_model: 16-bit weights that are trained under mixed precision get a float32 shard."""
         flat, offload = handle.flat, self.setup.offload
-        if flat.itemsize != self.setup.loaded.itemsize:
+        if flat.itemsize != flat.loaded:
             loaded = handle.stale
             place = "host" if offload else "gpu"
             handle.stale = [self.ledger.allocate("weights", flat.shard * flat.itemsize, place, "shards")]
@@ -295,9 +301,9 @@ class Fsdp1:
             ledger.allocate("gradients", flat.shard * flat.itemsize, "pinned")
             ledger.free(zeros)
         if flat.is_cast:
-            ledger.briefly("temporaries", flat.shard * flat.dtype.itemsize, name=FREED)
+            ledger.briefly("temporaries", flat.shard * flat.gathered, name=FREED)
         if flat.is_sharded:
-            ledger.briefly("temporaries", flat.padded * flat.dtype.itemsize, name=FREED)
+            ledger.briefly("temporaries", flat.padded * flat.gathered, name=FREED)
             if flat.is_cast:
                 ledger.briefly("temporaries", flat.padded * flat.itemsize, name=FREED)
 
@@ -342,9 +348,9 @@ class Fsdp1:
         if not flat.is_sharded:
             handle.unsharded = shard
             return
-        self.ledger.move("all_gather", flat.padded * flat.dtype.itemsize)
+        self.ledger.move("all_gather", flat.padded * flat.gathered)
         if handle.unsharded is None:
-            nbytes = flat.padded * flat.dtype.itemsize
+            nbytes = flat.padded * flat.gathered
             with self.ledger.on(UNSHARD):
                 handle.unsharded = self.ledger.allocate("communication", nbytes, name=GATHERED)
         # NCCL runs it after the reduce-scatters before it, which are of the same ranks; what the post-backward stream
@@ -359,7 +365,7 @@ class Fsdp1:
         """The shard that is gathered, where it is not the one that is kept: _mp_shard, or a copy on the GPU."""
         self.ledger.move("to_gpu", flat.shard * flat.itemsize if self.setup.offload else 0)
         if flat.is_cast:
-            shard = self.ledger.allocate("communication", flat.shard * flat.dtype.itemsize, name=CAST)
+            shard = self.ledger.allocate("communication", flat.shard * flat.gathered, name=CAST)
             if self.setup.offload:
                 self.ledger.briefly("temporaries", flat.shard * flat.itemsize, name=STAGED)
             return shard
@@ -436,7 +442,7 @@ class Fsdp1:
     def _post_backward(self, handle: _Handle) -> None:
         handle.state = "backward_post"
         flat, ledger = handle.flat, self.ledger
-        size = flat.dtype.itemsize
+        size = flat.gathered
         grads = [self._grads.pop(row.key) for row in flat.unit.weights if row.key in self._grads]
         if not grads:
             return
@@ -470,7 +476,7 @@ class Fsdp1:
     def _reduce_grad(self, handle: _Handle) -> None:
         """_reduce_grad and _reduce_grad_no_shard, with the cast to the shard's dtype."""
         flat, ledger = handle.flat, self.ledger
-        size = flat.dtype.itemsize
+        size = flat.gathered
         padding = flat.padded != flat.elements
         ledger.move("reduce_scatter" if flat.is_sharded else "all_reduce", flat.padded * size)
         ledger.move("to_host", flat.shard * flat.itemsize if self.setup.offload else 0)

@@ -27,8 +27,12 @@ class Row:
     rows: int
     width: int
     """Elements of a row."""
+    loaded: int
+    """Bytes of an element as it is handed over."""
     itemsize: int
     """Bytes of an element of the shard: trained weights are in float32 under mixed precision."""
+    gathered: int
+    """Bytes of an element where it is used: in mixed precision's type, or in its own."""
     trained: bool
     ranks: int
 
