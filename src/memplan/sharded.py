@@ -582,6 +582,7 @@ def _engine(
             dtypes.dtype_named(setup.precision.dtype),
             setup.mixed,
             setup.training,
+            setup.training.gradient_checkpointing and setup.training.reentrant(setup.software),
             setup.model.model_type,
             setup.rules,
         )

@@ -376,11 +376,12 @@ def fsdp_setup(
     asked: DType,
     mixed: DType | None,
     training: TrainingSpec,
+    reentrant: bool,
     model_type: str,
     rules: DeviceRules,
 ) -> FsdpSetup | Fsdp1Setup:
     """The units that accelerate makes, cut over ``ranks``, of weights that are ``asked`` for in one dtype and gathered
-    in the ``mixed`` one. Raises MemplanError.
+    in the ``mixed`` one; ``reentrant`` is how blocks are recomputed. Raises MemplanError.
     """
     keys, offload = strategy.fsdp, strategy.offload_param != "none"
     _check_optimizer(training.optim, keys.version)
@@ -417,6 +418,9 @@ def fsdp_setup(
         wrapped = units.version_1()
         _check_head(root, model, wrapped, keys)
         _check_types(wrapped, keys.version, asked)
+        if reentrant and units.reach_into_blocks:
+            problem = "fails in FSDP's version 1: the backward of one block frees the weights of all in its unit"
+            raise SpecError.at("use_reentrant", True, problem, "Use false, or TRANSFORMER_BASED_WRAP.")
         flats = _flat_params(wrapped, keys, ranks, offload)
         sizes = {row.key: elements for flat in flats for row, elements in flat.pieces()}
         pieces: list[list[tuple[Shape, DType]]] = [

@@ -172,6 +172,16 @@ class Units:
         self.as_sharded = [unit for unit in (*found, *first_units, *last_units, rest) if unit.weights]
         return [unit for unit in (rest, *first_units, *found, *last_units) if unit.weights]
 
+    @property
+    def reach_into_blocks(self) -> bool:
+        """Whether weights of a block are in a unit that is not within the block."""
+        return any(
+            below.key in self._model.modules and self._unit_of[below.key] not in {each.key for each in block.walk()}
+            for block in self.tree.walk()
+            if block.is_block
+            for below in block.walk()
+        )
+
     # -- policies --------------------------------------------------------------------------------------------------
 
     def _policy(self) -> Policy:
