@@ -460,6 +460,17 @@ def test_what_would_fit_does(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     )
 
 
+def test_a_larger_gpu_fits_beside_the_memory_that_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MEDIUM))
+    given = ["plan", str(tmp_path), "--gpu", "T4", "--gpu-memory", "0.5", "--host-memory", "1", "--json"]
+    assert cli.main(given) == 1
+    found = [remedy["options"] for remedy in json.loads(capsys.readouterr().out)["remedies"]]
+    larger = next(options for options in found if options.startswith("--gpu "))
+    assert cli.main([*given, *larger.split()]) == 0
+
+
 def test_processes_share_a_search_and_change_nothing() -> None:
     cluster = ClusterSpec(gpu="T4", gpus=2, gpu_memory="1350MiB", host_memory="1GiB")
     told: list[tuple[int, int]] = []
