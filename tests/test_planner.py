@@ -460,9 +460,7 @@ def test_what_would_fit_does(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     )
 
 
-def test_a_larger_gpu_fits_beside_the_memory_that_is_given(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_larger_gpu_fits_beside_the_memory_that_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(MEDIUM))
     given = ["plan", str(tmp_path), "--gpu", "T4", "--gpu-memory", "0.5", "--host-memory", "1", "--json"]
     assert cli.main(given) == 1
