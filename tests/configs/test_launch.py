@@ -510,6 +510,27 @@ def test_a_tiny_classifier_tells_where_a_text_ends(kind: str) -> None:
         assert {config.pad_token_id, config.eos_token_id} - {None}, model.id
 
 
+@pytest.mark.parametrize(
+    ("model", "attention"), [("openai-community/gpt2", "sdpa"), ("EleutherAI/gpt-neo-125m", "eager")]
+)
+def test_a_rehearsal_on_cpu_takes_the_attention_that_there_is(
+    model: str, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = TrainingSpec(attn="flash_attention_2")
+    write(written(Strategy(kind="ddp"), training, model=model_spec(model)), tmp_path / "plan")
+    monkeypatch.chdir(tmp_path / "plan")
+    script_arguments(tmp_path / "plan", monkeypatch)  # train.py, which it imports
+    source = importlib.util.spec_from_file_location("smoke", tmp_path / "plan" / "smoke.py")
+    assert source is not None
+    assert source.loader is not None
+    smoke = importlib.util.module_from_spec(source)
+    source.loader.exec_module(smoke)
+    values = json.loads(Path("training_args.json").read_text())
+    replaced = smoke.run_on_cpu(values, smoke.save_tiny_model(values, str(tmp_path / "tiny")))
+    assert values["attn_implementation"] == attention
+    assert replaced == [f'attn_implementation: "flash_attention_2" -> "{attention}"']
+
+
 # -- launch.sh ---------------------------------------------------------------------------------------------------------
 
 
