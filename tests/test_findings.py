@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -394,20 +393,16 @@ def cpu_optimizers(monkeypatch: pytest.MonkeyPatch) -> dict[str, type]:
     return made
 
 
-@pytest.mark.parametrize(
-    ("optim", "replaced"), [("sgd", True), ("rmsprop", True), ("adafactor", True), ("adamw_torch", False)]
-)
+@pytest.mark.parametrize(("optim", "replaced"), [("sgd", True), ("rmsprop", True), ("adamw_torch", False)])
 def test_accelerate_puts_its_own_optimizer_in_place_of_others(
     optim: str, replaced: bool, cpu_optimizers: dict[str, type]
 ) -> None:
     import torch
     from accelerate.utils.deepspeed import map_pytorch_optim_to_deepspeed
-    from transformers.optimization import Adafactor
 
     kinds: dict[str, Callable[..., Any]] = {
         "sgd": torch.optim.SGD,
         "rmsprop": torch.optim.RMSprop,
-        "adafactor": partial(Adafactor, relative_step=False),
         "adamw_torch": torch.optim.AdamW,
     }
     made = map_pytorch_optim_to_deepspeed(kinds[optim]([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
@@ -445,6 +440,24 @@ def test_deepspeed_refuses_its_own_adagrad_on_the_cpu(cpu_optimizers: dict[str, 
         DeepSpeedEngine._configure_optimizer(engine, torch_own, None)
     with pytest.raises(SpecError, match="'adagrad' fails in accelerate with an offloaded optimizer"):
         check(run(zero(2, offload_optimizer={"device": "cpu"}), optim="adagrad"))
+
+
+def test_adafactor_is_not_offloaded_as_accelerate_would() -> None:
+    """Its groups keep their two eps, of which DeepSpeedCPUAdam's step takes one."""
+    import torch
+    import transformers
+    from accelerate.utils import deepspeed as mapping
+
+    own = transformers.Adafactor([torch.nn.Parameter(torch.zeros(1))], lr=1e-3, relative_step=False)
+    made: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", lambda groups, **_: made.extend(groups))
+        mapping.map_pytorch_optim_to_deepspeed(own)
+    assert [len(group["eps"]) for group in made] == [2]
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    with pytest.raises(SpecError, match="'adafactor' fails in accelerate with an offloaded optimizer"):
+        check(run(zero(2, **offload), optim="adafactor"))
+    check(run(zero(2, **offload) | {"zero_force_ds_cpu_optimizer": False}, optim="adafactor"))
 
 
 # -- quantized weights, device maps ------------------------------------------------------------------------------------

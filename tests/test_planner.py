@@ -43,8 +43,8 @@ KNOWN = api.estimate(TINY, {"seq_len": 64}, ClusterSpec(gpu="T4", host_memory="6
 class Answers:
     """Answers as a setup's memory and time say; counts what was asked."""
 
-    def __init__(self, capacity: int, memory: Any, seconds: Any) -> None:
-        self.capacity, self.memory, self.seconds = capacity, memory, seconds
+    def __init__(self, capacity: int, memory: Any, seconds: Any, lost: Any = lambda _: 0) -> None:
+        self.capacity, self.memory, self.seconds, self.lost = capacity, memory, seconds, lost
         self.exact: list[Setup] = []
 
     def __call__(self, setup: Setup, exact: bool) -> Estimate:
@@ -53,8 +53,9 @@ class Answers:
         needed = self.memory(setup)
         if needed is None:
             raise UnsupportedError("not modelled")
-        verdict = "fits" if needed <= self.capacity else "does-not-fit"
-        gpu = KNOWN.gpu.model_copy(update={"low": needed, "high": needed, "capacity": self.capacity})
+        most = needed + self.lost(setup)
+        verdict = verdict_for(needed, most, self.capacity)
+        gpu = KNOWN.gpu.model_copy(update={"low": needed, "high": most, "capacity": self.capacity})
         seconds = self.seconds(setup)
         step = StepTime(seconds=seconds, tokens_per_second=1 / seconds, flops=1, bound_by="compute") if exact else None
         return KNOWN.model_copy(update={"gpu": gpu, "verdict": verdict, "step": step})
@@ -161,6 +162,38 @@ def test_the_way_back_up_looks_beside_the_ladder() -> None:
     assert rung.name == "ZeRO-3, optimizer offloaded, without checkpointing"
     assert setup.strategy == Strategy(kind="zero3", offload_optimizer="cpu")
     assert len([rung for _, rung in found.tried if rung.name.startswith("ZeRO-1, opt")]) == 0
+
+
+def test_where_the_smallest_buffers_lose_more_between_blocks_larger_ones_are_taken() -> None:
+    def lost(setup: Setup) -> int:
+        """Of the step before the last one nothing, and of the others more than is there."""
+        return 0 if setup.strategy.zero.reduce_bucket_size == 25_000_000 else 40
+
+    start = asked(sequences=1)
+    answers = Answers(60, by_batch, by_engine, lost)
+    found = plan(start, answers)
+    assert found.best is not None
+    setup, best = found.tried[found.best]
+    assert best.estimate.verdict == "fits"
+    assert setup.strategy.zero.reduce_bucket_size == 25_000_000
+    assert planner.feasible(start, planner.Answers(answers, answers.seconds))
+    assert not planner.feasible(start, planner.Answers(Answers(60, by_batch, by_engine, lambda _: 40), by_engine))
+
+
+def test_of_equals_what_gives_least_up_is_taken_whatever_its_buffers() -> None:
+    def seconds(setup: Setup) -> float:
+        """ZeRO-2 is faster than ZeRO-1 with DeepSpeed's own buffers, and as fast with the smallest, which fit."""
+        if setup.strategy.kind == "zero2" and setup.strategy.zero.reduce_bucket_size == 500_000_000:
+            return 0.9
+        return 1.0 if setup.strategy.kind in ("zero1", "zero2") else 2.0
+
+    def memory(setup: Setup) -> int:
+        own = setup.strategy.kind == "zero2" and setup.strategy.zero.reduce_bucket_size == 500_000_000
+        return 100 if own or setup.strategy.kind == "ddp" else 10
+
+    found = plan(asked(sequences=1), Answers(50, memory, seconds))
+    assert found.best is not None
+    assert found.tried[found.best][0].strategy.kind == "zero1"
 
 
 def test_buffers_are_as_large_as_fits() -> None:
@@ -425,6 +458,15 @@ def test_what_would_fit_does(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (
         planning.plan(model, {"seq_len": 3072}, ClusterSpec(gpu="T4", host_memory="4GiB"), advise=False).remedies == ()
     )
+
+
+def test_a_larger_gpu_fits_beside_the_memory_that_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MEDIUM))
+    given = ["plan", str(tmp_path), "--gpu", "T4", "--gpu-memory", "0.5", "--host-memory", "1", "--json"]
+    assert cli.main(given) == 1
+    found = [remedy["options"] for remedy in json.loads(capsys.readouterr().out)["remedies"]]
+    larger = next(options for options in found if options.startswith("--gpu "))
+    assert cli.main([*given, *larger.split()]) == 0
 
 
 def test_processes_share_a_search_and_change_nothing() -> None:

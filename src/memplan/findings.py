@@ -231,8 +231,7 @@ def scheduler_warmup_steps(checked: Checked) -> Finding | None:
 
 _REPLACED_BY_ADAM = frozenset(
     {
-        *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd", "rmsprop", "lion_8bit"),
-        "paged_lion_8bit",
+        *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "sgd", "rmsprop", "lion_8bit", "paged_lion_8bit"),
     }
 )
 

@@ -211,15 +211,14 @@ class Answers:
         """The setup with the largest buffers with which it fits, DeepSpeed's own at the most.
 
         Where the low end of the smallest does not fit, neither does the upper end of others: to be put into more
-        pieces takes a few MiB at the most.
+        pieces takes a few MiB at the most. Its upper end says nothing of others: less is lost between blocks of some
+        sizes than of smaller ones.
         """
         choices = levels(setup)
         smallest = self._known(choices[-1])
         if smallest is not None and smallest.verdict == "does-not-fit":
             return None
-        if self.fits(choices[0]):
-            return choices[0]
-        return next(filter(self.fits, choices), None) if self.fits(choices[-1]) else None
+        return next(filter(self.fits, choices), None)
 
     def nearest(self, setup: Setup) -> Setup:
         """The setup with the largest buffers with which it comes as near to fitting as with any."""
@@ -378,9 +377,9 @@ def plan(
 
 def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed") -> bool:
     """Whether :func:`plan` would find something that fits."""
-    # What gives most up needs least.
+    # What gives most up needs least, and so mostly do the smallest buffers.
     choices = [levels(family.setup) for family in reversed(families(asked, target))]
-    return any(answers.fits(own[-1]) or (answers.may_fit(own[-1]) and answers.fits(own[0])) for own in choices)
+    return any(answers.may_fit(own[-1]) and any(map(answers.fits, reversed(own))) for own in choices)
 
 
 def needed(asked: Setup, answers: Answers, target: Target = "deepspeed", *, on_ladder: bool = False) -> int | None:
@@ -499,25 +498,22 @@ def _chosen(choices: Sequence[Setup], answers: Answers, objective: Objective) ->
     """The best that fits: of the least memory, or the fastest, and of equals the one that gives up least."""
     if objective == "memory":
         return _least([each for setup in choices for each in levels(setup)], answers)
-    best: Setup | None = None
-    least = 1 << 62
-    # First by bounds of their times; what comes to be the first is looked at closer.
+    # First by bounds of their times; what comes to be the first is looked at closer, and smaller buffers take no less.
     waiting = [
-        (pace(answers.least_time(each)), simplicity(each), number, False, each) for number, each in enumerate(choices)
+        (pace(answers.least_time(each)), simplicity(each), number, 0, each) for number, each in enumerate(choices)
     ]
     heapify(waiting)
     while waiting:
-        seconds, simple, number, is_exact, setup = heappop(waiting)
-        if seconds >= least:
-            break  # and smaller buffers take no less time
-        if not is_exact:
-            if answers.may_fit_somehow(setup):
-                heappush(waiting, (pace(answers.time(setup)), simple, number, True, setup))
-            continue
-        sized = answers.sized(setup)
-        if sized is not None and pace(answers.time(sized)) < least:
-            best, least = sized, pace(answers.time(sized))
-    return best
+        _, simple, number, looks, setup = heappop(waiting)
+        if looks == 2:
+            return setup
+        if looks == 1:
+            closer = answers.sized(setup)
+        else:
+            closer = setup if answers.may_fit_somehow(setup) else None
+        if closer is not None:
+            heappush(waiting, (pace(answers.time(closer)), simple, number, looks + 1, closer))
+    return None
 
 
 def _least(choices: Sequence[Setup], answers: Answers) -> Setup | None:

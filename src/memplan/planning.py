@@ -339,17 +339,22 @@ class _Search:
 
     def larger(self, case: Case, asked: Setup) -> Iterator[Remedy]:
         """The smallest GPU of the catalog that is larger."""
-        own = case.cluster.gpu_memory or (case.cluster.gpu.memory_bytes if isinstance(case.cluster.gpu, GPUSpec) else 0)
+        given = case.cluster.gpu_memory
+        own = given or (case.cluster.gpu.memory_bytes if isinstance(case.cluster.gpu, GPUSpec) else 0)
         floors: dict[object, int] = {}
         for gpu in sorted(all_gpus(), key=lambda gpu: gpu.memory_bytes):
-            on, kind = case.on(gpu), case.kind_of(gpu, asked)
+            on, kind, options = case.on(gpu), case.kind_of(gpu, asked), f"--gpu {gpu.name}"
             if gpu.memory_bytes <= own or kind is None:
                 continue
+            if given is not None:  # which would be taken in place of the larger one's
+                size = f"{gpu.memory_bytes * 100 // GiB / 100:.2f}"
+                on = replace(on, cluster=on.cluster.replace(gpu_memory=f"{size}GiB"))
+                options += f" --gpu-memory {size}"
             if kind not in floors:
                 largest = [each for each in all_gpus() if case.kind_of(each, asked) == kind]
                 floors[kind] = self.floor(case.on(max(largest, key=lambda each: each.memory_bytes)), on_ladder=True)
             if gpu.memory_bytes >= floors[kind]:
-                found = list(self.remedy(f"--gpu {gpu.name}", on, self.asked(on)))
+                found = list(self.remedy(options, on, self.asked(on)))
                 yield from found
                 if found:
                     return

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import memplan
 from memplan.architectures import bert, deberta_v2, distilbert, roberta
 from memplan.architectures.bert import BertConfig, BertForMaskedLM, BertForPreTraining
 from memplan.architectures.deberta_v2 import DebertaV2Config, DebertaV2ForMaskedLM
@@ -159,3 +160,36 @@ def test_each_part_of_the_position_bias_gathers_once_a_layer(parts: str) -> None
 @pytest.mark.parametrize("family", [bert, roberta, distilbert, deberta_v2])
 def test_every_family_has_the_encoders_heads(family: Any) -> None:
     assert {"base", "masked-lm", "sequence-classification"} <= set(family.HEADS)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(
+    ("norm", "training", "fails"),
+    [("layer_norm", {}, True), ("none", {}, False), ("layer_norm", {"lora": 4}, False)],
+    ids=["normed", "as they are", "frozen"],
+)
+def test_reentrant_checkpoints_cannot_share_a_layer_norm(norm: str, training: dict[str, Any], fails: bool) -> None:
+    """transformers hands the relative embeddings to a layer as a keyword, which is no input of its checkpoint."""
+    import torch
+    import transformers
+
+    config = {**DEBERTA, "model_type": "deberta-v2", "norm_rel_ebd": norm, "architectures": ["DebertaV2ForMaskedLM"]}
+    model = transformers.DebertaV2ForMaskedLM(transformers.DebertaV2Config(**{**config, "pad_token_id": 0}))
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    if training:
+        model.requires_grad_(False)
+        model.enable_input_require_grads()
+    tokens = torch.randint(1, 50, (1, 16))
+    loss = model.train()(input_ids=tokens, labels=tokens).loss
+    run = {"seq_len": 16, "gradient_checkpointing": True, **training}
+    if not fails:
+        loss.backward()
+        memplan.estimate(config, {**run, "use_reentrant": True}, "T4", replay=False)
+        return
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    with pytest.raises(SpecError, match="use_reentrant: true fails on deberta-v2 with norm_rel_ebd"):
+        memplan.estimate(config, {**run, "use_reentrant": True}, "T4", replay=False)
+    memplan.estimate(config, run, "T4", replay=False)
+    plan = memplan.plan(config, {"seq_len": 16, "use_reentrant": True}, "T4")
+    assert not any(rung.estimate.setup["gradient_checkpointing"] for rung in plan.rungs)

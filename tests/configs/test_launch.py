@@ -500,6 +500,37 @@ def test_the_tiny_model_is_the_same_family_with_two_layers(kind: str) -> None:
     assert torch.isfinite(built(**inputs)[0]).all()
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3_moe", "gpt2", "bert"])
+def test_a_tiny_classifier_tells_where_a_text_ends(kind: str) -> None:
+    """Its checkpoint does, whose config in the catalog may not."""
+    import transformers
+
+    for model in (model for model in NATIVE if model.config["model_type"] == kind):
+        config = transformers.AutoConfig.for_model(**tiny_config(model_spec(model.id)))
+        assert {config.pad_token_id, config.eos_token_id} - {None}, model.id
+
+
+@pytest.mark.parametrize(
+    ("model", "attention"), [("openai-community/gpt2", "sdpa"), ("EleutherAI/gpt-neo-125m", "eager")]
+)
+def test_a_rehearsal_on_cpu_takes_the_attention_that_there_is(
+    model: str, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = TrainingSpec(attn="flash_attention_2")
+    write(written(Strategy(kind="ddp"), training, model=model_spec(model)), tmp_path / "plan")
+    monkeypatch.chdir(tmp_path / "plan")
+    script_arguments(tmp_path / "plan", monkeypatch)  # train.py, which it imports
+    source = importlib.util.spec_from_file_location("smoke", tmp_path / "plan" / "smoke.py")
+    assert source is not None
+    assert source.loader is not None
+    smoke = importlib.util.module_from_spec(source)
+    source.loader.exec_module(smoke)
+    values = json.loads(Path("training_args.json").read_text())
+    replaced = smoke.run_on_cpu(values, smoke.save_tiny_model(values, str(tmp_path / "tiny")))
+    assert values["attn_implementation"] == attention
+    assert replaced == [f'attn_implementation: "flash_attention_2" -> "{attention}"']
+
+
 # -- launch.sh ---------------------------------------------------------------------------------------------------------
 
 
@@ -707,6 +738,24 @@ def test_the_allocator_is_set_by_the_name_that_torch_has(tmp_path: Path) -> None
     assert parse(arguments).training.alloc_conf == training.alloc_conf
     _, environment, _ = launched(tmp_path, written(training=training, software=SoftwareSpec(torch="2.8")))
     assert environment["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True,max_split_size_mb:128"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, at what PEFT asks it for
+@pytest.mark.parametrize("model", ["meta-llama/Llama-2-7b", "mistralai/Mixtral-8x7B-v0.1"])
+def test_peft_finds_what_a_written_lora_adapts(model: str) -> None:
+    """Its own defaults where it does look them up: not for experts that are fused."""
+    import peft
+    import torch
+    import transformers
+
+    values = json.loads(written(training=TrainingSpec(lora=8), model=model_spec(model))["training_args.json"])
+    assert values["lora"].get("target_modules") == (["q_proj", "v_proj"] if "Mixtral" in model else None)
+    config = transformers.AutoConfig.for_model(**tiny_config(model_spec(model)))
+    with torch.device("meta"):
+        built = transformers.AutoModelForCausalLM.from_config(config)
+    adapted = peft.get_peft_model(built, peft.LoraConfig(**values["lora"]))
+    names = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert names == {"q_proj", "v_proj"}
 
 
 def test_images_stay_until_they_are_pixels() -> None:

@@ -1305,7 +1305,7 @@ def _modules() -> list[tuple[str, str, dict[str, Any]]]:
                 "gpus": 8,
                 "micro_batch_size": 2,
                 "seq_len": 48,
-                "optim": "adafactor",
+                "optim": "rmsprop",
                 "zero": {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, **forced},
             },
         ),

@@ -158,6 +158,17 @@ _MOST_REPEATS = 4
 """In a regular expression: the time for a path of some sixty letters grows with their number as its exponent."""
 
 
+def targets_to_tell(lora: LoraSpec, model_type: str, software: SoftwareSpec) -> tuple[str, ...]:
+    """The names that PEFT has to be told; none where it looks them up itself.
+
+    Of the model types with fused experts it makes a set of no names before it comes to look them up, and then finds no
+    module (_convert_peft_config_moe, LoraModel._prepare_adapter_config).
+    """
+    if lora.targets or model_type not in FUSED_EXPERTS or experts_are_modules(software):
+        return lora.targets
+    return DEFAULT_TARGETS.get(model_type, ())
+
+
 def is_pattern(targets: Sequence[str]) -> bool:
     """Whether targets are one text that PEFT matches with whole paths, by ``re.fullmatch``."""
     return len(targets) == 1 and _NAME.fullmatch(targets[0]) is None

@@ -18,9 +18,10 @@ from memplan.architectures.nn import (
     Module,
     activation,
     check_position_table,
+    checkpoints_wrappers,
     looked_at,
 )
-from memplan.errors import UnsupportedError
+from memplan.errors import SpecError, UnsupportedError
 from memplan.specs.fields import Fields
 from memplan.tape import ops
 from memplan.tape.tape import LOGITS, Tape
@@ -276,6 +277,7 @@ class DebertaV2Layer(CheckpointLayer):
 
 class DebertaV2Encoder(Module):
     def __init__(self, b: Build, c: DebertaV2Config) -> None:
+        self.b = b
         self.c = c
         # The last layer is where the gradient of the relative embeddings, which all layers share, begins.
         self.layer = Layers(b, ["inner"] * (c.num_hidden_layers - 1) + ["last"], lambda i: DebertaV2Layer(b, c))
@@ -292,9 +294,24 @@ class DebertaV2Encoder(Module):
         rel_embeddings: Tensor = looked_at(self.rel_embeddings.weight)
         if self.c.norm_rel_ebd:
             rel_embeddings = self.LayerNorm(rel_embeddings)
+            self._check_reentrant(rel_embeddings)
         for layer in self.layer:
             all_hidden_states.append(layer(all_hidden_states[-1], attention_mask, relative_pos, rel_embeddings))
         return all_hidden_states
+
+    def _check_reentrant(self, rel_embeddings: Tensor) -> None:
+        """As a keyword it is no input of a layer's checkpoint, whose backward goes on into what made it.
+
+        So a reentrant one's does, once per layer, and the second finds the graph freed.
+        """
+        tape, b = rel_embeddings.tape, self.b
+        if not (b.gradient_checkpointing and tape.reentrant) or checkpoints_wrappers(b.software):
+            return
+        if rel_embeddings.node is not None and self.c.num_hidden_layers > 1:
+            problem = (
+                "fails on deberta-v2 with norm_rel_ebd: the backward of each layer reaches the LayerNorm they share"
+            )
+            raise SpecError.at("use_reentrant", True, problem, "Use --no-use-reentrant.")
 
 
 class DebertaV2Model(Module):

@@ -39,6 +39,7 @@ _SIZES = {
     "vocab_size": VOCABULARY,  # or as asked
 }
 """The largest value that each key keeps."""
+_END = 2
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Lists with an entry per layer."""
 _LAYER_NUMBERS = ("mlp_only_layers",)
@@ -69,6 +70,9 @@ def tiny_config(model: ModelSpec, vocabulary: int = VOCABULARY) -> dict[str, Any
         elif key == "attention_types":  # of gpt_neo: [[kinds, how often], ...]
             kinds = [kind for names, times in value for kind in list(names) * times][:LAYERS]
             config[key] = [[kinds, 1]]
+    if "vocab_size" in config and config.get("pad_token_id") is None:
+        # What a classifier finds the end of a text by. A checkpoint has it, if its config here has not.
+        config["eos_token_id"] = _END if config.get("eos_token_id") is None else config["eos_token_id"]
     return config
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from memplan.adapters.lora import ALL_LINEAR, is_pattern
+from memplan.adapters.lora import ALL_LINEAR, is_pattern, targets_to_tell
 from memplan.architectures.registry import head_of
 from memplan.configs.arguments import DDP, FOUR_BIT, MODEL_CLASSES
 from memplan.errors import SpecError
@@ -49,7 +49,7 @@ def to_training_args(setup: Setup, given: TrainingSpec, strategy: Strategy) -> d
     if training.vocab_size is not None:
         values["vocab_size"] = training.vocab_size
     if training.lora is not None:
-        values["lora"] = _to_lora(training.lora)
+        values["lora"] = _to_lora(training.lora, setup)
         assert given.lora is not None
         if not given.lora.autocast_adapter_dtype:
             values["autocast_adapter_dtype"] = False
@@ -114,15 +114,16 @@ def _to_optim(optim: str) -> str:
     return optim
 
 
-def _to_lora(lora: LoraSpec) -> dict[str, Any]:
-    """Arguments of peft.LoraConfig; without target_modules PEFT looks up the model type."""
+def _to_lora(lora: LoraSpec, setup: Setup) -> dict[str, Any]:
+    """Arguments of peft.LoraConfig; without target_modules PEFT looks up the model type, if it can."""
     values: dict[str, Any] = {"r": lora.rank, "lora_dropout": lora.dropout, "bias": lora.bias}
     if lora.alpha is not None:
         values["lora_alpha"] = lora.alpha
-    if lora.targets:
+    targets = targets_to_tell(lora, setup.model.model_type, setup.software)
+    if targets:
         # A list has names only: what PEFT matches with paths is text.
-        as_text = lora.targets == (ALL_LINEAR,) or is_pattern(lora.targets)
-        values["target_modules"] = lora.targets[0] if as_text else list(lora.targets)
+        as_text = targets == (ALL_LINEAR,) or is_pattern(targets)
+        values["target_modules"] = targets[0] if as_text else list(targets)
     if lora.modules_to_save:
         values["modules_to_save"] = list(lora.modules_to_save)
     return values

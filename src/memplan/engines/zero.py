@@ -637,8 +637,10 @@ def _mapped_by_accelerate(optim: str) -> int:
     """map_pytorch_optim_to_deepspeed (accelerate 1.15): DeepSpeedCPUAdam, with two moments, whatever it is given.
 
     But for torch's Adagrad and for Lion in 32 bit, whose constructors do not take the adamw_mode that it gives them.
+    It hands the groups on with what they hold, and Adafactor's have two for ``eps``, with which DeepSpeedCPUAdam cannot
+    step.
     """
-    if optim in ("adagrad", "lion_32bit", "paged_lion_32bit"):
+    if optim in ("adagrad", "adafactor", "lion_32bit", "paged_lion_32bit"):
         problem = "fails in accelerate with an offloaded optimizer"
         raise SpecError.at("optim", optim, problem, "Use another.")
     return 2

@@ -25,8 +25,9 @@ def main() -> None:
     """Run it; raise if a loss is not finite."""
     values = json.loads(Path("training_args.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
-        save_tiny_model(values, folder)  # before there is a process group, in which rank 0 alone would save
-        replaced = [] if torch.cuda.is_available() else run_on_cpu(values)
+        # Before there is a process group, in which rank 0 alone would save.
+        attention = save_tiny_model(values, folder)
+        replaced = [] if torch.cuda.is_available() else run_on_cpu(values, attention)
         values |= {"model_name_or_path": folder, "vocab_size": None, "dataset": None, "output_dir": f"{folder}/output"}
         values |= {"max_steps": 3, "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
         if values.get("eval_strategy", "no") != "no":
@@ -47,18 +48,23 @@ def main() -> None:
         torch.distributed.barrier()  # nobody leaves while another rank is still at work
 
 
-def save_tiny_model(values: dict[str, Any], folder: str) -> None:
-    """Write what from_pretrained will load in the model's place: each rank its own, with the same weights."""
+def save_tiny_model(values: dict[str, Any], folder: str) -> str:
+    """Write what from_pretrained will load in the model's place: each rank its own, with the same weights.
+
+    Return the attention that the family has by itself: sdpa, or where it has none eager.
+    """
     config = transformers.AutoConfig.for_model(**json.loads(Path("smoke_config.json").read_text(encoding="utf-8")))
     transformers.set_seed(0)
-    getattr(transformers, values["model_class"]).from_config(config).save_pretrained(folder)
+    model = getattr(transformers, values["model_class"]).from_config(config)
+    model.save_pretrained(folder)
+    return str(model.config._attn_implementation)
 
 
-def run_on_cpu(values: dict[str, Any]) -> list[str]:
+def run_on_cpu(values: dict[str, Any], attention: str) -> list[str]:
     """Replace what needs a GPU; return what was replaced."""
     values["use_cpu"] = True
     replaced: list[str] = []
-    changes = [("attn_implementation", "flash_attention_2", "sdpa"), ("use_liger_kernel", True, False)]
+    changes = [("attn_implementation", "flash_attention_2", attention), ("use_liger_kernel", True, False)]
     if values.get("fp16"):
         changes += [("fp16", True, False), ("bf16", False, True), ("dtype", "float16", "bfloat16")]
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
