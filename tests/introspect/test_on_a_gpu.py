@@ -124,6 +124,7 @@ def test_the_driver_is_asked() -> None:
     assert driver.used() == fake_cuda.OTHERS
     assert driver.processes() == {7: 5 * GiB}
     assert driver.version() == "580.1"
+    assert driver.capability() == (9, 0)
     assert Driver(fake_cuda.Nvml(None)).processes() is None
     assert Driver(fake_cuda.Nvml({7: 2**64 - 1})).processes() is None
 
