@@ -349,6 +349,7 @@ def test_adapters_in_other_words(text: str, targets: tuple[str, ...], saved: tup
         ({"compile": "y"}, "scope", "compile"),
         ({"weight_dtype": "gptq-int4"}, "scope", "gptq"),
         ({"framework": "torchtitan"}, "scope", "its own"),
+        ({"framework": "HF Trainer + torch.compile"}, "scope", "compiles the model"),
         ({"method": "dora r16"}, "scope", "dora"),
         ({"gradient_checkpointing": "selective"}, "scope", "gradient_checkpointing"),
         ({"optimizer": "galore_adamw"}, "scope", "optimizer"),
@@ -415,6 +416,9 @@ ZERO3 = {"zero_stage_or_fsdp": "ZeRO-3"}
         ({"weight_dtype": "bf16+fp32"}, "names several types, with 'No'"),
         ({"weight_dtype": "fp32", "mixed_precision": "none (pure bf16)"}, "contradicts weights in 'fp32'"),
         ({"attention": "sdpa (math)"}, "names a kernel of its own beside"),
+        ({"n_gpus": "8 (3 nodes)"}, "cannot be spread evenly over 3 nodes"),
+        ({"method": "lora r8 targets=.*"}, "does not state the targets in words"),
+        ({"measured_GiB": "40960", "metric": "allocated (MiB)"}, "is more than the 79.15 GiB of the GPU"),
         ({"gpu": "8x A100-80GB"}, "says another number than 2"),
         ({"gpu": "A100-80GB x 4"}, "says another number than 2"),
     ],
@@ -441,6 +445,9 @@ def test_the_order_of_words_changes_nothing() -> None:
     moved = one(zero_stage_or_fsdp="ZeRO-3 (CPU offload)", optimizer="Adam CPU", offload="optimizer to CPU")
     assert moved.setup.strategy.offload_optimizer == "cpu"
     assert one(gpu="2x A100-80GB").found is not None
+    assert one(n_gpus="8 (2 nodes)").setup.cluster.nodes == 2
+    assert one(n_gpus="16").setup.cluster.nodes == 2
+    assert one(measured_GiB="81").found is not None  # as a page has it of a GPU of 79.15
 
 
 def test_forms_that_are_known() -> None:

@@ -97,6 +97,7 @@ FRAMEWORKS = (
     Framework(r"unsloth", "replaces transformers' kernels"),
     Framework(r"foak|fast[-_ ]?kernels", "replaces transformers' kernels"),
     Framework(r"gptq", "has GPTQ weights"),
+    Framework(r"torch\.?[-_ ]?compile\b|inductor", "compiles the model"),
     Framework(r"own loss", "does not take the loss from the model"),
     Framework(
 
@@ -144,7 +145,7 @@ def setup(row: Mapping[str, str]) -> Setup:
     gpus = reading.count("n_gpus", row["n_gpus"], notes)
     liger = task == "train" and reading.fused_loss(row["fused_loss"], row["framework"], row["method"])
     model, head, stand_in = _model_named(row["model"], notes)
-    cluster, capacity_known = _cluster(row["gpu"], gpus, notes)
+    cluster, capacity_known = _cluster(row["gpu"], gpus, reading.nodes(row["n_gpus"]), notes)
     software = _software(row, notes)
     precision = reading.precision(
         row["weight_dtype"], row["mixed_precision"], row["method"], task == "infer", framework.double_quant, notes
@@ -334,13 +335,15 @@ _BOARDS = r"(\d+)\s*[x×*]\s*|.*\s[x×*]\s*(\d{1,4})$"
 """How many there are, before or behind a name."""
 
 
-def _cluster(text: str, gpus: int, notes: Notes) -> tuple[ClusterSpec, bool]:
+def _cluster(text: str, gpus: int, nodes: int | None, notes: Notes) -> tuple[ClusterSpec, bool]:
     gpu, memory, sure = gpu_named(text, notes)
     if (boards := re.match(_BOARDS, plain(text))) and int(boards[1] or boards[2]) != gpus:
         not_stated("gpu", text, f"says another number than {gpus}")
-    if gpus > PER_NODE and gpus % PER_NODE:
+    if nodes is None and gpus > PER_NODE and gpus % PER_NODE:
         not_stated("n_gpus", str(gpus), "does not state how many nodes they are in")
-    nodes = max(gpus // PER_NODE, 1)
+    nodes = nodes or max(gpus // PER_NODE, 1)
+    if gpus % nodes:
+        not_stated("n_gpus", str(gpus), f"cannot be spread evenly over {nodes} nodes")
     return ClusterSpec(gpu=gpu, gpu_memory=memory, gpus=gpus, nodes=nodes, nvme_path="/nvme"), sure
 
 

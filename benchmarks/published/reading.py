@@ -227,6 +227,16 @@ def count(column: str, text: str, notes: Notes, default: int | None = None) -> i
     return int(value)
 
 
+def nodes(text: str) -> int | None:
+    """How many nodes the GPUs are said to be in; None where nothing is said.
+
+    >>> nodes("16 (4 nodes)"), nodes("8 (one node)"), nodes("8")
+    (4, 1, None)
+    """
+    found = re.search(r"\b(one|\d+) nodes?\b", in_parentheses(text.lower()))
+    return None if found is None else 1 if found[1] == "one" else int(found[1]) or not_stated("n_gpus", text)
+
+
 _GENERATED = (
     re.compile(
         r"~?(\d+)\s*(?:token|prompt|input|in\b)[a-z ]*\s*(?:\+|,|/|and|->)\s*"
@@ -549,6 +559,8 @@ def _lora(text: str, low: str, notes: Notes) -> Method:
         low,
     )
     saved = re.search(r"modules_to_save\s*[=:]?\s*([\w.]+(?:\s*[,+/]\s*[\w.]+)*)", low)
+    if named is None and re.search(r"\btargets?\b|target_modules", low) and not re.search(r"all[-_ ]linear", low):
+        not_stated("method", text, "does not state the targets in words")
     rest = low
     for found in sorted((found for found in (named, saved) if found), key=lambda found: -found.start()):
         rest = rest[: found.start()] + " " + rest[found.end() :]
