@@ -409,6 +409,7 @@ def random_model(model_class: Any, job: dict[str, Any], meter: Meter, _: str, **
     on_gpu = job["device"] == "cuda"
     with _not_initialized() if on_gpu else contextlib.nullcontext():
         model = model_class.from_config(config, dtype=getattr(torch, dtype), **options)
+    model.tie_weights()  # which is a part of what was left out
     untie_head(model, job["config"])
     if on_gpu:
         if job["engine"] in ("single", "ddp"):
