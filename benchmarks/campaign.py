@@ -668,7 +668,8 @@ def main() -> int:
     except MemplanError as error:
         sys.stderr.write(f"{error}\n")
     except OSError as error:
-        sys.stderr.write(f"{error.filename}: {error.strerror}. Name another with --out or --list.\n")
+        name = error.filename or options.out or "the archive"  # a full disk has no name
+        sys.stderr.write(f"{name}: {error.strerror}. Name another with --out or --list.\n")
     return 2
 
 

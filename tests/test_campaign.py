@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -348,6 +349,17 @@ def test_rows_go_by_the_host_memory_that_is_said(
         out = tmp_path / str(said)
         campaign.run(out, 60, campaign.How(gpu="cpu", workers=2, host_memory=said))
         assert [line["alongside"] for line in campaign.archived.read(out / "rows.jsonl")] == alongside
+
+
+def test_a_full_disk_is_told_of(
+    campaign: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(campaign, "campaign", full)
+    assert command(campaign, monkeypatch, "--out", tmp_path) == 2
+    assert capsys.readouterr().err == f"{tmp_path}: No space left on device. Name another with --out or --list.\n"
 
 
 GOOD = json.dumps({"row": {"model": "gpt2", "training": {"seq_len": 64}}, "refused": "no"}).encode()

@@ -21,7 +21,7 @@ from memplan.errors import SpecError
 from memplan.introspect import measure
 from memplan.introspect.measure import Job, boundary
 from memplan.introspect.measurement import Measured, Measurement, beside
-from memplan.introspect.worker import Recorder, _failure, blocks_at_peak, resident
+from memplan.introspect.worker import Recorder, _failure, blocks_at_peak, losses, resident
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
@@ -226,6 +226,12 @@ def test_a_run_that_dies_is_a_result() -> None:
     assert _failure(MemoryError())["status"] == "out-of-memory"
     assert _failure(RuntimeError("CUDA error: out of memory"))["status"] == "out-of-memory"
     assert _failure(ValueError("no"))["status"] == "failed"
+
+
+def test_a_loss_that_is_no_number_is_none() -> None:
+    """Collectives of a group that is not there bring nothing, and JSON has no NaN."""
+    history = [{"loss": 1.5}, {"loss": float("nan")}, {"eval_loss": 2.0}, {"loss": float("inf")}]
+    assert losses(history) == [1.5, None, None]
 
 
 def test_a_process_that_hangs_or_dies_is_told_of(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import gc
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
@@ -288,7 +289,7 @@ def _run(job: dict[str, Any], record: dict[str, Any], recorders: list[Recorder])
                 history = torch.cuda.memory._snapshot() if on_gpu else None
                 record["blocks"] = tracked_blocks(tracked.events) if history is None else blocks_at_peak(history)
     record["ran"] = _facts(trainer) | {"skipped_steps": recorder.skipped}
-    record["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    record["losses"] = losses(trainer.state.log_history)
 
 
 def _arguments(job: dict[str, Any]) -> dict[str, Any]:
@@ -736,6 +737,12 @@ def _site(frames: Any) -> str:
                 file = library[1:] + frame["filename"].rsplit(library, 1)[1]
                 return f"{file}:{frame['line']} {frame['name']}"
     return frames[0]["name"] if frames else "no line of Python: autograd's thread"
+
+
+def losses(history: Sequence[dict[str, Any]]) -> list[float | None]:
+    """Of each step; None of one that is no number, which JSON does not have."""
+    found = [float(entry["loss"]) for entry in history if "loss" in entry]
+    return [loss if math.isfinite(loss) else None for loss in found]
 
 
 def _facts(trainer: Any) -> dict[str, Any]:
