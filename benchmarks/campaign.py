@@ -19,7 +19,6 @@ as ``--workers`` and the GPU's memory allow; a line says how many there were at 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import hashlib
 import itertools
 import json
@@ -248,12 +247,6 @@ def extend() -> None:
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def with_its_parent() -> None:
-    """Have the kernel kill this process when its parent dies, so that nothing is left of a campaign that is killed."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 class Forked:
     """A copy of this process, which has imported what takes long: it runs the worker."""
 
@@ -266,7 +259,7 @@ class Forked:
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                with_its_parent()
+                worker.with_its_parent()
                 os.setsid()
                 output = os.open(log, os.O_WRONLY | os.O_CREAT)
                 os.dup2(output, 1)
@@ -368,7 +361,7 @@ def compile_ahead() -> None:
         lock.unlink(missing_ok=True)
     if os.fork() == 0:
         try:
-            with_its_parent()
+            worker.with_its_parent()
             from deepspeed.ops.op_builder import CPUAdamBuilder
 
             CPUAdamBuilder().load(verbose=False)
@@ -469,7 +462,7 @@ class Running:
         pid = os.fork()
         if pid == 0:
             try:
-                with_its_parent()
+                worker.with_its_parent()
                 found = measured(row, how)
                 result.with_suffix(".partial").write_text(json.dumps(found), encoding="utf-8")
                 result.with_suffix(".partial").replace(result)

@@ -13,6 +13,7 @@ torch and what trains with it are imported inside functions only.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -214,6 +216,7 @@ class Recorder:
 
 def main(folder: str) -> int:
     """Run the job of a folder; return 0 if there is a record, whatever it says."""
+    with_its_parent()
     os.chdir(folder)
     job = json.loads(Path("job.json").read_text(encoding="utf-8"))
     if job["device"] == "cuda":
@@ -235,6 +238,12 @@ def main(folder: str) -> int:
     partial.replace("record.json")
     sys.stdout.flush()
     os._exit(0)  # engines leave threads and groups behind that nobody needs to wait for
+
+
+def with_its_parent() -> None:
+    """Have the kernel kill this process when its parent dies, or a run whose session is its own would go on without."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
