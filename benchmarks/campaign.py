@@ -231,7 +231,19 @@ def load() -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
     except ValueError:
         raise SpecError(f"{LIST}: is not JSON. Name a list of setups with --list.") from None
+    if not isinstance(found, list) or not all(
+        isinstance(row, dict) and {"model", "training"} <= row.keys() for row in found
+    ):
+        raise SpecError(f"{LIST}: is no list of rows with a model and its training. Name one with --list.")
     return found
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on; of none at once nothing would ever be run."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 def extend() -> None:
@@ -643,11 +655,11 @@ def main() -> int:
     parser.add_argument("--list", type=Path, default=LIST, help="the setups")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so long")
     parser.add_argument("--timeout", type=float, default=120, help="of one run, in seconds")
-    parser.add_argument("--workers", type=int, default=1, help="rows that run at once")
+    parser.add_argument("--workers", type=positive, default=1, help="rows that run at once")
     parser.add_argument(
         "--host-memory", type=float, metavar="GIB", help="of this machine, where it is given more as it uses it"
     )
-    parser.add_argument("--limit", type=int, help="rows to be run at most")
+    parser.add_argument("--limit", type=positive, help="rows to be run at most")
     parser.add_argument("--gpu", help="as in memplan measure: this machine's, unless it is cpu")
     parser.add_argument("--no-snapshots", action="store_true", help="keep no blocks at the peak")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose key contains it")

@@ -362,6 +362,23 @@ def test_a_full_disk_is_told_of(
     assert capsys.readouterr().err == f"{tmp_path}: No space left on device. Name another with --out or --list.\n"
 
 
+@pytest.mark.parametrize("text", ["{}", "[3]", '[{"model": "gpt2"}]', "no"])
+def test_a_list_that_is_none_is_told_of(
+    campaign: Any, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(text)
+    assert command(campaign, monkeypatch, "--plan", "--out", tmp_path, "--list", path) == 2
+    assert capsys.readouterr().err.startswith(f"{path}: is no")
+
+
+@pytest.mark.parametrize("option", ["--workers", "--limit"])
+def test_of_nothing_at_once_nothing_is_begun(campaign: Any, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(campaign, monkeypatch, "--plan", option, 0)
+    assert ended.value.code == 2
+
+
 GOOD = json.dumps({"row": {"model": "gpt2", "training": {"seq_len": 64}}, "refused": "no"}).encode()
 
 
