@@ -19,7 +19,6 @@ as ``--workers`` and the GPU's memory allow; a line says how many there were at 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import hashlib
 import itertools
 import json
@@ -35,7 +34,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -52,6 +51,7 @@ from memplan.errors import MemplanError, SpecError
 from memplan.introspect import worker
 from memplan.introspect.measure import MachineError, Start, visible
 from memplan.introspect.measurement import Measured
+from memplan.introspect.nvml import Driver
 from memplan.specs.hardware import GPUSpec
 from memplan.units import GiB
 
@@ -231,7 +231,19 @@ def load() -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
     except ValueError:
         raise SpecError(f"{LIST}: is not JSON. Name a list of setups with --list.") from None
+    if not isinstance(found, list) or not all(
+        isinstance(row, dict) and {"model", "training"} <= row.keys() for row in found
+    ):
+        raise SpecError(f"{LIST}: is no list of rows with a model and its training. Name one with --list.")
     return found
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on; of none at once nothing would ever be run."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 def extend() -> None:
@@ -247,12 +259,6 @@ def extend() -> None:
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def with_its_parent() -> None:
-    """Have the kernel kill this process when its parent dies, so that nothing is left of a campaign that is killed."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 class Forked:
     """A copy of this process, which has imported what takes long: it runs the worker."""
 
@@ -265,7 +271,7 @@ class Forked:
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                with_its_parent()
+                worker.with_its_parent()
                 os.setsid()
                 output = os.open(log, os.O_WRONLY | os.O_CREAT)
                 os.dup2(output, 1)
@@ -293,16 +299,44 @@ class Forked:
         return self._code
 
 
+PRELOADED = ("torch", "transformers", "transformers.trainer", "accelerate", "peft", "deepspeed")
+"""What takes long to import, in this order."""
+
+
 def preload() -> None:
     """Import what runs need, without a CUDA context, which a copy of this process could not use."""
     os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     for name in worker.ALLOCATOR_VARIABLES:
         os.environ.pop(name, None)
-    for name in ("torch", "transformers", "transformers.trainer", "accelerate", "peft", "deepspeed"):
+    for name in PRELOADED:
         try:
-            __import__(name)
+            with nullcontext() if name == "torch" else asking_the_driver():
+                __import__(name)
         except Exception as error:  # a library that is broken on this machine fails its own rows only
             sys.stderr.write(f"{name}: {type(error).__name__}: {error}\n")
+
+
+@contextmanager
+def asking_the_driver() -> Iterator[None]:
+    """Have NVML tell the compute capability: for torch's answer there has to be a context.
+
+    bitsandbytes asks as it is imported (cuda_specs.py 0.50, ``get_compute_capabilities``), which transformers' Trainer
+    does by way of peft (helpers.py 0.21).
+    """
+    import torch
+
+    asked = torch.cuda.get_device_capability
+
+    def told(device: Any = None) -> tuple[int, int]:
+        with suppress(SpecError, OSError, RuntimeError):
+            return Driver().capability()
+        return asked(device)
+
+    torch.cuda.get_device_capability = told
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_capability = asked
 
 
 def copies_reach_the_gpu() -> bool:
@@ -313,12 +347,49 @@ def copies_reach_the_gpu() -> bool:
             import torch
 
             torch.zeros(1, device="cuda")
+            Driver().used()
             os._exit(0)
         except BaseException as error:
             sys.stderr.write(f"copies of this process do not reach the GPU, so that runs are slower: {error}\n")
         finally:
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+COMPILED = "cpu_adam"
+"""DeepSpeed's op for an offloaded optimizer."""
+
+
+def compile_ahead() -> None:
+    """Begin to compile, in a copy of this process, what DeepSpeed would compile within the first run that needs it.
+
+    That takes a minute, and a run that is killed meanwhile leaves a lock for which every other would wait until it is
+    killed too.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    lock = Path(_get_build_directory(COMPILED, verbose=False)) / "lock"
+    if is_abandoned(lock):
+        lock.unlink(missing_ok=True)
+    if os.fork() == 0:
+        try:
+            worker.with_its_parent()
+            from deepspeed.ops.op_builder import CPUAdamBuilder
+
+            CPUAdamBuilder().load(verbose=False)
+        except BaseException as error:  # the rows that need it will say so
+            sys.stderr.write(f"{COMPILED} is not compiled: {error}\n")
+        finally:
+            os._exit(0)
+
+
+def is_abandoned(lock: Path) -> bool:
+    """Whether no process has a lock open, as torch has it as long as it compiles (utils/file_baton.py)."""
+    for each in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if each.readlink() == lock.resolve():
+                return False
+    return True
 
 
 MOST_BLOCKS = 200
@@ -336,6 +407,8 @@ class How:
     start: Start | None = Forked
     workers: int = 1
     """How many rows run at once."""
+    host_memory: int | None = None
+    """Bytes of the host, where the kernel does not tell what there can be; None is what it tells."""
     grace: float = 25
     """Seconds after the time is up, in which what has begun may end."""
     snapshots: bool = False
@@ -401,7 +474,7 @@ class Running:
         pid = os.fork()
         if pid == 0:
             try:
-                with_its_parent()
+                worker.with_its_parent()
                 found = measured(row, how)
                 result.with_suffix(".partial").write_text(json.dumps(found), encoding="utf-8")
                 result.with_suffix(".partial").replace(result)
@@ -470,7 +543,7 @@ def run(out: Path, seconds: float, how: How, only: str = "", limit: int | None =
     lines = archived.mended(path)
     waiting = pending(path, only, again)[:limit]
     out.mkdir(parents=True, exist_ok=True)
-    room = (_gpu_memory(how.gpu), int((host_memory() or 8 * GiB) * 0.85))
+    room = (_gpu_memory(how.gpu), int((how.host_memory or host_memory() or 8 * GiB) * 0.85))
     until, running, number = time.monotonic() + seconds, list[Running](), 0
     retried: set[str] = set()
     lacking: list[str] = []
@@ -582,8 +655,11 @@ def main() -> int:
     parser.add_argument("--list", type=Path, default=LIST, help="the setups")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so long")
     parser.add_argument("--timeout", type=float, default=120, help="of one run, in seconds")
-    parser.add_argument("--workers", type=int, default=1, help="rows that run at once")
-    parser.add_argument("--limit", type=int, help="rows to be run at most")
+    parser.add_argument("--workers", type=positive, default=1, help="rows that run at once")
+    parser.add_argument(
+        "--host-memory", type=float, metavar="GIB", help="of this machine, where it is given more as it uses it"
+    )
+    parser.add_argument("--limit", type=positive, help="rows to be run at most")
     parser.add_argument("--gpu", help="as in memplan measure: this machine's, unless it is cpu")
     parser.add_argument("--no-snapshots", action="store_true", help="keep no blocks at the peak")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose key contains it")
@@ -597,7 +673,8 @@ def main() -> int:
     except MemplanError as error:
         sys.stderr.write(f"{error}\n")
     except OSError as error:
-        sys.stderr.write(f"{error.filename}: {error.strerror}. Name another with --out or --list.\n")
+        name = error.filename or options.out or "the archive"  # a full disk has no name
+        sys.stderr.write(f"{name}: {error.strerror}. Name another with --out or --list.\n")
     return 2
 
 
@@ -616,10 +693,14 @@ def campaign(options: argparse.Namespace, began: float) -> int:
     sys.stdout.write(f"{out}\n")
     preload()
     start = Forked if options.gpu == "cpu" or copies_reach_the_gpu() else None
+    left = pending(out / "rows.jsonl", options.only, options.again)[: options.limit]
+    if options.gpu != "cpu" and any("offload_optimizer" in row.get("strategy", {}) for row in left):
+        compile_ahead()
     snapshots = options.gpu != "cpu" and not options.no_snapshots
-    how = How(options.timeout, options.gpu, start, options.workers, snapshots=snapshots)
-    left = options.seconds - (time.monotonic() - began)  # libraries took their time
-    run(out, left, how, options.only, options.limit, options.again)
+    host = None if options.host_memory is None else int(options.host_memory * GiB)
+    how = How(options.timeout, options.gpu, start, options.workers, host, snapshots=snapshots)
+    seconds = options.seconds - (time.monotonic() - began)  # libraries took their time
+    run(out, seconds, how, options.only, options.limit, options.again)
     return 0
 
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import re
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.introspect import fake_cuda
 from tests.scripts import script
+from torch.utils.file_baton import FileBaton
 
 from memplan import api, case, estimator, measuring
 from memplan.catalog import detect
 from memplan.errors import MemplanError
 from memplan.introspect import measure
 from memplan.introspect.measurement import Measurement
+from memplan.introspect.nvml import Driver
 from memplan.units import GiB
 
 
@@ -280,6 +285,98 @@ def test_what_this_machine_lacks_is_not_archived(
     assert "not on this machine, 1 rows: measure: torch" in capsys.readouterr().out
     assert campaign.archived.read(tmp_path / "rows.jsonl") == []
     assert campaign.pending(tmp_path / "rows.jsonl", "", again=False) == rows
+
+
+def test_what_is_imported_ahead_makes_no_context(
+    campaign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes asks what the GPU can do as it is imported, and a context is of no use to copies."""
+
+    def contexts(device: Any = None) -> tuple[int, int]:
+        raise AssertionError("a context was made")
+
+    (tmp_path / "asks_as_it_is_imported.py").write_text(
+        "import torch\nfound = torch.cuda.get_device_capability(torch.cuda.device(0))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(campaign, "PRELOADED", ("torch", "asks_as_it_is_imported"))
+    monkeypatch.setattr(campaign, "Driver", lambda: Driver(fake_cuda.Nvml(None)))
+    monkeypatch.setattr("torch.cuda.get_device_capability", contexts)
+    campaign.preload()
+    assert sys.modules.pop("asks_as_it_is_imported").found == (9, 0)
+    assert torch.cuda.get_device_capability is contexts
+
+
+def test_an_op_is_compiled_ahead_and_a_lock_that_nobody_holds_is_gone(
+    campaign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Builder:
+        def load(self, verbose: bool) -> None:
+            (tmp_path / "compiled").touch()
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("deepspeed.ops.op_builder.CPUAdamBuilder", Builder)
+    lock = tmp_path / campaign.COMPILED / "lock"
+    lock.parent.mkdir()
+    baton = FileBaton(str(lock))
+    assert baton.try_acquire()
+    campaign.compile_ahead()
+    assert os.wait()[1] == 0
+    assert lock.exists()  # somebody is at it
+    os.close(baton.fd)  # as the kernel does when a process is killed
+    campaign.compile_ahead()
+    assert os.wait()[1] == 0
+    assert not lock.exists()
+    assert (tmp_path / "compiled").exists()
+
+
+def test_rows_go_by_the_host_memory_that_is_said(
+    campaign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtual machine may be given its memory as it uses it, and tells little at its start."""
+    rows = [{"model": "gpt2", "training": {"seq_len": n}, "holdout": False} for n in (1, 2)]
+
+    def measured(row: dict[str, Any], how: Any) -> dict[str, Any]:
+        time.sleep(0.3)
+        return {"refused": "no", "said": ""}
+
+    monkeypatch.setattr(campaign, "load", lambda: [dict(row) for row in rows])
+    monkeypatch.setattr(campaign, "measured", measured)
+    monkeypatch.setattr(campaign, "needs", lambda row, gpu: (0, 20 * GiB))
+    monkeypatch.setattr(campaign, "host_memory", lambda: 16 * GiB)
+    for said, alongside in ((None, [0, 0]), (128 * GiB, [1, 1])):
+        out = tmp_path / str(said)
+        campaign.run(out, 60, campaign.How(gpu="cpu", workers=2, host_memory=said))
+        assert [line["alongside"] for line in campaign.archived.read(out / "rows.jsonl")] == alongside
+
+
+def test_a_full_disk_is_told_of(
+    campaign: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(campaign, "campaign", full)
+    assert command(campaign, monkeypatch, "--out", tmp_path) == 2
+    assert capsys.readouterr().err == f"{tmp_path}: No space left on device. Name another with --out or --list.\n"
+
+
+@pytest.mark.parametrize("text", ["{}", "[3]", '[{"model": "gpt2"}]', "no"])
+def test_a_list_that_is_none_is_told_of(
+    campaign: Any, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(text)
+    assert command(campaign, monkeypatch, "--plan", "--out", tmp_path, "--list", path) == 2
+    assert capsys.readouterr().err.startswith(f"{path}: is no")
+
+
+@pytest.mark.parametrize("option", ["--workers", "--limit"])
+def test_of_nothing_at_once_nothing_is_begun(campaign: Any, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(campaign, monkeypatch, "--plan", option, 0)
+    assert ended.value.code == 2
 
 
 GOOD = json.dumps({"row": {"model": "gpt2", "training": {"seq_len": 64}}, "refused": "no"}).encode()

@@ -361,6 +361,7 @@ def test_adapters_in_other_words(text: str, targets: tuple[str, ...], saved: tup
         ({"compile": "y"}, "scope", "compile"),
         ({"weight_dtype": "gptq-int4"}, "scope", "gptq"),
         ({"framework": "torchtitan"}, "scope", "its own"),
+        ({"framework": "HF Trainer + torch.compile"}, "scope", "compiles the model"),
         ({"method": "dora r16"}, "scope", "dora"),
         ({"gradient_checkpointing": "selective"}, "scope", "gradient_checkpointing"),
         ({"optimizer": "galore_adamw"}, "scope", "optimizer"),
@@ -410,6 +411,55 @@ def test_a_word_that_is_not_known_makes_no_setup(column: str, text: str, left: s
     assert row.refused.startswith(f"{column}: {text!r} " if text else f"{column}: ")
     assert left in row.refused
     assert row.ratio is None
+
+
+ZERO3 = {"zero_stage_or_fsdp": "ZeRO-3"}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"zero_stage_or_fsdp": "DeepSpeed ZeRO-3 (CPU offload)"}, "contradicts 'DeepSpeed ZeRO-3 (CPU offload)'"),
+        ({"zero_stage_or_fsdp": "ZeRO-Infinity", "offload": "none"}, "'none' contradicts 'ZeRO-Infinity'"),
+        (ZERO3 | {"optimizer": "DeepSpeedCPUAdam"}, "contradicts the optimizer 'DeepSpeedCPUAdam'"),
+        (ZERO3 | {"offload": "optimizer to CPU, params to NVMe"}, "names several places"),
+        ({"weight_dtype": "bf16 weights, fp32 master"}, "has masters, which fsdp keeps of no 16-bit weights"),
+        ({"weight_dtype": "fp32 master, bf16 weights"}, "names several types, with 'No'"),
+        ({"weight_dtype": "bf16+fp32"}, "names several types, with 'No'"),
+        ({"weight_dtype": "fp32", "mixed_precision": "none (pure bf16)"}, "contradicts weights in 'fp32'"),
+        ({"attention": "sdpa (math)"}, "names a kernel of its own beside"),
+        ({"n_gpus": "8 (3 nodes)"}, "cannot be spread evenly over 3 nodes"),
+        ({"method": "lora r8 targets=.*"}, "does not state the targets in words"),
+        ({"measured_GiB": "40960", "metric": "allocated (MiB)"}, "is more than the 79.15 GiB of the GPU"),
+        ({"gpu": "8x A100-80GB"}, "says another number than 2"),
+        ({"gpu": "A100-80GB x 4"}, "says another number than 2"),
+    ],
+)
+def test_cells_that_contradict_each_other_make_no_setup(values: dict[str, str], words: str) -> None:
+    row = one(**values)
+    assert row.found is None
+    assert row.kind == "not stated"
+    assert words in row.refused
+
+
+def test_the_order_of_words_changes_nothing() -> None:
+    words = {
+        "fused AdamW": "adamw_torch_fused", "AdamW fused": "adamw_torch_fused",
+        "single-tensor AdamW": "adamw_torch_loop", "AdamW (foreach=False)": "adamw_torch_loop",
+        "foreach AdamW": "adamw_torch", "adamw_torch (HF default, foreach)": "adamw_torch",
+    }  # fmt: skip
+    assert {text: reading.optimizer(text, []) for text in words} == words
+    assert reading.attention("flash (sdpa)", True, []) == reading.attention("sdpa (flash)", True, []) == "sdpa"
+    sharded = one(weight_dtype="fp32 (sharded master), bf16 compute", mixed_precision="bf16").setup.training
+    assert (sharded.dtype, sharded.mixed_precision) == ("float32", "bf16")
+    masters = one(**ZERO3, weight_dtype="fp16 + fp32 master", mixed_precision="fp16").setup.training
+    assert (masters.dtype, masters.mixed_precision) == ("float16", "fp16")
+    moved = one(zero_stage_or_fsdp="ZeRO-3 (CPU offload)", optimizer="Adam CPU", offload="optimizer to CPU")
+    assert moved.setup.strategy.offload_optimizer == "cpu"
+    assert one(gpu="2x A100-80GB").found is not None
+    assert one(n_gpus="8 (2 nodes)").setup.cluster.nodes == 2
+    assert one(n_gpus="16").setup.cluster.nodes == 2
+    assert one(measured_GiB="81").found is not None  # as a page has it of a GPU of 79.15
 
 
 def test_forms_that_are_known() -> None:

@@ -97,6 +97,7 @@ FRAMEWORKS = (
     Framework(r"unsloth", "replaces transformers' kernels"),
     Framework(r"foak|fast[-_ ]?kernels", "replaces transformers' kernels"),
     Framework(r"gptq", "has GPTQ weights"),
+    Framework(r"torch\.?[-_ ]?compile\b|inductor", "compiles the model"),
     Framework(r"own loss", "does not take the loss from the model"),
     Framework(
 
@@ -144,7 +145,7 @@ def setup(row: Mapping[str, str]) -> Setup:
     gpus = reading.count("n_gpus", row["n_gpus"], notes)
     liger = task == "train" and reading.fused_loss(row["fused_loss"], row["framework"], row["method"])
     model, head, stand_in = _model_named(row["model"], notes)
-    cluster, capacity_known = _cluster(row["gpu"], gpus, notes)
+    cluster, capacity_known = _cluster(row["gpu"], gpus, reading.nodes(row["n_gpus"]), notes)
     software = _software(row, notes)
     precision = reading.precision(
         row["weight_dtype"], row["mixed_precision"], row["method"], task == "infer", framework.double_quant, notes
@@ -167,6 +168,7 @@ def setup(row: Mapping[str, str]) -> Setup:
         return Setup(model, training, cluster, Strategy(), software, tuple(notes), capacity_known)
     engine = reading.engine(row["zero_stage_or_fsdp"], gpus, row["framework"], notes)
     strategy = _strategy(engine, row["offload"], software, framework, notes)
+    _agree(row, strategy, precision.dtype)
     fields |= {
         "optim": reading.optimizer(row["optimizer"], notes),
         "gradient_checkpointing": reading.checkpointing(row["gradient_checkpointing"], notes),
@@ -329,11 +331,19 @@ _GPU_NOTES = (
 """What may stand in parentheses behind a GPU."""
 
 
-def _cluster(text: str, gpus: int, notes: Notes) -> tuple[ClusterSpec, bool]:
+_BOARDS = r"(\d+)\s*[x×*]\s*|.*\s[x×*]\s*(\d{1,4})$"
+"""How many there are, before or behind a name."""
+
+
+def _cluster(text: str, gpus: int, nodes: int | None, notes: Notes) -> tuple[ClusterSpec, bool]:
     gpu, memory, sure = gpu_named(text, notes)
-    if gpus > PER_NODE and gpus % PER_NODE:
+    if (boards := re.match(_BOARDS, plain(text))) and int(boards[1] or boards[2]) != gpus:
+        not_stated("gpu", text, f"says another number than {gpus}")
+    if nodes is None and gpus > PER_NODE and gpus % PER_NODE:
         not_stated("n_gpus", str(gpus), "does not state how many nodes they are in")
-    nodes = max(gpus // PER_NODE, 1)
+    nodes = nodes or max(gpus // PER_NODE, 1)
+    if gpus % nodes:
+        not_stated("n_gpus", str(gpus), f"cannot be spread evenly over {nodes} nodes")
     return ClusterSpec(gpu=gpu, gpu_memory=memory, gpus=gpus, nodes=nodes, nvme_path="/nvme"), sure
 
 
@@ -488,6 +498,21 @@ def _strategy(
     else:
         fsdp = FsdpSpec(version=2, reshard_after_forward=engine.reshard, cpu_ram_efficient_loading=loading)
     return Strategy(kind="fsdp", offload_param=weights, fsdp=fsdp)
+
+
+def _agree(row: Mapping[str, str], strategy: Strategy, dtype: str | None) -> None:
+    """Refuse what one column says of another, where that says something else."""
+    engine, states = row["zero_stage_or_fsdp"], row["optimizer"]
+    if strategy.offload_optimizer == strategy.offload_param == "none":
+        if re.search(r"offload|infinity", engine.lower()):
+            not_stated("offload", row["offload"], f"contradicts {engine!r}")
+        if re.search(r"cpu", states.lower()):
+            not_stated("offload", row["offload"], f"contradicts the optimizer {states!r}")
+    masters = re.search(r"\bmaster", f"{row['weight_dtype']} {row['mixed_precision']}".lower())
+    if masters and dtype != "float32" and not strategy.kind.startswith("zero"):
+        not_stated(
+            "weight_dtype", row["weight_dtype"], f"has masters, which {strategy.kind} keeps of no 16-bit weights"
+        )
 
 
 def _quantization(

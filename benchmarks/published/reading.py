@@ -227,6 +227,16 @@ def count(column: str, text: str, notes: Notes, default: int | None = None) -> i
     return int(value)
 
 
+def nodes(text: str) -> int | None:
+    """How many nodes the GPUs are said to be in; None where nothing is said.
+
+    >>> nodes("16 (4 nodes)"), nodes("8 (one node)"), nodes("8")
+    (4, 1, None)
+    """
+    found = re.search(r"\b(one|\d+) nodes?\b", in_parentheses(text.lower()))
+    return None if found is None else 1 if found[1] == "one" else int(found[1]) or not_stated("n_gpus", text)
+
+
 _GENERATED = (
     re.compile(
         r"~?(\d+)\s*(?:token|prompt|input|in\b)[a-z ]*\s*(?:\+|,|/|and|->)\s*"
@@ -341,8 +351,22 @@ def precision(weights: str, mixed: str, method: str, infers: bool, double_quant:
             not_stated("weight_dtype", weights, "does not state the type that is computed in")
         dtype = "float16"
         notes.append("weight_dtype: what is not quantized is float16, transformers' default for bitsandbytes then")
+    if kind is None:
+        _of_one_type(weights, mixed, dtype, autocast)
     adapters, heads = (bool(re.search(rf"\b{word}s? bf16\b|\bbf16 {word}s?\b", low)) for word in ("adapter", "head"))
     return Precision(dtype, autocast, kind, adapters, heads)
+
+
+def _of_one_type(weights: str, mixed: str, dtype: str | None, autocast: str) -> None:
+    """Refuse weights of which a second type is named that neither autocast, a master nor an adapter has."""
+    computed = {name for name, word in _MIXED.items() if word == autocast != "no"}
+    others = set(types_in(weights)) - {dtype} - computed
+    if dtype != "float32" and re.search(r"\bmaster|\badapter", weights.lower()):
+        others -= {"float32"}
+    if others:
+        not_stated("weight_dtype", weights, f"names several types, with {mixed or 'nothing'!r} as mixed precision")
+    if autocast == "no" and re.search(r"\bpure\b", mixed.lower()) and set(types_in(mixed)) - {dtype}:
+        not_stated("mixed_precision", mixed, f"contradicts weights in {weights!r}")
 
 
 _TYPE_FORMS = (
@@ -413,7 +437,8 @@ _OPTIMIZERS: tuple[tuple[str, str], ...] = (
     (r"adam.*8[-_ ]?bit|8[-_ ]?bit.*adam|(bnb|bitsandbytes).*adam", "adamw_bnb_8bit"),
     (r"apex|anyprecision|fused[-_ ]?adam\b|adamax|nadam|radam|adamod|lamb|sophia|shampoo|soap|adam-?mini", ""),
     (r"prodigy|ademamix|grokadam|schedule|stable|lora-?fa|xla|npu", ""),
-    (r"adam\w*.*fused", "adamw_torch_fused"),
+    (r"adam\w*.*fused|fused.*adam", "adamw_torch_fused"),
+    (r"foreach\s*=?\s*(false|off|no).*adam|(for[-_ ]?loop|single[-_ ]tensor).*adam", "adamw_torch_loop"),
     (r"adam\w*.*foreach\s*=?\s*(false|off|no)|adam\w*.*(for[-_ ]?loop|single[-_ ]tensor)|adamw_hf", "adamw_torch_loop"),
     (r"adam\w*.*foreach", "adamw_torch_foreach"),
     (r"\bada_?factor", "adafactor"),
@@ -448,7 +473,7 @@ def optimizer(text: str, notes: Notes) -> str:
     whole = " ".join(text.lower().split())
     for pattern, name in _OPTIMIZERS:
         # What stands in parentheses may decide, but for foreach, which is AdamW's default on a GPU.
-        if re.search(pattern, low if "foreach" in pattern else whole):
+        if re.search(pattern, low if name == "adamw_torch_foreach" else whole):
             if not name:
                 raise RefusedError("optimizer", text, "is not modelled")
             complete("optimizer", text, *_OPTIMIZER_FORMS)
@@ -534,6 +559,8 @@ def _lora(text: str, low: str, notes: Notes) -> Method:
         low,
     )
     saved = re.search(r"modules_to_save\s*[=:]?\s*([\w.]+(?:\s*[,+/]\s*[\w.]+)*)", low)
+    if named is None and re.search(r"\btargets?\b|target_modules", low) and not re.search(r"all[-_ ]linear", low):
+        not_stated("method", text, "does not state the targets in words")
     rest = low
     for found in sorted((found for found in (named, saved) if found), key=lambda found: -found.start()):
         rest = rest[: found.start()] + " " + rest[found.end() :]
@@ -697,14 +724,12 @@ def offload(text: str, kind: str, notes: Notes) -> tuple[str, str]:
         raise RefusedError("offload", text, "moves activations, which is not modelled")
     if re.search(r"\bor\b|/", low):
         not_stated("offload", text, "names several")
-    where = (
-        "nvme"
-        if "nvme" in low or "disk" in low or "ssd" in low
-        else "cpu"
-        if re.search(r"\bcpu\b|\bhost\b|\bram\b", low)
-        else ""
-    )
+    words = {"nvme": r"nvme|disk|ssd", "cpu": r"\bcpu\b|\bhost\b|\bram\b"}
+    places = [place for place, pattern in words.items() if re.search(pattern, low)]
     complete("offload", text, *_OFFLOAD_FORMS)
+    if len(places) > 1:
+        not_stated("offload", text, "names several places")
+    where = places[0] if places else ""
     states, weights = bool(re.search(r"optim|adam", low)), bool(re.search(r"param|weight|model", low))
     if kind == "fsdp" and where == "cpu":
         return "none", "cpu"
@@ -786,6 +811,11 @@ def attention(text: str, has_sdpa: bool, notes: Notes) -> str:
     }
     found = [name for name, match in words.items() if match]
     complete("attention", text, *_ATTENTION_FORMS)
+    aside = in_parentheses(text.lower())
+    if "eager" not in found and re.search(r"\beager\b|\bvanilla\b|\bnaive\b|\bmath\b", aside):
+        not_stated("attention", text, "names a kernel of its own beside")  # SDPA's, that keeps all scores
+    if found == ["flash_attention_2"] and re.search(r"\bsdpa\b|scaled_dot", aside):
+        found.append("sdpa")
     if found == ["flash_attention_2", "sdpa"]:
         return "sdpa"
     if len(found) == 1:

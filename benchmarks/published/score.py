@@ -37,6 +37,7 @@ from reading import METRICS, RefusedError  # noqa: E402
 from memplan.errors import MemplanError  # noqa: E402
 from memplan.estimator import estimate  # noqa: E402
 from memplan.results import Estimate, GpuMemory  # noqa: E402
+from memplan.specs.hardware import GPUSpec  # noqa: E402
 from memplan.units import GiB  # noqa: E402
 
 PUBLISHED = HERE / "memory.csv"
@@ -44,6 +45,11 @@ BYTES = tuple(name for name in METRICS if name not in ("OOM", "fits"))
 """Metrics that are bytes."""
 FAR = 0.15
 """Rows beyond this have their cause in memory.csv's note."""
+
+
+MOST = 1.1
+"""Of what torch sees of a GPU, the most that a row may say was used: nvidia-smi counts what the driver keeps too, and
+sources round, or mean 10^9 bytes."""
 
 
 class UnreadableError(Exception):
@@ -232,6 +238,7 @@ def compare(fields: dict[str, str]) -> Row:
     row = Row(fields, metric, number)
     try:
         setup = adapter.setup(fields)
+        _within(fields["measured_GiB"], number, setup)
     except RefusedError as refusal:
         return Row(row.fields, row.metric, row.measured, refused=str(refusal), kind=refusal.kind)
     except MemplanError as refusal:
@@ -247,6 +254,14 @@ def compare(fields: dict[str, str]) -> Row:
             row.fields, row.metric, row.measured, setup, refused=f"{type(error).__name__}: {error}", kind="error"
         )
     return Row(row.fields, row.metric, row.measured, setup, found)
+
+
+def _within(text: str, measured: float | None, setup: Setup) -> None:
+    """Refuse what no GPU of the row has, which is of another unit, or of several GPUs."""
+    gpu = setup.cluster.gpu
+    memory = setup.cluster.gpu_memory or (gpu.memory_bytes if isinstance(gpu, GPUSpec) else None)
+    if measured is not None and memory is not None and measured * GiB > MOST * memory:
+        reading.not_stated("measured_GiB", text, f"is more than the {memory / GiB:.4g} GiB of the GPU")
 
 
 @lru_cache(maxsize=256)

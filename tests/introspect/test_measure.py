@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from memplan.errors import SpecError
 from memplan.introspect import measure
 from memplan.introspect.measure import Job, boundary
 from memplan.introspect.measurement import Measured, Measurement, beside
-from memplan.introspect.worker import Recorder, _failure, blocks_at_peak, resident
+from memplan.introspect.worker import Recorder, _failure, blocks_at_peak, losses, resident
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
 from memplan.specs.training import TrainingSpec
@@ -228,6 +231,12 @@ def test_a_run_that_dies_is_a_result() -> None:
     assert _failure(ValueError("no"))["status"] == "failed"
 
 
+def test_a_loss_that_is_no_number_is_none() -> None:
+    """Collectives of a group that is not there bring nothing, and JSON has no NaN."""
+    history = [{"loss": 1.5}, {"loss": float("nan")}, {"eval_loss": 2.0}, {"loss": float("inf")}]
+    assert losses(history) == [1.5, None, None]
+
+
 def test_a_process_that_hangs_or_dies_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text("{")
     seen = measure._seen(tmp_path, 60)
@@ -252,6 +261,25 @@ class Levels:
         return {"allocated": 1}
 
     def synchronize(self) -> None: ...
+
+
+def test_a_run_ends_with_who_asked_for_it(tmp_path: Path) -> None:
+    """It has a session of its own, which neither a terminal nor a scheduler ends with the command."""
+    (tmp_path / "job.json").write_text(json.dumps({"device": "cpu", "ranks": 1, "engine": "single", "snapshot": False}))
+    (tmp_path / "train.py").write_text("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
+    code = "import sys; from pathlib import Path; from memplan.introspect import measure; "
+    code += "measure._seen(Path(sys.argv[1]), 600)"
+    asking = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    until = time.monotonic() + 120
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    asking.kill()
+    asking.wait()
+    status = Path("/proc", (tmp_path / "pid").read_text(), "status")
+    while status.exists() and "(zombie)" not in status.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_phases_hold_their_own_peaks() -> None:

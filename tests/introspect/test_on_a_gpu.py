@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.introspect import fake_cuda
-from tests.introspect.test_measure import TINY
+from tests.introspect.test_measure import T5, TINY
 
 from memplan import measuring
 from memplan.catalog import detect
@@ -97,6 +97,14 @@ def test_a_run_is_recorded_whole(training: Any, options: Any, tells: bool) -> No
     assert (found.blocks is not None) == ("snapshot" in options)
 
 
+@pytest.mark.parametrize("config", [{**TINY, "tie_word_embeddings": True}, T5], ids=["llama", "t5"])
+def test_weights_that_are_not_initialized_are_tied(config: Any) -> None:
+    """Tying is a part of transformers' ``init_weights``, which is left out on a GPU."""
+    found = measuring.measure(config, {"seq_len": 32}, steps=2, start=partial(Forked, True))
+    assert found.measurement.status == "ok", found.measurement.message
+    assert found.measurement.ran["parameters"] == found.estimate.model.parameters
+
+
 def test_a_run_dies_of_a_smaller_gpu() -> None:
     found = measuring.measure(TINY, {"seq_len": 64}, cap=fake_cuda.CONTEXT + 12 * MiB, start=partial(Forked, False))
     assert found.measurement.status == "out-of-memory", found.measurement.message
@@ -124,6 +132,7 @@ def test_the_driver_is_asked() -> None:
     assert driver.used() == fake_cuda.OTHERS
     assert driver.processes() == {7: 5 * GiB}
     assert driver.version() == "580.1"
+    assert driver.capability() == (9, 0)
     assert Driver(fake_cuda.Nvml(None)).processes() is None
     assert Driver(fake_cuda.Nvml({7: 2**64 - 1})).processes() is None
 

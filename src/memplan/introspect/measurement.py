@@ -68,7 +68,8 @@ class Measurement(Answer):
     step_seconds: tuple[float, ...] = ()
     ran: Values = Field(default_factory=dict)
     """Classes of engine and optimizer, elements of the weights."""
-    losses: tuple[float, ...] = ()
+    losses: tuple[float | None, ...] = ()
+    """Of each step; None of one that is no number."""
     blocks: tuple[tuple[int, int, str], ...] | None = None
     """What was alive at the peak: bytes of a block, how many, the line that allocated them."""
     seconds: float = 0

@@ -73,6 +73,15 @@ class Driver:
         listed = {each.pid: int(each.used) for each in found[: count.value]}
         return None if _NOT_AVAILABLE in listed.values() else listed
 
+    def capability(self) -> tuple[int, int]:
+        """The compute capability, for which torch would make a context. Raises RuntimeError."""
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        asked = (self._handle, ctypes.byref(major), ctypes.byref(minor))
+        code = self._nvml.nvmlDeviceGetCudaComputeCapability(*asked)
+        if code != 0:
+            raise RuntimeError(f"NVML does not tell the compute capability: error {code}")
+        return major.value, minor.value
+
     def version(self) -> str:
         """The driver's version; empty if it is not told."""
         text = ctypes.create_string_buffer(80)  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE

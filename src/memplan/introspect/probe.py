@@ -29,8 +29,9 @@ REPEATED = 5
 
 def main(path: str) -> int:
     """Run all of it, and write what was seen."""
-    from memplan.introspect.worker import resident, versions
+    from memplan.introspect.worker import resident, versions, with_its_parent
 
+    with_its_parent()
     found: dict[str, Any] = {"versions": versions()}
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         found["nccl"] = nccl_bytes()

@@ -13,13 +13,16 @@ torch and what trains with it are imported inside functions only.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -213,6 +216,7 @@ class Recorder:
 
 def main(folder: str) -> int:
     """Run the job of a folder; return 0 if there is a record, whatever it says."""
+    with_its_parent()
     os.chdir(folder)
     job = json.loads(Path("job.json").read_text(encoding="utf-8"))
     if job["device"] == "cuda":
@@ -234,6 +238,12 @@ def main(folder: str) -> int:
     partial.replace("record.json")
     sys.stdout.flush()
     os._exit(0)  # engines leave threads and groups behind that nobody needs to wait for
+
+
+def with_its_parent() -> None:
+    """Have the kernel kill this process when its parent dies, or a run whose session is its own would go on without."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
@@ -288,7 +298,7 @@ def _run(job: dict[str, Any], record: dict[str, Any], recorders: list[Recorder])
                 history = torch.cuda.memory._snapshot() if on_gpu else None
                 record["blocks"] = tracked_blocks(tracked.events) if history is None else blocks_at_peak(history)
     record["ran"] = _facts(trainer) | {"skipped_steps": recorder.skipped}
-    record["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    record["losses"] = losses(trainer.state.log_history)
 
 
 def _arguments(job: dict[str, Any]) -> dict[str, Any]:
@@ -409,6 +419,7 @@ def random_model(model_class: Any, job: dict[str, Any], meter: Meter, _: str, **
     on_gpu = job["device"] == "cuda"
     with _not_initialized() if on_gpu else contextlib.nullcontext():
         model = model_class.from_config(config, dtype=getattr(torch, dtype), **options)
+    model.tie_weights()  # which is a part of what was left out
     untie_head(model, job["config"])
     if on_gpu:
         if job["engine"] in ("single", "ddp"):
@@ -735,6 +746,12 @@ def _site(frames: Any) -> str:
                 file = library[1:] + frame["filename"].rsplit(library, 1)[1]
                 return f"{file}:{frame['line']} {frame['name']}"
     return frames[0]["name"] if frames else "no line of Python: autograd's thread"
+
+
+def losses(history: Sequence[dict[str, Any]]) -> list[float | None]:
+    """Of each step; None of one that is no number, which JSON does not have."""
+    found = [float(entry["loss"]) for entry in history if "loss" in entry]
+    return [loss if math.isfinite(loss) else None for loss in found]
 
 
 def _facts(trainer: Any) -> dict[str, Any]:
