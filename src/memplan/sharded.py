@@ -488,7 +488,7 @@ def _loaded(setup: Setup, strategy: Strategy, model: Layout) -> list[Loaded]:
         made = adapted and key in trained  # by PEFT, in float32
         loaded = dtypes.float32 if made else asked
         if strategy.kind == "fsdp":  # fsdp2_prepare_model upcasts what is trained, version 1 does once it is sharded
-            loaded = fsdp.loaded_dtype(p, asked, setup.mixed, adapted=made)
+            loaded = fsdp.loaded_dtype(p, asked, setup.mixed)
             upcasts = strategy.fsdp.version == 2 and setup.mixed is not None
             wanted = dtypes.float32 if upcasts and key in trained else loaded
         elif strategy.kind == "zero3" and made:

@@ -1145,6 +1145,8 @@ BASE: dict[str, Any] = {
 FP32 = {"dtype": "float32", "mixed_precision": "no"}
 FP16 = {"dtype": "float16", "mixed_precision": "fp16"}
 LORA = {"lora": {"rank": 8}}
+LORA_AND_HEAD = {"lora": {"rank": 8, "targets": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}}
+REENTRANT = {"gradient_checkpointing": True, "use_reentrant": True}
 WORLDS = (1, 2, 4, 8, 64)
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 
@@ -1199,7 +1201,6 @@ def _unmixed() -> list[tuple[str, str, dict[str, Any]]]:
     """FSDP without mixed precision: each weight is gathered in its own type, and adapters are float32."""
     own = {"strategy": "fsdp", "dtype": "bfloat16", "mixed_precision": "no", "seq_len": 48, **LORA}
     version_1 = {**own, "fsdp": {"version": 1}}
-    head = {"lora": {"rank": 8, "targets": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}}
     checkpointed = {"gradient_checkpointing": True, "gpus": 8}
     flat = {"fsdp": {"version": 1, "use_orig_params": False}}
 
@@ -1216,12 +1217,12 @@ def _unmixed() -> list[tuple[str, str, dict[str, Any]]]:
         ("qwen2", "small", {**own, "gpus": 8, "grad_accum_steps": 2}),
         ("llama", "small", {**own, "offload_param": "cpu"}),
         ("llama", "small", {**version_1, "offload_param": "cpu"}),
-        ("llama", "wide", {**own, **head}),
-        ("llama", "wide", {**version_1, **head}),
+        ("llama", "wide", {**own, **LORA_AND_HEAD}),
+        ("llama", "wide", {**version_1, **LORA_AND_HEAD}),
         ("gemma", "small", {**own, "gpus": 1}),
         ("qwen3", "small", {**own, **flat, "gpus": 3, "grad_accum_steps": 2}),
         ("llama", "wide", {**own, **checkpointed, "optim": "sgd"}),
-        ("llama", "small", {**version_1, "gradient_checkpointing": True, "use_reentrant": True}),
+        ("llama", "small", {**version_1, **REENTRANT}),
         ("llama", "small", {**own, "lora": {"rank": 8, "modules_to_save": ["mlp.up_proj"]}}),
         ("llama", "small", {**version_1, "lora": {"rank": 8, "modules_to_save": ["mlp.up_proj"]}}),
         ("llama", "small", packed(**unprepared)),
@@ -1321,7 +1322,6 @@ def _reentrant() -> list[tuple[str, str, dict[str, Any]]]:
     """Checkpointed blocks that run a backward of their own; with ``checkpoints_wrappers`` FSDP1's wrappers run again
     too. All but the first six were first looked at when the rules had been written.
     """
-    again = {"gradient_checkpointing": True, "use_reentrant": True}
     long, deep = {"micro_batch_size": 2, "seq_len": 100}, {"num_layers": 8, "values": {"vocab_size": 128}}
     version_1 = {"strategy": "fsdp", "fsdp": {"version": 1}}
     wrapped = {**version_1, "checkpoints_wrappers": True}
@@ -1352,7 +1352,7 @@ def _reentrant() -> list[tuple[str, str, dict[str, Any]]]:
         ("gemma", "small", {**wrapped, "gpus": 64, **LORA, "seq_len": 400, "use_reentrant": False}),
         ("llama", "small", {**wrapped, **LORA, **deep, **long, "attn": "eager", "offload_param": "cpu"}),
     ]
-    return [(family, config, {**again, **options}) for family, config, options in rows]
+    return [(family, config, {**REENTRANT, **options}) for family, config, options in rows]
 
 
 def _liger_variants() -> list[tuple[str, str, dict[str, Any]]]:
@@ -2313,6 +2313,10 @@ def _fsdp_held_out() -> list[tuple[str, str, dict[str, Any]]]:
         # drawn at random: attention in float32 tells whether autocast is on, which under version 2 it is not
         ("gptj", "small", {"attn": "eager", "gpus": 3, "grad_accum_steps": 2, **long, "fsdp": {"version": 2}}),
         ("gptj", "small", {"attn": "eager", "gpus": 3, **long, "fsdp": {"version": 1}}),
+        # what PEFT copies stays 16 bit until it is sharded; a block's backward frees the weights of its unit
+        ("llama", "small", {**LORA_AND_HEAD, "dtype": "bfloat16", "gpus": 2, "offload_param": "cpu", **more}),
+        ("llama", "small", {**REENTRANT, "gpus": 2, "num_layers": 3, "fsdp": {"auto_wrap_policy": "NO_WRAP"}}),
+        ("llama", "small", {**REENTRANT, "gpus": 2, "num_layers": 3, "fsdp": _wrapping("LlamaMLP")}),
         # and a last time
         ("qwen2", "small", {**LORA, **FP32, **long, "gpus": 8, "gradient_checkpointing": True, "fsdp": first}),
         ("llama", "wide", {"gpus": 2, "grad_accum_steps": 2, "gradient_checkpointing": True, "fsdp": _FLAT_POST}),

@@ -158,6 +158,11 @@ _MOST_REPEATS = 4
 """In a regular expression: the time for a path of some sixty letters grows with their number as its exponent."""
 
 
+def is_adapter(p: Parameter) -> bool:
+    """Whether PEFT has made the weight, and not copied it as one of ``modules_to_save``."""
+    return ".lora_A." in p.name or ".lora_B." in p.name
+
+
 def targets_to_tell(lora: LoraSpec, model_type: str, software: SoftwareSpec) -> tuple[str, ...]:
     """The names that PEFT has to be told; none where it looks them up itself.
 

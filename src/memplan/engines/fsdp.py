@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 from memplan.adapters.liger import fused_head
+from memplan.adapters.lora import is_adapter
 from memplan.architectures.nn import Module
 from memplan.engines.fsdp1 import FlatParam, Fsdp1Setup
 from memplan.engines.layout import Layout, StateDict, temporaries_of_step
@@ -386,8 +387,7 @@ def fsdp_setup(
     keys, offload = strategy.fsdp, strategy.offload_param != "none"
     _check_optimizer(training.optim, keys.version)
     trained = {key for group in model.groups for key in group}
-    adapted = trained if training.lora is not None else set()
-    loaded = {key: loaded_dtype(p, asked, mixed, adapted=key in adapted) for key, p in model.parameters.items()}
+    loaded = {key: loaded_dtype(p, asked, mixed) for key, p in model.parameters.items()}
     # accelerate upcasts what is trained, but version 2 not in models with 4-bit weights.
     upcasts = mixed is not None and (keys.version == 1 or training.quantization is None)
     stored = {key: float32 if upcasts and key in trained else dtype for key, dtype in loaded.items()}
@@ -560,17 +560,16 @@ def _check_optimizer(optim: str, version: int) -> None:
         raise UnsupportedError(f"optim: {optim!r} is not modelled under fsdp. Use one of {', '.join(ELEMENTWISE)}.")
 
 
-def loaded_dtype(p: Parameter, asked: DType, mixed: DType | None, *, adapted: bool) -> DType:
+def loaded_dtype(p: Parameter, asked: DType, mixed: DType | None) -> DType:
     """In which a weight is handed to accelerate, of a model that was ``asked`` for in one dtype.
 
-    Without ``mixed`` precision it is the tape's; with, the tape has what is gathered. PEFT makes what is ``adapted``
-    float32.
+    Without ``mixed`` precision it is the tape's; with, the tape has what is gathered, and PEFT makes adapters float32.
     """
     if p.loaded is not None:
         return p.loaded
     if mixed is None:
         return p.dtype
-    return float32 if adapted else asked
+    return float32 if is_adapter(p) else asked
 
 
 def _stepped(tape: Tape, shards: Sequence[Sequence[tuple[Shape, DType]]]) -> Groups:
