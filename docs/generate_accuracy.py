@@ -87,6 +87,10 @@ def _by_metric(script: Any, rows: Sequence[Any]) -> Iterable[str]:
             missed = ", missed" if group.median > target else ""
             lines.append(f"{metric}: {script.METRICS[metric]} | {_errors(group)} | {_percent(target)}{missed}")
     yield from _table("Metric | n | median | mean | p95 | Worst under | Worst over | target of the median", *lines)
+    device = [row for row in rows if row.ratio and row.metric == "device"]
+    inside = sum(row.gpu.low <= row.measured * 2**30 <= row.gpu.high for row in device)
+    above = sum(row.measured * 2**30 > row.gpu.high for row in device)
+    yield from ("", f"Of {len(device)} figures of the device {inside} lie in memplan's interval, {above} above it.")
     for metric in ("OOM", "fits"):
         number = sum(row.metric == metric and row.found is not None for row in rows)
         yield from ("", f"{metric}: {script.METRICS[metric]}, {number} rows; see the verdicts below.")

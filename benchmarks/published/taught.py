@@ -34,6 +34,10 @@ TAUGHT: dict[str, tuple[str, ...]] = {
     "(`engines/streams.py`)": _device(
         2, 4, 10, 12, 58, 60, 62, 64, 66, 70, 72, 78, 80, 86, 88, 94
     ),
+    "the upper end, no more, of what runs with the flash-attn package take beside the context "
+    "(`memory/runtime.py`)": _device(
+        1, 3, 9, 33, 35, 57, 59, 69, 71, 77, 79, 93
+    ),
     "the two caches of a step of generation, before transformers 4.42 (`architectures/cache.py`)": (
         "qwen1-inf-00", "qwen1-inf-03", "qwen1-inf-06",
     ),

@@ -21,7 +21,7 @@ from memplan.memory.allocator import REPLAYABLE
 from memplan.memory.course import Ledger
 from memplan.memory.evaluation import to_host
 from memplan.memory.optimizers import clip_grad_norm
-from memplan.memory.runtime import cublas_workspaces, cuda_context, nccl
+from memplan.memory.runtime import cublas_workspaces, cuda_context, flash_attn, nccl
 from memplan.memory.trace import Batch, EvaluationLoop, Replayed, evaluation_bound, replay_steps, reserved_bound
 from memplan.micro_batch import (
     MicroBatch,
@@ -91,7 +91,7 @@ def estimate(
         return _infer(model, training, cluster, strategy, software, gpu, explain=explain)
     setup = _checked(model, training, cluster, strategy, software, traced)
     run, micro = run_of(setup, gpu)
-    outside = _outside(gpu, cluster, software, communicators=2 if strategy.has_groups_of_nodes else 1)
+    outside = _outside(gpu, cluster, software, training.attn, communicators=2 if strategy.has_groups_of_nodes else 1)
 
     def on_gpu(setup: Setup) -> tuple[dict[str, Parts], Replayed | None, Any]:
         """What each phase holds, what the allocator makes of it, and the play of an engine that shards."""
@@ -138,7 +138,7 @@ def _on_gpu(
     cluster: ClusterSpec,
     strategy: Strategy,
     gpu: GPUSpec | None,
-    outside: tuple[Constant, Constant],
+    outside: _Outside,
     *,
     replay: bool,
 ) -> tuple[dict[str, Parts], Replayed | None, Any]:
@@ -207,7 +207,7 @@ def least(
     """
     gpu = cluster.gpu if isinstance(cluster.gpu, GPUSpec) else None
     setup = _checked(model, training, cluster, strategy, software, None)
-    outside = _outside(gpu, cluster, software, communicators=2 if strategy.has_groups_of_nodes else 1)
+    outside = _outside(gpu, cluster, software, training.attn, communicators=2 if strategy.has_groups_of_nodes else 1)
     held = sum(int(each.low) for each in outside)
     if strategy.shards:
         from memplan import sharded
@@ -553,7 +553,7 @@ def _capacity(cluster: ClusterSpec, gpu: GPUSpec | None) -> int | None:
     return cluster.gpu_memory or (gpu.memory_bytes if gpu is not None and not gpu.is_cpu else None)
 
 
-def _limit(cluster: ClusterSpec, gpu: GPUSpec | None, outside: tuple[Constant, Constant]) -> int | None:
+def _limit(cluster: ClusterSpec, gpu: GPUSpec | None, outside: _Outside) -> int | None:
     """Of them, those that the process leaves to torch's allocator for certain."""
     capacity = _capacity(cluster, gpu)
     if capacity is None:
@@ -607,17 +607,16 @@ def _infer(
     workspaces = cublas_workspaces(
         gpu or reference_gpu(), software, training=False, bias=inventory.linear_bias, gradient_checkpointing=False
     )
-    context = _outside(gpu, process, software)[0]
+    outside = _outside(gpu, process, software, training.attn)
     machine = Machine(
         rules=setup.rules,
         gpus=cluster.gpus,
         capacity=capacity,
-        free=None if capacity is None else capacity - int(context.value),
-        limit=None if capacity is None else max(0, capacity - int(context.high)),
+        free=None if capacity is None else capacity - int(outside.context.value),
+        limit=_limit(cluster, gpu, outside),
         host=cluster.host_memory,
         workspaces=workspaces,
     )
-    outside = _outside(gpu, process, software)
     found = infer(root, partial(build, setup, full_depth=True), training, machine)
     memory, assumptions = _gpu_memory(found.placed, found.replayed, process, gpu, software, outside)
     if training.task == "generate" and _spread_matters(software, tape):
@@ -675,13 +674,21 @@ def _explanation_of_inference(found: Inference, memory: GpuMemory) -> tuple[Term
 # -- the hardware ----------------------------------------------------------------------------------------------------
 
 
+class _Outside(NamedTuple):
+    """What a process takes outside torch's counters."""
+
+    context: Constant
+    nccl: Constant
+    flash_attn: Constant
+
+
 def _outside(
-    gpu: GPUSpec | None, cluster: ClusterSpec, software: SoftwareSpec, communicators: int = 1
-) -> tuple[Constant, Constant]:
-    """What the process takes outside torch's counters: the CUDA context and NCCL."""
+    gpu: GPUSpec | None, cluster: ClusterSpec, software: SoftwareSpec, attn: str, communicators: int = 1
+) -> _Outside:
     context = NO_GPU_CONTEXT if gpu is None else cuda_context(gpu, software)
     gpu = reference_gpu() if gpu is None else gpu
-    return context, nccl(gpu, cluster.gpus, cluster.gpus_per_node, software, communicators=communicators)
+    between = nccl(gpu, cluster.gpus, cluster.gpus_per_node, software, communicators=communicators)
+    return _Outside(context, between, flash_attn(gpu, attn))
 
 
 NO_GPU_CONTEXT = Constant(
@@ -764,7 +771,7 @@ def _gpu_memory(
     cluster: ClusterSpec,
     gpu: GPUSpec | None,
     software: SoftwareSpec,
-    outside: tuple[Constant, Constant],
+    outside: _Outside,
 ) -> tuple[GpuMemory, list[Assumption]]:
     """Peaks, their composition and their interval on the device."""
     allocated = {name: plain.total(parts) for name, parts in placed.items()}
@@ -778,8 +785,7 @@ def _gpu_memory(
     peak_phase = max(allocated, key=lambda name: (allocated[name], name in _STEADY))
     peak = allocated[peak_phase]
     reserved = max(peak, replayed.peak_reserved) if replayed is not None else peak
-    context, communicators = outside
-    device = reserved + int(context.value) + int(communicators.value)
+    device = reserved + sum(int(c.value) for c in outside)
     parts = placed[peak_phase]
     memory = GpuMemory(
         capacity=_capacity(cluster, gpu),
@@ -793,8 +799,8 @@ def _gpu_memory(
         components=Components(
             **{name: size for name, size in parts.items() if size},
             fragmentation=reserved - peak,
-            context=int(context.value),
-            nccl=int(communicators.value),
+            context=int(outside.context.value) + int(outside.flash_attn.value),
+            nccl=int(outside.nccl.value),
         ),
         phases=tuple(Phase(name=name, allocated=size) for name, size in allocated.items()),
     )

@@ -48,8 +48,9 @@ def test_prefetching_after_a_backward_needs_no_more() -> None:
 
 
 def flat(ranks: int, use_orig_params: bool, *elements: int, itemsize: int = 4, trained: bool = True) -> FlatParam:
-    rows = [Row((number, 0), n, 1, itemsize, trained, ranks) for number, n in enumerate(elements)]
-    return FlatParam(Unit(rows, (0, 0), (0, 0), True), ranks, ranks > 1, bfloat16, use_orig_params)
+    gathered = bfloat16.itemsize
+    rows = [Row((number, 0), n, 1, itemsize, itemsize, gathered, trained, ranks) for number, n in enumerate(elements)]
+    return FlatParam(Unit(rows, (0, 0), (0, 0), True), ranks, ranks > 1, use_orig_params)
 
 
 def test_original_parameters_begin_at_multiples_of_16_bytes() -> None:

@@ -97,8 +97,14 @@ FLOATS = QuantizationSpec(kind="nf4", quant_storage="float32")
         ("fsdp", PACKED, V1, SpecError, "prepare_for_kbit_training: true leaves weights of several types"),
         *((kind, FLOATS, {}, SpecError, "it would cast packed weights to bf") for kind in ("zero2", "zero3", "fsdp")),
         ("zero2", "nf4", {"mixed_precision": "no"}, UnsupportedError, "--mixed-precision bf16"),
-        ("fsdp", PACKED, V1 | {"mixed_precision": "no"}, UnsupportedError, "its adapters stay in float32"),
-        ("fsdp", PACKED, V1 | BF16_LORA | {"mixed_precision": "no"}, UnsupportedError, "adapters and norms that are"),
+        (
+            "fsdp",
+            PACKED.replace(prepare_for_kbit_training=False),
+            V1 | {"mixed_precision": "no"},
+            SpecError,
+            "stops at the first adapter",
+        ),
+        ("fsdp", PACKED, V1 | BF16_LORA | {"mixed_precision": "no"}, SpecError, "leaves weights of several types"),
     ],
 )
 def test_what_the_libraries_or_memplan_cannot_do_is_refused(

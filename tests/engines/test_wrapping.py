@@ -71,6 +71,24 @@ SPEC: list[tuple[dict[str, Any], str]] = [
     ({"sharding_strategy": "FULL_SHARD"}, "sharding_strategy.*version 2"),
     ({"version": 1, "dp_replicate_size": 2}, "dp_replicate_size: 2 cannot go with version 1. Use sharding_strategy"),
     ({"dp_replicate_size": 3}, "dp_replicate_size: 3 cannot be: 3 groups of"),
+    (
+        {
+            "training": {
+                "lora": {"rank": 8, "modules_to_save": ["mlp.up_proj"]},
+                "dtype": "bfloat16",
+                "mixed_precision": "no",
+            }
+        },
+        "dtype: 'bfloat16' leaves trained weights of several types in one unit",
+    ),
+    (
+        {
+            "version": 1,
+            "auto_wrap_policy": "NO_WRAP",
+            "training": {"gradient_checkpointing": True, "use_reentrant": True},
+        },
+        "use_reentrant: true fails in FSDP's version 1",
+    ),
     ({"dp_replicate_size": 2, "dp_shard_size": 8}, "dp_shard_size: 8 cannot be: 2 groups of 8 ranks"),
     ({"dp_replicate_size": 4}, "dp_replicate_size: 4 leaves nothing to shard over with 4 GPUs"),
 ]
@@ -78,7 +96,6 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"version": 1, "limit_all_gathers": False}, "limit_all_gathers"),
     ({"version": 1, "offload": True, "gpus": 1, "training": {"mixed_precision": "no"}}, "offload_param"),
     ({"version": 1, "training": {"lora": 8}, "transformer_layer_cls_to_wrap": ("LlamaMLP",)}, "PEFT"),
-    ({"training": {"lora": 8, "dtype": "bfloat16", "mixed_precision": "no"}}, "lora"),
     ({"training": {"optim": "adagrad"}}, "optim: 'adagrad'"),
     ({"training": {"optim": "adamw_bnb_8bit"}}, "optim: 'adamw_bnb_8bit'"),
     ({"family": "gpt2", "version": 1, "transformer_layer_cls_to_wrap": ("Embedding", "GPT2Block")}, "share"),

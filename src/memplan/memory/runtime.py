@@ -11,7 +11,7 @@ from memplan.specs.hardware import GPUSpec
 from memplan.specs.software import SoftwareSpec
 from memplan.units import KiB, MiB
 
-__all__ = ["cublas_workspace", "cublas_workspaces", "cuda_context", "nccl"]
+__all__ = ["cublas_workspace", "cublas_workspaces", "cuda_context", "flash_attn", "nccl"]
 
 # -- the context ------------------------------------------------------------------------------------------------------
 
@@ -95,6 +95,37 @@ def cuda_context(gpu: GPUSpec, software: SoftwareSpec) -> Constant:
         source += f"; doubled, since {gpu.name} is outside the fit"
     estimate = Constant("", expected, max(0, expected - spread), expected + spread, "MiB", source)
     return _in_bytes("cuda_context", estimate)
+
+
+FLASH_ATTN_PER_THOUSAND_THREADS = Constant(
+    "what runs with the flash-attn package have beside the context, per 1000 resident threads",
+    0,
+    0,
+    8.33,
+    "MiB",
+    "1.0 to 1.8 GiB, unexplained, on one A100 in 12 runs (foundation-model-stack/fms-acceleration), and as much fits "
+    "what QwenLM/Qwen shows; vLLM's forward on an RTX 3090 has none (noonghunna/club-3090#16). The driver holds local "
+    "memory for every thread that can be resident (cms-sw/cmssw#51395), so it is taken to grow with those",
+)
+
+
+def flash_attn(gpu: GPUSpec, attn: str) -> Constant:
+    """Return the bytes that a run with the flash-attn package may take beside context and NCCL: 0 for all that is
+    known, and in its range what published runs have shown.
+
+    >>> from memplan.catalog.gpus import find_gpu
+    >>> bound = flash_attn(find_gpu("A100-80GB"), "flash_attention_2")
+    >>> int(bound.value), int(bound.high) // MiB
+    (0, 1842)
+    >>> int(flash_attn(find_gpu("A100-80GB"), "sdpa").high)
+    0
+    """
+    if attn != "flash_attention_2" or gpu.is_cpu or gpu.vendor == "amd":
+        return exact("flash_attn", 0, "B", "its kernels do not run")
+    each = FLASH_ATTN_PER_THOUSAND_THREADS
+    thousands = gpu.sm_count * gpu.max_threads_per_sm / 1000
+    values = (each.value * thousands, each.low * thousands, each.high * thousands)
+    return _in_bytes("flash_attn", Constant("", *values, "MiB", each.source))
 
 
 # -- cuBLAS -----------------------------------------------------------------------------------------------------------
