@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from memplan.adapters.quantization import Linear8bitLt, check_quant_storage
 from memplan.architectures.nn import Module
-from memplan.engines import bf16, fsdp, fsdp1, plain, zero, zero0, zero3
+from memplan.engines import bf16, checkpoint, fsdp, fsdp1, plain, zero, zero0, zero3
 from memplan.engines.checkpoint import Loaded, from_pretrained, stored_dtype
 from memplan.engines.layout import (
     MICRO_BATCHES,
@@ -485,8 +485,8 @@ def _loaded(setup: Setup, strategy: Strategy, model: Layout) -> list[Loaded]:
     asked, stored = dtypes.dtype_named(setup.precision.dtype), stored_dtype(setup.model.config)
     found = []
     for key, p in model.parameters.items():
-        made = adapted and key in trained  # by PEFT, in float32
-        loaded = dtypes.float32 if made else asked
+        made = adapted and key in trained  # by PEFT
+        loaded = checkpoint.loaded_dtype(p, asked)
         if strategy.kind == "fsdp":  # fsdp2_prepare_model upcasts what is trained, version 1 does once it is sharded
             loaded = fsdp.loaded_dtype(p, asked, setup.mixed)
             upcasts = strategy.fsdp.version == 2 and setup.mixed is not None
@@ -538,10 +538,13 @@ def _outlived(setup: Setup, strategy: Strategy, model: Layout) -> list[tuple[int
     adapted = setup.training.lora is not None
     if zero3_init and not adapted:
         return []  # they are cut into partitions: nothing is left of them
-    loaded = dtypes.float32 if adapted else dtypes.dtype_named(setup.precision.dtype)
-    dtype = setup.dtype if keys.ds_optimizer else loaded
+    asked = dtypes.dtype_named(setup.precision.dtype)
     place = "gpu" if keys.ds_optimizer or zero3_init else "host"
-    return [(model.parameters[key].numel * dtype.itemsize, place) for group in model.groups for key in group]
+    weights = [model.parameters[key] for group in model.groups for key in group]
+    return [
+        (p.numel * (setup.dtype if keys.ds_optimizer else checkpoint.loaded_dtype(p, asked)).itemsize, place)
+        for p in weights
+    ]
 
 
 def _quantized_on_host(setup: Setup, root: Module) -> int:

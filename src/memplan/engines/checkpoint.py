@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from memplan.adapters.lora import is_adapter
 from memplan.memory.course import Block, Ledger
 from memplan.tape import tensor as dtypes
 from memplan.tape.tensor import DType, Parameter
@@ -45,6 +46,13 @@ def from_pretrained(weight: Parameter, dtype: DType, stored: DType | None) -> in
     """Bytes of the process's own that a weight loaded as ``dtype`` has; of an unknown checkpoint it is a copy."""
     view = dtype is stored and len(weight.shape) != STACKED
     return 0 if view else weight.numel * dtype.itemsize
+
+
+def loaded_dtype(weight: Parameter, asked: DType) -> DType:
+    """In which a script hands a weight over, of a model that was ``asked`` for in one dtype: PEFT makes adapters
+    float32, and copies modules_to_save as they are.
+    """
+    return dtypes.float32 if is_adapter(weight) else asked
 
 
 def load(ledger: Ledger, weights: Sequence[Loaded], place: str = "host") -> list[Block]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from math import prod
 
 from memplan.adapters.liger import fused_head
-from memplan.adapters.lora import is_adapter
 from memplan.architectures.nn import Module
+from memplan.engines import checkpoint
 from memplan.engines.fsdp1 import FlatParam, Fsdp1Setup
 from memplan.engines.layout import Layout, StateDict, temporaries_of_step
 from memplan.engines.wrapping import Row, Unit, Units
@@ -561,15 +561,10 @@ def _check_optimizer(optim: str, version: int) -> None:
 
 
 def loaded_dtype(p: Parameter, asked: DType, mixed: DType | None) -> DType:
-    """In which a weight is handed to accelerate, of a model that was ``asked`` for in one dtype.
-
-    Without ``mixed`` precision it is the tape's; with, the tape has what is gathered, and PEFT makes adapters float32.
-    """
+    """The same under FSDP: without ``mixed`` precision it is the tape's, which with it has what is gathered."""
     if p.loaded is not None:
         return p.loaded
-    if mixed is None:
-        return p.dtype
-    return float32 if is_adapter(p) else asked
+    return p.dtype if mixed is None else checkpoint.loaded_dtype(p, asked)
 
 
 def _stepped(tape: Tape, shards: Sequence[Sequence[tuple[Shape, DType]]]) -> Groups:
