@@ -429,18 +429,20 @@ def test_a_small_gpu_gets_small_buffers_and_its_files_have_them(tmp_path: Path) 
     assert api.estimate(MEDIUM, again.training, cluster, again.strategy).verdict == "fits"
 
 
+LARGE = MEDIUM | {
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "intermediate_size": 6000,
+    "num_hidden_layers": 16,
+}
+
+
 def test_what_would_fit_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = MEDIUM | {
-        "hidden_size": 2048,
-        "num_attention_heads": 16,
-        "intermediate_size": 6000,
-        "num_hidden_layers": 16,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(model))
+    (tmp_path / "config.json").write_text(json.dumps(LARGE))
     command = ["plan", str(tmp_path), "--gpu", "T4", "--micro-batch-size", "2", "--host-memory"]
     given = [*command, "4", "--seq-len", "3072"]
     plan = planning.plan(
-        model, {"seq_len": 3072, "micro_batch_size": 2}, ClusterSpec(gpu="T4", host_memory="4GiB"), advise=True
+        LARGE, {"seq_len": 3072, "micro_batch_size": 2}, ClusterSpec(gpu="T4", host_memory="4GiB"), advise=True
     )
     assert plan.best is None
     found = [each.options for each in plan.remedies]
@@ -456,8 +458,25 @@ def test_what_would_fit_does(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "What would fit" in shown
     assert all(option in shown for option in found)
     assert (
-        planning.plan(model, {"seq_len": 3072}, ClusterSpec(gpu="T4", host_memory="4GiB"), advise=False).remedies == ()
+        planning.plan(LARGE, {"seq_len": 3072}, ClusterSpec(gpu="T4", host_memory="4GiB"), advise=False).remedies == ()
     )
+
+
+def test_adapters_go_beside_every_layer_where_peft_has_no_default(tmp_path: Path) -> None:
+    """Phi-3, OLMo-2 and a dozen more: nothing with adapters was found for them."""
+    model = {**LARGE, "model_type": "granite", "architectures": ["GraniteForCausalLM"]}
+    small = ClusterSpec(gpu="T4", host_memory="4GiB")
+    plan = planning.plan(model, {"seq_len": 3072}, small, advise=True)
+    assert plan.best is None
+    (adapted,) = [each.options for each in plan.remedies if each.options.startswith("--lora-rank")]
+    assert adapted == "--lora-rank 16 --lora-targets all-linear"
+    plan = planning.plan(model, {"seq_len": 3072}, small, allow=["lora"])
+    assert plan.best is not None
+    plan.write(tmp_path / "run")
+    again = launch.read(tmp_path / "run")
+    assert again.training.lora is not None
+    assert again.training.lora.targets == ("all-linear",)
+    assert api.estimate(model, again.training, small, again.strategy).verdict == "fits"
 
 
 def test_a_larger_gpu_fits_beside_the_memory_that_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -264,7 +264,8 @@ def _in_arguments(asked: Setup, less: Setup) -> str:
         if before[name] == value:
             continue
         if isinstance(value, LoraSpec):
-            said.append(f"LoRA of rank {value.rank}")
+            targets = f" on {', '.join(value.targets)}" if value.targets else ""
+            said.append(f"LoRA of rank {value.rank}{targets}")
         elif isinstance(value, QuantizationSpec):
             said.append(f"{value.kind} weights")
         else:
@@ -300,7 +301,8 @@ _OFFLOADS = ("offload_optimizer", "offload_param")
 
 def _option(name: str, value: object) -> str:
     if isinstance(value, LoraSpec):
-        return f"--lora-rank {value.rank}"
+        targets = f" --lora-targets {','.join(value.targets)}" if value.targets else ""
+        return f"--lora-rank {value.rank}{targets}"
     option = f"--{name.replace('_', '-')}"
     if value is True:
         return option

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar, Union
 
 from memplan import estimator, micro_batch
+from memplan.adapters.lora import targets_to_choose
 from memplan.architectures.registry import FAMILIES
 from memplan.catalog import hub
 from memplan.catalog.detect import detect_cluster, free_disk
@@ -298,6 +299,7 @@ def asked_setup(
     case: Case, training: TrainingSpec, strategy: StrategyLike, config: EngineConfig | None = None
 ) -> Setup:
     """The setup that is asked for: an engine's config with what the other arguments say over it."""
+    targets = targets_to_choose(case.model.model_type)
     if config is not None:
         from memplan.configs.setup import with_training
 
@@ -306,10 +308,12 @@ def asked_setup(
             raise SpecError.at("engine_config", config.source, problem, "Leave it out, or use --task train.")
         training, spread, notes = with_training(config, training, strategy_fields(strategy), case.cluster.gpus)
         training, fewer = within_positions(case, training)
-        return Setup(training, spread, case.cluster.gpus, notes=(*case.notes, *notes, *config.assumptions, *fewer))
+        notes = (*case.notes, *notes, *config.assumptions, *fewer)
+        return Setup(training, spread, case.cluster.gpus, lora_targets=targets, notes=notes)
     spread = default_strategy(training, case.cluster) if strategy is None else _strategy_spec(strategy)
     training, fewer = within_positions(case, training)
-    return Setup(training, spread, case.cluster.gpus, is_gpu_known=case.cluster.gpu is not None, notes=fewer)
+    is_gpu_known = case.cluster.gpu is not None
+    return Setup(training, spread, case.cluster.gpus, is_gpu_known=is_gpu_known, lora_targets=targets, notes=fewer)
 
 
 def within_positions(case: Case, training: TrainingSpec) -> tuple[TrainingSpec, tuple[Assumption, ...]]:

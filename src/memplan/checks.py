@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from memplan.adapters.lora import targets_to_choose
 from memplan.advice import cures_of
 from memplan.answers import Check, Code, Finding, Preflight
 from memplan.case import (
@@ -148,7 +149,7 @@ def _checked(
         merged, _ = within_positions(case, merged)
         merged = merged.replace(seq_len=_at_most(merged.seq_len, case.model.config))
         found.append(_unknown_length((run.arguments or run).source, merged.seq_len))
-    setup = Setup(merged, spread, case.cluster.gpus)
+    setup = Setup(merged, spread, case.cluster.gpus, lora_targets=targets_to_choose(case.model.model_type))
     try:
         estimated = case.with_time(setup, case.estimate(setup))
     except (SpecError, UnsupportedError) as error:

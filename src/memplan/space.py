@@ -58,6 +58,8 @@ class Setup:
     nvme_buffer_size: int | None = None
     """Elements of the largest partition of a weight, which a buffer must hold if weights are offloaded to NVMe; None
     where there is no NVMe."""
+    lora_targets: tuple[str, ...] = ()
+    """What adapters are named for, if they are chosen; none where PEFT has a default for the model."""
     notes: tuple[Assumption, ...] = ()
     """Where an option has won over a config, and what else the config's engine does."""
 
@@ -69,6 +71,7 @@ class Setup:
             "gpus": self.gpus,
             "is_gpu_known": self.is_gpu_known,
             "nvme_buffer_size": self.nvme_buffer_size,
+            "lora_targets": list(self.lora_targets),
             "notes": [note.model_dump(mode="json") for note in self.notes],
         }
 
@@ -76,7 +79,8 @@ class Setup:
     def from_dict(cls, data: Mapping[str, Any]) -> Setup:
         """Build from :meth:`to_dict`."""
         specs = {"training": TrainingSpec(**data["training"]), "strategy": Strategy(**data["strategy"])}
-        return cls(**{**data, **specs, "notes": tuple(Assumption(**note) for note in data["notes"])})
+        notes = tuple(Assumption(**note) for note in data["notes"])
+        return cls(**{**data, **specs, "lora_targets": tuple(data["lora_targets"]), "notes": notes})
 
 
 Change: TypeAlias = Callable[[Setup], "Setup | None"]
@@ -280,7 +284,7 @@ def with_lora(setup: Setup) -> Setup | None:
     """Adapters of rank 16 are trained, and no other weights."""
     if setup.training.task != "train" or setup.training.lora is not None:
         return None
-    return changed(setup, lora=LoraSpec(rank=16))
+    return changed(setup, lora=LoraSpec(rank=16, targets=setup.lora_targets))
 
 
 def in_nf4(setup: Setup) -> Setup | None:

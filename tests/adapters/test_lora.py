@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from tests.adapters.tape_step import TapeStep, build, peak, step
+from tests.oracles.families import CONFIGS
 
-from memplan.adapters.lora import DEFAULT_TARGETS, FUSED_EXPERTS, apply_lora
+from memplan.adapters.lora import DEFAULT_TARGETS, FUSED_EXPERTS, apply_lora, targets_to_choose
 from memplan.architectures.nn import Build, Inventory, Model
 from memplan.architectures.registry import FAMILIES
 from memplan.errors import SpecError, UnsupportedError
@@ -264,6 +265,19 @@ def test_a_family_without_default_needs_targets() -> None:
     b, root = build(LLAMA, "float32")
     with pytest.raises(SpecError, match=r"lora_targets: PEFT has no default for model_type 'granite'.*all-linear"):
         apply_lora(b, root, LoraSpec(rank=4), "granite")
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(DEFAULT_TARGETS)))
+def test_a_plan_adapts_what_peft_can_where_it_has_no_default(family: str) -> None:
+    import memplan
+
+    config = next(iter(CONFIGS[family].values()))
+    targets = targets_to_choose(family)
+    given = targets[0] if targets == ("all-linear",) else list(targets)
+    traced = trace_step(config, seq_len=16, micro_batch_size=1, dtype="float32", lora={"rank": 4, "targets": given})
+    training = memplan.TrainingSpec(seq_len=16, lora=LoraSpec(rank=4, targets=targets))
+    mine = memplan.estimate(config, training, "T4", replay=False)
+    assert mine.model.trainable_parameters == traced.num_trainable > 0
 
 
 def test_all_linear_leaves_out_the_head_and_what_is_saved() -> None:

@@ -57,6 +57,13 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
 """TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING of peft 0.21.2, for the families memplan has."""
 
 
+_ATTENTION: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe"), ("q_proj", "v_proj")),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")),
+}
+"""Of the model types with experts that PEFT has no default for: adapters beside every expert are more than meant."""
+
+
 FUSED_EXPERTS: dict[str, tuple[str, ...]] = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     **dict.fromkeys(
@@ -172,6 +179,11 @@ def targets_to_tell(lora: LoraSpec, model_type: str, software: SoftwareSpec) -> 
     if lora.targets or model_type not in FUSED_EXPERTS or experts_are_modules(software):
         return lora.targets
     return DEFAULT_TARGETS.get(model_type, ())
+
+
+def targets_to_choose(model_type: str) -> tuple[str, ...]:
+    """What to adapt if nobody says: nothing to name where PEFT has a default, else what it would take."""
+    return () if model_type in DEFAULT_TARGETS else _ATTENTION.get(model_type, (ALL_LINEAR,))
 
 
 def is_pattern(targets: Sequence[str]) -> bool:

@@ -180,7 +180,7 @@ def _remedies(plan: Plan) -> list[RenderableType]:
     if not plan.remedies:
         return []
     table = _grid(header=True)
-    table.add_column("with", no_wrap=True)
+    table.add_column("with")
     table.add_column("rung")
     for header in ("GPU GiB", "host GiB", "s/step"):
         table.add_column(header, justify="right", no_wrap=True)
