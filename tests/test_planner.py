@@ -479,6 +479,16 @@ def test_adapters_go_beside_every_layer_where_peft_has_no_default(tmp_path: Path
     assert api.estimate(model, again.training, small, again.strategy).verdict == "fits"
 
 
+@pytest.mark.parametrize(
+    ("gpus", "memory", "more"), [(2, "8GiB", "--gpus 4 --nodes 4"), (6, "6GiB", "--gpus 12 --nodes 4")]
+)
+def test_more_gpus_come_on_nodes_like_those_there_are(gpus: int, memory: str, more: str) -> None:
+    cluster = ClusterSpec(gpu="T4", gpus=gpus, nodes=2, gpu_memory=memory, host_memory="2GiB")
+    plan = planning.plan(LARGE, {"seq_len": 3072}, cluster, advise=True)
+    assert plan.verdict != "fits"
+    assert [each.options for each in plan.remedies if each.options.startswith("--gpus")] == [more]
+
+
 def test_a_larger_gpu_fits_beside_the_memory_that_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(MEDIUM))
     given = ["plan", str(tmp_path), "--gpu", "T4", "--gpu-memory", "0.5", "--host-memory", "1", "--json"]

@@ -252,6 +252,10 @@ class Tracer:
             self.traced[key] = trace_model(setup, self.module, self.inputs)
         return self.traced[key]
 
+    def is_written(self, model: ModelSpec) -> bool:
+        """Whether an architecture file says of what is traced what it should be."""
+        return self.module is None and model.model_type in FAMILIES
+
     def decided(self, training: TrainingSpec) -> TrainingSpec:
         from memplan.introspect.extrapolate import decided_by
 
@@ -267,7 +271,7 @@ class Tracer:
         software: SoftwareSpec,
     ) -> Estimate:
         """Name what the architecture file says, where there is one that disagrees with the trace."""
-        if self.module is not None or model.model_type not in FAMILIES:
+        if not self.is_written(model):
             return result
         try:
             written = estimator.estimate(model, training, cluster, strategy, software, replay=False)
@@ -308,8 +312,8 @@ def asked_setup(
             raise SpecError.at("engine_config", config.source, problem, "Leave it out, or use --task train.")
         training, spread, notes = with_training(config, training, strategy_fields(strategy), case.cluster.gpus)
         training, fewer = within_positions(case, training)
-        notes = (*case.notes, *notes, *config.assumptions, *fewer)
-        return Setup(training, spread, case.cluster.gpus, lora_targets=targets, notes=notes)
+        said = (*case.notes, *notes, *config.assumptions, *fewer)
+        return Setup(training, spread, case.cluster.gpus, lora_targets=targets, notes=said)
     spread = default_strategy(training, case.cluster) if strategy is None else _strategy_spec(strategy)
     training, fewer = within_positions(case, training)
     is_gpu_known = case.cluster.gpu is not None
@@ -323,7 +327,8 @@ def within_positions(case: Case, training: TrainingSpec) -> tuple[TrainingSpec, 
     config = case.model.config
     longest = config.get("max_position_embeddings") or config.get("n_positions")
     is_long = not isinstance(longest, int) or longest >= training.seq_len  # then nothing need be run
-    if "seq_len" in training.model_fields_set or is_long or case.tracer is not None or training.task == "load":
+    is_written = case.tracer is None or case.tracer.is_written(case.model)
+    if "seq_len" in training.model_fields_set or is_long or not is_written or training.task == "load":
         return training, ()
     try:
         resolved = estimator.resolve(case.model, training, case.cluster, Strategy(), case.software)

@@ -117,7 +117,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "head",
-        "causal-lm|base|sequence-classification|seq2seq-lm|image-classification",
+        "causal-lm|base|sequence-classification|seq2seq-lm|masked-lm|image-classification",
         "What stands on the model (default: what the config's architecture says).",
         _RUN,
     ),

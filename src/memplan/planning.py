@@ -300,12 +300,13 @@ class _Search:
             if less is not None and less != asked:
                 yield from self.remedy(options_between(asked, less), case, less)
         yield from self.shorter(case, asked)
-        for gpus in (2, 4, 8, 16, 32, 64):
-            if gpus <= case.cluster.gpus or (gpus > 8 and gpus % 8) or case.cluster.nodes > 1:
-                continue
-            more = replace(case, cluster=case.cluster.replace(gpus=gpus, nodes=max(gpus // 8, 1)))
+        for gpus, nodes in _counts(case.cluster):
+            if gpus <= case.cluster.gpus or (gpus if case.cluster.nodes == 1 else nodes).bit_count() > 1:
+                continue  # powers of two tell enough
+            more = replace(case, cluster=case.cluster.replace(gpus=gpus, nodes=nodes))
+            options = f"--gpus {gpus}" if nodes == 1 else f"--gpus {gpus} --nodes {nodes}"
             with suppress(SpecError):  # a batch that they cannot share
-                spread = list(self.remedy(_gpus_options(gpus), more, self.asked(more)))
+                spread = list(self.remedy(options, more, self.asked(more)))
                 yield from spread
                 if spread:
                     break
@@ -363,10 +364,6 @@ class _Search:
 def _lacks_host(found: Estimate) -> bool:
     """Whether a setup wants for host memory."""
     return verdict_by_place(found.gpu, found.host, found.nvme).get("host", "fits") != "fits"
-
-
-def _gpus_options(gpus: int) -> str:
-    return f"--gpus {gpus}" + (f" --nodes {gpus // 8}" if gpus > 8 else "")
 
 
 def _remedy(options: str, rung: str, found: Estimate) -> Remedy:

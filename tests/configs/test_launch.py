@@ -20,12 +20,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memplan.architectures.registry import MODEL_CLASSES
 from memplan.case import model_spec
 from memplan.catalog.gpus import find_gpu
 from memplan.catalog.models import all_models
 from memplan.configs import launch
 from memplan.configs.argument_keys import SCRIPT_ARGUMENTS
-from memplan.configs.arguments import MODEL_CLASSES
 from memplan.configs.launch import as_written, files, parse, read, write
 from memplan.configs.tiny import tiny_config
 from memplan.configs.trainer import _OWN_NAMES
@@ -409,6 +409,17 @@ class Table:
 TEXTS = ["a b c", "c b", "a a a a a a a"]
 
 
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {"<mask>": 0, "</s>": 2, "<unk>": 3, "a": 4, "b": 5, "c": 6}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", mask_token="<mask>").save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -432,6 +443,14 @@ TEXTS = ["a b c", "c b", "a a a a a a a"]
                 "labels": [[4, -100, -100, -100], [5, 6, -100, -100], [6, -100, -100, -100]],
             },
         ),
+        ({"model_class": "AutoModelForMaskedLM"}, {"input_ids": [[4, 5, 6, 6], [5, 4, 4, 4], [4, 4, 4, 4]]}),
+        (
+            {"model_class": "AutoModelForMaskedLM", "packed": False},
+            {
+                "input_ids": [[4, 5, 6, 2], [6, 5, 2, 2], [4, 4, 4, 4]],
+                "attention_mask": [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]],
+            },
+        ),
         (
             {"model_class": "AutoModelForSequenceClassification"},
             {
@@ -445,13 +464,7 @@ TEXTS = ["a b c", "c b", "a a a a a a a"]
 def test_a_dataset_is_made_into_what_the_model_takes(
     values: dict[str, Any], expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"</s>": 2, "<unk>": 3, "a": 4, "b": 5, "c": 6}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    save_tokenizer(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("")
     asked: list[tuple[Any, ...]] = []
 
@@ -471,6 +484,42 @@ def test_a_dataset_is_made_into_what_the_model_takes(
         (("someone/texts", None), {"split": "train"}),
         (("json",), {"data_files": path, "split": "train"}),
     ]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_masked_model_is_asked_for_what_is_hidden(
+    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    save_tokenizer(tmp_path / "model")
+    write(written(), tmp_path / "plan")
+    script = script_arguments(tmp_path / "plan", monkeypatch)
+    arguments = {"model_name_or_path": str(tmp_path / "model"), "model_class": "AutoModelForMaskedLM"}
+    mask_tokens = sys.modules["train"].mask_tokens(script(**arguments, packed=packed))
+    torch.manual_seed(0)
+    tokens = torch.full((4, 64), 5)
+    batch = mask_tokens([{"input_ids": row.tolist()} for row in tokens])
+    assert set(batch) == {"input_ids", "labels"} | (set() if packed else {"attention_mask"})
+    asked = batch["labels"] != -100
+    assert 0.05 < asked.float().mean() < 0.3
+    assert (batch["labels"][asked] == 5).all()
+    assert (batch["input_ids"][~asked] == 5).all()
+    assert (batch["input_ids"][asked] == 0).any()
+
+
+@pytest.mark.parametrize(("kind", "hits"), [("AutoModelForCausalLM", 0.5), ("AutoModelForSeq2SeqLM", 0.75)])
+def test_only_a_causal_models_logits_are_of_the_next_token(
+    kind: str, hits: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    write(written(), tmp_path / "plan")
+    script = script_arguments(tmp_path / "plan", monkeypatch)(model_name_or_path="", model_class=kind)
+    guesses = np.array([[1, 2, 3, 3, 0]])
+    labels = np.array([[0, 1, 2, 9, 9]] if kind == "AutoModelForCausalLM" else [[1, 2, 3, 4, -100]])
+    prediction = SimpleNamespace(predictions=np.eye(10)[guesses], label_ids=labels)
+    assert sys.modules["train"].accuracy(prediction, script) == {"accuracy": hits}
 
 
 # -- the rehearsal's model ---------------------------------------------------------------------------------------------

@@ -656,3 +656,29 @@ def test_a_trace_does_not_run_past_the_position_table() -> None:
     """Tensors without data raise no index error; the run would."""
     with pytest.raises(SpecError, match=r"seq_len: 1500 is longer than the model's table of 1024 positions"):
         api.estimate("openai-community/gpt2", {"seq_len": 1500}, "1xT4", "single", trace=True)
+
+
+BERT: dict[str, Any] = {
+    "model_type": "bert",
+    "architectures": ["BertModel"],
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "vocab_size": 100,
+}
+
+
+def test_a_trace_has_as_many_tokens_as_positions_unless_it_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    asked = TrainingSpec(head="masked-lm")
+    found = api.estimate(BERT, asked, GPU, trace=True)
+    assert found.setup["seq_len"] == api.estimate(BERT, asked, GPU).setup["seq_len"] == 40
+    assert ("seq_len (tokens)", 40) in [(each.name, each.value) for each in found.assumptions]
+    with pytest.raises(UnsupportedError, match="does not run on tensors without data"):
+        api.estimate(BERT, asked.replace(seq_len=41), GPU, trace=True)
+    with pytest.raises(
+        UnsupportedError, match=r"no loss to train\. Use --head masked-lm or sequence-classification\.$"
+    ):
+        api.estimate(BERT, asked.replace(head="base", seq_len=40), GPU, trace=True)
+    assert "Traceback" not in capfd.readouterr().err

@@ -113,6 +113,7 @@ RUNS: dict[str, Run] = {
         Strategy(kind="ddp"), "DistributedDataParallel", PLAIN, {"head": "image-classification"},
         model="google/vit-base-patch16-224",
     ),
+    "masked": Run(zero(2), "DeepSpeedEngine", ZERO, {"packed": False}, model="google-bert/bert-base-uncased"),
     "bert": Run(
         Strategy(kind="ddp"), "DistributedDataParallel", PLAIN, {"head": "sequence-classification", "packed": False},
         model="google-bert/bert-base-uncased",

@@ -66,6 +66,16 @@ _HEADS_BY_SUFFIX = (
 )
 
 
+MODEL_CLASSES: dict[str, str] = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+"""Heads that can be asked for and have a loss, and the class of transformers that loads them."""
+
+
 def head_of(architecture: str) -> str:
     """The head that a transformers class name stands for. Raises UnsupportedError for one that is not modelled."""
     if architecture.endswith("EncoderModel"):
@@ -90,9 +100,9 @@ ALL_ATTENTION = ("sdpa", "eager", "flash_attention_2")
 
 
 def trainable_heads(model_type: str) -> tuple[str, ...]:
-    """The heads with a loss that memplan has for a family."""
+    """The heads with a loss that memplan has for a family, and that can be asked for."""
     heads = import_module(f"memplan.architectures.{FAMILIES[model_type]}").HEADS if model_type in FAMILIES else {}
-    return tuple(head for head in heads if head != "base")
+    return tuple(head for head in heads if head in MODEL_CLASSES)
 
 
 def build_model(b: Build, model: ModelSpec, head: str | None) -> Module:

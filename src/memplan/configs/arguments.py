@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from memplan.adapters.lora import ALL_LINEAR
 from memplan.answers import Finding
+from memplan.architectures.registry import MODEL_CLASSES
 from memplan.configs.argument_keys import (
     DEFAULTS,
     LENGTHS,
@@ -31,13 +32,6 @@ from memplan.errors import SpecError, UnsupportedError, did_you_mean
 
 __all__ = ["argument", "fsdp_config", "is_of_trl", "parse_arguments", "switched_on"]
 
-MODEL_CLASSES: dict[str, str] = {
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-}
-"""Heads with a loss, and the class of transformers that loads them."""
 DDP = {
     "ddp_bucket_cap_mb": "bucket_cap_mb",
     "ddp_broadcast_buffers": "broadcast_buffers",

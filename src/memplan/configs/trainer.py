@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from memplan.adapters.lora import ALL_LINEAR, is_pattern, targets_to_tell
-from memplan.architectures.registry import head_of
-from memplan.configs.arguments import DDP, FOUR_BIT, MODEL_CLASSES
+from memplan.architectures.registry import MODEL_CLASSES, head_of
+from memplan.configs.arguments import DDP, FOUR_BIT
 from memplan.errors import SpecError
 from memplan.micro_batch import Setup, compute_dtype, prepares_for_kbit_training
 from memplan.specs.model import ModelSpec

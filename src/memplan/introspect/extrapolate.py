@@ -24,6 +24,7 @@ from importlib import metadata
 from typing import Any, TypeAlias
 
 from memplan.architectures.nn import Build, Embedding, LayerNorm, Layers, Linear, Module
+from memplan.architectures.registry import MODEL_CLASSES, trainable_heads
 from memplan.errors import MemplanError, SpecError, UnsupportedError
 from memplan.introspect import trace
 from memplan.introspect.cuda_autocast import cuda_rules
@@ -186,7 +187,8 @@ def _built(setup: Setup) -> Any:
         values["vocab_size"] = setup.training.vocab_size
     head = setup.training.head
     if head == "base":
-        raise UnsupportedError("trace: head 'base' has no loss to train. Use --head causal-lm.")
+        heads = " or ".join(trainable_heads(setup.model.model_type) or MODEL_CLASSES)
+        raise UnsupportedError(f"trace: head 'base' has no loss to train. Use --head {heads}.")
     values.setdefault("model_type", setup.model.model_type)
     try:
         return trace._build_model(values, setup.precision.dtype, _attention(setup), None, head, None)

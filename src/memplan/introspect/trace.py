@@ -23,6 +23,7 @@ import copy
 import fnmatch
 import gc
 import importlib
+import logging
 import sys
 import time
 import warnings
@@ -32,6 +33,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial, wraps
 from typing import Any
 
+from memplan.architectures.registry import MODEL_CLASSES
 from memplan.errors import SpecError, UnsupportedError, did_you_mean
 from memplan.introspect.cuda_autocast import cuda_rules
 from memplan.parallel import uncollected
@@ -173,7 +175,7 @@ def trace_step(
         num_layers: overrides the config's depth.
         padded: pass an attention mask that holds a zero.
         grad_accum_steps: micro-batches in one step.
-        head: overrides the config's architecture: causal-lm, sequence-classification, seq2seq-lm,
+        head: overrides the config's architecture: causal-lm, sequence-classification, seq2seq-lm, masked-lm,
             image-classification.
         freeze: glob patterns of parameter names that get ``requires_grad = False``.
         cuda_autocast: under mixed precision, run the operations of CUDA's float32 list in float32.
@@ -754,14 +756,6 @@ class _MuonAndAdamW:
 # The model
 
 
-_HEADS = {
-    "causal-lm": "AutoModelForCausalLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "image-classification": "AutoModelForImageClassification",
-}
-
-
 def _build_model(
     values: Mapping[str, Any],
     dtype: str,
@@ -782,8 +776,8 @@ def _build_model(
     if experts is not None:
         kwargs["experts_implementation"] = experts
     if head is not None:
-        _check_choice("head", head, tuple(_HEADS))
-        build = getattr(transformers, _HEADS[head]).from_config
+        _check_choice("head", head, tuple(MODEL_CLASSES))
+        build = getattr(transformers, MODEL_CLASSES[head]).from_config
     else:
         build = _model_class(values)._from_config
     try:
@@ -1074,17 +1068,21 @@ def _like_a_real_run() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep libraries from advising about a model that nobody will use, and from deprecating each other."""
-    from transformers.utils import logging
+    """Keep libraries from advising about a model that nobody will use, from deprecating each other and from logging
+    the traceback of an error that is told in memplan's words.
+    """
+    import transformers.utils.logging as advice
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    verbosity, errors = advice.get_verbosity(), logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, errors.disabled = errors.disabled, True
+    advice.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        advice.set_verbosity(verbosity)
+        errors.disabled = disabled
 
 
 _OF_A_STEP = ("transformers.masking_utils", "transformers.optimization", "transformers.trainer_pt_utils", "peft")

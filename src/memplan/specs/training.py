@@ -25,7 +25,9 @@ __all__ = [
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 MixedPrecision: TypeAlias = Literal["no", "bf16", "fp16"]
 Attention: TypeAlias = Literal["eager", "sdpa", "flash_attention_2"]
-Head: TypeAlias = Literal["causal-lm", "base", "sequence-classification", "seq2seq-lm", "image-classification"]
+Head: TypeAlias = Literal[
+    "causal-lm", "base", "sequence-classification", "seq2seq-lm", "masked-lm", "image-classification"
+]
 DeviceMap: TypeAlias = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 
 OPTIMIZERS: dict[str, str] = {

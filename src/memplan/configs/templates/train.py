@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +78,9 @@ def main(values: dict[str, Any]) -> transformers.Trainer:
         args=args,
         train_dataset=train_data,
         eval_dataset=eval_data,
+        data_collator=mask_tokens(script) if is_masked(script) and script.dataset is not None else None,
         # Logits are kept for metrics only; without metrics evaluation keeps the losses.
-        compute_metrics=accuracy if args.eval_accumulation_steps else None,
+        compute_metrics=partial(accuracy, script=script) if args.eval_accumulation_steps else None,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return trainer
@@ -141,24 +144,24 @@ def load_data(script: ScriptArguments) -> Any:
         data = datasets.load_dataset(script.dataset, script.dataset_config, split=script.dataset_split)
     if script.model_class == "AutoModelForImageClassification":
         return data.with_transform(image_transform(script))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(script.model_name_or_path)
-    if tokenizer.pad_token is None:  # what pads is masked
-        tokenizer.pad_token = tokenizer.eos_token
-    language_model = script.model_class == "AutoModelForCausalLM"
+    tokenizer = load_tokenizer(script)
+    is_causal = script.model_class == "AutoModelForCausalLM"
 
     def padded(texts: list[str]) -> Any:
         return tokenizer(texts, truncation=True, padding="max_length", max_length=script.seq_len)
 
     def stream(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ends = [tokenizer.eos_token_id] if is_causal and tokenizer.eos_token_id is not None else []
         tokens = [token for ids in tokenizer(rows[script.text_column])["input_ids"] for token in [*ids, *ends]]
         starts = range(0, len(tokens) - script.seq_len + 1, script.seq_len)
         blocks = [tokens[start : start + script.seq_len] for start in starts]
-        return {"input_ids": blocks, "labels": blocks}
+        return {"input_ids": blocks, "labels": blocks} if is_causal else {"input_ids": blocks}
 
     def rows_of_texts(rows: dict[str, list[Any]]) -> dict[str, Any]:
         found = dict(padded(rows[script.text_column]))
-        if language_model:
+        if is_masked(script):
+            return found
+        if is_causal:
             labels, masks = found["input_ids"], found["attention_mask"]
         elif script.model_class == "AutoModelForSeq2SeqLM":
             target = padded(rows[script.target_column])
@@ -169,8 +172,34 @@ def load_data(script: ScriptArguments) -> Any:
         kept = [[i if m else -100 for i, m in zip(ids, mask, strict=True)] for ids, mask in pairs]
         return found | {"labels": kept}
 
-    make = stream if language_model and script.packed else rows_of_texts
+    make = stream if script.packed and (is_causal or is_masked(script)) else rows_of_texts
     return data.map(make, batched=True, remove_columns=data.column_names)
+
+
+def load_tokenizer(script: ScriptArguments) -> Any:
+    """The model's own, with a token to pad with."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(script.model_name_or_path)
+    if tokenizer.pad_token is None:  # what pads is masked
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def is_masked(script: ScriptArguments) -> bool:
+    """Whether the model learns to tell tokens that are hidden from it."""
+    return script.model_class == "AutoModelForMaskedLM"
+
+
+def mask_tokens(script: ScriptArguments) -> Callable[[list[dict[str, Any]]], Any]:
+    """Hides 15 % of the tokens of a batch, others each time."""
+    collate = transformers.DataCollatorForLanguageModeling(load_tokenizer(script))
+
+    def masked(rows: list[dict[str, Any]]) -> Any:
+        batch = collate(rows)
+        if script.packed:
+            del batch["attention_mask"]  # there is no padding for it to hide
+        return batch
+
+    return masked
 
 
 def image_transform(script: ScriptArguments) -> Any:
@@ -205,11 +234,11 @@ class RandomData(torch.utils.data.Dataset[dict[str, Any]]):
         return row if self.script.packed else row | {"attention_mask": torch.ones_like(tokens)}
 
 
-def accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:
+def accuracy(prediction: transformers.EvalPrediction, script: ScriptArguments) -> dict[str, float]:
     """The share of labels that the largest logit hits."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     guesses, labels = logits.argmax(-1), prediction.label_ids
-    if guesses.ndim == 2:
+    if script.model_class == "AutoModelForCausalLM":  # whose logits are of the token that follows
         guesses, labels = guesses[:, :-1], labels[:, 1:]
     return {"accuracy": float((guesses == labels)[labels != -100].mean())}
 
