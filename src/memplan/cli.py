@@ -117,8 +117,9 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "head",
-        "causal-lm|base|sequence-classification|seq2seq-lm|masked-lm|image-classification",
-        "What stands on the model (default: what the config's architecture says).",
+        "HEAD",
+        "What stands on the model: causal-lm, seq2seq-lm, masked-lm, sequence-classification, image-classification or "
+        "base (default: what the config's architecture says).",
         _RUN,
     ),
     Option("vocab_size", "V", "Resize the embeddings to this (default: the config's).", _RUN),
