@@ -381,7 +381,7 @@ def _add_storages(tensor: Any, storages: dict[int, int]) -> None:
         if each is not None:
             local = getattr(each, "_local_tensor", each)
             storage = local.untyped_storage()
-            if storage.nbytes():
+            if storage.data_ptr():  # on the meta device there is no memory
                 storages[storage.data_ptr()] = storage.nbytes()
 
 
@@ -2194,7 +2194,8 @@ def _read_variants() -> list[tuple[str, str, dict[str, Any]]]:
         ("llama", "wide", {"strategy": "fsdp", "gpus": 3, **fp32, "offload_param": "cpu"}),
         ("stablelm", "wide", {"strategy": "fsdp", "gpus": 2, **bf16, **LORA, "dtype": "bfloat16"}),
         # a copy of a 16-bit head is 16 bit, where adapters are float32
-        ("llama", "wide", {"strategy": "zero3", **fp32, **LORA_AND_HEAD, "zero_init": False}),
+        ("llama", "wide", {"strategy": "zero2", **bf16, **LORA_AND_HEAD, "two_sides": True}),
+        ("llama", "wide", {"strategy": "zero3", **fp32, **LORA_AND_HEAD, "two_sides": True, "zero_init": False}),
         ("llama", "wide", {"strategy": "fsdp", **fp32, **LORA_AND_HEAD, "dtype": "bfloat16"}),
     ]
 
