@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from tests.engines.test_wrapping import run
 
-from memplan.engines.fsdp1 import FlatParam
+import memplan
+from memplan.engines.fsdp1 import BROADCAST_BUCKET, FlatParam
 from memplan.engines.wrapping import Row, Unit
+from memplan.specs.strategy import FsdpSpec
 from memplan.tape.tensor import bfloat16, float32
 
 
@@ -45,6 +47,23 @@ def test_prefetching_needs_more(key: dict[str, Any]) -> None:
 
 def test_prefetching_after_a_backward_needs_no_more() -> None:
     assert level("backward", backward_prefetch="BACKWARD_POST") == level("backward")
+
+
+def test_weights_that_are_broadcast_leave_buckets_in_the_cache() -> None:
+    """Beside the weights they need less than the flat copy after them, so nothing that is allocated tells of them."""
+    synced, alone = (
+        memplan.estimate(
+            "meta-llama/Llama-2-7b",
+            memplan.TrainingSpec(seq_len=256, gradient_checkpointing=True, lora=memplan.LoraSpec(rank=8)),
+            "8xA100-80GB",
+            memplan.Strategy(
+                kind="fsdp", fsdp=FsdpSpec(version=1, sync_module_states=each, cpu_ram_efficient_loading=each)
+            ),
+        ).gpu
+        for each in (True, False)
+    )
+    assert synced.phases == alone.phases
+    assert BROADCAST_BUCKET < synced.peak_reserved - alone.peak_reserved < 2.5 * 2 * BROADCAST_BUCKET
 
 
 def flat(ranks: int, use_orig_params: bool, *elements: int, itemsize: int = 4, trained: bool = True) -> FlatParam:

@@ -436,6 +436,7 @@ def fsdp_setup(
             offload=offload,
             backward_prefetch=keys.backward_prefetch,
             forward_prefetch=keys.forward_prefetch,
+            sync_module_states=keys.sync_module_states,
             optimizer=make_optimizer(training.optim, places, lambda: stepped),
             stepped=stepped.parameters,
             whole=dict(whole),

@@ -14,7 +14,7 @@ the weights' gradients (torch/csrc/autograd/input_buffer.cpp).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -25,6 +25,7 @@ from memplan.engines.wrapping import Row, Unit
 from memplan.memory.course import DEFAULT_STREAM, Block, Key, Ledger
 from memplan.memory.optimizers import Optimizer
 from memplan.tape.tensor import Parameter
+from memplan.units import MiB
 
 ALIGNMENT = 16
 """Bytes: with ``use_orig_params`` every weight begins at a multiple (_get_aligned_numel in _flat_param.py)."""
@@ -35,12 +36,18 @@ UNSHARD, PRE_UNSHARD, POST_BACKWARD, ALL_REDUCE = 1, 2, 3, 4
 IN_FLIGHT = 2
 """Frees of gathered parameters that the CPU does not wait for (_max_num_inflight_all_gathers)."""
 
+BROADCAST_BUCKET = 250 * MiB
+"""From these bytes on a bucket of weights is full (PARAM_BROADCAST_BUCKET_SIZE in _init_utils.py)."""
+BROADCASTS_IN_FLIGHT = 2
+"""max_in_flight in torch/csrc/distributed/c10d/comm.cpp."""
+
 CAST = "shards in the dtype in which they are gathered (mixed precision)"
 GATHERED = "gathered flat parameters (auto_wrap_policy, sharding_strategy)"
 PADDED = "a flat gradient, padded so that it can be cut"
 FREED = "allocated in order to be freed"
 SAVED = "gathered to be saved (state_dict_type)"
 WHOLE = "weights on their way, whole"
+BROADCAST = "copies of weights that rank 0 broadcasts (sync_module_states)"
 STAGED = "shards on their way from the host (offload_params)"
 """Blocks as an explanation names them; in parentheses the keys that size them."""
 
@@ -127,6 +134,7 @@ class Fsdp1Setup:
     """CPUOffload: shards, their gradients and the optimizer on the host."""
     backward_prefetch: Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"]
     forward_prefetch: bool
+    sync_module_states: bool
     optimizer: Optimizer
     stepped: Sequence[Parameter]
     """The pieces of weights, or the flat parameters, that the optimizer sees on the first rank."""
@@ -190,15 +198,13 @@ class Fsdp1:
         self._gradients_are_none = False
 
     def initialize(self) -> None:
-        """Bottom up, unit by unit, the weights come to the GPU, are flattened and cut.
-
-        The buckets that ``sync_module_states`` broadcasts are copies of the unit's weights, which is less than the flat
-        copy that follows.
-        """
+        """Bottom up, unit by unit, the weights come to the GPU, are flattened and cut."""
         for handle in reversed(self._handles):
             flat, size = handle.flat, handle.flat.loaded
-            sizes = (row.elements * size for row in flat.unit.weights)
+            sizes = [row.elements * size for row in flat.unit.weights]
             whole = [self.ledger.allocate("temporaries", nbytes, name=WHOLE) for nbytes in sizes]
+            if self.setup.sync_module_states:
+                self._broadcast(sizes)
             unsharded = self.ledger.allocate("temporaries", flat.elements * size, name=WHOLE)
             if not flat.use_orig_params:
                 self.ledger.free(*whole)
@@ -215,6 +221,15 @@ class Fsdp1:
             self._upcast(handle)
         if self.setup.optimizer.made_at_construction:
             self._make_states()
+
+    def _broadcast(self, sizes: Sequence[int]) -> None:
+        """_broadcast_coalesced: copies of a unit's weights, in buckets (torch/csrc/distributed/c10d/comm.cpp)."""
+        in_flight: deque[Block | None] = deque()
+        for nbytes in broadcast_buckets(sizes):
+            if len(in_flight) == BROADCASTS_IN_FLIGHT:
+                self.ledger.free(in_flight.popleft())
+            in_flight.append(self.ledger.allocate("communication", nbytes, name=BROADCAST))
+        self.ledger.free(*in_flight)
 
     def _upcast(self, handle: _Handle) -> None:
         """prepare_model: 16-bit weights that are trained under mixed precision get a float32 shard."""
@@ -564,3 +579,17 @@ class Fsdp1:
 
     def _gathered(self, flat: FlatParam, itemsize: int) -> Block | None:
         return self.ledger.allocate("communication", flat.padded * itemsize, name=SAVED) if flat.is_sharded else None
+
+
+def broadcast_buckets(sizes: Iterable[int]) -> list[int]:
+    """Bytes of the buckets that weights of ``sizes`` come to: each takes weights until it is full.
+
+    >>> [nbytes // MiB for nbytes in broadcast_buckets(n * MiB for n in (200, 100, 100, 300, 10))]
+    [300, 400, 10]
+    """
+    buckets = [0]
+    for nbytes in sizes:
+        if buckets[-1] >= BROADCAST_BUCKET:
+            buckets.append(0)
+        buckets[-1] += nbytes
+    return buckets
