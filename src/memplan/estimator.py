@@ -18,11 +18,20 @@ from memplan.engines import checkpoint, ddp, plain
 from memplan.engines.plain import Parts, Run
 from memplan.errors import SpecError, UnsupportedError
 from memplan.memory.allocator import REPLAYABLE
+from memplan.memory.broadcast import most_alive
 from memplan.memory.course import Ledger
 from memplan.memory.evaluation import to_host
 from memplan.memory.optimizers import clip_grad_norm
 from memplan.memory.runtime import cublas_workspaces, cuda_context, flash_attn, nccl
-from memplan.memory.trace import Batch, EvaluationLoop, Replayed, evaluation_bound, replay_steps, reserved_bound
+from memplan.memory.trace import (
+    Batch,
+    EvaluationLoop,
+    Replayed,
+    evaluation_bound,
+    replay_steps,
+    reserved_bound,
+    sent_bound,
+)
 from memplan.micro_batch import (
     MicroBatch,
     Setup,
@@ -58,7 +67,7 @@ from memplan.specs.model import ModelSpec
 from memplan.specs.precision import Precision, resolve_precision
 from memplan.specs.software import SoftwareSpec
 from memplan.specs.strategy import Strategy
-from memplan.specs.training import STEPS_ONLY, TrainingSpec
+from memplan.specs.training import STEPS_ONLY, AllocatorSpec, TrainingSpec
 from memplan.tape.dispatch import CPU, DeviceRules, cuda
 from memplan.tape.tape import Tape
 from memplan.tape.tensor import Parameter, dtype_named
@@ -266,8 +275,12 @@ def _placed(
     if training.lora is None and _has_experts(run):
         split = micro.layout().split * setup.dtype.itemsize  # save_pretrained, of rank 0
         placed["save"]["temporaries"] = placed["save"].get("temporaries", 0) + split
+    load = placed["load"]
     if training.quantization is not None:
-        placed["load"] |= _loading(setup, gpu, cluster, placed["load"]["weights"])
+        load |= _loading(setup, gpu, cluster, load["weights"])
+    copies = most_alive(_sent(micro, strategy)) - load["communication"]  # DDP's buckets of gradients follow them
+    if copies > load.get("temporaries", 0):
+        load["temporaries"] = copies
     return placed
 
 
@@ -420,8 +433,7 @@ def alive_blocks(
     placed = _placed(setup, training, run, micro, gpu, strategy, cluster)
     every = all_layers(setup, finds_gradients(setup))
     trainable = [(p, 1) for p in every.layout().parameters.values() if p.node is not None]
-    buckets = ddp.bucket_bytes(trainable, strategy.ddp) if strategy.kind == "ddp" else ()
-    return blocks(run, every.tape, every.inventory.buffer_blocks, buckets, phase, placed[phase])
+    return blocks(run, every.tape, every.inventory.buffer_blocks, _buckets(trainable, strategy), phase, placed[phase])
 
 
 def _levers(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, cluster: ClusterSpec) -> tuple[Lever, ...]:
@@ -468,10 +480,21 @@ def _check_attention(training: TrainingSpec, precision: Precision, rules: Device
 # -- the tape --------------------------------------------------------------------------------------------------------
 
 
-def _held(run: Run, trainable: list[tuple[Parameter, int]], strategy: Strategy) -> list[int]:
-    """What lives from loading on besides the weights: buffers and DDP's buckets."""
-    held = [run.buffer_bytes] if run.buffer_bytes else []
-    return held + (ddp.bucket_bytes(trainable, strategy.ddp) if strategy.kind == "ddp" else [])
+def _held(run: Run) -> list[int]:
+    """What lives from loading on besides the weights."""
+    return [run.buffer_bytes] if run.buffer_bytes else []
+
+
+def _buckets(trainable: list[tuple[Parameter, int]], strategy: Strategy) -> list[int]:
+    """DDP's, of gradients."""
+    return ddp.bucket_bytes(trainable, strategy.ddp) if strategy.kind == "ddp" else []
+
+
+def _sent(micro: MicroBatch, strategy: Strategy) -> list[int]:
+    """Copies in which DDP sends the model."""
+    if strategy.kind != "ddp":
+        return []
+    return ddp.sent(micro.layout().parameters.values(), micro.inventory.buffers, strategy.ddp)
 
 
 def _inputs(tape: Tape) -> list[int]:
@@ -510,8 +533,10 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) ->
     others += [(size, *counts) for size, counts in run.optimizer.temporaries.counts.items()]
     counts = micro.unrolled.size_counts()
     micro_batches = min(run.grad_accum_steps, 2)
-    held = _held(run, run.trainable, strategy)
+    held = [*_held(run), *_buckets(run.trainable, strategy)]
     bound = reserved_bound(run.parameters, held, counts, micro_batches, others)
+    parameters, conf = micro.layout().parameters.values(), setup.training.alloc_conf or AllocatorSpec()
+    bound += sent_bound(parameters, _held(run), run.optimizer, _sent(micro, strategy), conf)
     if run.evaluation is not None:
         batch = evaluation_batch(setup, full_depth=False)
         bound += evaluation_bound(run.evaluation.kept, ranks, batch.unrolled.size_counts())
@@ -532,7 +557,7 @@ def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, l
         evaluation = EvaluationLoop(batches.pop(), run.evaluation.kept, ranks, limit)
     return replay_steps(
         parameters,
-        _held(run, trainable, strategy),
+        _held(run),
         batches,
         min(run.grad_accum_steps, 2),
         run.optimizer,
@@ -540,6 +565,8 @@ def _replay(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int, l
         setup.training.alloc_conf,
         _waiting(run, micro.tape),
         evaluation,
+        sent=_sent(micro, strategy),
+        buckets=_buckets(trainable, strategy),
         keeps_gradients=run.keeps_gradients,
         gradients_in_buckets=strategy.kind == "ddp" and strategy.ddp.gradient_as_bucket_view,
     )

@@ -8,8 +8,9 @@ import pytest
 from tests.engines.test_wrapping import run
 
 import memplan
-from memplan.engines.fsdp1 import BROADCAST_BUCKET, FlatParam
+from memplan.engines.fsdp1 import FlatParam
 from memplan.engines.wrapping import Row, Unit
+from memplan.memory.broadcast import BUCKET
 from memplan.specs.strategy import FsdpSpec
 from memplan.tape.tensor import bfloat16, float32
 
@@ -63,7 +64,7 @@ def test_weights_that_are_broadcast_leave_buckets_in_the_cache() -> None:
         for each in (True, False)
     )
     assert synced.phases == alone.phases
-    assert BROADCAST_BUCKET < synced.peak_reserved - alone.peak_reserved < 2.5 * 2 * BROADCAST_BUCKET
+    assert BUCKET < synced.peak_reserved - alone.peak_reserved < 2.5 * 2 * BUCKET
 
 
 def flat(ranks: int, use_orig_params: bool, *elements: int, itemsize: int = 4, trained: bool = True) -> FlatParam:

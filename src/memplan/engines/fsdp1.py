@@ -14,7 +14,7 @@ the weights' gradients (torch/csrc/autograd/input_buffer.cpp).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -22,10 +22,10 @@ from typing import Literal
 from memplan.engines.layout import StateDict, temporaries_of_step
 from memplan.engines.streams import Event, Streams
 from memplan.engines.wrapping import Row, Unit
+from memplan.memory.broadcast import broadcast, copies
 from memplan.memory.course import DEFAULT_STREAM, Block, Key, Ledger
 from memplan.memory.optimizers import Optimizer
 from memplan.tape.tensor import Parameter
-from memplan.units import MiB
 
 ALIGNMENT = 16
 """Bytes: with ``use_orig_params`` every weight begins at a multiple (_get_aligned_numel in _flat_param.py)."""
@@ -35,11 +35,6 @@ UNSHARD, PRE_UNSHARD, POST_BACKWARD, ALL_REDUCE = 1, 2, 3, 4
 """Streams. NCCL has one more for each group of ranks, on which nothing is allocated."""
 IN_FLIGHT = 2
 """Frees of gathered parameters that the CPU does not wait for (_max_num_inflight_all_gathers)."""
-
-BROADCAST_BUCKET = 250 * MiB
-"""From these bytes on a bucket of weights is full (PARAM_BROADCAST_BUCKET_SIZE in _init_utils.py)."""
-BROADCASTS_IN_FLIGHT = 2
-"""max_in_flight in torch/csrc/distributed/c10d/comm.cpp."""
 
 CAST = "shards in the dtype in which they are gathered (mixed precision)"
 GATHERED = "gathered flat parameters (auto_wrap_policy, sharding_strategy)"
@@ -204,7 +199,11 @@ class Fsdp1:
             sizes = [row.elements * size for row in flat.unit.weights]
             whole = [self.ledger.allocate("temporaries", nbytes, name=WHOLE) for nbytes in sizes]
             if self.setup.sync_module_states:
-                self._broadcast(sizes)
+                broadcast(
+                    copies((size, nbytes) for nbytes in sizes),
+                    lambda nbytes: self.ledger.allocate("communication", nbytes, name=BROADCAST),
+                    self.ledger.free,
+                )
             unsharded = self.ledger.allocate("temporaries", flat.elements * size, name=WHOLE)
             if not flat.use_orig_params:
                 self.ledger.free(*whole)
@@ -221,15 +220,6 @@ class Fsdp1:
             self._upcast(handle)
         if self.setup.optimizer.made_at_construction:
             self._make_states()
-
-    def _broadcast(self, sizes: Sequence[int]) -> None:
-        """_broadcast_coalesced: copies of a unit's weights, in buckets (torch/csrc/distributed/c10d/comm.cpp)."""
-        in_flight: deque[Block | None] = deque()
-        for nbytes in broadcast_buckets(sizes):
-            if len(in_flight) == BROADCASTS_IN_FLIGHT:
-                self.ledger.free(in_flight.popleft())
-            in_flight.append(self.ledger.allocate("communication", nbytes, name=BROADCAST))
-        self.ledger.free(*in_flight)
 
     def _upcast(self, handle: _Handle) -> None:
         """prepare_model: 16-bit weights that are trained under mixed precision get a float32 shard."""
@@ -579,17 +569,3 @@ class Fsdp1:
 
     def _gathered(self, flat: FlatParam, itemsize: int) -> Block | None:
         return self.ledger.allocate("communication", flat.padded * itemsize, name=SAVED) if flat.is_sharded else None
-
-
-def broadcast_buckets(sizes: Iterable[int]) -> list[int]:
-    """Bytes of the buckets that weights of ``sizes`` come to: each takes weights until it is full.
-
-    >>> [nbytes // MiB for nbytes in broadcast_buckets(n * MiB for n in (200, 100, 100, 300, 10))]
-    [300, 400, 10]
-    """
-    buckets = [0]
-    for nbytes in sizes:
-        if buckets[-1] >= BROADCAST_BUCKET:
-            buckets.append(0)
-        buckets[-1] += nbytes
-    return buckets

@@ -13,6 +13,7 @@ from memplan.memory.allocator import (
     TraceSummary,
     reserved_upper_bound,
 )
+from memplan.memory.broadcast import broadcast
 from memplan.memory.depth import EveryLayer
 from memplan.memory.evaluation import FORWARDS, Kept, pile_up
 from memplan.memory.optimizers import Optimizer, clip_grad_norm
@@ -166,6 +167,36 @@ def evaluation_bound(kept: Kept, ranks: int, counts: Mapping[int, tuple[int, int
     return _upper_bound({}, counts, kept.steps, alive)
 
 
+def sent_bound(
+    parameters: Iterable[Parameter], held: Sequence[int], optimizer: Optimizer, sent: Sequence[int], conf: AllocatorSpec
+) -> int:
+    """Bytes of the segments that are opened for the copies in which DDP sends the model; the arguments are those of
+    :func:`replay_steps`. Whoever comes later opens no more for them.
+    """
+    if not sent:
+        return 0
+    replay = _Replay(conf)
+    _load(replay, parameters, held, optimizer)
+    before = replay.peak_reserved
+    _send(replay, sent)
+    return replay.peak_reserved - before
+
+
+def _load(replay: _Replay, parameters: Iterable[Parameter], held: Sequence[int], optimizer: Optimizer) -> None:
+    parameters = list(parameters)
+    replay.allocate("load", [*(p.nbytes for p in parameters), *held])
+    if optimizer.made_at_construction:
+        replay.allocate("load", [nbytes for p in _stepped(parameters) for nbytes in optimizer.state_bytes(p)])
+
+
+def _send(replay: _Replay, sent: Sequence[int]) -> None:
+    broadcast(sent, lambda nbytes: replay.allocate("load", [nbytes]), replay.free)
+
+
+def _stepped(parameters: Iterable[Parameter]) -> list[Parameter]:
+    return [p for p in parameters if p.node is not None and not p.unused]
+
+
 def _evaluate(replay: _Replay, loop: EvaluationLoop) -> None:
     """The batches whose predictions stay on the GPU."""
     if loop.limit is not None:
@@ -190,12 +221,15 @@ def replay_steps(
     waiting: Sequence[int] = (),
     evaluation: EvaluationLoop | None = None,
     *,
+    sent: Sequence[int] = (),
+    buckets: Sequence[int] = (),
     keeps_gradients: bool = False,
     gradients_in_buckets: bool = False,
 ) -> Replayed:
     """Load the weights, run two steps and the evaluation, and report the peaks.
 
-    ``held`` are further sizes held throughout (buffers, DDP's buckets); ``batches`` are the first micro-batch, and
+    ``held`` are further sizes held throughout (buffers), as are DDP's ``buckets`` of gradients, before which it has
+    ``sent`` the model; ``batches`` are the first micro-batch, and
     the last, which finds gradients if any does; ``micro_batches`` is how many of them a step has;
     ``workspaces`` are cuBLAS's, the first taken in forward, the others in backward; ``waiting`` are inputs of further
     micro-batches, which a step has from its start. With ``keeps_gradients`` they stay after
@@ -203,12 +237,12 @@ def replay_steps(
     the buckets, and their own memory free.
     """
     replay = _Replay(conf or AllocatorSpec())
-    replay.allocate("load", [*(p.nbytes for p in parameters), *held])
-    trainable = [p for p in parameters if p.node is not None and not p.unused]
-    if optimizer.made_at_construction:
-        replay.allocate("load", [nbytes for p in trainable for nbytes in optimizer.state_bytes(p)])
+    _load(replay, parameters, held, optimizer)
+    _send(replay, sent)
+    replay.allocate("load", buckets)
     replay.allocate("first_step", workspaces)
-    clipping = [(nbytes, count) for nbytes, count in clip_grad_norm([(p, 1) for p in trainable], optimizer.rules)]
+    trainable = [(p, 1) for p in _stepped(parameters)]
+    clipping = [(nbytes, count) for nbytes, count in clip_grad_norm(trainable, optimizer.rules)]
     gradients: list[int] = []
     for step in range(STEPS):
         inputs = replay.allocate("forward" if step else "first_step", waiting)
