@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -21,7 +21,7 @@ from memplan.memory.allocator import REPLAYABLE
 from memplan.memory.broadcast import most_alive
 from memplan.memory.course import Ledger
 from memplan.memory.evaluation import to_host
-from memplan.memory.optimizers import clip_grad_norm
+from memplan.memory.optimizers import Optimizer, clip_grad_norm
 from memplan.memory.runtime import cublas_workspaces, cuda_context, flash_attn, nccl
 from memplan.memory.trace import (
     Batch,
@@ -490,11 +490,9 @@ def _buckets(trainable: list[tuple[Parameter, int]], strategy: Strategy) -> list
     return ddp.bucket_bytes(trainable, strategy.ddp) if strategy.kind == "ddp" else []
 
 
-def _sent(micro: MicroBatch, strategy: Strategy) -> list[int]:
+def _sent(micro: MicroBatch, strategy: Strategy) -> Sequence[int]:
     """Copies in which DDP sends the model."""
-    if strategy.kind != "ddp":
-        return []
-    return ddp.sent(micro.layout().parameters.values(), micro.inventory.buffers, strategy.ddp)
+    return micro.sent(strategy.ddp.broadcast_buffers) if strategy.kind == "ddp" else ()
 
 
 def _inputs(tape: Tape) -> list[int]:
@@ -535,12 +533,22 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) ->
     micro_batches = min(run.grad_accum_steps, 2)
     held = [*_held(run), *_buckets(run.trainable, strategy)]
     bound = reserved_bound(run.parameters, held, counts, micro_batches, others)
-    parameters, conf = micro.layout().parameters.values(), setup.training.alloc_conf or AllocatorSpec()
-    bound += sent_bound(parameters, _held(run), run.optimizer, _sent(micro, strategy), conf)
+    if strategy.kind == "ddp":
+        conf = setup.training.alloc_conf or AllocatorSpec()
+        bound += _sent_bound(micro.first, run.buffer_bytes, run.optimizer, strategy.ddp.broadcast_buffers, conf)
     if run.evaluation is not None:
         batch = evaluation_batch(setup, full_depth=False)
         bound += evaluation_bound(run.evaluation.kept, ranks, batch.unrolled.size_counts())
     return bound
+
+
+@lru_cache(maxsize=64)
+def _sent_bound(
+    micro: MicroBatch, buffer_bytes: int, optimizer: Optimizer, with_buffers: bool, conf: AllocatorSpec
+) -> int:
+    """The same of any size of batch."""
+    held = [buffer_bytes] if buffer_bytes else []
+    return sent_bound(list(micro.layout().parameters.values()), held, optimizer, micro.sent(with_buffers), conf)
 
 
 @lru_cache(maxsize=64)

@@ -22,7 +22,8 @@ SHOWN = 4
 SOURCES = {
     "weights": "config.json; transformers from_pretrained(dtype=...)",
     "blocks": "CUDACachingAllocator::should_split: remainders up to 1 MiB stay with the block",
-    "load": "transformers/modeling_utils.py: caching_allocator_warmup; integrations/bitsandbytes.py",
+    "load": "transformers/modeling_utils.py: caching_allocator_warmup; integrations/bitsandbytes.py; "
+    "torch/csrc/distributed/c10d/comm.cpp: broadcast_coalesced",
     "passing": "alive within a forward pass without gradients: transformers/generation/utils.py",
     "activations": "torch autograd (derivatives.yaml): what {name} saves for its backward",
     "logits": "transformers/loss/loss_utils.py, torch cross_entropy",
@@ -51,7 +52,9 @@ def explain(run: Run, tape: Tape, phase: str, parts: Parts, memory: GpuMemory) -
                 )
             )
     else:
-        terms += [_plain_term(name, parts) for name in ("activations", "logits", "temporaries") if parts.get(name)]
+        source = SOURCES["load"] if phase == "load" else None
+        passing = ("activations", "logits", "temporaries")
+        terms += [_plain_term(name, parts, source) for name in passing if parts.get(name)]
     what = "what a block is larger than its tensor"
     return (*terms, *_remaining(terms, memory, what, SOURCES["blocks"]))
 
@@ -329,8 +332,8 @@ def _states(run: Run, parts: Parts) -> list[Term]:
     return [*terms, _workspace(parts)] if parts.get("workspace") else terms
 
 
-def _plain_term(name: str, parts: Parts) -> Term:
-    source, size = SOURCES[name].format(name="each operation"), parts[name]
+def _plain_term(name: str, parts: Parts, source: str | None = None) -> Term:
+    source, size = source or SOURCES[name].format(name="each operation"), parts[name]
     return Term(name=name, formula="alive in this phase", filled=f"{size:,}", bytes=size, source=source)
 
 

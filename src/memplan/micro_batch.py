@@ -24,6 +24,7 @@ from memplan.constants import Constant
 from memplan.engines.layout import Layout, layout
 from memplan.engines.plain import Evaluation, Run
 from memplan.errors import SpecError, UnsupportedError
+from memplan.memory.broadcast import copies
 from memplan.memory.course import Course, course
 from memplan.memory.depth import EveryLayer, as_it_ran, borders, every_layer
 from memplan.memory.evaluation import Kept, Prediction
@@ -199,6 +200,17 @@ class MicroBatch:
         if ("layout", one_group) not in known:
             known["layout", one_group] = layout(self.root, one_group)
         found: Layout = known["layout", one_group]
+        return found
+
+    def sent(self, with_buffers: bool) -> Sequence[int]:
+        """Bytes of the copies in which DDP sends the model from rank 0 to the others (_sync_module_states)."""
+        known = self.first._known
+        if ("sent", with_buffers) not in known:
+            tensors: list[Tensor] = list(self.layout().parameters.values())
+            if with_buffers:
+                tensors += [b for b, count in self.inventory.buffers if b.registered for _ in range(count)]
+            known["sent", with_buffers] = copies((each.dtype, each.nbytes) for each in tensors)
+        found: Sequence[int] = known["sent", with_buffers]
         return found
 
     def optimizer(self, optim: str, rules: DeviceRules) -> Optimizer:

@@ -10,9 +10,8 @@ from collections.abc import Iterable
 
 from memplan.engines import plain
 from memplan.engines.plain import Parts, Run
-from memplan.memory import broadcast
 from memplan.specs.strategy import DdpSpec
-from memplan.tape.tensor import Buffer, Parameter, Tensor
+from memplan.tape.tensor import Parameter
 from memplan.units import MiB
 
 FIRST_BUCKET = 1 * MiB
@@ -29,17 +28,6 @@ def phases(run: Run, ddp: DdpSpec, ranks: int) -> dict[str, Parts]:
     """
     buckets = sum(bucket_bytes(((p, count) for p, count in run.trainable), ddp))
     return plain.phases(run, buckets, ranks, gradients_in_buckets=ddp.gradient_as_bucket_view)
-
-
-def sent(parameters: Iterable[Parameter], buffers: Iterable[tuple[Buffer, int]], ddp: DdpSpec) -> list[int]:
-    """Bytes of the copies in which rank 0 sends the model to the others at construction (_sync_module_states).
-
-    ``buffers`` come with how many of the model each stands for.
-    """
-    tensors: list[Tensor] = list(parameters)
-    if ddp.broadcast_buffers:
-        tensors += [each for each, count in buffers if each.registered for _ in range(count)]
-    return broadcast.copies((each.dtype, each.nbytes) for each in tensors)
 
 
 def bucket_bytes(parameters: Iterable[tuple[Parameter, int]], ddp: DdpSpec) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from memplan.units import MiB
 
@@ -21,6 +21,13 @@ IN_FLIGHT = 2
 BlockT = TypeVar("BlockT")
 
 
+class _Bucket(NamedTuple):
+    first: int
+    """Number of its first tensor: buckets are sent in the order of these."""
+    tensors: int
+    nbytes: int
+
+
 def copies(tensors: Iterable[tuple[object, int]]) -> list[int]:
     """Bytes of the copy that each bucket of tensors, of (dtype, bytes), is sent as; 0 for a tensor alone, which is sent
     itself (flatten_dense_tensors). A bucket takes tensors of one dtype until it is full.
@@ -30,14 +37,14 @@ def copies(tensors: Iterable[tuple[object, int]]) -> list[int]:
     >>> [nbytes // MiB for nbytes in copies([("u8", 200 * MiB), ("bf16", 250 * MiB), ("u8", 100 * MiB)])]
     [300, 0]
     """
-    full: list[list[int]] = []
-    filling: dict[object, list[int]] = {}
+    full: list[_Bucket] = []
+    filling: dict[object, _Bucket] = {}
     for number, (dtype, nbytes) in enumerate(tensors):
-        bucket = filling.setdefault(dtype, [number])
-        bucket.append(nbytes)
-        if sum(bucket[1:]) >= BUCKET:
+        first, number_of, before = filling.get(dtype, (number, 0, 0))
+        filling[dtype] = bucket = _Bucket(first, number_of + 1, before + nbytes)
+        if bucket.nbytes >= BUCKET:
             full.append(filling.pop(dtype))
-    return [sum(sizes) if len(sizes) > 1 else 0 for _, *sizes in sorted([*full, *filling.values()])]
+    return [bucket.nbytes if bucket.tensors > 1 else 0 for bucket in sorted([*full, *filling.values()])]
 
 
 def most_alive(sent: Sequence[int]) -> int:

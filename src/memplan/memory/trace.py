@@ -168,13 +168,11 @@ def evaluation_bound(kept: Kept, ranks: int, counts: Mapping[int, tuple[int, int
 
 
 def sent_bound(
-    parameters: Iterable[Parameter], held: Sequence[int], optimizer: Optimizer, sent: Sequence[int], conf: AllocatorSpec
+    parameters: Sequence[Parameter], held: Sequence[int], optimizer: Optimizer, sent: Sequence[int], conf: AllocatorSpec
 ) -> int:
     """Bytes of the segments that are opened for the copies in which DDP sends the model; the arguments are those of
     :func:`replay_steps`. Whoever comes later opens no more for them.
     """
-    if not sent:
-        return 0
     replay = _Replay(conf)
     _load(replay, parameters, held, optimizer)
     before = replay.peak_reserved
@@ -182,8 +180,7 @@ def sent_bound(
     return replay.peak_reserved - before
 
 
-def _load(replay: _Replay, parameters: Iterable[Parameter], held: Sequence[int], optimizer: Optimizer) -> None:
-    parameters = list(parameters)
+def _load(replay: _Replay, parameters: Sequence[Parameter], held: Sequence[int], optimizer: Optimizer) -> None:
     replay.allocate("load", [*(p.nbytes for p in parameters), *held])
     if optimizer.made_at_construction:
         replay.allocate("load", [nbytes for p in _stepped(parameters) for nbytes in optimizer.state_bytes(p)])
