@@ -6,6 +6,7 @@ import contextlib
 import json
 import warnings
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,13 @@ ARCHIVE = Path(__file__).parents[2] / "benchmarks" / "measurements" / "ddp.json"
 """What torch's DDP has of buckets once it is made."""
 
 
-def estimated_buckets() -> int:
+def estimated_buckets(phase: str = "idle") -> int:
     levels = [
-        {phase.name: phase.allocated for phase in memplan.estimate(CONFIG, training, f"{gpus}xA100-80GB").gpu.phases}
+        {each.name: each.allocated for each in memplan.estimate(CONFIG, training, f"{gpus}xA100-80GB").gpu.phases}
         for training in [memplan.TrainingSpec(seq_len=LENGTH, mixed_precision="no")]
         for gpus in (1, 2)
     ]
-    return levels[1]["load"] - levels[0]["load"]
+    return levels[1][phase] - levels[0][phase]
 
 
 def test_buckets_beside_torch(tmp_path: Path) -> None:
@@ -109,10 +110,13 @@ def test_buckets_beside_torch(tmp_path: Path) -> None:
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     sizes = [event["args"]["Bytes"] for event in events if event.get("name") == "[memory]"]
-    buckets = sum(size for size in sizes if abs(size) >= 4096)  # c10d's threads allocate some bytes when they will
+    levels = list(accumulate(size for size in sizes if abs(size) >= 4096))  # c10d's threads allocate when they will
+    buckets = levels[-1]
     del wrapped
     assert buckets == json.loads(ARCHIVE.read_text(encoding="utf-8"))["buckets"]
     assert estimated_buckets() == pytest.approx(buckets, rel=0.001)
+    assert len(levels) > 2  # copies in which the model was sent came and went before
+    assert estimated_buckets("load") == pytest.approx(max(levels), rel=0.001)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
