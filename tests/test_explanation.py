@@ -1,4 +1,4 @@
-"""``--explain`` under an engine that shards: every block of the peak by what it is."""
+"""``--explain``: every block of the peak by what it is, under engines that shard and without."""
 
 from __future__ import annotations
 
@@ -31,6 +31,22 @@ def test_the_terms_sum_to_the_peak_and_say_what_they_are(name: str, seq_len: int
     for term in found.explanation:
         parts[term.name.split(":")[0]] += term.bytes
         assert ":" in term.name or term.name in ("fragmentation", "context", "nccl"), term
+    assert parts == dict(found.gpu.components)
+
+
+@pytest.mark.parametrize("kind", ["single", "ddp"])
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("seq_len", [16, 2048])
+def test_terms_without_sharding_sum_to_each_component(kind: str, steps: int, seq_len: int) -> None:
+    """Where embeddings are shared and the text is short, the peak has every gradient that the tape has made."""
+    training = memplan.TrainingSpec(seq_len=seq_len, gradient_checkpointing=True, grad_accum_steps=steps)
+    gpus = "A100-80GB" if kind == "single" else "4xA100-80GB"
+    found = memplan.estimate(MODEL, training, gpus, memplan.Strategy(kind=kind), explain=True)
+    assert found.explanation is not None
+    parts = dict.fromkeys(dict(found.gpu.components), 0)
+    for term in found.explanation:
+        assert term.bytes > 0, term
+        parts[term.name.split(":")[0]] += term.bytes
     assert parts == dict(found.gpu.components)
 
 

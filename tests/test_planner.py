@@ -33,7 +33,7 @@ from memplan.results import (
 from memplan.space import SIDES, families, with_micro_batch
 from memplan.specs import ClusterSpec, Strategy, TrainingSpec
 from memplan.specs.strategy import ZeroSpec
-from memplan.units import MiB
+from memplan.units import GiB, MiB
 
 MEDIUM = TINY | {"vocab_size": 32000, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4}
 ZERO3 = Strategy(kind="zero3")
@@ -435,6 +435,22 @@ LARGE = MEDIUM | {
     "intermediate_size": 6000,
     "num_hidden_layers": 16,
 }
+
+
+def test_buffers_between_own_and_smallest_can_need_the_least_of_the_host() -> None:
+    """What is pinned is rounded up to powers of two: 688.6, 682.6, 742.6 and 758.9 GiB, the largest buffers first."""
+
+    def planned(gib: int) -> Plan:
+        cluster = ClusterSpec(gpu="RTX4090", gpus=2, host_memory=f"{gib}GiB")
+        return planning.plan("zai-org/GLM-4-32B-0414", {}, cluster, advise=gib < 100)
+
+    (more,) = [each for each in planned(64).remedies if each.options.startswith("--host-memory")]
+    enough = int(more.options.split()[1])
+    found = planned(enough)
+    assert found.verdict == "fits"
+    assert found.best is not None
+    assert found.best.estimate.host.peak == more.host <= enough * GiB
+    assert planned(enough - 1).verdict == "does-not-fit"
 
 
 def test_what_would_fit_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

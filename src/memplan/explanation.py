@@ -38,9 +38,11 @@ def explain(run: Run, tape: Tape, phase: str, parts: Parts, memory: GpuMemory) -
 
     The terms sum to ``peak_device``. Tensors are grouped by the operation that made them, their shape and dtype.
     """
-    terms = _states(run, parts)
-    if phase in ("forward", "loss", "backward"):
-        terms += _tensors(tape, _alive_at_peak(tape, phase))
+    running = phase in ("forward", "loss", "backward")
+    alive = _alive_at_peak(tape, phase) if running else set[int]()
+    terms = _states(run, parts, _gradients(tape, alive))
+    if running:
+        terms += _tensors(tape, alive)
         if run.waiting_inputs:
             terms.append(
                 Term(
@@ -128,7 +130,7 @@ def blocks(
         name, shape, dtype = tape.births[i]
         text = f"{COMPONENTS[tape.components[i]]}: {name} {' x '.join(map(str, shape)) or 1} {dtype.name}"
         found[tape.sizes[i], text] += 1
-    of_tape = sum(tape.sizes[i] for i in alive if COMPONENTS[tape.components[i]] == "gradients")
+    of_tape = _gradients(tape, alive)
     for p, count in run.stepped:
         if parts.get("gradients", 0) > of_tape:
             found[rounded(p.nbytes), f"gradients: of {_shape(p)}"] += count
@@ -288,8 +290,13 @@ def _keys_and_values(tape: Tape, alive: set[int]) -> list[Term]:
     ]
 
 
-def _states(run: Run, parts: Parts) -> list[Term]:
-    """Weights, gradients, optimizer states: elements times bytes, dtype by dtype."""
+def _gradients(tape: Tape, alive: Iterable[int]) -> int:
+    """Bytes of those that the micro-batch itself has made."""
+    return sum(tape.sizes[i] for i in alive if COMPONENTS[tape.components[i]] == "gradients")
+
+
+def _states(run: Run, parts: Parts, of_tape: int) -> list[Term]:
+    """Weights, gradients, optimizer states: elements times bytes, dtype by dtype. Gradients ``of_tape`` are its."""
     terms: list[Term] = []
     by_dtype: Counter[tuple[str, int, bool]] = Counter()
     for p, count in run.parameters:
@@ -313,7 +320,7 @@ def _states(run: Run, parts: Parts) -> list[Term]:
     for p, count in run.stepped:
         stepped[p.dtype.itemsize] += p.numel * count
     kept = sum(rounded(p.nbytes) * count for p, count in run.stepped)
-    if parts.get("gradients") == kept:
+    if kept and parts.get("gradients", 0) - of_tape == kept:
         terms.append(
             Term(
                 name="gradients: of all trained weights",

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from memplan.answers import Point, Rung, Searched
@@ -184,8 +185,8 @@ class Answers:
         return "does-not-fit" if found is None else found.verdict
 
     def may_fit_somehow(self, setup: Setup) -> bool:
-        """Whether :meth:`may_fit` with DeepSpeed's own buffers, with which its time is asked too, or the smallest."""
-        for each in (setup, levels(setup)[-1]):
+        """Whether :meth:`may_fit` with DeepSpeed's own buffers, with which its time is asked too, or others."""
+        for each in chain([setup], self.smallest(setup)):
             floor = self.floor(each)
             if floor is not None and floor.verdict == "unknown":
                 return False  # whatever buffers: a place is used whose size is not known
@@ -195,7 +196,7 @@ class Answers:
 
     def may_go(self, setup: Setup) -> bool:
         """The same, as far as floors tell."""
-        for each in (setup, levels(setup)[-1]):
+        for each in chain([setup], self.smallest(setup)):
             floor = self.floor(each)
             if floor is not None and floor.verdict == "unknown":
                 return False
@@ -205,7 +206,21 @@ class Answers:
 
     def may_be_sized(self, setup: Setup) -> bool:
         """Whether :meth:`sized` may find something."""
-        return self.may_fit(levels(setup)[-1])
+        return any(map(self.may_fit, self.smallest(setup)))
+
+    def smallest(self, setup: Setup) -> Iterator[Setup]:
+        """The setup with the buffers that may need the least: the smallest, and then larger ones that need less of the
+        host, where what is pinned is rounded up to powers of two: in smaller pieces it can be more.
+        """
+        *larger, smallest = levels(setup)
+        yield smallest
+        if setup.strategy.offload_optimizer == setup.strategy.offload_param == "none":
+            return
+        floor = self.floor(smallest)
+        for each in reversed(larger):
+            found = self.floor(each)
+            if floor is not None and found is not None and found.host < floor.host:
+                yield each
 
     def sized(self, setup: Setup) -> Setup | None:
         """The setup with the largest buffers with which it fits, DeepSpeed's own at the most.
@@ -216,7 +231,7 @@ class Answers:
         """
         choices = levels(setup)
         smallest = self._known(choices[-1])
-        if smallest is not None and smallest.verdict == "does-not-fit":
+        if smallest is not None and smallest.verdict == "does-not-fit" and not self.may_be_sized(setup):
             return None
         return next(filter(self.fits, choices), None)
 
@@ -378,13 +393,14 @@ def plan(
 def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed") -> bool:
     """Whether :func:`plan` would find something that fits."""
     # What gives most up needs least, and so mostly do the smallest buffers.
-    choices = [levels(family.setup) for family in reversed(families(asked, target))]
-    return any(answers.may_fit(own[-1]) and any(map(answers.fits, reversed(own))) for own in choices)
+    choices = [family.setup for family in reversed(families(asked, target))]
+    return any(answers.may_be_sized(own) and any(map(answers.fits, reversed(levels(own)))) for own in choices)
 
 
 def needed(asked: Setup, answers: Answers, target: Target = "deepspeed", *, on_ladder: bool = False) -> int | None:
     """Bytes of each GPU without which nothing fits, or nothing of the ladder; None is that nothing does with them."""
-    floors = (answers.floor(setup) for setup in least_of(asked, target, on_ladder=on_ladder))
+    every = (family.setup for family in families(asked, target) if family.told == "always" or not on_ladder)
+    floors = (answers.floor(each) for setup in every for each in answers.smallest(setup))
     return min((found.gpu for found in floors if found is not None and found.verdict == "fits"), default=None)
 
 
