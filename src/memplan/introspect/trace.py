@@ -784,7 +784,8 @@ def _build_model(
         with torch.device("meta"), _safe_creation():
             model = build(config, **kwargs)
     except (ValueError, ImportError) as error:
-        raise UnsupportedError(f"trace: transformers cannot build this model: {error}") from error
+        why = str(error).partition("\nModel type should be one of")[0]  # a hundred names follow
+        raise UnsupportedError(f"trace: transformers cannot build this model: {why}") from error
     _keep_float32_modules(model, torch_dtype)
     untie_head(model, values)
     return model

@@ -196,7 +196,7 @@ def mask_tokens(script: ScriptArguments) -> Callable[[list[dict[str, Any]]], Any
     def masked(rows: list[dict[str, Any]]) -> Any:
         batch = collate(rows)
         if script.packed:
-            del batch["attention_mask"]  # there is no padding for it to hide
+            batch.pop("attention_mask", None)  # there is no padding for it to hide
         return batch
 
     return masked
