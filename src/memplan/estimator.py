@@ -199,6 +199,8 @@ class Least(NamedTuple):
     """Of a node: ``Estimate.nvme.bytes``."""
     verdict: Verdict
     """The best that an estimate may come to: fits, unknown or does-not-fit."""
+    on_gpu: Verdict = "unknown"
+    """The same of the GPU alone."""
 
 
 def least(
@@ -237,7 +239,7 @@ def _judged(cluster: ClusterSpec, gpu: GPUSpec | None, needed: int, host: int, s
     for used, capacity in ((on_host, cluster.host_memory), (nvme, cluster.nvme)):
         if used:
             verdicts.append(verdict_for(used, used, capacity))
-    return Least(needed, host, nvme, worst_verdict(verdicts))
+    return Least(needed, host, nvme, worst_verdict(verdicts), verdicts[0])
 
 
 def _checked(

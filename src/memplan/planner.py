@@ -217,9 +217,11 @@ class Answers:
         if setup.strategy.offload_optimizer == setup.strategy.offload_param == "none":
             return
         floor = self.floor(smallest)
+        if floor is None or floor.on_gpu == "does-not-fit":
+            return
         for each in reversed(larger):
             found = self.floor(each)
-            if floor is not None and found is not None and found.host < floor.host:
+            if found is not None and found.host < floor.host:
                 yield each
 
     def sized(self, setup: Setup) -> Setup | None:
