@@ -537,7 +537,7 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) ->
     bound = reserved_bound(run.parameters, held, counts, micro_batches, others)
     if strategy.kind == "ddp":
         conf = setup.training.alloc_conf or AllocatorSpec()
-        bound += _sent_bound(micro.first, run.buffer_bytes, run.optimizer, strategy.ddp.broadcast_buffers, conf)
+        bound += _sent_bound(micro.first, tuple(_held(run)), run.optimizer, strategy.ddp.broadcast_buffers, conf)
     if run.evaluation is not None:
         batch = evaluation_batch(setup, full_depth=False)
         bound += evaluation_bound(run.evaluation.kept, ranks, batch.unrolled.size_counts())
@@ -546,10 +546,9 @@ def _bound(setup: Setup, gpu: GPUSpec | None, strategy: Strategy, ranks: int) ->
 
 @lru_cache(maxsize=64)
 def _sent_bound(
-    micro: MicroBatch, buffer_bytes: int, optimizer: Optimizer, with_buffers: bool, conf: AllocatorSpec
+    micro: MicroBatch, held: tuple[int, ...], optimizer: Optimizer, with_buffers: bool, conf: AllocatorSpec
 ) -> int:
-    """The same of any size of batch."""
-    held = [buffer_bytes] if buffer_bytes else []
+    """:func:`sent_bound`, which is the same for batches of every size."""
     return sent_bound(list(micro.layout().parameters.values()), held, optimizer, micro.sent(with_buffers), conf)
 
 
