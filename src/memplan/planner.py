@@ -401,8 +401,8 @@ def feasible(asked: Setup, answers: Answers, target: Target = "deepspeed") -> bo
 
 def needed(asked: Setup, answers: Answers, target: Target = "deepspeed", *, on_ladder: bool = False) -> int | None:
     """Bytes of each GPU without which nothing fits, or nothing of the ladder; None is that nothing does with them."""
-    every = (family.setup for family in families(asked, target) if family.told == "always" or not on_ladder)
-    floors = (answers.floor(each) for setup in every for each in answers.smallest(setup))
+    every = _told(asked, target, on_ladder)
+    floors = (answers.floor(each) for family in every for each in answers.smallest(family.setup))
     return min((found.gpu for found in floors if found is not None and found.verdict == "fits"), default=None)
 
 
@@ -442,8 +442,11 @@ def least_host(asked: Setup, answers: Answers, target: Target = "deepspeed") -> 
 
 def least_of(asked: Setup, target: Target = "deepspeed", *, on_ladder: bool = False) -> list[Setup]:
     """Return the setups that need least of each engine, or of each rung: the smallest micro-batch and buffers."""
-    every = families(asked, target)
-    return [levels(family.setup)[-1] for family in every if family.told == "always" or not on_ladder]
+    return [levels(family.setup)[-1] for family in _told(asked, target, on_ladder)]
+
+
+def _told(asked: Setup, target: Target, on_ladder: bool) -> list[Family]:
+    return [family for family in families(asked, target) if family.told == "always" or not on_ladder]
 
 
 def planned(
